@@ -1,0 +1,51 @@
+"""Chained block hashes: the one identity of cached KV, used by router and workers alike.
+
+A block's hash covers all tokens up to its end, so equal hashes mean equal KV:
+
+    hash[i] = blake2b-128(hash[i-1] || tokens of block i as little-endian u32)
+    hash[-1] = blake2b-128("baton-kv" || model_id || 0 || tenant's cache salt)
+
+Only full blocks have a hash. 128 bits and a cryptographic function, because a collision, made
+by chance or by a tenant on purpose, would serve one prompt's KV to another.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from core.ids import BlockHash, ModelId
+
+HASH_BYTES = 16
+
+
+def root_hash(model_id: ModelId, cache_salt: str = "") -> BlockHash:
+    """The parent of every first block under this model and tenant."""
+    seed = b"baton-kv" + model_id.encode() + b"\0" + cache_salt.encode()
+    return BlockHash(hashlib.blake2b(seed, digest_size=HASH_BYTES).digest())
+
+
+def next_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
+    """The hash of the block that holds `tokens` (exactly one block of them) after `parent`."""
+    payload = parent + _u32(tokens)
+    return BlockHash(hashlib.blake2b(payload, digest_size=HASH_BYTES).digest())
+
+
+def chain_hashes(tokens: Sequence[int], block_size: int, root: BlockHash) -> list[BlockHash]:
+    """Hashes of all full blocks of `tokens`, in order; a partial last block has none."""
+    full = len(tokens) // block_size
+    data = _u32(tokens[: full * block_size])
+    step = 4 * block_size
+    hashes: list[BlockHash] = []
+    parent = root
+    for start in range(0, full * step, step):
+        digest = hashlib.blake2b(parent + data[start : start + step], digest_size=HASH_BYTES)
+        parent = BlockHash(digest.digest())
+        hashes.append(parent)
+    return hashes
+
+
+def _u32(tokens: Sequence[int]) -> bytes:
+    packed = array("I", tokens)
+    if packed.itemsize != 4:
+        raise RuntimeError("array('I') is not 4 bytes wide on this platform")
+    return packed.tobytes()

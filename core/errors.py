@@ -1,0 +1,155 @@
+"""Every error a user or a peer can see, and how each leaves the process.
+
+    BatonError
+    +-- UserError                 the caller must change something; never retried
+    |   +-- InvalidRequest            400  a field is wrong or not served
+    |   +-- ModelNotFound             404
+    |   +-- RequestTooLarge           413  body over the limit
+    |   +-- ConfigError                -   bad set-up: one sentence, non-zero exit
+    +-- Unavailable               another worker, or a later moment, may succeed
+    |   +-- Overloaded                429  with Retry-After
+    |   +-- NoWorkers                 503  no routable prefill or decode worker
+    |   +-- WorkerLost                503  its stream ended
+    |   +-- TransferFailed            503  KV did not arrive, or may not be used
+    +-- DeadlineExceeded          504  the request's own time is up
+    +-- Cancelled                 499  the client went away, or asked
+    +-- InternalError             500  a bug; logged with its traceback
+
+`retryable` says whether flow.py may try the same sequence on other workers.
+"""
+
+import grpc
+
+
+class BatonError(Exception):
+    """Root. `message` is for people and names the next step where there is one."""
+
+    http_status: int = 500
+    grpc_status: grpc.StatusCode = grpc.StatusCode.INTERNAL
+    code: str = "internal_error"
+    error_type: str = "server_error"
+    retryable: bool = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class UserError(BatonError):
+    """The caller's to mend."""
+
+    http_status = 400
+    grpc_status = grpc.StatusCode.INVALID_ARGUMENT
+    error_type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidRequest(UserError):
+    """A field is wrong, contradictory, or not served yet; `param` names it."""
+
+
+class ModelNotFound(UserError):
+    """The request names a model this cluster does not serve."""
+
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+    code = "model_not_found"
+
+
+class RequestTooLarge(UserError):
+    """The body is over the configured limit."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class ConfigError(UserError):
+    """Bad set-up, found before any port opens."""
+
+    code = "config_error"
+
+
+class Unavailable(BatonError):
+    """Nothing is wrong with the request; here and now it could not be served."""
+
+    http_status = 503
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    code = "unavailable"
+    retryable = True
+
+
+class Overloaded(Unavailable):
+    """Accepting more would break what is already promised."""
+
+    http_status = 429
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    code = "overloaded"
+    error_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorkers(Unavailable):
+    """No worker of a needed role is routable."""
+
+    code = "no_workers"
+
+
+class WorkerLost(Unavailable):
+    """A worker's stream ended while it held a leg of the sequence."""
+
+    code = "worker_lost"
+
+
+class TransferFailed(Unavailable):
+    """The KV cache did not arrive, or arrived and may not be used."""
+
+    code = "kv_transfer_failed"
+
+
+class DeadlineExceeded(BatonError):
+    """The request's own deadline passed."""
+
+    http_status = 504
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+    code = "deadline_exceeded"
+    error_type = "timeout_error"
+
+
+class Cancelled(BatonError):
+    """The client went away, or asked for it."""
+
+    http_status = 499
+    grpc_status = grpc.StatusCode.CANCELLED
+    code = "cancelled"
+
+
+class InternalError(BatonError):
+    """A bug. The log holds the traceback under the request's id."""
+
+
+_BY_CODE: dict[str, type[BatonError]] = {
+    cls.code: cls
+    for cls in (
+        InvalidRequest,
+        ModelNotFound,
+        RequestTooLarge,
+        ConfigError,
+        Overloaded,
+        NoWorkers,
+        WorkerLost,
+        TransferFailed,
+        Unavailable,
+        DeadlineExceeded,
+        Cancelled,
+        InternalError,
+    )
+}
+
+
+def from_code(code: str, message: str) -> BatonError:
+    """The error a peer sent by code; a code from a newer peer becomes a retryable Unavailable."""
+    return _BY_CODE.get(code, Unavailable)(message)

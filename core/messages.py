@@ -1,0 +1,222 @@
+"""What a router and a worker say to each other over the RouterStream, as typed values.
+
+One bidirectional stream per router-worker pair carries all sequences. A submit opens a *leg*, named
+by its `number`: counted up by the router per stream, so the worker's report "last submit seen: 41"
+tells which submits its load already holds, and token frames need no long ids.
+
+    router -> worker   PrefillSubmit | DecodeSubmit | Cancel | RenewLeases | SnapshotRequest
+    worker -> router   WorkerHello (first) | Accepted | Rejected | TokenFrame | LegFailed
+                       | LoadReport | KvEvents | KvSnapshot
+
+Of a leg the worker says Accepted or Rejected once, then TokenFrame entries, of which the last has a
+finish; or LegFailed, after which it says nothing more of it. A stream that ends ends all its legs.
+Durations travel, never absolute times.
+"""
+
+from dataclasses import dataclass, field
+
+from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, SequenceId, WorkerId
+from core.kv import KvLayout
+from core.sampling import FinishReason, SamplingParams
+from core.stages import Stage
+
+PROTOCOL_MAJOR = 1
+PROTOCOL_MINOR = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff:
+    """Where a decode leg finds its KV: a lease on a prefill worker, and that worker's door."""
+
+    owner_id: WorkerId
+    owner_address: str
+    owner_incarnation: Incarnation
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillSubmit:
+    """Run `tokens` (prompt, plus the output so far of an earlier attempt), sample one token.
+
+    `output_position` is the absolute output position of that token. `cache_salt` separates
+    tenants' prefix caches.
+    """
+
+    number: int
+    sequence_id: SequenceId
+    tokens: tuple[int, ...]
+    output_position: int
+    sampling: SamplingParams
+    deadline_s: float
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSubmit:
+    """Continue after `tokens`. Their KV comes from `handoff`, or is computed here when None.
+
+    With a hand-off the owner samples the token at `output_position` and passes it on with its
+    last announcement; this worker's frames begin with the one after it.
+    """
+
+    number: int
+    sequence_id: SequenceId
+    tokens: tuple[int, ...]
+    output_position: int
+    sampling: SamplingParams
+    deadline_s: float
+    handoff: Handoff | None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Stop a leg. The worker frees what it holds and says nothing more of it."""
+
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewLeases:
+    """Keep leases alive that no reader is bound to yet."""
+
+    lease_ids: tuple[LeaseId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotRequest:
+    """A gap was seen in the KV events: send all that is held, numbered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello:
+    """Who answers. `epoch` counts role changes of one incarnation."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    role: Role
+    epoch: int
+    model_id: ModelId
+    layout: KvLayout
+    num_blocks: int
+    context_tokens: int
+    peer_address: str
+    protocol_major: int = PROTOCOL_MAJOR
+    protocol_minor: int = PROTOCOL_MINOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """The worker took the leg. `lease_id` is set for a prefill, 0 for a decode."""
+
+    number: int
+    lease_id: LeaseId
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """The worker's true state does not allow the leg; nothing is held for it."""
+
+    number: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegTimes:
+    """Where a leg's time went, sent with its first token. Seconds, counts of this leg only."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    transfer_bytes: int = 0
+    transfer_blocks: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegTokens:
+    """New tokens of one leg. `logits` is fp32 little endian, one row of vocab_size per token."""
+
+    number: int
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+    times: LegTimes | None = None
+    logits: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFrame:
+    """One engine step's tokens for one router."""
+
+    entries: tuple[LegTokens, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegFailed:
+    """The leg ended without an answer; `code` is one of core.errors."""
+
+    number: int
+    code: str
+    message: str
+    stage: Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """True load, sent after every change that matters.
+
+    A router's view is this plus its own submits with a number above `last_submit`.
+    """
+
+    last_submit: int
+    queued_tokens: int
+    """Uncached prompt tokens accepted and not yet prefilled."""
+    waiting: int
+    running: int
+    context_tokens: int
+    """Tokens of context of all running sequences."""
+    free_blocks: int
+    """Blocks free or evictable now."""
+    total_blocks: int
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStored:
+    """Blocks now held, as a chain below `parent` (a held block or a root)."""
+
+    parent: BlockHash
+    hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvRemoved:
+    """Blocks no longer held; leaf first, so holdings stay closed under prefix."""
+
+    hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvEvents:
+    """A run of events; `first_number` is the first one's, counted up per incarnation."""
+
+    first_number: int
+    events: tuple[KvStored | KvRemoved, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSnapshot:
+    """A chunk of all that is held; events from `next_number` on come after it."""
+
+    next_number: int
+    hashes: tuple[BlockHash, ...] = field(default_factory=tuple)
+    last: bool = True
+
+
+RouterToWorker = PrefillSubmit | DecodeSubmit | Cancel | RenewLeases | SnapshotRequest
+WorkerToRouter = (
+    WorkerHello | Accepted | Rejected | TokenFrame | LegFailed | LoadReport | KvEvents | KvSnapshot
+)
