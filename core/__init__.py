@@ -1,1 +1,1 @@
-"""The vocabulary every other room speaks: ids, requests, stages, errors, clock, block hashes, names."""
+"""The vocabulary of every room: ids, requests, stages, errors, clock, block hashes, names."""

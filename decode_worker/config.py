@@ -1,0 +1,12 @@
+"""Settings of the decode role."""
+
+from pydantic import Field
+
+from core.config import Settings
+
+
+class DecodeConfig(Settings):
+    """Admission of sequences."""
+
+    max_sequences: int = Field(1024, gt=0)
+    """Sequences held at once: pulling, waiting and running."""

@@ -1,0 +1,12 @@
+"""Settings of the prefill role."""
+
+from pydantic import Field
+
+from core.config import Settings
+
+
+class PrefillConfig(Settings):
+    """Admission of prompts."""
+
+    max_queued_tokens: int = Field(1_000_000, gt=0)
+    """Uncached prompt tokens accepted and waiting; above it submits are rejected."""

@@ -1,0 +1,25 @@
+"""Settings of the router."""
+
+from pydantic import Field
+
+from core.config import Settings
+
+
+class RouterConfig(Settings):
+    """HTTP edge, deadlines and bounds."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    """0 takes a free port."""
+    api_keys: tuple[str, ...] = ()
+    """Accepted bearer tokens; empty accepts every caller."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Every request ends by then, whatever happens."""
+    max_body_bytes: int = Field(8 * 1024 * 1024, gt=0)
+    stream_buffer_events: int = Field(1024, ge=16)
+    """Events a slow client may lag behind before its request is cancelled."""
+    tokenizer_threads: int = Field(2, ge=1)
+    max_attempts: int = Field(3, ge=1)
+    """Placements tried for one sequence before its error reaches the client."""
+    prefill_queue_weight: float = Field(0.1, ge=0)
+    """Weight of queued work against own uncached work in the prefill cost."""
