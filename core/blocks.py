@@ -24,19 +24,12 @@ def root_hash(model_id: ModelId, cache_salt: str = "") -> BlockHash:
     return BlockHash(hashlib.blake2b(seed, digest_size=HASH_BYTES).digest())
 
 
-def next_hash(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
-    """The hash of the block that holds `tokens` (exactly one block of them) after `parent`."""
-    payload = parent + _u32(tokens)
-    return BlockHash(hashlib.blake2b(payload, digest_size=HASH_BYTES).digest())
-
-
-def chain_hashes(tokens: Sequence[int], block_size: int, root: BlockHash) -> list[BlockHash]:
-    """Hashes of all full blocks of `tokens`, in order; a partial last block has none."""
+def chain_hashes(tokens: Sequence[int], block_size: int, parent: BlockHash) -> list[BlockHash]:
+    """Hashes of all full blocks of `tokens` below `parent`; a partial last block has none."""
     full = len(tokens) // block_size
     data = _u32(tokens[: full * block_size])
     step = 4 * block_size
     hashes: list[BlockHash] = []
-    parent = root
     for start in range(0, full * step, step):
         digest = hashlib.blake2b(parent + data[start : start + step], digest_size=HASH_BYTES)
         parent = BlockHash(digest.digest())

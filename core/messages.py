@@ -108,11 +108,12 @@ class WorkerHello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """The worker took the leg. `lease_id` is set for a prefill, 0 for a decode."""
+    """The worker took the leg. A prefill names its lease and how long that lives unrenewed."""
 
     number: int
-    lease_id: LeaseId
-    cached_tokens: int
+    cached_tokens: int = 0
+    lease_id: LeaseId | None = None
+    lease_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,355 @@
+"""The block pool: where every block of the arena is, who refers to it, and which prompts it holds.
+
+    FREE --allocate--> IN_USE --release--> CACHED (has a hash) or FREE
+    FREE --reserve---> RECEIVING --received--> IN_USE
+                       RECEIVING --abandon---> FREE
+                       RECEIVING --quarantine-> QUARANTINED --release_quarantined--> FREE
+    CACHED --acquire/lease--> IN_USE            CACHED --evicted--> FREE
+
+Every block is in exactly one state; IN_USE means refs > 0, and a block's refs are those of running
+sequences plus those of leases. One thread, the event loop's, calls all of this.
+
+A sequence that holds a published block holds all published ancestors of it (`publish` swaps
+duplicates for the published block), so no CACHED block has a descendant in use, and evicting
+leaves first can reclaim every CACHED block: available = FREE + CACHED.
+"""
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from core.errors import InternalError
+from core.ids import BlockHash, BlockId
+from core.messages import KvRemoved, KvStored
+
+
+class BlockState(IntEnum):
+    FREE = 0
+    CACHED = 1
+    IN_USE = 2
+    RECEIVING = 3
+    QUARANTINED = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolCounts:
+    """Blocks by state, and `held`: those with at least one lease (also counted in `in_use`)."""
+
+    free: int
+    cached: int
+    in_use: int
+    receiving: int
+    quarantined: int
+    held: int
+
+
+class BlockPool:
+    """Owns all blocks of one arena, numbered from 0."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._state = [BlockState.FREE] * num_blocks
+        self._running = [0] * num_blocks
+        self._leased = [0] * num_blocks
+        self._hash: list[BlockHash | None] = [None] * num_blocks
+        self._parent: list[BlockHash | None] = [None] * num_blocks
+        self._used_at = [0] * num_blocks
+        self._free: deque[BlockId] = deque(BlockId(i) for i in range(num_blocks))
+        self._by_hash: dict[BlockHash, BlockId] = {}
+        self._children: Counter[BlockHash] = Counter()
+        self._num_cached = 0
+        self._leaves: list[tuple[int, BlockId]] = []  # a heap; stale entries are skipped
+        self._tick = 0
+        self._events: list[_Run] = []
+
+    # -- prefix cache ---------------------------------------------------------------------------
+
+    def lookup(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
+        """The published blocks of the longest prefix of `hashes`; takes no reference."""
+        found: list[BlockId] = []
+        for block_hash in hashes:
+            block_id = self._by_hash.get(block_hash)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def publish(self, block_id: BlockId, block_hash: BlockHash, parent: BlockHash) -> BlockId:
+        """Offer a full, final block to later prompts; answers the block to use from now on.
+
+        When another block already holds the same prefix, the caller's running reference moves to
+        that one and its own block goes back.
+        """
+        published = self._by_hash.get(block_hash)
+        if published is not None:
+            if published != block_id:
+                self.acquire([published])
+                self.release([block_id])
+            return published
+        self._hash[block_id] = block_hash
+        self._parent[block_id] = parent
+        self._by_hash[block_hash] = block_id
+        self._children[parent] += 1
+        self._record_stored(parent, block_hash)
+        return block_id
+
+    def hashes(self) -> list[BlockHash]:
+        """All published hashes, parents before children."""
+        return list(self._by_hash)
+
+    def take_events(self) -> list[KvStored | KvRemoved]:
+        """What was stored and removed since the last call, in order."""
+        runs, self._events = self._events, []
+        return [run.event() for run in runs]
+
+    # -- running sequences ----------------------------------------------------------------------
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be allocated now, evicting cached ones."""
+        return len(self._free) + self._num_cached
+
+    def available_beside(self, kept: Iterable[BlockId]) -> int:
+        """As `available`, if the blocks of `kept` were acquired first."""
+        return self.available - sum(self._state[b] is BlockState.CACHED for b in kept)
+
+    def allocate(self, count: int) -> list[BlockId] | None:
+        """`count` blocks with one running reference each, or None and nothing changed."""
+        return self._take(count, BlockState.IN_USE)
+
+    def acquire(self, block_ids: Sequence[BlockId]) -> None:
+        """One more running reference to blocks that are cached or in use."""
+        for block_id in block_ids:
+            self._to_use(block_id)
+            self._running[block_id] += 1
+
+    def release(self, block_ids: Sequence[BlockId]) -> None:
+        """One running reference less; unreferenced blocks become cached, or free without hash."""
+        for block_id in block_ids:
+            if self._running[block_id] < 1:
+                raise InternalError(f"block {block_id} released without a running reference")
+            self._running[block_id] -= 1
+            self._settle(block_id)
+
+    # -- leases ---------------------------------------------------------------------------------
+
+    def lease(self, block_ids: Sequence[BlockId]) -> None:
+        """One more lease on blocks that are cached or in use."""
+        for block_id in block_ids:
+            self._to_use(block_id)
+            self._leased[block_id] += 1
+
+    def unlease(self, block_ids: Sequence[BlockId]) -> None:
+        """One lease less."""
+        for block_id in block_ids:
+            if self._leased[block_id] < 1:
+                raise InternalError(f"block {block_id} unleased without a lease")
+            self._leased[block_id] -= 1
+            self._settle(block_id)
+
+    # -- transfers ------------------------------------------------------------------------------
+
+    def reserve(self, count: int) -> list[BlockId] | None:
+        """`count` blocks as targets of a read, or None and nothing changed."""
+        return self._take(count, BlockState.RECEIVING)
+
+    def received(self, block_ids: Sequence[BlockId]) -> None:
+        """The owner said `closed: held`: the blocks are usable, one running reference each."""
+        for block_id in block_ids:
+            self._expect(block_id, BlockState.RECEIVING)
+            self._state[block_id] = BlockState.IN_USE
+            self._running[block_id] = 1
+
+    def abandon(self, block_ids: Sequence[BlockId]) -> None:
+        """No read targets these blocks any more, and their content may not be used."""
+        for block_id in block_ids:
+            self._expect(block_id, BlockState.RECEIVING)
+            self._to_free(block_id)
+
+    def quarantine(self, block_ids: Sequence[BlockId]) -> None:
+        """A read not known to have ended may still write here."""
+        for block_id in block_ids:
+            self._expect(block_id, BlockState.RECEIVING)
+            self._state[block_id] = BlockState.QUARANTINED
+
+    def release_quarantined(self, block_ids: Sequence[BlockId]) -> None:
+        """That read has ended."""
+        for block_id in block_ids:
+            self._expect(block_id, BlockState.QUARANTINED)
+            self._to_free(block_id)
+
+    # -- invariants -----------------------------------------------------------------------------
+
+    def counts(self) -> PoolCounts:
+        by_state = Counter(self._state)
+        return PoolCounts(
+            free=by_state[BlockState.FREE],
+            cached=by_state[BlockState.CACHED],
+            in_use=by_state[BlockState.IN_USE],
+            receiving=by_state[BlockState.RECEIVING],
+            quarantined=by_state[BlockState.QUARANTINED],
+            held=sum(leases > 0 for leases in self._leased),
+        )
+
+    def check(self) -> None:
+        """Raise InternalError where block conservation, references or the index do not hold."""
+        problems = [*self._check_blocks(), *self._check_index()]
+        if problems:
+            raise InternalError("pool invariant broken: " + "; ".join(problems[:5]))
+
+    def _check_blocks(self) -> list[str]:
+        problems: list[str] = []
+        counts = Counter(self._state)
+        free = set(self._free)
+        if len(free) != len(self._free) or len(free) != counts[BlockState.FREE]:
+            problems.append(
+                f"free list has {len(self._free)}, states say {counts[BlockState.FREE]}"
+            )
+        if self._num_cached != counts[BlockState.CACHED]:
+            problems.append(
+                f"cached count {self._num_cached}, states say {counts[BlockState.CACHED]}"
+            )
+        for i in range(self.num_blocks):
+            refs = self._running[i] + self._leased[i]
+            state = self._state[i]
+            if (refs > 0) != (state is BlockState.IN_USE):
+                problems.append(f"block {i} is {state.name} with {refs} references")
+            if state is BlockState.FREE and i not in free:
+                problems.append(f"block {i} is free but not in the free list")
+            if self._hash[i] is None and state is BlockState.CACHED:
+                problems.append(f"block {i} is cached without a hash")
+            if self._hash[i] is not None and state not in (BlockState.CACHED, BlockState.IN_USE):
+                problems.append(f"block {i} is {state.name} with a hash")
+        return problems
+
+    def _check_index(self) -> list[str]:
+        problems: list[str] = []
+        children: Counter[BlockHash] = Counter()
+        for block_hash, block_id in self._by_hash.items():
+            if self._hash[block_id] != block_hash:
+                problems.append(f"index names block {block_id} for another hash")
+            parent = self._parent[block_id]
+            if parent is not None:
+                children[parent] += 1
+                above = self._by_hash.get(parent)
+                in_use = self._state[block_id] is BlockState.IN_USE
+                if above is not None and in_use and self._state[above] is BlockState.CACHED:
+                    problems.append(f"block {block_id} is in use below the cached block {above}")
+        if children != +self._children:
+            problems.append("child counts differ from the index")
+        hashed = sum(block_hash is not None for block_hash in self._hash)
+        if hashed != len(self._by_hash):
+            problems.append(f"{hashed} blocks have a hash, the index has {len(self._by_hash)}")
+        return problems
+
+    # -- moves ----------------------------------------------------------------------------------
+
+    def _take(self, count: int, state: BlockState) -> list[BlockId] | None:
+        if count > self.available:
+            return None
+        while len(self._free) < count:
+            self._evict_one()
+        taken = [self._free.popleft() for _ in range(count)]
+        for block_id in taken:
+            self._state[block_id] = state
+            self._running[block_id] = 1 if state is BlockState.IN_USE else 0
+        return taken
+
+    def _evict_one(self) -> None:
+        """Free the least recently used leaf of the prefix tree."""
+        while True:
+            used_at, block_id = heapq.heappop(self._leaves)
+            if self._is_leaf(block_id) and self._used_at[block_id] == used_at:
+                break
+        self._num_cached -= 1
+        self._unpublish(block_id)
+        self._to_free(block_id)
+
+    def _is_leaf(self, block_id: BlockId) -> bool:
+        block_hash = self._hash[block_id]
+        return (
+            self._state[block_id] is BlockState.CACHED
+            and block_hash is not None
+            and self._children[block_hash] == 0
+        )
+
+    def _unpublish(self, block_id: BlockId) -> None:
+        block_hash, parent = self._hash[block_id], self._parent[block_id]
+        if block_hash is None or parent is None:
+            raise InternalError(f"block {block_id} has no hash to remove")
+        del self._by_hash[block_hash]
+        del self._children[block_hash]
+        self._hash[block_id] = self._parent[block_id] = None
+        self._children[parent] -= 1
+        if self._children[parent] == 0:
+            del self._children[parent]
+            above = self._by_hash.get(parent)
+            if above is not None and self._is_leaf(above):
+                heapq.heappush(self._leaves, (self._used_at[above], above))
+        self._record_removed(block_hash)
+
+    def _settle(self, block_id: BlockId) -> None:
+        if self._running[block_id] + self._leased[block_id] > 0:
+            return
+        if self._hash[block_id] is None:
+            self._to_free(block_id)
+            return
+        self._state[block_id] = BlockState.CACHED
+        self._num_cached += 1
+        self._tick += 1
+        self._used_at[block_id] = self._tick
+        if self._is_leaf(block_id):
+            heapq.heappush(self._leaves, (self._tick, block_id))
+        if len(self._leaves) > 4 * self.num_blocks:
+            self._rebuild_leaves()
+
+    def _rebuild_leaves(self) -> None:
+        self._leaves = [(self._used_at[b], b) for b in self._by_hash.values() if self._is_leaf(b)]
+        heapq.heapify(self._leaves)
+
+    def _to_use(self, block_id: BlockId) -> None:
+        state = self._state[block_id]
+        if state is BlockState.CACHED:
+            self._num_cached -= 1
+            self._state[block_id] = BlockState.IN_USE
+        elif state is not BlockState.IN_USE:
+            raise InternalError(f"block {block_id} is {state.name}, not cached or in use")
+
+    def _to_free(self, block_id: BlockId) -> None:
+        self._state[block_id] = BlockState.FREE
+        self._free.append(block_id)
+
+    def _expect(self, block_id: BlockId, state: BlockState) -> None:
+        if self._state[block_id] is not state:
+            raise InternalError(
+                f"block {block_id} is {self._state[block_id].name}, expected {state.name}"
+            )
+
+    def _record_stored(self, parent: BlockHash, block_hash: BlockHash) -> None:
+        last = self._events[-1] if self._events else None
+        if last is not None and last.parent is not None and last.hashes[-1] == parent:
+            last.hashes.append(block_hash)
+        else:
+            self._events.append(_Run(parent=parent, hashes=[block_hash]))
+
+    def _record_removed(self, block_hash: BlockHash) -> None:
+        last = self._events[-1] if self._events else None
+        if last is not None and last.parent is None:
+            last.hashes.append(block_hash)
+        else:
+            self._events.append(_Run(parent=None, hashes=[block_hash]))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """Consecutive events of one kind: stored as a chain below `parent`, or removed (None)."""
+
+    parent: BlockHash | None
+    hashes: list[BlockHash]
+
+    def event(self) -> KvStored | KvRemoved:
+        if self.parent is None:
+            return KvRemoved(hashes=tuple(self.hashes))
+        return KvStored(parent=self.parent, hashes=tuple(self.hashes))

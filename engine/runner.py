@@ -1,0 +1,269 @@
+"""The engine loop: plan a step on the event loop, run it on the engine thread, take its results.
+
+Sequences, pool and plan belong to the event loop; the engine thread sees one batch at a time. While
+a step is in flight nothing it reads or writes is freed: a sequence removed meanwhile gives its
+blocks back when the step has ended.
+
+    submit -> waiting --admit (all blocks of its context, or it stays)--> running -> done
+                 ^------------ preempted: blocks back, KV recomputed later ----'
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.clock import Clock
+from core.errors import BatonError, DeadlineExceeded, InternalError
+from core.ids import BlockId
+from core.sampling import FinishReason
+from engine.planner import plan_step
+from engine.pool import BlockPool
+from engine.sequence import Sequence, SequenceState
+from engine.types import Engine, Sampled
+
+_IDLE_SWEEP_S = 0.25
+
+
+class SequenceListener(Protocol):
+    """Whoever submitted a sequence hears of it, always on the event loop.
+
+    `on_blocks` after each step that made KV of its context, before `on_token`; its blocks are
+    published and final. After `on_token` with a finish, or `on_failed`, the sequence is done; its
+    running references are released right after the call returns.
+    """
+
+    def on_blocks(self, sequence: Sequence) -> None: ...
+
+    def on_token(
+        self, sequence: Sequence, sampled: Sampled, finish: FinishReason | None
+    ) -> None: ...
+
+    def on_failed(self, sequence: Sequence, error: BatonError) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerLoad:
+    """What the loop has to do."""
+
+    queued_tokens: int
+    waiting: int
+    running: int
+    context_tokens: int
+
+
+class Runner:
+    """`run` is the loop's only task. Everything else is called from the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        pool: BlockPool,
+        clock: Clock,
+        *,
+        step_tokens: int,
+        max_batch: int,
+        on_step_end: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._clock = clock
+        self._step_tokens = step_tokens
+        self._max_batch = max_batch
+        self._on_step_end = on_step_end
+        self._block_size = engine.info.layout.block_size
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._listeners: dict[int, SequenceListener] = {}
+        self._in_flight: set[int] = set()
+        self._late_release: list[list[BlockId]] = []
+        self._wake = asyncio.Event()
+        self.steps = 0
+        self.preemptions = 0
+
+    # -- submit and cancel ----------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence, listener: SequenceListener) -> None:
+        """Queue a sequence whose context must (in part) be computed here."""
+        self._listeners[id(sequence)] = listener
+        self._waiting.append(sequence)
+        self._wake.set()
+
+    def submit_ready(self, sequence: Sequence, listener: SequenceListener) -> None:
+        """Start a sequence whose blocks are in place; the runner takes over their references."""
+        self._listeners[id(sequence)] = listener
+        sequence.state = SequenceState.RUNNING
+        sequence.started_at_s = self._clock.now_s()
+        self._running.append(sequence)
+        self._wake.set()
+
+    def remove(self, sequence: Sequence) -> None:
+        """Stop a sequence without telling its listener; does nothing when it is done."""
+        if sequence.done:
+            return
+        queue = self._waiting if sequence.state is SequenceState.WAITING else self._running
+        queue.remove(sequence)
+        self._finish(sequence)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Blocks were freed elsewhere: a waiting sequence may start now."""
+        self._wake.set()
+
+    def load(self) -> RunnerLoad:
+        """True load, for reports and admission."""
+        queued = sum(s.pending_tokens for s in self._waiting)
+        queued += sum(s.pending_tokens for s in self._running if s.pending_tokens > 1)
+        return RunnerLoad(
+            queued_tokens=queued,
+            waiting=len(self._waiting),
+            running=len(self._running),
+            context_tokens=sum(len(s.tokens) for s in self._running),
+        )
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Step until cancelled. An exception of the engine itself ends the loop, and the worker."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
+            while True:
+                self._expire()
+                batch = self._next_batch()
+                if not batch:
+                    self._on_step_end()
+                    await self._rest()
+                    continue
+                steps = [sequence.make_step(count) for sequence, count in batch]
+                self._in_flight = {id(sequence) for sequence, _ in batch}
+                step = loop.run_in_executor(thread, self._engine.step, steps)
+                try:
+                    results = await asyncio.shield(step)
+                finally:
+                    if not step.done():
+                        await asyncio.wait([step])
+                    self._in_flight = set()
+                    self._release_late()
+                self.steps += 1
+                for (sequence, count), result in zip(batch, results, strict=True):
+                    self._apply(sequence, count, result)
+                self._on_step_end()
+
+    async def _rest(self) -> None:
+        self._wake.clear()
+        timeout_s = _IDLE_SWEEP_S if self._waiting else None
+        try:
+            await asyncio.wait_for(self._wake.wait(), timeout_s)
+        except TimeoutError:
+            return
+
+    def _next_batch(self) -> list[tuple[Sequence, int]]:
+        while self._waiting and self._admit(self._waiting[0]):
+            pass
+        feed = plan_step(
+            [s.pending_tokens for s in self._running], self._step_tokens, self._max_batch
+        )
+        batch: list[tuple[Sequence, int]] = []
+        for sequence, count in zip(list(self._running), feed, strict=True):
+            running = sequence.state is SequenceState.RUNNING
+            if count and running and self._grow(sequence, sequence.computed + count):
+                batch.append((sequence, count))
+        batch = [(s, count) for s, count in batch if s.state is SequenceState.RUNNING]
+        if len(self._running) > self._max_batch:
+            self._running = self._running[self._max_batch :] + self._running[: self._max_batch]
+        return batch
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Take all blocks of the known tokens, reusing cached ones, or leave it waiting."""
+        full = (len(sequence.tokens) - 1) // self._block_size  # the last token must be fed
+        cached = self._pool.lookup(sequence.block_hashes(full, self._block_size))
+        missing = self._engine.info.layout.num_blocks(len(sequence.tokens)) - len(cached)
+        if missing > self._pool.available_beside(cached):
+            return False
+        self._pool.acquire(cached)
+        fresh = self._pool.allocate(missing)
+        if fresh is None:
+            raise InternalError("allocation failed although the blocks were counted")
+        sequence.blocks = [*cached, *fresh]
+        sequence.published = len(cached)
+        sequence.computed = len(cached) * self._block_size
+        if sequence.started_at_s is None:
+            sequence.cached_tokens = sequence.computed
+            sequence.started_at_s = self._clock.now_s()
+        sequence.state = SequenceState.RUNNING
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        if sequence.computed:
+            self._listeners[id(sequence)].on_blocks(sequence)
+        return True
+
+    def _grow(self, sequence: Sequence, end: int) -> bool:
+        """Blocks up to position `end`; preempts the youngest when there are none left."""
+        missing = self._engine.info.layout.num_blocks(end) - len(sequence.blocks)
+        while missing > 0:
+            fresh = self._pool.allocate(missing)
+            if fresh is not None:
+                sequence.blocks.extend(fresh)
+                return True
+            youngest = max(self._running, key=lambda s: s.arrived_at_s)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Give its blocks back and compute its KV again later; the text stays the same."""
+        self.preemptions += 1
+        self._running.remove(sequence)
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.published = sequence.computed = 0
+        sequence.state = SequenceState.WAITING
+        self._waiting.insert(0, sequence)
+
+    # -- results --------------------------------------------------------------------------------
+
+    def _apply(self, sequence: Sequence, count: int, result: Sampled | BatonError | None) -> None:
+        if sequence.done:
+            return
+        listener = self._listeners[id(sequence)]
+        if isinstance(result, BatonError):
+            self._fail(sequence, result)
+            return
+        sequence.computed += count
+        sequence.publish(self._pool, self._block_size)
+        if sequence.computed <= sequence.context_tokens:
+            listener.on_blocks(sequence)
+        if result is None:
+            return
+        finish = sequence.append(result)
+        listener.on_token(sequence, result, finish)
+        if finish is not None and not sequence.done:
+            self._running.remove(sequence)
+            self._finish(sequence)
+
+    def _expire(self) -> None:
+        now_s = self._clock.now_s()
+        for sequence in [*self._waiting, *self._running]:
+            if sequence.deadline_at_s <= now_s:
+                self._fail(sequence, DeadlineExceeded("the request's deadline passed"))
+
+    def _fail(self, sequence: Sequence, error: BatonError) -> None:
+        listener = self._listeners[id(sequence)]
+        listener.on_failed(sequence, error)
+        self.remove(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.DONE
+        del self._listeners[id(sequence)]
+        blocks, sequence.blocks = sequence.blocks, []
+        if id(sequence) in self._in_flight:
+            self._late_release.append(blocks)
+        else:
+            self._pool.release(blocks)
+
+    def _release_late(self) -> None:
+        for blocks in self._late_release:
+            self._pool.release(blocks)
+        self._late_release.clear()

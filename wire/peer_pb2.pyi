@@ -1,0 +1,132 @@
+from wire import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNKNOWN: _ClassVar[Outcome]
+    OUTCOME_HELD: _ClassVar[Outcome]
+    OUTCOME_EXPIRED: _ClassVar[Outcome]
+    OUTCOME_ABORTED: _ClassVar[Outcome]
+OUTCOME_UNKNOWN: Outcome
+OUTCOME_HELD: Outcome
+OUTCOME_EXPIRED: Outcome
+OUTCOME_ABORTED: Outcome
+
+class PeerHello(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "model_id", "layout", "protocol", "memory")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    model_id: str
+    layout: _common_pb2.KvLayout
+    protocol: _common_pb2.Protocol
+    memory: Memory
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+
+class Memory(_message.Message):
+    __slots__ = ("transport", "metadata", "address", "nbytes", "device")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    metadata: bytes
+    address: int
+    nbytes: int
+    device: str
+    def __init__(self, transport: _Optional[str] = ..., metadata: _Optional[bytes] = ..., address: _Optional[int] = ..., nbytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+
+class FromReader(_message.Message):
+    __slots__ = ("hello", "bind", "renew", "close", "abort")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    BIND_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    hello: PeerHello
+    bind: Bind
+    renew: Renew
+    close: Close
+    abort: Abort
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+
+class FromOwner(_message.Message):
+    __slots__ = ("hello", "announce", "closed", "abort")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    hello: PeerHello
+    announce: Announce
+    closed: Closed
+    abort: Abort
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+
+class Bind(_message.Message):
+    __slots__ = ("lease_id", "sequence_id", "first_block")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    sequence_id: _common_pb2.SequenceId
+    first_block: int
+    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_block: _Optional[int] = ...) -> None: ...
+
+class Announce(_message.Message):
+    __slots__ = ("lease_id", "sequence_id", "first_index", "block_ids", "final", "first_token", "ended")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    sequence_id: _common_pb2.SequenceId
+    first_index: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    final: bool
+    first_token: int
+    ended: bool
+    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., final: _Optional[bool] = ..., first_token: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
+
+class Renew(_message.Message):
+    __slots__ = ("lease_ids",)
+    LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    lease_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
+
+class Closed(_message.Message):
+    __slots__ = ("lease_id", "outcome")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    outcome: Outcome
+    def __init__(self, lease_id: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ...) -> None: ...
+
+class Abort(_message.Message):
+    __slots__ = ("lease_id", "reason")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    reason: str
+    def __init__(self, lease_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
