@@ -19,6 +19,7 @@ from core.ids import ModelId, SequenceId
 from core.kv import KvLayout
 from engine.arena import Arena
 from engine.config import EngineConfig, TimedConfig
+from engine.sizing import arena_blocks
 from engine.types import EngineInfo, Sampled, SeqStep
 
 U64 = npt.NDArray[np.uint64]
@@ -57,7 +58,7 @@ class TimedEngine:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         layout = timed_layout(config)
-        num_blocks = int(config.kv_memory_mb * 2**20) // layout.block_bytes
+        num_blocks = arena_blocks(layout, config)
         self._timed = config.timed
         self._sleep = sleep
         self._arena = Arena(layout, num_blocks)

@@ -1,0 +1,84 @@
+"""One worker by hand: `python -m cluster.worker --role prefill --config cluster.yaml`.
+
+Prints its registry record as one JSON line when it serves, then logs to standard error. For a
+worker outside Ray (another machine, a test); `baton up` starts the same code inside a Ray actor.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from cluster.config import ClusterConfig
+from cluster.config_file import load_config
+from cluster.registry_client import RegistryClient
+from cluster.worker.host import WorkerStart, serve_worker
+from cluster.worker.worker import WorkerSettings
+from core.clock import SystemClock
+from core.errors import BatonError
+from core.ids import Role, WorkerId
+from core.registry import WorkerRecord
+
+
+def main() -> int:
+    """Exit status: 0 after SIGTERM or SIGINT, 1 for a bad set-up, as Python's for a bug."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
+    try:
+        config = load_config(arguments.config)
+        asyncio.run(_serve(config, arguments))
+    except BatonError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(config: ClusterConfig, arguments: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    start = WorkerStart(
+        worker_id=WorkerId(arguments.worker_id or arguments.role),
+        role=Role(arguments.role),
+        model_path=config.model.path,
+        settings=WorkerSettings(
+            engine=config.engine,
+            transfer=config.transfer,
+            prefill=config.prefill,
+            decode=config.decode,
+        ),
+        host=arguments.host,
+        port=arguments.port,
+    )
+    async with AsyncExitStack() as stack:
+        registry = None
+        if arguments.registry:
+            registry = await stack.enter_async_context(RegistryClient(arguments.registry))
+        await serve_worker(
+            start, registry=registry, clock=SystemClock(), stop=stop, on_ready=_announce
+        )
+
+
+def _announce(record: WorkerRecord) -> None:
+    print(json.dumps(asdict(record)), flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cluster.worker", description=__doc__)
+    parser.add_argument("--config", type=Path, help="cluster config (YAML)")
+    parser.add_argument("--role", choices=[role.value for role in Role], required=True)
+    parser.add_argument("--worker-id", help="name in the registry; the role if not given")
+    parser.add_argument("--registry", help="host:port of the registry; none: serve unregistered")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

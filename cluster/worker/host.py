@@ -1,0 +1,155 @@
+"""The worker process: build the engine, open the door, register, serve until told to stop."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from cluster.worker.server import add_worker_service
+from cluster.worker.worker import Worker, WorkerIdentity, WorkerSettings
+from core.channel import SERVER_OPTIONS
+from core.clock import Clock
+from core.errors import ConfigError, Unavailable
+from core.ids import Incarnation, Role, WorkerId, new_incarnation
+from core.registry import Registry, WorkerRecord
+from engine.build import build_engine
+from engine.sizing import describe_arena
+from engine.types import Engine
+from kv_transfer.config import TransferConfig
+from kv_transfer.loopback import LoopbackHub, LoopbackTransport
+from kv_transfer.nixl import NixlTransport
+from kv_transfer.server import add_peer_service
+from kv_transfer.transport import Transport
+
+log = logging.getLogger(__name__)
+
+_REGISTER_TTL_S = 10.0
+_REGISTER_TIMEOUT_S = 3.0
+_STOP_GRACE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStart:
+    """What one worker process is told."""
+
+    worker_id: WorkerId
+    role: Role
+    model_path: Path
+    settings: WorkerSettings
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+async def serve_worker(
+    start: WorkerStart,
+    *,
+    registry: Registry | None,
+    clock: Clock,
+    stop: asyncio.Event,
+    on_ready: Callable[[WorkerRecord], None],
+) -> None:
+    """Serve until `stop`. Raises what ended the engine loop, ConfigError for a bad set-up."""
+    incarnation = new_incarnation()
+    engine = await asyncio.to_thread(build_engine, start.model_path, start.settings.engine)
+    info = engine.info
+    log.info(
+        "engine_ready model_id=%s %s",
+        info.model_id,
+        describe_arena(info.num_blocks, info.layout, info.context_tokens),
+    )
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    port = _bind(server, start)
+    identity = WorkerIdentity(
+        worker_id=start.worker_id, incarnation=incarnation, address=f"{start.host}:{port}"
+    )
+    worker = Worker(
+        engine=engine,
+        transport=make_transport(start.settings.transfer, engine, incarnation),
+        identity=identity,
+        role=start.role,
+        settings=start.settings,
+        clock=clock,
+    )
+    add_worker_service(server, worker, clock)
+    add_peer_service(server, worker.owner, worker.peer_hello)
+    record = WorkerRecord(
+        worker_id=start.worker_id,
+        incarnation=incarnation,
+        role=start.role,
+        epoch=1,
+        address=identity.address,
+        model_id=info.model_id,
+        pid=os.getpid(),
+    )
+    async with worker.running() as engine_loop:
+        await server.start()
+        log.info("worker_ready worker_id=%s address=%s", start.worker_id, identity.address)
+        on_ready(record)
+        try:
+            await _serve(registry, record, stop, engine_loop)
+        finally:
+            await server.stop(_STOP_GRACE_S)
+
+
+async def _serve(
+    registry: Registry | None,
+    record: WorkerRecord,
+    stop: asyncio.Event,
+    engine_loop: "asyncio.Task[None]",
+) -> None:
+    """Stay registered until told to stop, or until the engine loop has failed."""
+    stopped = asyncio.create_task(stop.wait())
+    registered = asyncio.create_task(_stay_registered(registry, record))
+    try:
+        done, _ = await asyncio.wait(
+            {stopped, registered, engine_loop}, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in done:
+            task.result()
+    finally:
+        for task in (stopped, registered):
+            task.cancel()
+        await asyncio.wait({stopped, registered})
+        if registry is not None:
+            await _deregister(registry, record)
+
+
+async def _stay_registered(registry: Registry | None, record: WorkerRecord) -> None:
+    """Register and renew for ever; a registry that is away is only logged."""
+    while True:
+        if registry is not None:
+            try:
+                async with asyncio.timeout(_REGISTER_TIMEOUT_S):
+                    await registry.register(record, _REGISTER_TTL_S)
+            except (Unavailable, TimeoutError) as error:
+                log.warning("registry_unreachable error=%s", error)
+        await asyncio.sleep(_REGISTER_TTL_S / 3)
+
+
+async def _deregister(registry: Registry, record: WorkerRecord) -> None:
+    try:
+        async with asyncio.timeout(_REGISTER_TIMEOUT_S):
+            await registry.deregister(record.worker_id, record.incarnation)
+    except (Unavailable, TimeoutError) as error:
+        log.info("registry_unreachable_at_exit error=%s", error)
+
+
+def _bind(server: grpc.aio.Server, start: WorkerStart) -> int:
+    try:
+        return server.add_insecure_port(f"{start.host}:{start.port}")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"worker {start.worker_id} cannot listen on {start.host}:{start.port}; "
+            "is the port in use?"
+        ) from error
+
+
+def make_transport(config: TransferConfig, engine: Engine, incarnation: Incarnation) -> Transport:
+    """The configured way to move blocks. Loopback reaches nobody from a process of its own."""
+    if config.backend == "loopback":
+        return LoopbackTransport(engine.arena, LoopbackHub())
+    return NixlTransport(engine.arena, incarnation)

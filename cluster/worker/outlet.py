@@ -1,0 +1,44 @@
+"""What one router is told: messages at once, tokens as one frame per step, changes of load."""
+
+from core.messages import (
+    KvEvents,
+    KvSnapshot,
+    LegTokens,
+    LoadReport,
+    TokenFrame,
+    WorkerToRouter,
+)
+from core.outbox import Outbox
+
+_OUTBOX_MESSAGES = 65_536
+
+
+class RouterOutlet:
+    """One router's stream, as seen from inside the worker (core.sink.RouterSink)."""
+
+    def __init__(self) -> None:
+        self.outbox: Outbox[WorkerToRouter] = Outbox(_OUTBOX_MESSAGES)
+        self.last_submit = 0
+        self._frame: list[LegTokens] = []
+        self._load: LoadReport | None = None
+
+    def send(self, message: WorkerToRouter) -> None:
+        """Queue a message behind the tokens gathered so far, which keep their order."""
+        if self._frame and not isinstance(message, LoadReport | KvEvents | KvSnapshot):
+            self.flush()
+        self.outbox.send(message)
+
+    def tokens(self, entry: LegTokens) -> None:
+        self._frame.append(entry)
+
+    def flush(self) -> None:
+        """End of a step: the gathered tokens leave as one frame."""
+        if self._frame:
+            self.outbox.send(TokenFrame(entries=tuple(self._frame)))
+            self._frame.clear()
+
+    def report(self, load: LoadReport) -> None:
+        """Send the load if it differs from what this router heard last."""
+        if load != self._load:
+            self._load = load
+            self.outbox.send(load)

@@ -1,0 +1,289 @@
+"""One worker: engine, pool, transfers and both roles, wired together. No gRPC in here.
+
+Its role is a label with an epoch. Both roles exist in every worker and share everything below, so
+changing the label moves no memory and ends no lease.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from cluster.worker.outlet import RouterOutlet
+from core.clock import Clock
+from core.errors import BatonError, InternalError, Unavailable
+from core.ids import BlockHash, Incarnation, Role, WorkerId
+from core.messages import (
+    Cancel,
+    DecodeSubmit,
+    KvEvents,
+    KvSnapshot,
+    LoadReport,
+    PrefillSubmit,
+    Rejected,
+    RenewLeases,
+    RouterToWorker,
+    SnapshotRequest,
+    WorkerHello,
+)
+from decode_worker.config import DecodeConfig
+from decode_worker.role import DecodeRole
+from engine.config import EngineConfig
+from engine.pool import BlockPool, PoolCounts
+from engine.runner import Runner
+from engine.types import Engine
+from kv_transfer.config import TransferConfig
+from kv_transfer.leases import LeaseTable
+from kv_transfer.messages import PeerHello
+from kv_transfer.owner import Owner
+from kv_transfer.reader import Reader
+from kv_transfer.transport import Transport
+from prefill_worker.config import PrefillConfig
+from prefill_worker.role import PrefillRole
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 0.25
+_SNAPSHOT_HASHES = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """The rooms' settings one worker needs."""
+
+    engine: EngineConfig
+    transfer: TransferConfig
+    prefill: PrefillConfig
+    decode: DecodeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerIdentity:
+    """Who this process is, and where its door is."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    address: str
+
+
+class Worker:
+    """Everything on the event loop. `running` starts it; `handle` takes a router's messages."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        transport: Transport,
+        identity: WorkerIdentity,
+        role: Role,
+        settings: WorkerSettings,
+        clock: Clock,
+    ) -> None:
+        info = engine.info
+        self._engine = engine
+        self._transport = transport
+        self._identity = identity
+        self._clock = clock
+        self._role, self._epoch = role, 1
+        self._draining = False
+        self._outlets: set[RouterOutlet] = set()
+        self._next_event = 1
+        self.pool = BlockPool(info.num_blocks)
+        self._runner = Runner(
+            engine,
+            self.pool,
+            clock,
+            step_tokens=settings.engine.step_tokens,
+            max_batch=settings.engine.max_batch,
+            on_step_end=self._step_ended,
+        )
+        self.leases = LeaseTable(self.pool, clock, settings.transfer.lease_s)
+        self.owner = Owner(self.leases, self._blocks_freed)
+        self.peer_hello = PeerHello(
+            worker_id=identity.worker_id,
+            incarnation=identity.incarnation,
+            model_id=info.model_id,
+            layout=info.layout,
+            memory=transport.memory(),
+        )
+        self._reader = Reader(
+            self.pool,
+            transport,
+            self.peer_hello,
+            settings.transfer,
+            headroom=lambda: self._runner.load().running,
+        )
+        self._prefill = PrefillRole(info, self._runner, self.owner, settings.prefill, clock)
+        self._decode = DecodeRole(
+            info=info,
+            runner=self._runner,
+            pool=self.pool,
+            reader=self._reader,
+            config=settings.decode,
+            clock=clock,
+        )
+
+    # -- life -----------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[asyncio.Task[None]]:
+        """Run the loops inside. The task given ends only by failure: then the worker must end."""
+        async with self._reader, self._decode:
+            loop = asyncio.create_task(self._run(), name="engine-loop")
+            try:
+                yield loop
+            finally:
+                loop.cancel()
+                await asyncio.wait([loop])
+        await self._transport.close()
+        self._engine.close()
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._runner.run())
+            group.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Leases expire, and invariants are checked, also while the engine is idle."""
+        checked_at_step = 0
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self.owner.sweep()
+            self._prefill.sweep()
+            self._step_ended()
+            if self.open_legs == 0 and self._runner.steps != checked_at_step:
+                checked_at_step = self._runner.steps
+                self.pool.check()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse new legs and wait for the open ones; answers how many are left."""
+        self._draining = True
+        self._step_ended()
+        give_up_at_s = self._clock.now_s() + timeout_s
+        while self.open_legs and self._clock.now_s() < give_up_at_s:  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(_SWEEP_S / 10)
+        return self.open_legs
+
+    # -- routers --------------------------------------------------------------------------------
+
+    def attach(self) -> RouterOutlet:
+        """A router's stream: hello, all that is cached, the load; then whatever changes."""
+        outlet = RouterOutlet()
+        self._broadcast_events()
+        self._outlets.add(outlet)
+        outlet.send(self.hello())
+        self._send_snapshot(outlet)
+        outlet.report(self.load(outlet.last_submit))
+        return outlet
+
+    def detach(self, outlet: RouterOutlet) -> None:
+        """The stream ended, and with it all its legs."""
+        self._outlets.discard(outlet)
+        self._prefill.sink_lost(outlet)
+        self._decode.sink_lost(outlet)
+        self._blocks_freed()
+
+    def handle(self, outlet: RouterOutlet, message: RouterToWorker) -> None:
+        """One message of one router."""
+        match message:
+            case PrefillSubmit() | DecodeSubmit():
+                outlet.last_submit = message.number
+                self._submit(outlet, message)
+            case Cancel():
+                self._prefill.cancel(outlet, message.number, message.reason)
+                self._decode.cancel(outlet, message.number)
+                self._blocks_freed()
+            case RenewLeases():
+                self.leases.renew(message.lease_ids, reader=None)
+            case SnapshotRequest():
+                self._broadcast_events()
+                self._send_snapshot(outlet)
+
+    def _submit(self, outlet: RouterOutlet, submit: PrefillSubmit | DecodeSubmit) -> None:
+        refusal: BatonError | None = None
+        if self._draining:
+            refusal = Unavailable("this worker is draining")
+        elif isinstance(submit, PrefillSubmit) != (self._role is Role.PREFILL):
+            refusal = Unavailable(f"this worker's role is {self._role}")
+        if refusal is not None:
+            outlet.send(Rejected(number=submit.number, code=refusal.code, message=refusal.message))
+        elif isinstance(submit, PrefillSubmit):
+            self._prefill.submit(submit, outlet)
+        else:
+            self._decode.submit(submit, outlet)
+
+    # -- reports --------------------------------------------------------------------------------
+
+    @property
+    def open_legs(self) -> int:
+        return self._prefill.open_legs + self._decode.open_legs
+
+    @property
+    def transport(self) -> Transport:
+        return self._transport
+
+    def hello(self) -> WorkerHello:
+        info = self._engine.info
+        return WorkerHello(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            role=self._role,
+            epoch=self._epoch,
+            model_id=info.model_id,
+            layout=info.layout,
+            num_blocks=info.num_blocks,
+            context_tokens=info.context_tokens,
+            peer_address=self._identity.address,
+        )
+
+    def load(self, last_submit: int = 0) -> LoadReport:
+        load = self._runner.load()
+        return LoadReport(
+            last_submit=last_submit,
+            queued_tokens=load.queued_tokens,
+            waiting=load.waiting,
+            running=load.running,
+            context_tokens=load.context_tokens,
+            free_blocks=self.pool.available,
+            total_blocks=self.pool.num_blocks,
+            draining=self._draining,
+        )
+
+    def pool_counts(self) -> tuple[PoolCounts, str]:
+        """Blocks by state, and what is wrong with them (empty: nothing)."""
+        try:
+            self.pool.check()
+        except InternalError as error:
+            return self.pool.counts(), error.message
+        return self.pool.counts(), ""
+
+    def _step_ended(self) -> None:
+        self._broadcast_events()
+        for outlet in self._outlets:
+            outlet.flush()
+            outlet.report(self.load(outlet.last_submit))
+
+    def _blocks_freed(self) -> None:
+        self._reader.space_freed()
+        self._runner.wake()
+
+    def _broadcast_events(self) -> None:
+        events = self.pool.take_events()
+        if events:
+            message = KvEvents(first_number=self._next_event, events=tuple(events))
+            self._next_event += len(events)
+            for outlet in self._outlets:
+                outlet.send(message)
+
+    def _send_snapshot(self, outlet: RouterOutlet) -> None:
+        hashes: list[BlockHash] = self.pool.hashes()
+        for start in range(0, max(1, len(hashes)), _SNAPSHOT_HASHES):
+            chunk = tuple(hashes[start : start + _SNAPSHOT_HASHES])
+            outlet.send(
+                KvSnapshot(
+                    next_number=self._next_event,
+                    hashes=chunk,
+                    last=start + _SNAPSHOT_HASHES >= len(hashes),
+                )
+            )

@@ -1,0 +1,367 @@
+"""What a client may ask: OpenAI's chat and text completion requests, as typed models.
+
+Every field of OpenAI's API is in the type. A field this server cannot honour is refused by name
+unless its value means "not used": an ignored field would be an answer to another question.
+
+    raw bytes -> JSON -> types and ranges -> fields not served -> fields that contradict
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+import orjson
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails
+
+from core.errors import InvalidRequest
+
+MAX_STOP_STRINGS = 4
+MAX_CHOICES = 128
+_INT64_MAX = 2**63 - 1
+_INT32_MAX = 2**31 - 1
+_SHOWN_CHARS = 60
+_NOT_USED: tuple[JsonValue, ...] = (None, [], {})
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class TextPart(_Body):
+    """One piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _check_content(value: object) -> str | list[TextPart]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"has a part of type {_shown(kind)}; only text is served")
+        if kind is None or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError('must hold parts like {"type": "text", "text": "..."}')
+    return [TextPart.model_validate(part) for part in value]
+
+
+def _check_stop(value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else ([] if value is None else value)
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ValueError(f"may hold at most {MAX_STOP_STRINGS} strings, got {len(stops)}")
+    if "" in stops:
+        raise ValueError("must not hold an empty string")
+    return stops
+
+
+def _check_prompt(value: object) -> list[str] | list[list[int]]:
+    """Any of the four forms OpenAI allows, as a list of texts or a list of token id lists."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, list) and all(type(t) is int for t in item) for item in value):
+            return value
+    raise ValueError("must be a string, a list of strings, token ids, or lists of token ids")
+
+
+def _any_of(*schemas: dict[str, JsonValue]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": list(schemas)})
+
+
+_STRING: dict[str, JsonValue] = {"type": "string"}
+_TOKENS: dict[str, JsonValue] = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_TEXT_PART: dict[str, JsonValue] = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _STRING},
+    "required": ["type", "text"],
+}
+
+Content = Annotated[
+    str | list[TextPart],
+    PlainValidator(_check_content),
+    _any_of(_STRING, {"type": "array", "items": _TEXT_PART}),
+]
+Stop = Annotated[
+    list[str],
+    PlainValidator(_check_stop),
+    _any_of(_STRING, {"type": "array", "items": _STRING, "maxItems": 4}, {"type": "null"}),
+]
+Prompt = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(_check_prompt),
+    _any_of(
+        _STRING,
+        {"type": "array", "items": _STRING, "minItems": 1},
+        _TOKENS,
+        {"type": "array", "items": _TOKENS, "minItems": 1},
+    ),
+]
+
+
+class ChatMessage(_Body):
+    """One turn of a chat. An answer of this server may be sent back as it came."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Content
+    name: str | None = None
+    refusal: JsonValue = None
+    annotations: JsonValue = None
+    audio: JsonValue = None
+    function_call: JsonValue = None
+    tool_calls: JsonValue = None
+    tool_call_id: JsonValue = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text; parts are joined by a newline."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    """Send one more chunk before the end with the usage of the whole request."""
+    include_obfuscation: bool | None = None
+    """Padding of chunks against traffic analysis. Not served; false is accepted."""
+
+
+class OpenAiRequest(_Body):
+    """What both endpoints share. Use `parse` of a subclass."""
+
+    not_served: ClassVar[Mapping[str, tuple[JsonValue, ...]]] = {
+        "frequency_penalty": (None, 0),
+        "presence_penalty": (None, 0),
+        "logit_bias": _NOT_USED,
+    }
+    """Field -> the values that mean it is not used."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of the answer at most; unset means all that the context leaves."""
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 is greedy. Unset takes the checkpoint's own default."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
+    stop: Stop = Field(default_factory=list)
+    """Up to four strings; the answer ends before the first that appears."""
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: JsonValue = None
+    user: str | None = None
+
+    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
+    """Beyond OpenAI's API: draw among the k likeliest tokens; 0 or -1 means no limit."""
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=_INT32_MAX)]] | None = Field(
+        None, max_length=256
+    )
+    """Beyond OpenAI's API: token ids that end the answer, besides the model's own."""
+    ignore_eos: bool | None = None
+    """Beyond OpenAI's API: the model's own end-of-answer tokens do not end it."""
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Beyond OpenAI's API: only requests with the same salt share cached prefixes."""
+
+    @classmethod
+    def parse(cls, raw: bytes | bytearray) -> Self:
+        """Read a request body. Raises InvalidRequest that names the field at fault."""
+        try:
+            body = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        try:
+            request = cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            raise _explain(cls, first) from None
+        request.check()
+        return request
+
+    def check(self) -> None:
+        """Refuse what the types allow and this server does not. Raises InvalidRequest."""
+        for name, neutral in self.not_served.items():
+            if getattr(self, name) not in neutral:
+                raise _refusal(name, neutral)
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest(
+                "'stream_options' is only allowed with 'stream': true", param="stream_options"
+            )
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise _refusal("stream_options.include_obfuscation", (None, False))
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The client's limit on the answer, if it set one."""
+        return self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatCompletionRequest(OpenAiRequest):
+    """POST /v1/chat/completions"""
+
+    not_served = {
+        **OpenAiRequest.not_served,
+        "tools": _NOT_USED,
+        "tool_choice": (None, "none", "auto"),
+        "functions": _NOT_USED,
+        "function_call": (None, "none", "auto"),
+        "response_format": (None, {"type": "text"}),
+        "logprobs": (None, False),
+        "top_logprobs": (None, 0),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+        "prediction": (None,),
+        "reasoning_effort": (None, "none"),
+        "verbosity": (None, "medium"),
+        "web_search_options": (None,),
+        "moderation": (None,),
+        "store": (None, False),
+        "service_tier": (None, "auto", "default"),
+    }
+
+    messages: list[ChatMessage]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The newer name of max_tokens."""
+    tools: JsonValue = None
+    tool_choice: JsonValue = None
+    parallel_tool_calls: bool | None = None
+    functions: JsonValue = None
+    function_call: JsonValue = None
+    response_format: JsonValue = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    modalities: JsonValue = None
+    audio: JsonValue = None
+    prediction: JsonValue = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    web_search_options: JsonValue = None
+    moderation: JsonValue = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: JsonValue = None
+    prompt_cache_retention: str | None = None
+
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise InvalidRequest("'messages' must hold at least one message", param="messages")
+        for i, message in enumerate(self.messages):
+            _check_message(message, f"messages[{i}]")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) == 2:
+            raise InvalidRequest(
+                "'max_tokens' and 'max_completion_tokens' differ; set one", param="max_tokens"
+            )
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(OpenAiRequest):
+    """POST /v1/completions"""
+
+    not_served = {
+        **OpenAiRequest.not_served,
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "logprobs": (None,),
+        "suffix": (None, ""),
+    }
+
+    prompt: Prompt
+    """Text, several texts, token ids, or several lists of them; each is answered on its own."""
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+
+def _check_message(message: ChatMessage, where: str) -> None:
+    if message.role in ("tool", "function"):
+        raise InvalidRequest(
+            f"'{where}.role': messages of role '{message.role}' are not served yet",
+            param=f"{where}.role",
+        )
+    for name in ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"):
+        if getattr(message, name) not in _NOT_USED:
+            raise _refusal(f"{where}.{name}", _NOT_USED)
+
+
+def _refusal(name: str, neutral: tuple[JsonValue, ...]) -> InvalidRequest:
+    allowed = [json.dumps(value) for value in neutral if value not in _NOT_USED and value != ""]
+    instead = f" or set it to {' or '.join(allowed)}" if allowed else ""
+    return InvalidRequest(f"'{name}' is not served yet; leave it out{instead}", param=name)
+
+
+def _explain(cls: type[OpenAiRequest], error: ErrorDetails) -> InvalidRequest:
+    """One sentence a person can act on, from pydantic's first finding."""
+    param = _path(error["loc"])
+    if error["type"] == "missing":
+        return InvalidRequest(f"'{param}' is required", param=param)
+    if error["type"] == "extra_forbidden":
+        known = _siblings(cls, error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return InvalidRequest(f"unknown field '{param}'{hint}", param=param)
+    problem = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    got = "" if error["type"] == "value_error" else f", got {_shown(error['input'])}"
+    return InvalidRequest(f"'{param}' {problem}{got}", param=param)
+
+
+def _siblings(cls: type[OpenAiRequest], loc: tuple[int | str, ...]) -> list[str]:
+    nested: dict[int | str, type[_Body]] = {
+        "messages": ChatMessage,
+        "stream_options": StreamOptions,
+    }
+    owner = nested.get(loc[0], cls) if len(loc) > 1 else cls
+    return list(owner.model_fields)
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return path.removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."

@@ -1,0 +1,45 @@
+"""Names of metrics, spans and log fields, and the one shape of a log line.
+
+Dashboards and alerts outlive code: a name is written here once and only added to.
+"""
+
+import json
+
+from core.stages import Stage
+
+# Counters carry `_total`, durations `_seconds`: Prometheus' own habit.
+HTTP_REQUESTS = "baton_http_requests_total"
+REQUESTS_IN_FLIGHT = "baton_requests_in_flight"
+TTFT = "baton_ttft_seconds"
+TPOT = "baton_tpot_seconds"
+REQUEST_DURATION = "baton_request_duration_seconds"
+PROMPT_TOKENS = "baton_prompt_tokens_total"
+CACHED_TOKENS = "baton_cached_tokens_total"
+OUTPUT_TOKENS = "baton_output_tokens_total"
+STREAM_EVENTS = "baton_stream_events_total"
+STREAM_EVENTS_COALESCED = "baton_stream_events_coalesced_total"
+SLOW_CLIENTS = "baton_slow_clients_cancelled_total"
+
+SPAN_REQUEST = "request"
+STAGE_SPANS: dict[Stage, str] = {stage: stage.label for stage in Stage if stage is not Stage.DONE}
+
+ATTR_REQUEST_ID = "baton.request_id"
+ATTR_WORKER_ID = "baton.worker_id"
+ATTR_ATTEMPT = "baton.attempt"
+
+
+def log_line(event: str, /, **fields: object) -> str:
+    """One event with its fields: `request_done request_id=req-1 status=200 e2e_ms=12.4`.
+
+    None is left out; a float keeps three decimals; text with spaces, quotes or `=` is quoted as
+    JSON, so a value from outside can neither break the line nor forge a field.
+    """
+    return " ".join([event, *(f"{k}={_text(v)}" for k, v in fields.items() if v is not None)])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = str(value)
+    plain = text.isprintable() and text != "" and not any(c in ' "=' for c in text)
+    return text if plain else json.dumps(text)

@@ -1,0 +1,221 @@
+"""A worker as decode worker: submit -> pull the KV (or compute it) -> generate until the end."""
+
+import asyncio
+import logging
+from types import TracebackType
+
+from core.blocks import root_hash
+from core.clock import Clock
+from core.errors import BatonError, InternalError, TransferFailed
+from core.ids import BlockId
+from core.messages import Accepted, DecodeSubmit, Handoff, LegFailed, LegTimes, LegTokens, Rejected
+from core.sampling import FinishReason
+from core.sink import RouterSink
+from core.stages import Stage
+from decode_worker.config import DecodeConfig
+from decode_worker.policy import refuse_sequence
+from engine.pool import BlockPool
+from engine.runner import Runner
+from engine.sequence import Sequence
+from engine.types import EngineInfo, Sampled
+from kv_transfer.reader import Pulled, PullRequest, Reader
+
+log = logging.getLogger(__name__)
+
+
+class DecodeRole:
+    """All decode legs of one worker. Entered once (`async with`); it owns the pull tasks."""
+
+    def __init__(
+        self,
+        *,
+        info: EngineInfo,
+        runner: Runner,
+        pool: BlockPool,
+        reader: Reader,
+        config: DecodeConfig,
+        clock: Clock,
+    ) -> None:
+        self._info = info
+        self._runner = runner
+        self._pool = pool
+        self._reader = reader
+        self._config = config
+        self._clock = clock
+        self._capacity_tokens = min(info.context_tokens, info.num_blocks * info.layout.block_size)
+        self._legs: dict[tuple[int, int], _DecodeLeg] = {}
+        self._tasks = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> "DecodeRole":
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for leg in self._legs.values():
+            if leg.pull is not None:
+                leg.pull.cancel()
+        await self._tasks.__aexit__(kind, error, trace)
+
+    @property
+    def open_legs(self) -> int:
+        """Legs pulling, waiting or running."""
+        return len(self._legs)
+
+    def submit(self, submit: DecodeSubmit, sink: RouterSink) -> None:
+        """Accept, or reject with the true reason."""
+        refusal = refuse_sequence(
+            len(submit.tokens),
+            submit.sampling.max_tokens - submit.output_position,
+            self._capacity_tokens,
+            self.open_legs,
+            self._config,
+        )
+        if refusal is not None:
+            sink.send(Rejected(number=submit.number, code=refusal.code, message=refusal.message))
+            return
+        now_s = self._clock.now_s()
+        sequence = Sequence(
+            sequence_id=submit.sequence_id,
+            context=submit.tokens,
+            output_position=submit.output_position,
+            sampling=submit.sampling,
+            root=root_hash(self._info.model_id, submit.cache_salt),
+            deadline_at_s=now_s + submit.deadline_s,
+            arrived_at_s=now_s,
+        )
+        leg = _DecodeLeg(self, sink, submit.number, sequence)
+        self._legs[id(sink), submit.number] = leg
+        sink.send(Accepted(number=submit.number))
+        if submit.handoff is None:
+            self._runner.submit(sequence, leg)
+        else:
+            leg.pull = self._tasks.create_task(self._bring(leg, submit.handoff))
+
+    def cancel(self, sink: RouterSink, number: int) -> None:
+        """Stop a leg; its blocks are given back, those under a read when that has ended."""
+        leg = self._legs.pop((id(sink), number), None)
+        if leg is None:
+            return
+        if leg.pull is not None:
+            leg.pull.cancel()
+        else:
+            self._runner.remove(leg.sequence)
+
+    def sink_lost(self, sink: RouterSink) -> None:
+        """The router's stream ended: so do its legs."""
+        for sink_id, number in list(self._legs):
+            if sink_id == id(sink):
+                self.cancel(sink, number)
+
+    # -- bringing the KV ------------------------------------------------------------------------
+
+    async def _bring(self, leg: "_DecodeLeg", handoff: Handoff) -> None:
+        """The pull task of one leg. Whatever happens, the router hears of it or has cancelled."""
+        sequence = leg.sequence
+        cached = self._cached_prefix(sequence)
+        self._pool.acquire(cached)
+        kept = False
+        try:
+            pulled = await self._pull(sequence, handoff, len(cached))
+            leg.pull = None
+            kept = self._start(leg, [*cached, *pulled.blocks], pulled, len(cached))
+        except TransferFailed as error:
+            leg.pull = None
+            self.fail(leg, error, Stage.KV_TRANSFER)
+        except Exception:
+            log.exception("kv_pull_bug sequence=%s", sequence.sequence_id)
+            leg.pull = None
+            self.fail(leg, InternalError("the KV pull failed"), Stage.KV_TRANSFER)
+        finally:
+            if not kept:
+                self._pool.release(cached)
+                self._reader.space_freed()
+
+    def _cached_prefix(self, sequence: Sequence) -> list[BlockId]:
+        size = self._info.layout.block_size
+        return self._pool.lookup(sequence.block_hashes(sequence.context_tokens // size, size))
+
+    async def _pull(self, sequence: Sequence, handoff: Handoff, num_cached: int) -> Pulled:
+        return await self._reader.pull(
+            PullRequest(
+                handoff=handoff,
+                sequence_id=sequence.sequence_id,
+                first_block=num_cached,
+                num_blocks=self._info.layout.num_blocks(sequence.context_tokens),
+                timeout_s=max(0.0, sequence.deadline_at_s - self._clock.now_s()),
+            )
+        )
+
+    def _start(
+        self, leg: "_DecodeLeg", blocks: list[BlockId], pulled: Pulled, num_cached: int
+    ) -> bool:
+        """Join the running batch; False when the answer already ended with its first token."""
+        sequence = leg.sequence
+        finish = sequence.append(Sampled(token=pulled.first_token))
+        if pulled.ended or finish is not None:
+            self._legs.pop((id(leg.sink), leg.number), None)
+            self._pool.release(pulled.blocks)
+            return False
+        sequence.blocks = blocks
+        sequence.computed = sequence.context_tokens
+        sequence.published = num_cached
+        sequence.publish(self._pool, self._info.layout.block_size)
+        sequence.cached_tokens = num_cached * self._info.layout.block_size
+        leg.times = LegTimes(
+            transfer_s=pulled.seconds,
+            transfer_bytes=pulled.nbytes,
+            transfer_blocks=len(pulled.blocks),
+            cached_tokens=sequence.cached_tokens,
+        )
+        self._runner.submit_ready(sequence, leg)
+        return True
+
+    # -- called by the legs ---------------------------------------------------------------------
+
+    def token(self, leg: "_DecodeLeg", sampled: Sampled, finish: FinishReason | None) -> None:
+        """One token to the router; times ride on the first."""
+        times, leg.times = leg.times, None
+        leg.sink.tokens(
+            LegTokens(
+                number=leg.number,
+                tokens=(sampled.token,),
+                finish=finish,
+                times=times,
+                logits=sampled.logits,
+            )
+        )
+        if finish is not None:
+            self._legs.pop((id(leg.sink), leg.number), None)
+
+    def fail(self, leg: "_DecodeLeg", error: BatonError, stage: Stage) -> None:
+        """The router hears why."""
+        self._legs.pop((id(leg.sink), leg.number), None)
+        leg.sink.send(
+            LegFailed(number=leg.number, code=error.code, message=error.message, stage=stage)
+        )
+
+
+class _DecodeLeg:
+    """One submit; hears of its sequence (engine.runner.SequenceListener)."""
+
+    def __init__(self, role: DecodeRole, sink: RouterSink, number: int, sequence: Sequence) -> None:
+        self.role = role
+        self.sink = sink
+        self.number = number
+        self.sequence = sequence
+        self.pull: asyncio.Task[None] | None = None
+        self.times: LegTimes | None = None
+
+    def on_blocks(self, sequence: Sequence) -> None:
+        """KV computed here is for nobody else."""
+
+    def on_token(self, sequence: Sequence, sampled: Sampled, finish: FinishReason | None) -> None:
+        self.role.token(self, sampled, finish)
+
+    def on_failed(self, sequence: Sequence, error: BatonError) -> None:
+        self.role.fail(self, error, Stage.DECODE)

@@ -1,0 +1,133 @@
+"""Leases: the promise that announced blocks stay what they are until the reader has them.
+
+    open --(prefill runs: cannot expire)--> finish --> close    HELD
+      |                                       |------> expired  no renewal for `lease_s`
+      '---------------- abort, at any time ---'------> aborted
+
+A closed lease is remembered for twice its length, so that `close` may be asked again and gets the
+same answer. All times come from the clock passed in; one thread calls all of this.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from core.clock import Clock
+from core.ids import BlockId, LeaseId, SequenceId
+from engine.pool import BlockPool
+from kv_transfer.messages import LeaseOutcome
+
+NEVER_S = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """What ends a prefill: the token it sampled, and whether the answer ends with it."""
+
+    token: int
+    ended: bool
+
+
+@dataclass(slots=True)
+class Lease:
+    """One open lease. `reader` names who is bound to it."""
+
+    lease_id: LeaseId
+    sequence_id: SequenceId
+    opened_at_s: float
+    expires_at_s: float = NEVER_S
+    blocks: list[BlockId] = field(default_factory=list)
+    reader: str | None = None
+    first_token: FirstToken | None = None
+
+
+@dataclass(slots=True)
+class LeaseCounters:
+    """Outcomes since the process started; opened = closed + aborted + expired + open."""
+
+    opened: int = 0
+    closed: int = 0
+    aborted: int = 0
+    expired: int = 0
+
+
+class LeaseTable:
+    """Owns the lease references of one pool."""
+
+    def __init__(self, pool: BlockPool, clock: Clock, lease_s: float) -> None:
+        self._pool = pool
+        self._clock = clock
+        self.lease_s = lease_s
+        self._open: dict[LeaseId, Lease] = {}
+        self._ended: OrderedDict[LeaseId, tuple[float, LeaseOutcome]] = OrderedDict()
+        self._next_id = 1
+        self.counters = LeaseCounters()
+
+    def open(self, sequence_id: SequenceId) -> Lease:
+        """A new lease without blocks; cannot expire until its prefill is finished."""
+        lease = Lease(LeaseId(self._next_id), sequence_id, self._clock.now_s())
+        self._next_id += 1
+        self._open[lease.lease_id] = lease
+        self.counters.opened += 1
+        return lease
+
+    def get(self, lease_id: LeaseId) -> Lease | None:
+        """The lease, if it is open."""
+        return self._open.get(lease_id)
+
+    def all(self) -> tuple[Lease, ...]:
+        """Open leases, oldest first."""
+        return tuple(self._open.values())
+
+    def extend(self, lease: Lease, block_ids: Sequence[BlockId]) -> None:
+        """Hold more blocks; the caller still has its own reference to them."""
+        self._pool.lease(block_ids)
+        lease.blocks.extend(block_ids)
+
+    def finish(self, lease: Lease, first_token: FirstToken) -> None:
+        """The prefill has ended; from now on the lease lives by renewal."""
+        lease.first_token = first_token
+        lease.expires_at_s = self._clock.now_s() + self.lease_s
+
+    def renew(self, lease_ids: Sequence[LeaseId], reader: str | None) -> None:
+        """Push expiry out; only the bound reader, or anybody (None) while none is bound."""
+        for lease_id in lease_ids:
+            lease = self._open.get(lease_id)
+            if lease is not None and lease.reader == reader and lease.expires_at_s != NEVER_S:
+                lease.expires_at_s = self._clock.now_s() + self.lease_s
+
+    def close(self, lease_id: LeaseId, reader: str) -> LeaseOutcome:
+        """Answer the closing question; idempotent while the lease is remembered."""
+        self.sweep()
+        lease = self._open.get(lease_id)
+        if lease is None:
+            return self._ended.get(lease_id, (0.0, LeaseOutcome.UNKNOWN))[1]
+        if lease.reader != reader or lease.first_token is None:
+            return LeaseOutcome.UNKNOWN
+        self._end(lease, LeaseOutcome.HELD)
+        self.counters.closed += 1
+        return LeaseOutcome.HELD
+
+    def abort(self, lease_id: LeaseId) -> Lease | None:
+        """End a lease early; answers it if it was open."""
+        lease = self._open.get(lease_id)
+        if lease is not None:
+            self._end(lease, LeaseOutcome.ABORTED)
+            self.counters.aborted += 1
+        return lease
+
+    def sweep(self) -> list[Lease]:
+        """End what has expired and forget what ended long ago; answers the expired leases."""
+        now_s = self._clock.now_s()
+        expired = [lease for lease in self._open.values() if lease.expires_at_s <= now_s]
+        for lease in expired:
+            self._end(lease, LeaseOutcome.EXPIRED)
+            self.counters.expired += 1
+        while self._ended and next(iter(self._ended.values()))[0] <= now_s:
+            self._ended.popitem(last=False)
+        return expired
+
+    def _end(self, lease: Lease, outcome: LeaseOutcome) -> None:
+        del self._open[lease.lease_id]
+        self._ended[lease.lease_id] = (self._clock.now_s() + 2 * self.lease_s, outcome)
+        self._pool.unlease(lease.blocks)

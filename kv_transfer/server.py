@@ -1,0 +1,78 @@
+"""The gRPC door of the owner's side: one PeerStream per reader."""
+
+import asyncio
+import logging
+
+import grpc
+
+from core.messages import PROTOCOL_MAJOR
+from core.outbox import Outbox
+from kv_transfer.codec import UnknownMessage, from_owner_to_wire, from_reader_from_wire
+from kv_transfer.messages import FromOwner, PeerHello
+from kv_transfer.owner import Owner
+from wire import peer_pb2, peer_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+_OUTBOX_MESSAGES = 65_536
+_HELLO_TIMEOUT_S = 5.0
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class PeerService(peer_pb2_grpc.PeerServicer):
+    """Translates; all decisions are the Owner's."""
+
+    def __init__(self, owner: Owner, hello: PeerHello) -> None:
+        self._owner = owner
+        self._hello = hello
+
+    async def PeerStream(self, _requests: object, context: Context) -> None:  # noqa: N802
+        hello = await self._read_hello(context)
+        outbox: Outbox[FromOwner] = Outbox(_OUTBOX_MESSAGES)
+        outbox.send(self._hello)
+        reader = self._owner.attach(hello, outbox.send)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._write(outbox, context))
+                await self._read(reader, context)
+                outbox.close()
+        finally:
+            self._owner.detach(reader)
+
+    async def _read_hello(self, context: Context) -> PeerHello:
+        raw = await asyncio.wait_for(context.read(), _HELLO_TIMEOUT_S)
+        hello = from_reader_from_wire(raw) if isinstance(raw, peer_pb2.FromReader) else None
+        if not isinstance(hello, PeerHello):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a hello must come first")
+        if hello.protocol_major != PROTOCOL_MAJOR:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"protocol {hello.protocol_major} speaks to protocol {PROTOCOL_MAJOR}",
+            )
+        if hello.model_id != self._hello.model_id:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"reader's model {hello.model_id} is not this owner's {self._hello.model_id}",
+            )
+        return hello
+
+    async def _read(self, reader: str, context: Context) -> None:
+        while isinstance(raw := await context.read(), peer_pb2.FromReader):
+            try:
+                message = from_reader_from_wire(raw)
+            except UnknownMessage as unknown:
+                log.info("peer_message_skipped %s", unknown)
+                continue
+            self._owner.handle(reader, message)
+
+    async def _write(self, outbox: Outbox[FromOwner], context: Context) -> None:
+        async for message in outbox:
+            await context.write(from_owner_to_wire(message))
+        if outbox.overflowed:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the reader fell behind")
+
+
+def add_peer_service(server: grpc.aio.Server, owner: Owner, hello: PeerHello) -> None:
+    """Serve PeerStream on `server`."""
+    peer_pb2_grpc.add_PeerServicer_to_server(PeerService(owner, hello), server)

@@ -1,0 +1,216 @@
+"""The router's HTTP application: the two generating endpoints and the small ones around them.
+
+POST /v1/chat/completions, /v1/completions   raw ASGI (http_edge.py): the hot path
+GET  /v1/models, /v1/models/{id}             what is served
+GET  /health, /ready, /metrics               alive; routable; Prometheus
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from core.clock import Clock
+from core.errors import BatonError, InternalError, InvalidRequest, ModelNotFound
+from core.openai import ChatCompletionRequest, CompletionRequest, OpenAiRequest
+from router.config import RouterConfig
+from router.http_edge import Edge, GenerateEndpoint
+from router.http_errors import MethodNotAllowed, NoSuchRoute, error_body, error_headers
+from router.metrics import EdgeMetrics
+from router.request_context import RequestContext, request_id_of
+from router.requests import Planner
+from router.tokenizer import Tokenizer
+from router.types import Generator
+
+_GENERATING: tuple[tuple[str, type[OpenAiRequest], str], ...] = (
+    ("/v1/chat/completions", ChatCompletionRequest, "chatcmpl"),
+    ("/v1/completions", CompletionRequest, "cmpl"),
+)
+
+
+class ModelCard(BaseModel):
+    """One served model, as OpenAI lists them; `max_model_len` is what the workers hold now."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "baton"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: str = "list"
+    data: list[ModelCard]
+
+
+def create_app(
+    generator: Generator,
+    settings: RouterConfig,
+    tokenizer: Tokenizer,
+    *,
+    model_names: Sequence[str],
+    clock: Clock,
+    metrics: EdgeMetrics,
+    fingerprint: str = "baton",
+) -> FastAPI:
+    """Wire the HTTP edge. `model_names` are equal names of the one model, at least one."""
+    app = FastAPI(title="Baton", openapi_url="/openapi.json", redoc_url=None)
+    app.router.redirect_slashes = False
+    app.add_middleware(RequestContext, api_keys=settings.api_keys)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(BatonError, _on_baton_error)
+    app.add_exception_handler(Exception, _on_bug)
+    edge = Edge(
+        generator=generator,
+        tokenizer=tokenizer,
+        planner=Planner(
+            generator=generator, tokenizer=tokenizer, model_names=model_names, clock=clock
+        ),
+        settings=settings,
+        metrics=metrics,
+        clock=clock,
+        fingerprint=fingerprint,
+    )
+    for path, request_type, prefix in _GENERATING:
+        endpoint = GenerateEndpoint(edge, request_type, prefix)
+        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+    _add_models(app, generator, model_names, created_s=int(clock.wall_s()))
+    _add_probes(app, generator, metrics)
+    _describe(app)
+    return app
+
+
+def _add_models(
+    app: FastAPI, generator: Generator, model_names: Sequence[str], created_s: int
+) -> None:
+    def card(name: str) -> ModelCard:
+        context_tokens = generator.limits().context_tokens
+        return ModelCard(id=name, created=created_s, max_model_len=context_tokens)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[card(name) for name in model_names])
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> ModelCard:
+        if name not in model_names:
+            raise ModelNotFound(f"the model '{name}' does not exist", param="model")
+        return card(name)
+
+
+def _add_probes(app: FastAPI, generator: Generator, metrics: EdgeMetrics) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready(response: Response) -> dict[str, str]:
+        if generator.limits().ready:
+            return {"status": "ready"}
+        response.status_code = 503
+        return {"status": "not_ready", "reason": _why_not_ready(generator)}
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _why_not_ready(generator: Generator) -> str:
+    routable = {w.role for w in generator.workers() if w.connected and not w.draining}
+    missing = [role for role in ("prefill", "decode") if role not in routable]
+    if missing:
+        return f"no {' and no '.join(missing)} worker is connected"
+    return "no pair of prefill and decode workers is routable"
+
+
+def _describe(app: FastAPI) -> None:
+    """Put the raw ASGI endpoints into the OpenAPI document too."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for path, request_type, _ in _GENERATING:
+                document["paths"][path] = _operation(request_type)
+                schema = request_type.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[request_type.__name__] = schema
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _operation(request_type: type[OpenAiRequest]) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{request_type.__name__}"}
+    return {
+        "post": {
+            "summary": "Generate an answer, streamed as server-sent events or whole",
+            "parameters": [
+                {
+                    "name": "x-baton-timings",
+                    "in": "header",
+                    "required": False,
+                    "description": "1: what ends a choice carries a `baton` object with its times",
+                    "schema": {"type": "string", "enum": ["1"]},
+                },
+                {
+                    "name": "x-request-id",
+                    "in": "header",
+                    "required": False,
+                    "description": "Echoed on the response; part of the id in logs",
+                    "schema": {"type": "string", "maxLength": 128},
+                },
+            ],
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            "responses": {
+                "200": {
+                    "description": "The answer in OpenAI's format",
+                    "content": {
+                        "application/json": {"schema": {"type": "object"}},
+                        "text/event-stream": {"schema": {"type": "string"}},
+                    },
+                },
+                "4XX": {"description": "The request must change; OpenAI's error format"},
+                "5XX": {"description": "It could not be served; OpenAI's error format"},
+            },
+        }
+    }
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """404 and 405 of the routing itself."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    where = f"{request.method} {request.url.path}"
+    if status == 404:
+        return _error_response(NoSuchRoute(f"{where} does not exist"))
+    if status == 405:
+        return _error_response(MethodNotAllowed(f"{where} is not allowed"))
+    return _error_response(InvalidRequest(f"{where} is refused: {error}"))
+
+
+async def _on_baton_error(request: Request, error: Exception) -> Response:
+    known = error if isinstance(error, BatonError) else InternalError(str(error))
+    return _error_response(known)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """The server logs the traceback. This answer does not pass the middleware that adds the id."""
+    request_id = request_id_of(request.scope)
+    response = _error_response(InternalError(f"internal error in request {request_id}"))
+    response.headers["x-request-id"] = request_id
+    return response
+
+
+def _error_response(error: BatonError) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error_headers(error)}
+    return Response(
+        error_body(error),
+        status_code=error.http_status,
+        headers=headers,
+        media_type="application/json",
+    )

@@ -1,0 +1,139 @@
+"""The bytes of an answer in OpenAI's formats: SSE chunks, or one JSON body.
+
+Of a chunk only the text changes from token to token, so what stands around it is encoded once per
+choice:   data: {"id":...,"choices":[{"index":0,"delta":{"content":  TEXT  },...}]}\n\n
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from core.errors import BatonError
+from core.sampling import FinishReason
+from router.answer import Answer
+from router.http_errors import error_body
+from router.types import Timings
+
+DONE = b"data: [DONE]\n\n"
+_MARK = "\0text\0"
+
+JsonObject = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerHead:
+    """What every chunk of one answer repeats."""
+
+    answer_id: str
+    created_s: int
+    model: str
+    fingerprint: str
+    chat: bool
+    usage_chunk: bool
+    """A usage chunk will follow, so the others carry `usage: null`."""
+    timings: bool
+    """Add the `baton` object to what ends a choice."""
+
+    def json(self, kind: str, choices: list[JsonObject]) -> JsonObject:
+        return {
+            "id": self.answer_id,
+            "object": kind,
+            "created": self.created_s,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+
+class ChunkEncoder:
+    """SSE events of one choice."""
+
+    __slots__ = ("_after", "_before", "_head", "_index")
+
+    def __init__(self, head: AnswerHead, index: int) -> None:
+        self._head = head
+        self._index = index
+        delta: JsonObject = {"content": _MARK} if head.chat else {}
+        event = self._event(delta, _MARK, None)
+        self._before, self._after = event.split(orjson.dumps(_MARK))
+
+    def first(self) -> bytes:
+        """Opens a chat answer by its role; empty for a text completion."""
+        if not self._head.chat:
+            return b""
+        return self._event({"role": "assistant", "content": ""}, "", None)
+
+    def text(self, piece: str) -> bytes:
+        return self._before + orjson.dumps(piece) + self._after
+
+    def finish(self, reason: FinishReason, timings: Timings) -> bytes:
+        return self._event({}, "", reason, timings if self._head.timings else None)
+
+    def _event(
+        self,
+        delta: JsonObject,
+        text: str,
+        reason: FinishReason | None,
+        timings: Timings | None = None,
+    ) -> bytes:
+        content: JsonObject = {"delta": delta} if self._head.chat else {"text": text}
+        tail: JsonObject = {"logprobs": None, "finish_reason": reason}
+        body = self._head.json(_chunk_kind(self._head), [{"index": self._index, **content, **tail}])
+        if self._head.usage_chunk:
+            body["usage"] = None
+        if timings is not None:
+            body["baton"] = timings
+        return sse_event(orjson.dumps(body))
+
+
+def usage_event(head: AnswerHead, answers: Sequence[Answer]) -> bytes:
+    """The chunk that `stream_options.include_usage` asks for."""
+    body = head.json(_chunk_kind(head), []) | {"usage": _usage(answers)}
+    return sse_event(orjson.dumps(body))
+
+
+def error_event(error: BatonError) -> bytes:
+    """Ends a stream that cannot be completed."""
+    return sse_event(error_body(error))
+
+
+def sse_event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def answer_body(head: AnswerHead, answers: Sequence[Answer], texts: Sequence[str]) -> bytes:
+    """The whole answer; `texts` are the answers' texts."""
+    choices = [_choice(head, a, text) for a, text in zip(answers, texts, strict=True)]
+    body = head.json("chat.completion" if head.chat else "text_completion", choices)
+    body["usage"] = _usage(answers)
+    if head.timings and len(answers) == 1:
+        body["baton"] = answers[0].timings
+    return orjson.dumps(body)
+
+
+def _choice(head: AnswerHead, answer: Answer, text: str) -> JsonObject:
+    choice: JsonObject = {"index": answer.index, "logprobs": None, "finish_reason": answer.finish}
+    if head.chat:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+    else:
+        choice["text"] = text
+    if head.timings:
+        choice["baton"] = answer.timings
+    return choice
+
+
+def _usage(answers: Sequence[Answer]) -> JsonObject:
+    counted = [answer for answer in answers if answer.planned.counts_prompt]
+    prompt_tokens = sum(len(answer.planned.request.prompt_tokens) for answer in counted)
+    output_tokens = sum(answer.num_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(a.cached_tokens for a in counted)},
+    }
+
+
+def _chunk_kind(head: AnswerHead) -> str:
+    return "chat.completion.chunk" if head.chat else "text_completion"

@@ -1,0 +1,217 @@
+"""The gRPC door towards workers: one RouterStream per worker, many legs on it."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+
+from core.channel import CHANNEL_OPTIONS
+from core.errors import WorkerLost
+from core.ids import ModelId
+from core.messages import (
+    PROTOCOL_MAJOR,
+    PROTOCOL_MINOR,
+    Accepted,
+    Cancel,
+    DecodeSubmit,
+    KvEvents,
+    KvSnapshot,
+    LegFailed,
+    LegTokens,
+    LoadReport,
+    PrefillSubmit,
+    Rejected,
+    RouterToWorker,
+    SnapshotRequest,
+    TokenFrame,
+    WorkerHello,
+    WorkerToRouter,
+)
+from core.outbox import Outbox
+from core.registry import WorkerRecord
+from core.stages import Stage
+from kv_transfer.codec import UnknownMessage
+from router.codec import from_worker, to_worker
+from router.view import WorkerView
+from wire import common_pb2, worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+LegEvent = Accepted | Rejected | LegTokens | LegFailed
+
+_Stream = grpc.aio.StreamStreamCall[worker_pb2.ToWorker, worker_pb2.ToRouter]
+_OUTBOX_MESSAGES = 65_536
+_HELLO_TIMEOUT_S = 5.0
+
+
+class LegListener(Protocol):
+    """Hears of one leg, on the event loop; must not wait."""
+
+    def __call__(self, leg: "Leg", event: LegEvent) -> None: ...
+
+
+class Leg:
+    """One submit on one stream. `cancel` may be called at any time, also when it is over."""
+
+    def __init__(self, link: "WorkerLink", number: int, listener: LegListener) -> None:
+        self.link = link
+        self.number = number
+        self.listener = listener
+
+    def cancel(self, reason: str) -> None:
+        self.link.cancel(self, reason)
+
+
+class WorkerLink:
+    """The stream to one incarnation of one worker. `run` is its only task; it does not raise."""
+
+    def __init__(self, record: WorkerRecord, router_id: str, model_id: ModelId) -> None:
+        self.record = record
+        self._router_id = router_id
+        self._model_id = model_id
+        self._outbox: Outbox[worker_pb2.ToWorker] = Outbox(_OUTBOX_MESSAGES)
+        self._legs: dict[int, Leg] = {}
+        self._next_number = 1
+        self.view: WorkerView | None = None
+        self.ended_because = ""
+
+    # -- legs -----------------------------------------------------------------------------------
+
+    @property
+    def routable(self) -> WorkerView | None:
+        """The view, while the worker is connected, of this model, and takes requests."""
+        view = self.view
+        if view is None or view.load is None or view.load.draining:
+            return None
+        return view
+
+    def submit(
+        self,
+        build: Callable[[int], PrefillSubmit | DecodeSubmit],
+        listener: LegListener,
+        load_tokens: int,
+    ) -> Leg:
+        """Open a leg. Raises WorkerLost when the stream has ended."""
+        if self.view is None:
+            raise WorkerLost(f"worker {self.record.worker_id} is not connected")
+        number, self._next_number = self._next_number, self._next_number + 1
+        leg = self._legs[number] = Leg(self, number, listener)
+        self.view.submitted(number, load_tokens)
+        self.send(build(number))
+        return leg
+
+    def cancel(self, leg: Leg, reason: str) -> None:
+        """Forget a leg and tell the worker, which may hold something for it."""
+        if self._legs.pop(leg.number, None) is not None:
+            self.send(Cancel(number=leg.number, reason=reason))
+
+    def finish(self, leg: Leg) -> None:
+        """Forget a leg that has said its last word and holds nothing."""
+        self._legs.pop(leg.number, None)
+
+    def send(self, message: RouterToWorker) -> None:
+        self._outbox.send(to_worker(message))
+
+    # -- the stream -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the stream until it ends; then every leg has failed."""
+        reason = "its stream ended"
+        try:
+            address = self.record.address
+            async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+                await self._serve(worker_pb2_grpc.WorkerStub(channel).RouterStream())
+        except* (grpc.aio.AioRpcError, WorkerLost, UnknownMessage, TimeoutError) as errors:
+            reason = _describe(errors)
+        finally:
+            self._lose(reason)
+
+    async def _serve(self, stream: _Stream) -> None:
+        hello = worker_pb2.RouterHello(
+            router_id=self._router_id,
+            protocol=common_pb2.Protocol(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR),
+        )
+        self._outbox.send(worker_pb2.ToWorker(hello=hello))
+        async with asyncio.TaskGroup() as group:
+            writer = group.create_task(self._write(stream))
+            view = await asyncio.wait_for(self._read_hello(stream), _HELLO_TIMEOUT_S)
+            self.view = view
+            log.info(
+                "worker_connected worker_id=%s role=%s", self.record.worker_id, view.hello.role
+            )
+            while isinstance(raw := await stream.read(), worker_pb2.ToRouter):
+                self._receive(view, raw)
+            writer.cancel()
+
+    async def _read_hello(self, stream: _Stream) -> WorkerView:
+        raw = await stream.read()
+        hello = from_worker(raw) if isinstance(raw, worker_pb2.ToRouter) else None
+        if not isinstance(hello, WorkerHello):
+            raise WorkerLost("it said no hello")
+        if hello.protocol_major != PROTOCOL_MAJOR:
+            raise WorkerLost(f"it speaks protocol {hello.protocol_major}, not {PROTOCOL_MAJOR}")
+        if hello.model_id != self._model_id:
+            raise WorkerLost(f"it serves model {hello.model_id}, not {self._model_id}")
+        return WorkerView(hello)
+
+    def _receive(self, view: WorkerView, raw: worker_pb2.ToRouter) -> None:
+        try:
+            message = from_worker(raw)
+        except UnknownMessage as unknown:
+            log.info("worker_message_skipped %s", unknown)
+            return
+        self._dispatch(view, message)
+
+    def _dispatch(self, view: WorkerView, message: WorkerToRouter) -> None:
+        match message:
+            case TokenFrame():
+                for entry in message.entries:
+                    self._tell(entry.number, entry)
+            case Accepted():
+                self._tell(message.number, message)
+            case Rejected() | LegFailed():
+                view.ended(message.number)
+                self._tell(message.number, message)
+            case LoadReport():
+                view.reported(message)
+            case KvEvents():
+                if not view.apply_events(message):
+                    self.send(SnapshotRequest())
+            case KvSnapshot():
+                view.apply_snapshot(message)
+            case WorkerHello():
+                view.hello = message
+
+    def _tell(self, number: int, event: LegEvent) -> None:
+        leg = self._legs.get(number)
+        if leg is not None:
+            leg.listener(leg, event)
+
+    async def _write(self, stream: _Stream) -> None:
+        async for message in self._outbox:
+            await stream.write(message)
+        raise WorkerLost("it does not read its stream")
+
+    def _lose(self, reason: str) -> None:
+        self.view = None
+        self.ended_because = reason
+        self._outbox.close()
+        legs, self._legs = self._legs, {}
+        for leg in legs.values():
+            lost = f"worker {self.record.worker_id} was lost: {reason}"
+            leg.listener(
+                leg,
+                LegFailed(number=leg.number, code=WorkerLost.code, message=lost, stage=Stage.ROUTE),
+            )
+        log.warning("worker_lost worker_id=%s reason=%s", self.record.worker_id, reason)
+
+
+def _describe(errors: BaseExceptionGroup[BaseException]) -> str:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or "no hello in time"

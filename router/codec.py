@@ -1,0 +1,372 @@
+"""The RouterStream's typed messages to and from the wire; used at both ends of the stream."""
+
+from core.blocks import HASH_BYTES
+from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, WorkerId
+from core.messages import (
+    Accepted,
+    Cancel,
+    DecodeSubmit,
+    Handoff,
+    KvEvents,
+    KvRemoved,
+    KvSnapshot,
+    KvStored,
+    LegFailed,
+    LegTimes,
+    LegTokens,
+    LoadReport,
+    PrefillSubmit,
+    Rejected,
+    RenewLeases,
+    RouterToWorker,
+    SnapshotRequest,
+    TokenFrame,
+    WorkerHello,
+    WorkerToRouter,
+)
+from core.sampling import FinishReason, SamplingParams
+from core.stages import Stage
+from kv_transfer.codec import (
+    UnknownMessage,
+    layout_from_wire,
+    layout_to_wire,
+    sequence_id_from_wire,
+    sequence_id_to_wire,
+)
+from wire import common_pb2, worker_pb2
+
+_ROLE_TO_WIRE = {Role.PREFILL: common_pb2.ROLE_PREFILL, Role.DECODE: common_pb2.ROLE_DECODE}
+_ROLE_FROM_WIRE = {wire: role for role, wire in _ROLE_TO_WIRE.items()}
+_FINISH_TO_WIRE = {
+    None: worker_pb2.FINISH_NONE,
+    FinishReason.STOP: worker_pb2.FINISH_STOP,
+    FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
+}
+_FINISH_FROM_WIRE = {wire: finish for finish, wire in _FINISH_TO_WIRE.items()}
+
+
+# -- router to worker ---------------------------------------------------------------------------
+
+
+def to_worker(message: RouterToWorker) -> worker_pb2.ToWorker:
+    match message:
+        case PrefillSubmit():
+            prefill = worker_pb2.PrefillSubmit(
+                number=message.number,
+                sequence_id=sequence_id_to_wire(message.sequence_id),
+                tokens=message.tokens,
+                output_position=message.output_position,
+                sampling=_sampling_to_wire(message.sampling),
+                deadline_s=message.deadline_s,
+                cache_salt=message.cache_salt,
+            )
+            return worker_pb2.ToWorker(prefill=prefill)
+        case DecodeSubmit():
+            return worker_pb2.ToWorker(decode=_decode_to_wire(message))
+        case Cancel():
+            cancel = worker_pb2.Cancel(number=message.number, reason=message.reason)
+            return worker_pb2.ToWorker(cancel=cancel)
+        case RenewLeases():
+            renew = worker_pb2.RenewLeases(lease_ids=message.lease_ids)
+            return worker_pb2.ToWorker(renew_leases=renew)
+        case SnapshotRequest():
+            return worker_pb2.ToWorker(snapshot_request=worker_pb2.SnapshotRequest())
+
+
+def from_router(message: worker_pb2.ToWorker) -> RouterToWorker:
+    match message.WhichOneof("message"):
+        case "prefill":
+            prefill = message.prefill
+            return PrefillSubmit(
+                number=prefill.number,
+                sequence_id=sequence_id_from_wire(prefill.sequence_id),
+                tokens=tuple(prefill.tokens),
+                output_position=prefill.output_position,
+                sampling=_sampling_from_wire(prefill.sampling),
+                deadline_s=prefill.deadline_s,
+                cache_salt=prefill.cache_salt,
+            )
+        case "decode":
+            return _decode_from_wire(message.decode)
+        case "cancel":
+            return Cancel(number=message.cancel.number, reason=message.cancel.reason)
+        case "renew_leases":
+            return RenewLeases(lease_ids=tuple(LeaseId(i) for i in message.renew_leases.lease_ids))
+        case "snapshot_request":
+            return SnapshotRequest()
+        case other:
+            raise UnknownMessage(f"from a router: {other}")
+
+
+def _decode_to_wire(message: DecodeSubmit) -> worker_pb2.DecodeSubmit:
+    handoff = None
+    if message.handoff is not None:
+        handoff = worker_pb2.Handoff(
+            owner_id=message.handoff.owner_id,
+            owner_address=message.handoff.owner_address,
+            owner_incarnation=message.handoff.owner_incarnation,
+            lease_id=message.handoff.lease_id,
+        )
+    return worker_pb2.DecodeSubmit(
+        number=message.number,
+        sequence_id=sequence_id_to_wire(message.sequence_id),
+        tokens=message.tokens,
+        output_position=message.output_position,
+        sampling=_sampling_to_wire(message.sampling),
+        deadline_s=message.deadline_s,
+        cache_salt=message.cache_salt,
+        handoff=handoff,
+    )
+
+
+def _decode_from_wire(decode: worker_pb2.DecodeSubmit) -> DecodeSubmit:
+    handoff = None
+    if decode.HasField("handoff"):
+        handoff = Handoff(
+            owner_id=WorkerId(decode.handoff.owner_id),
+            owner_address=decode.handoff.owner_address,
+            owner_incarnation=Incarnation(decode.handoff.owner_incarnation),
+            lease_id=LeaseId(decode.handoff.lease_id),
+        )
+    return DecodeSubmit(
+        number=decode.number,
+        sequence_id=sequence_id_from_wire(decode.sequence_id),
+        tokens=tuple(decode.tokens),
+        output_position=decode.output_position,
+        sampling=_sampling_from_wire(decode.sampling),
+        deadline_s=decode.deadline_s,
+        handoff=handoff,
+        cache_salt=decode.cache_salt,
+    )
+
+
+def _sampling_to_wire(sampling: SamplingParams) -> common_pb2.Sampling:
+    return common_pb2.Sampling(
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=sorted(sampling.stop_token_ids),
+        return_logits=sampling.return_logits,
+    )
+
+
+def _sampling_from_wire(sampling: common_pb2.Sampling) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        return_logits=sampling.return_logits,
+    )
+
+
+# -- worker to router ---------------------------------------------------------------------------
+
+
+def to_router(message: WorkerToRouter) -> worker_pb2.ToRouter:
+    match message:
+        case TokenFrame():
+            entries = [_entry_to_wire(entry) for entry in message.entries]
+            return worker_pb2.ToRouter(tokens=worker_pb2.TokenFrame(entries=entries))
+        case LoadReport():
+            return worker_pb2.ToRouter(load=load_to_wire(message))
+        case Accepted():
+            accepted = worker_pb2.Accepted(
+                number=message.number,
+                lease_id=message.lease_id or 0,
+                lease_s=message.lease_s,
+                cached_tokens=message.cached_tokens,
+            )
+            return worker_pb2.ToRouter(accepted=accepted)
+        case Rejected():
+            rejected = worker_pb2.Rejected(
+                number=message.number, code=message.code, message=message.message
+            )
+            return worker_pb2.ToRouter(rejected=rejected)
+        case LegFailed():
+            failed = worker_pb2.LegFailed(
+                number=message.number,
+                code=message.code,
+                message=message.message,
+                stage=int(message.stage),
+            )
+            return worker_pb2.ToRouter(failed=failed)
+        case KvEvents():
+            events = [_event_to_wire(event) for event in message.events]
+            kv_events = worker_pb2.KvEvents(first_number=message.first_number, events=events)
+            return worker_pb2.ToRouter(kv_events=kv_events)
+        case KvSnapshot():
+            snapshot = worker_pb2.KvSnapshot(
+                next_number=message.next_number,
+                hashes=b"".join(message.hashes),
+                last=message.last,
+            )
+            return worker_pb2.ToRouter(kv_snapshot=snapshot)
+        case WorkerHello():
+            return worker_pb2.ToRouter(hello=hello_to_wire(message))
+
+
+def from_worker(message: worker_pb2.ToRouter) -> WorkerToRouter:
+    match message.WhichOneof("message"):
+        case "tokens":
+            entries = tuple(_entry_from_wire(entry) for entry in message.tokens.entries)
+            return TokenFrame(entries=entries)
+        case "load":
+            return load_from_wire(message.load)
+        case "accepted":
+            accepted = message.accepted
+            return Accepted(
+                number=accepted.number,
+                lease_id=LeaseId(accepted.lease_id) if accepted.lease_id else None,
+                lease_s=accepted.lease_s,
+                cached_tokens=accepted.cached_tokens,
+            )
+        case "rejected":
+            rejected = message.rejected
+            return Rejected(number=rejected.number, code=rejected.code, message=rejected.message)
+        case "failed":
+            failed = message.failed
+            stage = Stage(min(failed.stage, int(Stage.DONE)))
+            return LegFailed(
+                number=failed.number, code=failed.code, message=failed.message, stage=stage
+            )
+        case "kv_events":
+            events = tuple(_event_from_wire(event) for event in message.kv_events.events)
+            return KvEvents(first_number=message.kv_events.first_number, events=events)
+        case "kv_snapshot":
+            return KvSnapshot(
+                next_number=message.kv_snapshot.next_number,
+                hashes=_hashes_from_wire(message.kv_snapshot.hashes),
+                last=message.kv_snapshot.last,
+            )
+        case "hello":
+            return hello_from_wire(message.hello)
+        case other:
+            raise UnknownMessage(f"from a worker: {other}")
+
+
+def hello_to_wire(hello: WorkerHello) -> worker_pb2.WorkerHello:
+    return worker_pb2.WorkerHello(
+        worker_id=hello.worker_id,
+        incarnation=hello.incarnation,
+        role=_ROLE_TO_WIRE[hello.role],
+        epoch=hello.epoch,
+        model_id=hello.model_id,
+        layout=layout_to_wire(hello.layout),
+        num_blocks=hello.num_blocks,
+        context_tokens=hello.context_tokens,
+        peer_address=hello.peer_address,
+        protocol=common_pb2.Protocol(major=hello.protocol_major, minor=hello.protocol_minor),
+    )
+
+
+def hello_from_wire(hello: worker_pb2.WorkerHello) -> WorkerHello:
+    role = _ROLE_FROM_WIRE.get(hello.role)
+    if role is None:
+        raise UnknownMessage(f"worker role {hello.role}")
+    return WorkerHello(
+        worker_id=WorkerId(hello.worker_id),
+        incarnation=Incarnation(hello.incarnation),
+        role=role,
+        epoch=hello.epoch,
+        model_id=ModelId(hello.model_id),
+        layout=layout_from_wire(hello.layout),
+        num_blocks=hello.num_blocks,
+        context_tokens=hello.context_tokens,
+        peer_address=hello.peer_address,
+        protocol_major=hello.protocol.major,
+        protocol_minor=hello.protocol.minor,
+    )
+
+
+def load_to_wire(load: LoadReport) -> worker_pb2.LoadReport:
+    return worker_pb2.LoadReport(
+        last_submit=load.last_submit,
+        queued_tokens=load.queued_tokens,
+        waiting=load.waiting,
+        running=load.running,
+        context_tokens=load.context_tokens,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        draining=load.draining,
+    )
+
+
+def load_from_wire(load: worker_pb2.LoadReport) -> LoadReport:
+    return LoadReport(
+        last_submit=load.last_submit,
+        queued_tokens=load.queued_tokens,
+        waiting=load.waiting,
+        running=load.running,
+        context_tokens=load.context_tokens,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        draining=load.draining,
+    )
+
+
+def _entry_to_wire(entry: LegTokens) -> worker_pb2.LegTokens:
+    times = None
+    if entry.times is not None:
+        times = worker_pb2.LegTimes(
+            queue_s=entry.times.queue_s,
+            prefill_s=entry.times.prefill_s,
+            transfer_s=entry.times.transfer_s,
+            transfer_bytes=entry.times.transfer_bytes,
+            transfer_blocks=entry.times.transfer_blocks,
+            cached_tokens=entry.times.cached_tokens,
+        )
+    return worker_pb2.LegTokens(
+        number=entry.number,
+        tokens=entry.tokens,
+        finish=_FINISH_TO_WIRE[entry.finish],
+        times=times,
+        logits=entry.logits,
+    )
+
+
+def _entry_from_wire(entry: worker_pb2.LegTokens) -> LegTokens:
+    times = None
+    if entry.HasField("times"):
+        times = LegTimes(
+            queue_s=entry.times.queue_s,
+            prefill_s=entry.times.prefill_s,
+            transfer_s=entry.times.transfer_s,
+            transfer_bytes=entry.times.transfer_bytes,
+            transfer_blocks=entry.times.transfer_blocks,
+            cached_tokens=entry.times.cached_tokens,
+        )
+    return LegTokens(
+        number=entry.number,
+        tokens=tuple(entry.tokens),
+        finish=_FINISH_FROM_WIRE[entry.finish],
+        times=times,
+        logits=entry.logits,
+    )
+
+
+def _event_to_wire(event: KvStored | KvRemoved) -> worker_pb2.KvEvent:
+    hashes = b"".join(event.hashes)
+    if isinstance(event, KvStored):
+        return worker_pb2.KvEvent(stored=worker_pb2.KvStored(parent=event.parent, hashes=hashes))
+    return worker_pb2.KvEvent(removed=worker_pb2.KvRemoved(hashes=hashes))
+
+
+def _event_from_wire(event: worker_pb2.KvEvent) -> KvStored | KvRemoved:
+    match event.WhichOneof("event"):
+        case "stored":
+            return KvStored(
+                parent=BlockHash(event.stored.parent), hashes=_hashes_from_wire(event.stored.hashes)
+            )
+        case "removed":
+            return KvRemoved(hashes=_hashes_from_wire(event.removed.hashes))
+        case other:
+            raise UnknownMessage(f"KV event {other}")
+
+
+def _hashes_from_wire(data: bytes) -> tuple[BlockHash, ...]:
+    return tuple(BlockHash(data[i : i + HASH_BYTES]) for i in range(0, len(data), HASH_BYTES))

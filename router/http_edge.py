@@ -1,0 +1,284 @@
+"""The two generating endpoints as raw ASGI: one request from its body to the end of its answer.
+
+    read body -> parse -> plan (tokenize) -> generate -> SSE chunks, or one JSON body
+
+This is the root of a request's task. Whatever happens below, the client gets an HTTP error, or an
+error event once the stream has begun, and the log one line. While a request runs, its connection
+is watched: a client that goes away cancels all its choices at once.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from starlette.types import Receive, Scope, Send
+
+from core import telemetry
+from core.clock import Clock
+from core.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    RequestTooLarge,
+    Unavailable,
+)
+from core.ids import RequestId
+from core.openai import OpenAiRequest
+from router.answer import Answer
+from router.chunks import AnswerHead, answer_body, error_event
+from router.config import RouterConfig
+from router.http_errors import ClientGone, ClientTooSlow
+from router.http_reply import Reply
+from router.http_stream import collect_answer, stream_answers
+from router.metrics import EdgeMetrics
+from router.request_context import header, request_id_of
+from router.requests import Plan, Planner
+from router.tokenizer import Tokenizer
+from router.types import Generator
+
+TIMINGS_HEADER = b"x-baton-timings"
+_FAREWELL_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edge:
+    """What every request needs."""
+
+    generator: Generator
+    tokenizer: Tokenizer
+    planner: Planner
+    settings: RouterConfig
+    metrics: EdgeMetrics
+    clock: Clock
+    fingerprint: str
+
+
+class GenerateEndpoint:
+    """An ASGI app for one path; `request_type` says how its body reads."""
+
+    def __init__(self, edge: Edge, request_type: type[OpenAiRequest], answer_prefix: str) -> None:
+        self._edge = edge
+        self._request_type = request_type
+        self._answer_prefix = answer_prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(
+            edge=self._edge,
+            request_type=self._request_type,
+            answer_prefix=self._answer_prefix,
+            scope=scope,
+            receive=receive,
+            reply=Reply(scope, send),
+        )
+        with self._edge.metrics.in_flight.track_inprogress():
+            await exchange.run()
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(
+        self,
+        *,
+        edge: Edge,
+        request_type: type[OpenAiRequest],
+        answer_prefix: str,
+        scope: Scope,
+        receive: Receive,
+        reply: Reply,
+    ) -> None:
+        self._edge = edge
+        self._request_type = request_type
+        self._answer_prefix = answer_prefix
+        self._scope = scope
+        self._receive = receive
+        self._reply = reply
+        self._request_id: RequestId = request_id_of(scope)
+        self._started_s = edge.clock.now_s()
+        self._plan: Plan | None = None
+        self._answers: list[Answer] = []
+
+    async def run(self) -> None:
+        """Serve the request; raises nothing."""
+        error: BatonError | None = None
+        try:
+            async with asyncio.timeout(self._edge.settings.request_timeout_s):
+                await self._serve()
+        except TimeoutError:
+            error = DeadlineExceeded("the request's time is up")
+        except BatonError as known:
+            error = known
+        except asyncio.CancelledError:
+            # The server cancels what outlives its graceful stop; the task ends here either way.
+            error = Unavailable("the router is shutting down")
+        except Exception:  # noqa: BLE001 - the root of the request's task
+            _log.exception(telemetry.log_line("request_failed", request_id=self._request_id))
+            error = InternalError(f"internal error; the log has it under {self._request_id}")
+        if error is not None:
+            await self._say_farewell(error)
+        self._record(error)
+
+    async def _serve(self) -> None:
+        edge = self._edge
+        body = await _read_body(self._scope, self._receive, edge.settings.max_body_bytes)
+        async with attended(self._receive) as group:
+            request = self._request_type.parse(body)
+            ends_s = self._started_s + edge.settings.request_timeout_s
+            plan = await edge.planner.plan(request, self._request_id, ends_s)
+            self._plan = plan
+            self._answers = [self._answer(plan, i) for i in range(len(plan.choices))]
+            head = self._head(plan)
+            if plan.stream:
+                last = await stream_answers(
+                    edge.generator,
+                    head,
+                    self._answers,
+                    self._reply,
+                    max_events=edge.settings.stream_buffer_events,
+                    metrics=edge.metrics,
+                    group=group,
+                )
+            else:
+                tasks = [
+                    group.create_task(collect_answer(edge.generator, answer))
+                    for answer in self._answers
+                ]
+                texts = [await task for task in tasks]
+                last = answer_body(head, self._answers, texts)
+        if plan.stream:
+            await self._reply.end(last)
+        else:
+            await self._reply.json(200, last)
+
+    def _answer(self, plan: Plan, index: int) -> Answer:
+        planned = plan.choices[index]
+        detokenizer = self._edge.tokenizer.detokenizer(planned.after)
+        return Answer(planned, detokenizer, plan.stops, self._edge.clock, self._started_s)
+
+    def _head(self, plan: Plan) -> AnswerHead:
+        return AnswerHead(
+            answer_id=f"{self._answer_prefix}-{self._request_id}",
+            created_s=int(self._edge.clock.wall_s()),
+            model=plan.model,
+            fingerprint=self._edge.fingerprint,
+            chat=plan.chat,
+            usage_chunk=plan.stream and plan.include_usage,
+            timings=header(self._scope, TIMINGS_HEADER) == "1",
+        )
+
+    async def _say_farewell(self, error: BatonError) -> None:
+        """Tell the client, if it is there and reads; else drop the connection."""
+        if isinstance(error, ClientGone):
+            return
+        if isinstance(error, ClientTooSlow) or not await self._tell(error):
+            self._reply.abort()
+            # The server must have seen the reset before the task ends: see ABORT_EXTENSION.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FAREWELL_S):
+                    await _wait_for_disconnect(self._receive)
+
+    async def _tell(self, error: BatonError) -> bool:
+        try:
+            async with asyncio.timeout(_FAREWELL_S):
+                if self._reply.started:
+                    await self._reply.end(error_event(error))
+                else:
+                    await self._reply.error(error)
+        except TimeoutError:
+            return False
+        return True
+
+    def _record(self, error: BatonError | None) -> None:
+        edge, now_s = self._edge, self._edge.clock.now_s()
+        metrics, endpoint = edge.metrics, self._scope["path"]
+        status = 200 if error is None else error.http_status
+        metrics.requests.labels(endpoint, str(status)).inc()
+        metrics.duration_s.labels(endpoint).observe(now_s - self._started_s)
+        if isinstance(error, ClientTooSlow):
+            metrics.slow_clients.inc()
+        spoken = [answer for answer in self._answers if answer.num_tokens]
+        for answer in spoken:
+            metrics.ttft_s.labels(endpoint).observe(answer.ttft_s)
+            if answer.finish is not None and answer.tpot_s is not None:
+                metrics.tpot_s.labels(endpoint).observe(answer.tpot_s)
+        prompt_tokens = 0 if self._plan is None else self._plan.prompt_tokens
+        cached_tokens = sum(a.cached_tokens for a in spoken if a.planned.counts_prompt)
+        output_tokens = sum(answer.num_tokens for answer in spoken)
+        metrics.prompt_tokens.inc(prompt_tokens)
+        metrics.cached_tokens.inc(cached_tokens)
+        metrics.output_tokens.inc(output_tokens)
+        _log.log(
+            logging.WARNING if status >= 500 else logging.INFO,
+            telemetry.log_line(
+                "request_done",
+                request_id=self._request_id,
+                endpoint=endpoint,
+                status=status,
+                error=None if error is None else error.code,
+                message=None if error is None else error.message,
+                stream=None if self._plan is None else self._plan.stream,
+                prompt_tokens=prompt_tokens,
+                cached_tokens=cached_tokens,
+                output_tokens=output_tokens,
+                ttft_ms=1e3 * min(a.ttft_s for a in spoken) if spoken else None,
+                e2e_ms=1e3 * (now_s - self._started_s),
+            ),
+        )
+
+
+@contextlib.asynccontextmanager
+async def attended(receive: Receive) -> AsyncGenerator[asyncio.TaskGroup, None]:
+    """A task group that fails with ClientGone when the client goes away.
+
+    Of what its tasks and its body raise, one error comes out by itself. On success it waits for
+    its tasks; on any error it cancels them.
+    """
+    failure: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(_raise_on_disconnect(receive))
+            try:
+                yield group
+            finally:
+                watcher.cancel()
+    except BaseExceptionGroup as errors:
+        # A bug before anything else, so that it is logged; then the first error.
+        bugs = [error for error in errors.exceptions if not isinstance(error, BatonError)]
+        failure = (bugs or errors.exceptions)[0]
+    if failure is not None:
+        raise failure
+
+
+async def _raise_on_disconnect(receive: Receive) -> None:
+    await _wait_for_disconnect(receive)
+    raise ClientGone("the client closed the connection")
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytearray:
+    """Raises RequestTooLarge as soon as that is known, leaving the rest unread."""
+    too_large = RequestTooLarge(f"the body is larger than {max_bytes} bytes")
+    length = header(scope, b"content-length")
+    if length is not None and length.isdigit() and int(length) > max_bytes:
+        raise too_large
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed the connection")
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise too_large
+        if not message.get("more_body", False):
+            break
+    if not body:
+        raise InvalidRequest("the body is empty; send a JSON object")
+    return body

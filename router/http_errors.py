@@ -1,0 +1,72 @@
+"""How an error looks to an HTTP client: OpenAI's shape, whatever went wrong.
+
+{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+"""
+
+import math
+
+import orjson
+
+from core.errors import BatonError, Cancelled, InvalidRequest, Overloaded, UserError
+
+Header = tuple[bytes, bytes]
+
+
+class NotAuthenticated(UserError):
+    """No bearer token, or one that is not accepted."""
+
+    http_status = 401
+    code = "invalid_api_key"
+
+
+class NoSuchRoute(UserError):
+    """No endpoint has this path."""
+
+    http_status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(UserError):
+    """The path exists, for another method."""
+
+    http_status = 405
+    code = "method_not_allowed"
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt, or prompt and answer, do not fit the context."""
+
+    code = "context_length_exceeded"
+
+
+class ClientGone(Cancelled):
+    """The connection ended before the answer did."""
+
+
+class ClientTooSlow(Cancelled):
+    """The client left more unread than it may."""
+
+    code = "client_too_slow"
+
+
+def error_body(error: BatonError) -> bytes:
+    """The JSON body, also the data of an error event in a stream."""
+    return orjson.dumps(
+        {
+            "error": {
+                "message": error.message,
+                "type": error.error_type,
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+    )
+
+
+def error_headers(error: BatonError) -> list[Header]:
+    """Headers an error asks for, besides the content's."""
+    if isinstance(error, Overloaded):
+        return [(b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s)))]
+    if isinstance(error, NotAuthenticated):
+        return [(b"www-authenticate", b"Bearer")]
+    return []

@@ -1,0 +1,66 @@
+"""One HTTP response: what was already sent, and the two ways to send: a JSON body or SSE."""
+
+from starlette.types import Scope, Send
+
+from core.errors import BatonError
+from router.http_errors import Header, error_body, error_headers
+
+ABORT_EXTENSION = "baton.abort"
+"""ASGI extension of our server: `scope["extensions"][ABORT_EXTENSION]["abort"]()` drops the
+connection without waiting for what is unsent. The app then waits for `http.disconnect`, or the
+server takes its response for incomplete.
+"""
+
+
+class Reply:
+    """Wraps ASGI's `send` for one request."""
+
+    __slots__ = ("_scope", "_send", "started")
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
+        self._send = send
+        self.started = False
+
+    async def json(self, status: int, body: bytes, headers: list[Header] | None = None) -> None:
+        """The whole response."""
+        content = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            *(headers or []),
+        ]
+        await self._start(status, content)
+        await self.end(body)
+
+    async def error(self, error: BatonError) -> None:
+        """The whole response, in OpenAI's error shape."""
+        await self.json(error.http_status, error_body(error), error_headers(error))
+
+    async def start_stream(self) -> None:
+        """Status 200 and the head of an event stream."""
+        await self._start(
+            200,
+            [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+                # Buffering proxies (nginx) would hold tokens back.
+                (b"x-accel-buffering", b"no"),
+            ],
+        )
+
+    async def write(self, chunk: bytes) -> None:
+        """A part of the body; waits while the client's connection is full."""
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def end(self, chunk: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+
+    def abort(self) -> None:
+        """Drop the connection with what is unsent, where the server can."""
+        extension = self._scope.get("extensions", {}).get(ABORT_EXTENSION)
+        if extension is not None:
+            extension["abort"]()
+
+    async def _start(self, status: int, headers: list[Header]) -> None:
+        self.started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})

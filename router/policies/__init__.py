@@ -1,0 +1,1 @@
+"""Placement policies: pure, one short module each, behind the seam in base.py."""

@@ -1,0 +1,167 @@
+"""From a parsed HTTP request to the sequences to generate: model, prompts, room, sampling."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.clock import Clock
+from core.errors import InvalidRequest, ModelNotFound, NoWorkers
+from core.ids import RequestId
+from core.openai import (
+    MAX_CHOICES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    OpenAiRequest,
+)
+from core.sampling import SamplingParams
+from router.http_errors import ContextTooLong
+from router.tokenizer import Tokenizer
+from router.types import GenerateRequest, Generator
+
+_SEED_MASK = 2**63 - 1
+_CONTEXT_TAIL = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedChoice:
+    """One choice to generate. `after` is the end of a text that its answer continues."""
+
+    request: GenerateRequest
+    after: tuple[int, ...]
+    counts_prompt: bool
+    """The first choice of its prompt: usage counts a prompt once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that one HTTP request asks for."""
+
+    model: str
+    chat: bool
+    stream: bool
+    include_usage: bool
+    stops: tuple[str, ...]
+    choices: tuple[PlannedChoice, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        counted = (choice for choice in self.choices if choice.counts_prompt)
+        return sum(len(choice.request.prompt_tokens) for choice in counted)
+
+
+class Planner:
+    """Makes plans. Tokenization, the only slow part, runs in the tokenizer's threads."""
+
+    def __init__(
+        self,
+        *,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        model_names: Sequence[str],
+        clock: Clock,
+    ) -> None:
+        self._generator = generator
+        self._tokenizer = tokenizer
+        self._model_names = tuple(model_names)
+        self._clock = clock
+
+    async def plan(self, body: OpenAiRequest, request_id: RequestId, ends_s: float) -> Plan:
+        """`ends_s` is the clock's time by which the request ends. Raises InvalidRequest,
+        ModelNotFound, Overloaded, NoWorkers.
+        """
+        self._check_model(body.model)
+        prompts = await self._prompts(body)
+        per_prompt = body.n or 1
+        if len(prompts) * per_prompt > MAX_CHOICES:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts times n = {per_prompt} is more than {MAX_CHOICES} choices",
+                param="n",
+            )
+        chat = isinstance(body, ChatCompletionRequest)
+        seed = secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK
+        choices: list[PlannedChoice] = []
+        for prompt in prompts:
+            sampling = self._sampling(body, seed, self._room(body, len(prompt)))
+            for i in range(per_prompt):
+                request = GenerateRequest(
+                    request_id=request_id,
+                    choice=len(choices),
+                    prompt_tokens=prompt,
+                    sampling=sampling,
+                    deadline_s=max(0.0, ends_s - self._clock.now_s()),
+                    cache_salt=body.cache_salt or "",
+                )
+                after = () if chat else prompt[-_CONTEXT_TAIL:]
+                choices.append(PlannedChoice(request=request, after=after, counts_prompt=i == 0))
+        return Plan(
+            model=body.model,
+            chat=chat,
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+            stops=tuple(body.stop),
+            choices=tuple(choices),
+        )
+
+    def _check_model(self, model: str) -> None:
+        if model not in self._model_names:
+            served = ", ".join(f"'{name}'" for name in self._model_names)
+            raise ModelNotFound(
+                f"the model '{model}' does not exist; this server has {served}", param="model"
+            )
+
+    async def _prompts(self, body: OpenAiRequest) -> list[tuple[int, ...]]:
+        prompts: list[tuple[int, ...]] = []
+        if isinstance(body, ChatCompletionRequest):
+            prompts.append(await self._tokenizer.encode_chat(body.messages))
+        elif isinstance(body, CompletionRequest):
+            for item in body.prompt:
+                if isinstance(item, str):
+                    prompts.append(await self._tokenizer.encode_text(item))
+                else:
+                    prompts.append(self._checked_tokens(item))
+        if not all(prompts):
+            raise InvalidRequest("the prompt has no tokens", param=_prompt_param(body))
+        return prompts
+
+    def _checked_tokens(self, tokens: list[int]) -> tuple[int, ...]:
+        vocab_size = self._tokenizer.vocab_size
+        if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+            raise InvalidRequest(
+                f"'prompt' holds a token id outside 0 to {vocab_size - 1}", param="prompt"
+            )
+        return tuple(tokens)
+
+    def _room(self, body: OpenAiRequest, prompt_tokens: int) -> int:
+        """Tokens the answer may have."""
+        limits = self._generator.limits()
+        if limits.context_tokens <= 0:
+            raise NoWorkers("no worker is connected; try again later")
+        room = limits.context_tokens - prompt_tokens
+        holds = f"a prompt and its answer may have {limits.context_tokens} tokens together"
+        if room < 1:
+            raise ContextTooLong(
+                f"{holds}; the prompt has {prompt_tokens}", param=_prompt_param(body)
+            )
+        wanted = body.answer_tokens
+        if wanted is not None and wanted > room:
+            raise ContextTooLong(
+                f"{holds}; the prompt has {prompt_tokens} and the answer may have {wanted}",
+                param="max_tokens",
+            )
+        return room if wanted is None else wanted
+
+    def _sampling(self, body: OpenAiRequest, seed: int, max_tokens: int) -> SamplingParams:
+        defaults = self._tokenizer.defaults
+        own_ends = frozenset() if body.ignore_eos else self._tokenizer.eos_token_ids
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            temperature=defaults.temperature if body.temperature is None else body.temperature,
+            top_p=defaults.top_p if body.top_p is None else body.top_p,
+            top_k=defaults.top_k if body.top_k is None else max(0, body.top_k),
+            stop_token_ids=own_ends | frozenset(body.stop_token_ids or ()),
+        )
+
+
+def _prompt_param(body: OpenAiRequest) -> str:
+    return "messages" if isinstance(body, ChatCompletionRequest) else "prompt"

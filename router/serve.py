@@ -1,0 +1,118 @@
+"""Runs the HTTP application in the event loop it is called from: uvicorn, without its signals.
+
+listener = bind_listener(host, port)      # first of all: a taken port fails here
+port = listener.getsockname()[1]
+await serve(app, listener, stop=event)    # until `stop` is set
+"""
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from core.errors import ConfigError
+from router.http_reply import ABORT_EXTENSION
+
+BACKLOG = 2048
+SEND_BUFFER_BYTES = 256 * 1024
+"""Of each connection. The kernel's own limit is megabytes: a client that stopped reading would be
+tens of thousands of tokens behind before the stream's bound saw it.
+"""
+KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that they close them and no request is lost."""
+_LEFTOVER_S = 5.0
+
+
+def bind_listener(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError if it cannot be had."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"router host '{host}' is not an address: {error.strerror}") from error
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit both from the listener.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind(address)
+        # Listening at once: two sockets may bind one port as long as neither listens.
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} on {host} is in use; choose another") from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+async def serve(
+    app: ASGIApp, listener: socket.socket, *, stop: asyncio.Event, grace_s: float = 30.0
+) -> None:
+    """Serve until `stop` is set; then no new connection, and running requests have `grace_s`.
+
+    What runs longer is cancelled and answers with an error. Closes `listener`. When cancelled
+    itself it grants no grace.
+    """
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(grace_s)),
+    )
+    server = _Server(config)
+    try:
+        async with asyncio.TaskGroup() as group:
+            waiter = group.create_task(_request_exit(server, stop))
+            await server.serve(sockets=[listener])
+            waiter.cancel()
+    finally:
+        await _clear(server)
+        listener.close()
+
+
+async def _request_exit(server: uvicorn.Server, stop: asyncio.Event) -> None:
+    await stop.wait()
+    server.should_exit = True
+
+
+async def _clear(server: uvicorn.Server) -> None:
+    """uvicorn cancels what outlives the grace without waiting; cancelled itself, it does nothing."""
+    if server.started:
+        for accepting in server.servers:
+            accepting.close()
+    state = server.server_state
+    for task in list(state.tasks):
+        task.cancel()
+    if state.tasks:
+        await asyncio.wait(list(state.tasks), timeout=_LEFTOVER_S)
+    for connection in list(state.connections):
+        if isinstance(connection, HttpToolsProtocol):
+            connection.transport.abort()
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to the process that embeds this server."""
+        yield
+
+
+class _Protocol(HttpToolsProtocol):
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}

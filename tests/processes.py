@@ -1,0 +1,182 @@
+"""Real worker processes for tests, and a router's side in the test's own process."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import grpc
+import yaml
+
+from cluster.config import ClusterConfig
+from cluster.config_file import load_config
+from core.clock import SystemClock
+from core.ids import Incarnation, ModelId, RequestId, Role, WorkerId
+from core.registry import MemoryRegistry, WorkerRecord
+from core.sampling import SamplingParams
+from engine.build import describe_model
+from router.fleet import Fleet
+from router.flow import Flow, Policies
+from router.policies.cache_aware import CacheAware
+from router.policies.power_of_two import PowerOfTwo
+from router.spans import SpanRecorder
+from router.types import Generated, GenerateRequest
+from wire import worker_pb2, worker_pb2_grpc
+
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(slots=True)
+class WorkerProcess:
+    """One running `python -m cluster.worker`."""
+
+    record: WorkerRecord
+    process: subprocess.Popen[str]
+    log: Path
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+
+def write_config(directory: Path, tree: dict[str, object]) -> Path:
+    path = directory / "cluster.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@contextmanager
+def worker_processes(
+    config: Path, roles: Sequence[str], env: dict[str, str] | None = None
+) -> Iterator[list[WorkerProcess]]:
+    """Start one worker per role, all at once; end them on the way out, however that comes."""
+    with tempfile.TemporaryDirectory() as logs:
+        started: list[subprocess.Popen[str]] = []
+        try:
+            for i, role in enumerate(roles):
+                log = (Path(logs) / f"{role}-{i}.log").open("w")
+                command = [sys.executable, "-m", "cluster.worker", "--config", str(config)]
+                command += ["--role", role, "--worker-id", f"{role}-{i}"]
+                started.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=subprocess.PIPE,
+                        stderr=log,
+                        text=True,
+                        env=os.environ | (env or {}),
+                    )
+                )
+                log.close()
+            yield [
+                _wait_ready(process, Path(logs) / f"{role}-{i}.log")
+                for i, (role, process) in enumerate(zip(roles, started, strict=True))
+            ]
+        finally:
+            for process in started:
+                process.terminate()
+            for process in started:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait(10)
+                if process.stdout is not None:
+                    process.stdout.close()
+
+
+def _wait_ready(process: subprocess.Popen[str], log: Path) -> WorkerProcess:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise AssertionError(f"worker did not start:\n{log.read_text()[-4000:]}")
+    fields = json.loads(line)
+    record = WorkerRecord(
+        worker_id=WorkerId(fields["worker_id"]),
+        incarnation=Incarnation(fields["incarnation"]),
+        role=Role(fields["role"]),
+        epoch=fields["epoch"],
+        address=fields["address"],
+        model_id=ModelId(fields["model_id"]),
+        pid=fields["pid"],
+    )
+    return WorkerProcess(record=record, process=process, log=log)
+
+
+@asynccontextmanager
+async def flow_over(config_path: Path, workers: Sequence[WorkerProcess]) -> AsyncIterator[Flow]:
+    """A router without HTTP: the real flow, over real streams to these workers."""
+    config: ClusterConfig = load_config(config_path)
+    clock = SystemClock()
+    registry = MemoryRegistry(clock)
+    for worker in workers:
+        await registry.register(worker.record, 3600.0)
+    model = describe_model(config.model.path, config.engine)
+    fleet = Fleet(registry, router_id="test", model_id=model.model_id)
+    flow = Flow(
+        fleet=fleet,
+        policies=Policies(
+            prefill=CacheAware(config.router.prefill_queue_weight), decode=PowerOfTwo()
+        ),
+        config=config.router,
+        clock=clock,
+        random=Random(0),
+        spans=SpanRecorder(None, clock),
+    )
+    task = asyncio.create_task(fleet.run())
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while sum(view.connected for view in flow.workers()) < len(workers):
+                await asyncio.sleep(0.01)
+        yield flow
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def collect(flow: Flow, request: GenerateRequest) -> list[Generated]:
+    return [item async for item in flow.generate(request)]
+
+
+def output_tokens(items: Sequence[Generated]) -> list[int]:
+    return [token for item in items for token in item.tokens]
+
+
+def make_request(
+    request_id: str, prompt: Sequence[int], *, max_tokens: int = 16, **sampling: object
+) -> GenerateRequest:
+    fields: dict[str, object] = {"temperature": 0.0, **sampling}
+    return GenerateRequest(
+        request_id=RequestId(request_id),
+        choice=0,
+        prompt_tokens=tuple(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens, **fields),  # type: ignore[arg-type]
+        deadline_s=60.0,
+    )
+
+
+async def stats(worker: WorkerProcess) -> worker_pb2.StatsReply:
+    async with grpc.aio.insecure_channel(worker.record.address) as channel:
+        return await worker_pb2_grpc.WorkerStub(channel).Stats(
+            worker_pb2.StatsRequest(), timeout=10
+        )
+
+
+async def wait_until_idle(
+    workers: Sequence[WorkerProcess], timeout_s: float = 10.0
+) -> list[worker_pb2.StatsReply]:
+    """Statistics of all workers once none has a leg open; the last ones seen after `timeout_s`."""
+    give_up_s = SystemClock().now_s() + timeout_s
+    while True:
+        replies = [await stats(worker) for worker in workers]
+        idle = all(r.open_legs == 0 and r.blocks_held == 0 for r in replies)
+        if idle or SystemClock().now_s() > give_up_s:
+            return replies
+        await asyncio.sleep(0.05)
