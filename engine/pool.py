@@ -16,7 +16,7 @@ leaves first can reclaim every CACHED block: available = FREE + CACHED.
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -198,6 +198,20 @@ class BlockPool:
         problems = [*self._check_blocks(), *self._check_index()]
         if problems:
             raise InternalError("pool invariant broken: " + "; ".join(problems[:5]))
+
+    def check_leases(self, held: Mapping[BlockId, int]) -> None:
+        """Raise InternalError unless `held` is how often each block is leased."""
+        for block_id, leases in enumerate(self._leased):
+            if leases != held.get(BlockId(block_id), 0):
+                raise InternalError(
+                    f"block {block_id} has {leases} leases, not {held.get(BlockId(block_id), 0)}"
+                )
+
+    def check_idle(self) -> None:
+        """Raise InternalError unless every block is free or cached: nothing runs, nothing moves."""
+        counts = self.counts()
+        if counts.free + counts.cached + counts.quarantined != self.num_blocks:
+            raise InternalError(f"blocks are referenced although nothing runs: {counts}")
 
     def _check_blocks(self) -> list[str]:
         problems: list[str] = []

@@ -8,7 +8,7 @@ A closed lease is remembered for twice its length, so that `close` may be asked 
 same answer. All times come from the clock passed in; one thread calls all of this.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -80,14 +80,24 @@ class LeaseTable:
         return tuple(self._open.values())
 
     def extend(self, lease: Lease, block_ids: Sequence[BlockId]) -> None:
-        """Hold more blocks; the caller still has its own reference to them."""
-        self._pool.lease(block_ids)
-        lease.blocks.extend(block_ids)
+        """Hold more blocks, unless the lease has ended meanwhile.
+
+        The caller still has its own reference to them.
+        """
+        if lease.lease_id in self._open:
+            self._pool.lease(block_ids)
+            lease.blocks.extend(block_ids)
 
     def finish(self, lease: Lease, first_token: FirstToken) -> None:
         """The prefill has ended; from now on the lease lives by renewal."""
         lease.first_token = first_token
         lease.expires_at_s = self._clock.now_s() + self.lease_s
+
+    def finish_unread(self, lease: Lease) -> None:
+        """The prefill has ended, and the answer with it: there is nothing to hand off."""
+        if lease.lease_id in self._open:
+            self._end(lease, LeaseOutcome.ABORTED)
+            self.counters.closed += 1
 
     def renew(self, lease_ids: Sequence[LeaseId], reader: str | None) -> None:
         """Push expiry out; only the bound reader, or anybody (None) while none is bound."""
@@ -126,6 +136,11 @@ class LeaseTable:
         while self._ended and next(iter(self._ended.values()))[0] <= now_s:
             self._ended.popitem(last=False)
         return expired
+
+    def check(self) -> None:
+        """Raise InternalError unless the pool's lease references are those of the open leases."""
+        held = Counter(block_id for lease in self._open.values() for block_id in lease.blocks)
+        self._pool.check_leases(held)
 
     def _end(self, lease: Lease, outcome: LeaseOutcome) -> None:
         del self._open[lease.lease_id]

@@ -56,7 +56,7 @@ class Owner:
         self.table.finish(lease, first_token)
         self._tell(lease, first)
         if first_token.ended:
-            self.table.abort(lease.lease_id)
+            self.table.finish_unread(lease)
             self._on_freed()
 
     def abort(self, lease_id: LeaseId, reason: str) -> None:
@@ -120,6 +120,8 @@ class Owner:
         self._tell(lease, bind.first_block)
 
     def _tell(self, lease: Lease, first_index: int) -> None:
+        if self.table.get(lease.lease_id) is not lease:
+            return
         first_token = lease.first_token
         announce = Announce(
             lease_id=lease.lease_id,

@@ -154,6 +154,9 @@ class Reader:
     def finish(self, blocks: list[BlockId], reads: "list[asyncio.Future[ReadStats]]") -> None:
         """Give reserved blocks back after a failure, those under a running read when it ends."""
         running = [read for read in reads if not read.done()]
+        for read in reads:
+            if read.done():
+                read.exception()  # one failure has been raised already; the others say the same
         if not running:
             self._pool.abandon(blocks)
             self.space_freed()

@@ -75,7 +75,6 @@ class WorkerLink:
         self._legs: dict[int, Leg] = {}
         self._next_number = 1
         self.view: WorkerView | None = None
-        self.ended_because = ""
 
     # -- legs -----------------------------------------------------------------------------------
 
@@ -195,8 +194,9 @@ class WorkerLink:
         raise WorkerLost("it does not read its stream")
 
     def _lose(self, reason: str) -> None:
+        level = logging.WARNING if self.view is not None else logging.DEBUG
+        log.log(level, "worker_lost worker_id=%s reason=%s", self.record.worker_id, reason)
         self.view = None
-        self.ended_because = reason
         self._outbox.close()
         legs, self._legs = self._legs, {}
         for leg in legs.values():
@@ -205,7 +205,6 @@ class WorkerLink:
                 leg,
                 LegFailed(number=leg.number, code=WorkerLost.code, message=lost, stage=Stage.ROUTE),
             )
-        log.warning("worker_lost worker_id=%s reason=%s", self.record.worker_id, reason)
 
 
 def _describe(errors: BaseExceptionGroup[BaseException]) -> str:

@@ -293,7 +293,7 @@ class _Attempt:
 
     def _fail(self, leg: Leg, event: LegFailed) -> None:
         leg.link.finish(leg)
-        error = from_code(event.code, f"{event.message} (stage {event.stage.label})")
+        error = from_code(event.code, event.message)
         if isinstance(error, Unavailable):
             self._failed.add(leg.link.record.incarnation)
         raise error

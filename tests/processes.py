@@ -164,9 +164,10 @@ def make_request(
 
 async def stats(worker: WorkerProcess) -> worker_pb2.StatsReply:
     async with grpc.aio.insecure_channel(worker.record.address) as channel:
-        return await worker_pb2_grpc.WorkerStub(channel).Stats(
+        reply: worker_pb2.StatsReply = await worker_pb2_grpc.WorkerStub(channel).Stats(
             worker_pb2.StatsRequest(), timeout=10
         )
+        return reply
 
 
 async def wait_until_idle(

@@ -154,7 +154,7 @@ class Worker:
             self._step_ended()
             if self.open_legs == 0 and self._runner.steps != checked_at_step:
                 checked_at_step = self._runner.steps
-                self.pool.check()
+                self._check()
 
     async def drain(self, timeout_s: float) -> int:
         """Refuse new legs and wait for the open ones; answers how many are left."""
@@ -253,10 +253,16 @@ class Worker:
     def pool_counts(self) -> tuple[PoolCounts, str]:
         """Blocks by state, and what is wrong with them (empty: nothing)."""
         try:
-            self.pool.check()
+            self._check()
         except InternalError as error:
             return self.pool.counts(), error.message
         return self.pool.counts(), ""
+
+    def _check(self) -> None:
+        self.pool.check()
+        self.leases.check()
+        if self.open_legs == 0:
+            self.pool.check_idle()
 
     def _step_ended(self) -> None:
         self._broadcast_events()

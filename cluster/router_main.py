@@ -1,0 +1,112 @@
+"""The router process: `python -m cluster.router_main --run-dir DIR --listen-fd N`.
+
+The controller starts it with a socket that listens already, so clients never see a closed port
+while it restarts. Its settings and the registry's address are in the run's folder.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import uvloop
+from opentelemetry import trace
+
+from cluster.config import ClusterConfig
+from cluster.registry_client import RegistryClient
+from cluster.run_dir import RunDir
+from cluster.telemetry import setup_logging, tracing
+from core.clock import SystemClock
+from core.errors import BatonError
+from core.ids import new_incarnation
+from core.registry import Registry
+from engine.build import describe_model
+from router.app import create_app
+from router.fleet import Fleet
+from router.flow import Flow, Policies
+from router.metrics import EdgeMetrics
+from router.policies.cache_aware import CacheAware
+from router.policies.power_of_two import PowerOfTwo
+from router.serve import serve
+from router.spans import SpanRecorder
+from router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM or SIGINT, 1 for a bad set-up."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.router_main", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--listen-fd", type=int, required=True)
+    parsed = parser.parse_args(arguments)
+    run = RunDir(parsed.run_dir)
+    config = ClusterConfig.model_validate(json.loads((run.path / "config.json").read_text()))
+    setup_logging("router", config.telemetry, sys.stderr)
+    try:
+        with tracing("router", config.telemetry):
+            uvloop.run(_main(config, run.info().registry_address, parsed.listen_fd))
+    except BatonError as error:
+        log.error("router_failed reason=%s", error.message)
+        return 1
+    return 0
+
+
+async def _main(config: ClusterConfig, registry_address: str, listen_fd: int) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    listener = socket.socket(fileno=listen_fd)
+    listener.setblocking(False)
+    async with RegistryClient(registry_address) as registry:
+        await run_router(config, registry, listener, stop)
+
+
+async def run_router(
+    config: ClusterConfig, registry: Registry, listener: socket.socket, stop: asyncio.Event
+) -> None:
+    """Serve on `listener` until `stop`; closes it. Raises ConfigError for a bad checkpoint."""
+    clock = SystemClock()
+    model = await asyncio.to_thread(describe_model, config.model.path, config.engine)
+    tokenizer = await asyncio.to_thread(
+        Tokenizer.load, config.model.path, config.router.tokenizer_threads
+    )
+    tracer = trace.get_tracer("baton.router") if config.telemetry.spans_file else None
+    fleet = Fleet(registry, router_id=f"router-{new_incarnation()}", model_id=model.model_id)
+    flow = Flow(
+        fleet=fleet,
+        policies=Policies(
+            prefill=CacheAware(config.router.prefill_queue_weight), decode=PowerOfTwo()
+        ),
+        config=config.router,
+        clock=clock,
+        random=Random(),
+        spans=SpanRecorder(tracer, clock),
+    )
+    app = create_app(
+        flow,
+        config.router,
+        tokenizer,
+        model_names=[config.model.name],
+        clock=clock,
+        metrics=EdgeMetrics(),
+        fingerprint=model.model_id,
+    )
+    try:
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(fleet.run())
+            await serve(app, listener, stop=stop, grace_s=config.drain_timeout_s)
+            following.cancel()
+    finally:
+        tokenizer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
