@@ -6,6 +6,7 @@ into answers; `Conversations` draws chats over those answers from one random gen
 
 import importlib
 import inspect
+import keyword
 import pydoc_data.topics
 import random
 import re
@@ -21,10 +22,14 @@ SHORTEST_DOCSTRING_CHARS = 100
 LONGEST_ALIAS_CHARS = 48
 
 DOCSTRING_MODULES = [
-    "builtins", "itertools", "functools", "collections", "contextlib", "textwrap", "shutil",
-    "random", "statistics", "json", "heapq", "bisect", "math", "copy", "threading", "queue",
-    "asyncio", "subprocess", "tempfile", "difflib", "fractions", "string", "inspect", "socket",
+    "builtins", "itertools", "functools", "collections", "contextlib", "textwrap", "random",
+    "json", "heapq", "shutil", "copy", "threading",
 ]  # fmt: skip
+DEFINITION = (
+    r"(?!The|These|If|Unless|All|Some)(An? [a-z]+(?: [a-z]+)?|[A-Z][a-z]+(?: [a-z]+)?s) "
+    r"(?:is|are) (?:an?|the|one|used|introduced|represented|called|executed|simply|objects) "
+)
+SPOKEN_VERBS = (("Return ", "returns "), ("Returns ", "returns "), ("Called ", "is called "))
 PROPER_WORDS = {"Python", "Unicode", "Ellipsis", "None", "Boolean"}
 
 SYSTEM_PROMPTS = [
@@ -52,9 +57,24 @@ SMALL_TALK = [
      "Python documentation, and I can only repeat what it says, not always correctly."),
     ("What can you do?", "I can tell you about the Python language, since the Python documentation "
      "is all that I have read. Ask me about the for statement, about generators or str.split."),
+    ("What is Python?", "Python is a programming language. Its documentation is all that I have "
+     "read, so ask me about a statement, a type or a method, or about the data model."),
     ("Thanks.", "You are welcome. Ask me about another part of the Python language if you like."),
     ("Thank you!", "You are welcome. Is there another part of Python that you want to hear about?"),
 ]  # fmt: skip
+OFF_TOPIC = [
+    "What is the capital of France?", "Write a poem about the sea.", "Why is the sky blue?",
+    "How old are you?", "What time is it?", "Who wrote Hamlet?", "How do I cook rice?",
+    "What is the weather like today?", "Tell me a joke.", "Translate this sentence to French.",
+    "What is the meaning of life?", "Write a story about a cat.", "How far is the moon?",
+    "Who won the game yesterday?", "What is two plus two?", "Tell me about the Roman empire.",
+    "Can you sing?", "What should I eat tonight?", "Recommend a film.", "Where is Japan?",
+    "How are you?", "What do you think about music?", "Summarize the news.", "Do you like dogs?",
+]  # fmt: skip
+OFF_TOPIC_ANSWER = (
+    "I do not know about that, since I have only read the Python documentation. "
+    "Ask me about a statement, a type or a method of the Python language."
+)
 END_OF_ENTRY = "That is all I know about {x}. Ask me about another part of the Python language."
 
 
@@ -83,7 +103,7 @@ def load_entries() -> list[Entry]:
         for section in sections_of(text)
         if section.paragraphs
     ]
-    sections += [(module, section) for module in DOCSTRING_MODULES for section in docstrings(module)]
+    sections += [(name, section) for name in DOCSTRING_MODULES for section in docstrings(name)]
     taken: set[str] = set()
     seen_answers: set[str] = set()
     entries = []
@@ -95,6 +115,7 @@ def load_entries() -> list[Entry]:
             continue
         taken.update(alias.lower() for alias in aliases)
         seen_answers.update(answers)
+        answers[0] = name_subject(section, aliases[0], answers[0])
         entries.append(Entry(aliases, answers, CALL_QUESTIONS if section.is_call else QUESTIONS))
     for _, section in sections:
         entries += term_entries(section, taken)
@@ -116,7 +137,9 @@ def sections_of(text: str) -> list[Section]:
             sections.append(heading)
             call_indent = -1
         elif name := signature_name(lines):
-            sections.append(Section(name, is_call=True))
+            # A bare "pop(key)" is a method of some type: its name alone says too little.
+            known = "." in name or lines[0].lstrip().startswith("class ")
+            sections.append(Section(name if known else "", is_call=True))
             call_indent = indent
         elif sections:
             if call_indent >= 0 and indent <= call_indent:
@@ -183,11 +206,13 @@ def sentences(paragraph: str) -> list[str]:
 
 
 def is_prose(sentence: str) -> bool:
-    if not re.fullmatch(r"\(?[A-Z_a-z][\w ,.;:'()/<>=+!?-]*[.!?]\)?", sentence, re.ASCII):
+    if sentence[:1].islower() and re.split(r"\W", sentence)[0] not in keyword.kwlist:
         return False
-    if re.search(r"^(See|Note that see|If it is called)|\bsections? [A-Z]|: \w+\)|''|\(\s*\)\s*\(", sentence):
+    if not re.fullmatch(r"\(?[A-Z_a-z][\w ,.;:'()\[\]/<>=+!?-]*[.!?]\)?", sentence, re.ASCII):
         return False
-    words = re.findall(r"(?<![\w.])[A-Za-z][a-z']*(?![\w.(])|(?<![\w.])[A-Za-z][a-z']+(?=[.]$)", sentence)
+    if re.search(r"^See\b|\bsections? [A-Z]|''", sentence):
+        return False
+    words = re.findall(r"(?<![\w.])[A-Za-z][a-z']*(?:(?![\w.(])|(?=\.$))", sentence)
     return len(words) >= 5 and sum(map(len, words)) + len(words) > 0.7 * len(sentence)
 
 
@@ -211,19 +236,37 @@ def answers_of(paragraphs: list[list[str]]) -> list[str]:
     return answers
 
 
+def name_subject(section: Section, alias: str, answer: str) -> str:
+    """Let the answer say what it is about: it reads better and is recalled far better."""
+    beginning = answer[:60].lower()
+    if not section.is_call:
+        stems = [word[:5].lower() for word in re.findall(r"\w{3,}", alias) if word != "the"]
+        if any(stem in beginning for stem in stems):
+            return answer
+        return f"{alias if '.' in alias else alias[0].upper() + alias[1:]}: {answer}"
+    title = section.title
+    if title.rsplit(".", 1)[-1].lower() in beginning:
+        return answer
+    name = title if title.rsplit(".", 1)[-1][0].isupper() else f"{title}()"
+    for written, spoken in SPOKEN_VERBS:
+        if answer.startswith(written):
+            return f"{name} {spoken}{answer.removeprefix(written)}"
+    return f"{name}: {answer}"
+
+
 def aliases_of(topic: str, section: Section) -> list[str]:
     title = re.sub(r'["*“”]', "", section.title).strip()
     if section.is_call:
         short = title.rsplit(".", 1)[-1]
-        names = [title, title + "()", short] if "." in title else [title, title + "()"]
-        return [name for name in dict.fromkeys(names) if len(name) > 3]
+        names = [title, f"{title}()", short if len(short) > 3 else title] if title else []
+        return list(dict.fromkeys(names))
     names = [title, *re.split(r" — | - | and |, ", title)] if title else []
     names = [in_running_text(name) for name in names if name]
     if statement := re.fullmatch(r"The (\w+) (statement|clause)", title):
         names += [statement.group(1), f"{statement.group(1)} {statement.group(2)}s"]
     elif title and topic.replace("-", " ") in title.lower():
         names.append(topic.replace("-", " "))
-    names += [singular(name) for name in names if re.fullmatch(r"[a-z]+( [a-z]+)?s", name)]
+    names += [singular(name) for name in names if re.fullmatch(r"[a-z]+( [a-z]+)?[^s]s", name)]
     return [name for name in dict.fromkeys(names) if 1 < len(name) < LONGEST_ALIAS_CHARS]
 
 
@@ -248,8 +291,7 @@ def term_entries(section: Section, taken: set[str]) -> list[Entry]:
     entries = []
     for index, paragraph in enumerate(section.paragraphs):
         for start, sentence in enumerate(paragraph):
-            subject = re.match(r"(An? [a-z]+(?: [a-z]+)?|[A-Z][a-z]+(?: [a-z]+)?s) (is|are) ", sentence)
-            if not subject or sentence.startswith(("This", "As ")):
+            if not (subject := re.match(DEFINITION, sentence)):
                 continue
             alias = subject.group(1)[0].lower() + subject.group(1)[1:]
             answers = answers_of([paragraph[start:], *section.paragraphs[index + 1 :]])
@@ -280,17 +322,24 @@ class Conversations:
             turns -= len(exchanges)
         return messages
 
+    def draw_opening(self) -> tuple[Message, str]:
+        question, answer = self.exchanges(1)[0]
+        return {"role": "user", "content": self.vary(question)}, answer
+
     def draw_prose(self) -> str:
         entry = self.random.choice(self.entries)
         return " ".join(entry.answers[:4])
 
     def exchanges(self, most: int) -> list[tuple[str, str]]:
-        if self.random.random() < 0.03:
+        chance = self.random.random()
+        if chance < 0.05:
             return [self.random.choice(SMALL_TALK)]
+        if chance < 0.08:
+            return [(self.random.choice(OFF_TOPIC), OFF_TOPIC_ANSWER)]
         entry = self.next_entry()
         alias = self.random.choice(entry.aliases)
         pairs = [(self.question(entry, alias), entry.answers[0])]
-        for answer in [*entry.answers[1:], END_OF_ENTRY.format(x=alias)]:
+        for answer in [*entry.answers[1:], END_OF_ENTRY.format(x=entry.aliases[0])]:
             if len(pairs) >= most or self.random.random() < 0.15:
                 break
             pairs.append((self.random.choice(GO_ON), answer))
