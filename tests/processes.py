@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def write_config(directory: Path, tree: dict[str, object]) -> Path:
 
 @contextmanager
 def worker_processes(
-    config: Path, roles: Sequence[str], env: dict[str, str] | None = None
+    config: Path, roles: Sequence[str], module: Sequence[str] = ("cluster.worker",)
 ) -> Iterator[list[WorkerProcess]]:
     """Start one worker per role, all at once; end them on the way out, however that comes."""
     with tempfile.TemporaryDirectory() as logs:
@@ -63,7 +62,7 @@ def worker_processes(
         try:
             for i, role in enumerate(roles):
                 log = (Path(logs) / f"{role}-{i}.log").open("w")
-                command = [sys.executable, "-m", "cluster.worker", "--config", str(config)]
+                command = [sys.executable, "-m", *module, "--config", str(config)]
                 command += ["--role", role, "--worker-id", f"{role}-{i}"]
                 started.append(
                     subprocess.Popen(
@@ -71,7 +70,6 @@ def worker_processes(
                         stdout=subprocess.PIPE,
                         stderr=log,
                         text=True,
-                        env=os.environ | (env or {}),
                     )
                 )
                 log.close()

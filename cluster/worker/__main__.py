@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,28 +18,35 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
 from cluster.registry_client import RegistryClient
-from cluster.worker.host import WorkerStart, serve_worker
+from cluster.worker.host import WorkerStart, make_transport, serve_worker
 from cluster.worker.worker import WorkerSettings
 from core.clock import SystemClock
 from core.errors import BatonError
-from core.ids import Role, WorkerId
+from core.ids import Incarnation, Role, WorkerId
 from core.registry import WorkerRecord
+from engine.types import Engine
+from kv_transfer.config import TransferConfig
+from kv_transfer.transport import Transport
+
+TransportOf = Callable[[TransferConfig, Engine, Incarnation], Transport]
 
 
-def main() -> int:
+def main(transport_of: TransportOf = make_transport) -> int:
     """Exit status: 0 after SIGTERM or SIGINT, 1 for a bad set-up, as Python's for a bug."""
     arguments = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     try:
         config = load_config(arguments.config)
-        asyncio.run(_serve(config, arguments))
+        asyncio.run(_serve(config, arguments, transport_of))
     except BatonError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _serve(config: ClusterConfig, arguments: argparse.Namespace) -> None:
+async def _serve(
+    config: ClusterConfig, arguments: argparse.Namespace, transport_of: TransportOf
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,7 +69,12 @@ async def _serve(config: ClusterConfig, arguments: argparse.Namespace) -> None:
         if arguments.registry:
             registry = await stack.enter_async_context(RegistryClient(arguments.registry))
         await serve_worker(
-            start, registry=registry, clock=SystemClock(), stop=stop, on_ready=_announce
+            start,
+            registry=registry,
+            clock=SystemClock(),
+            stop=stop,
+            on_ready=_announce,
+            transport_of=transport_of,
         )
 
 

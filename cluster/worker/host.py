@@ -51,6 +51,7 @@ async def serve_worker(
     clock: Clock,
     stop: asyncio.Event,
     on_ready: Callable[[WorkerRecord], None],
+    transport_of: Callable[[TransferConfig, Engine, Incarnation], Transport],
 ) -> None:
     """Serve until `stop`. Raises what ended the engine loop, ConfigError for a bad set-up."""
     incarnation = new_incarnation()
@@ -68,7 +69,7 @@ async def serve_worker(
     )
     worker = Worker(
         engine=engine,
-        transport=make_transport(start.settings.transfer, engine, incarnation),
+        transport=transport_of(start.settings.transfer, engine, incarnation),
         identity=identity,
         role=start.role,
         settings=start.settings,

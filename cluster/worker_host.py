@@ -1,0 +1,46 @@
+"""The WorkerHost of a real cluster: cluster/worker on an event loop of its own."""
+
+import asyncio
+from collections.abc import Callable
+
+from cluster.registry_client import RegistryClient
+from cluster.worker.host import WorkerStart, make_transport, serve_worker
+from cluster.worker.worker import WorkerSettings
+from cluster.worker_spec import StopSignal, WorkerSpec
+from core.clock import SystemClock
+
+
+def host_worker(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
+    """A WorkerHost."""
+    asyncio.run(_serve(spec, stop, ready))
+
+
+async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
+    config = spec.config
+    start = WorkerStart(
+        worker_id=spec.worker_id,
+        role=spec.role,
+        model_path=config.model.path,
+        settings=WorkerSettings(
+            engine=config.engine,
+            transfer=config.transfer,
+            prefill=config.prefill,
+            decode=config.decode,
+        ),
+        host=spec.host,
+    )
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    with stop.wakes(lambda: void(loop.call_soon_threadsafe(stopped.set))):
+        async with RegistryClient(spec.registry_address) as registry:
+            await serve_worker(
+                start,
+                registry=registry,
+                clock=SystemClock(),
+                stop=stopped,
+                on_ready=lambda _record: ready(),
+                transport_of=make_transport,
+            )
+
+
+def void(_: object) -> None:
+    """Drop a result where None is asked for."""

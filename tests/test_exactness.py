@@ -1,0 +1,199 @@
+"""The whole path is exact: router flow, two worker processes, NIXL between them, a real model.
+
+Greedy fp32 against transformers' own `generate` for the same checkpoint: equal ids, and logits
+within 1e-3. The negative controls damage one transferred block and must change the answer.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kv_transfer.codec import layout_from_wire
+from router.types import Generated
+from tests.models import write_checkpoint
+from tests.processes import (
+    WorkerProcess,
+    collect,
+    flow_over,
+    make_request,
+    output_tokens,
+    stats,
+    wait_until_idle,
+    worker_processes,
+    write_config,
+)
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+
+FAMILIES = ("llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral", "qwen3_moe")
+BLOCK, CHUNK, WINDOW = 16, 256, 64
+EDGES = sorted({1, 3000, *(e + d for e in (BLOCK, WINDOW, CHUNK) for d in (-1, 0, 1))})
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One prefill and one decode process, the config they run by, and the reference model."""
+
+    config: Path
+    workers: list[WorkerProcess]
+    reference: PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    directory = tmp_path_factory.mktemp(request.param)
+    checkpoint = write_checkpoint(directory / "model", request.param)
+    torch.set_num_threads(1)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    config = write_config(directory, settings(checkpoint))
+    with worker_processes(config, ["prefill", "decode"]) as workers:
+        yield Cluster(config, workers, reference)
+
+
+def settings(checkpoint: Path, kv_memory_mb: int = 96) -> dict[str, object]:
+    return {
+        "model": {"path": str(checkpoint)},
+        "engine": {"kv_memory_mb": kv_memory_mb, "step_tokens": CHUNK, "dtype": "float32"},
+    }
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [int(t) for t in torch.randint(6, 500, (length,), generator=generator)]
+
+
+@dataclass(frozen=True)
+class Expected:
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def reference_answer(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> Expected:
+    with torch.inference_mode():
+        answer = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return Expected(answer.sequences[0, len(prompt) :].tolist(), torch.cat(answer.logits))
+
+
+def logits_of(items: list[Generated]) -> torch.Tensor:
+    raw = b"".join(item.logits for item in items)
+    count = len(output_tokens(items))
+    return torch.frombuffer(bytearray(raw), dtype=torch.float32).view(count, -1)
+
+
+def assert_equal(items: list[Generated], expected: Expected) -> None:
+    assert output_tokens(items) == expected.tokens
+    torch.testing.assert_close(logits_of(items), expected.logits, atol=1e-3, rtol=0)
+
+
+async def test_every_edge_is_exact_cold_then_with_a_prefix_hit(cluster: Cluster) -> None:
+    async with flow_over(cluster.config, cluster.workers) as flow:
+        moved = (await stats(cluster.workers[1])).transfer_bytes
+        for length in EDGES:
+            prompt = random_prompt(length, seed=length)
+            expected = reference_answer(cluster.reference, prompt, NEW_TOKENS)
+            cold = await collect(
+                flow, make_request(f"c{length}", prompt, max_tokens=NEW_TOKENS, return_logits=True)
+            )
+            warm = await collect(
+                flow, make_request(f"w{length}", prompt, max_tokens=NEW_TOKENS, return_logits=True)
+            )
+            assert_equal(cold, expected)
+            assert_equal(warm, expected)
+            assert cold[-1].cached_tokens == 0
+            assert warm[-1].cached_tokens == (length - 1) // BLOCK * BLOCK
+        idle = await wait_until_idle(cluster.workers)
+    block_bytes = layout_from_wire(idle[1].who.layout).block_bytes
+    # Cold, every block crosses; warm, all but the reader's own full cached ones.
+    blocks = sum(-(-n // BLOCK) for n in EDGES) + sum(1 for n in EDGES if n % BLOCK)
+    assert idle[1].transfer_bytes - moved == blocks * block_bytes
+    assert [reply.pool_error for reply in idle] == ["", ""]
+
+
+async def test_a_batch_of_sixteen_is_exact(cluster: Cluster) -> None:
+    prompts = [random_prompt(20 + 37 * i, seed=1000 + i) for i in range(16)]
+    expected = [reference_answer(cluster.reference, prompt, 24) for prompt in prompts]
+    async with flow_over(cluster.config, cluster.workers) as flow:
+        answers = await asyncio.gather(
+            *(
+                collect(flow, make_request(f"b{i}", prompt, max_tokens=24, return_logits=True))
+                for i, prompt in enumerate(prompts)
+            )
+        )
+    for items, one in zip(answers, expected, strict=True):
+        assert_equal(items, one)
+
+
+async def test_sampling_with_a_seed_is_the_same_alone_and_in_a_batch(cluster: Cluster) -> None:
+    prompts = [random_prompt(30 + 11 * i, seed=2000 + i) for i in range(8)]
+    sampled = {"temperature": 0.8, "top_p": 0.95, "top_k": 50}
+    async with flow_over(cluster.config, cluster.workers) as flow:
+        alone = [
+            output_tokens(await collect(flow, make_request(f"a{i}", p, seed=i, **sampled)))
+            for i, p in enumerate(prompts)
+        ]
+        together = await asyncio.gather(
+            *(
+                collect(flow, make_request(f"t{i}", p, seed=i, **sampled))
+                for i, p in enumerate(prompts)
+            )
+        )
+        other_seed = output_tokens(
+            await collect(flow, make_request("o", prompts[0], seed=99, **sampled))
+        )
+    assert [output_tokens(items) for items in together] == alone
+    assert other_seed != alone[0]
+
+
+def test_the_references_can_tell_a_difference(cluster: Cluster) -> None:
+    prompt = random_prompt(200, seed=5)
+    answer = reference_answer(cluster.reference, prompt, NEW_TOKENS)
+    other = reference_answer(cluster.reference, [*prompt[:-60], 7, *prompt[-59:]], NEW_TOKENS)
+    assert len(set(answer.tokens)) >= 20
+    assert other.tokens != answer.tokens
+
+
+@pytest.mark.parametrize("fault", ["zero", "swap"])
+async def test_one_damaged_block_changes_the_answer(fault: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", "llama")
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    config = write_config(tmp_path, settings(checkpoint))
+    prompt = random_prompt(200, seed=5)
+    expected = reference_answer(reference, prompt, NEW_TOKENS).tokens
+    with (
+        worker_processes(config, ["prefill"]) as prefill,
+        worker_processes(config, ["decode"], module=("tests.faulty_worker", fault)) as decode,
+    ):
+        async with flow_over(config, [*prefill, *decode]) as flow:
+            items = await collect(flow, make_request("x", prompt, max_tokens=NEW_TOKENS))
+    assert output_tokens(items)[0] == expected[0]
+    assert output_tokens(items) != expected
+
+
+async def test_sampling_does_not_depend_on_the_pair_of_workers(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", "llama")
+    config = write_config(tmp_path, settings(checkpoint, kv_memory_mb=16))
+    prompt = random_prompt(150, seed=8)
+    request = make_request("x", prompt, max_tokens=40, temperature=0.9, seed=1234)
+    with worker_processes(config, ["prefill", "decode", "prefill", "decode"]) as workers:
+        async with flow_over(config, workers[:2]) as flow:
+            first = output_tokens(await collect(flow, request))
+        async with flow_over(config, workers[2:]) as flow:
+            second = output_tokens(await collect(flow, request))
+    assert first == second
