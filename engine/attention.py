@@ -14,8 +14,8 @@ Layer l lies 2 * l tiles after layer 0, so one index serves all layers.
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
 
 from engine.packing import Group, GroupRead, PackedStep
 
@@ -54,11 +54,26 @@ def paged_attention(
         keys, values = _gather(packed, layer, len(group.entries), read)
         rows = query[0, :, group.row : group.row_end]
         if group.queries == 1 or softcap is not None:
-            outputs.append(_attend_folded(rows, keys, values, group, read, scale, softcap))
+            output = _attend_folded(rows, keys, values, group, read, scale=scale, softcap=softcap)
         else:
-            outputs.append(_attend_chunk(rows, keys, values, read, scale))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output[None], None
+            output = _attend_chunk(rows, keys, values, read, scale)
+        outputs.append(output)
+    packed_output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return packed_output[None], None
+
+
+def run_packed(model: PreTrainedModel, packed: PackedStep, rows: torch.Tensor) -> torch.Tensor:
+    """One forward pass of a model that uses PAGED; logits `[len(rows), vocab]` of these rows."""
+    output = model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        use_cache=False,
+        return_dict=True,
+        logits_to_keep=rows,
+        packed=packed,
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits
 
 
 def _write(packed: PackedStep, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -96,7 +111,7 @@ def _attend_chunk(
     if not shared:
         groups = rows.shape[0] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    output = F.scaled_dot_product_attention(
+    output = scaled_dot_product_attention(
         rows[None],
         keys,
         values,
@@ -114,6 +129,7 @@ def _attend_folded(
     values: torch.Tensor,
     group: Group,
     read: GroupRead,
+    *,
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
@@ -127,24 +143,22 @@ def _attend_folded(
     queries = rows.view(kv_heads, shape[2], sequences, group.queries, head_dim)
     folded = queries.permute(2, 0, 1, 3, 4).reshape(sequences, kv_heads, -1, head_dim)
     if softcap is None:
-        output = F.scaled_dot_product_attention(
+        output = scaled_dot_product_attention(
             folded, keys, values, attn_mask=read.mask, scale=scale
         )
     else:
-        scores = torch.matmul(folded, keys.transpose(-1, -2)) * scale
-        scores = torch.tanh(scores / softcap) * softcap
+        scores = torch.matmul(folded * (scale / softcap), keys.transpose(-1, -2))
+        scores = scores.tanh_().mul_(softcap).view(*shape, -1)
         mask = _explicit_mask(read, group.queries, scores)
         if mask is not None:
-            scores = (scores.view(*shape, -1) + mask[:, :, None]).view(scores.shape)
+            scores += mask[:, :, None]
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
-        output = torch.matmul(weights, values)
+        output = torch.matmul(weights.view(*folded.shape[:-1], -1), values)
     unfolded = output.view(*shape, head_dim).permute(0, 3, 1, 2, 4)
     return unfolded.reshape(num_rows, heads, head_dim)
 
 
-def _explicit_mask(
-    read: GroupRead, queries: int, scores: torch.Tensor
-) -> torch.Tensor | None:
+def _explicit_mask(read: GroupRead, queries: int, scores: torch.Tensor) -> torch.Tensor | None:
     """The mask, spelled out where the fused kernel would be told `causal` instead."""
     if not read.causal:
         return read.mask

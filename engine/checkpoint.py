@@ -162,9 +162,7 @@ def _generation_config(directory: Path) -> Mapping[str, object]:
     return read_json(path) if path.is_file() else {}
 
 
-def _eos_token_ids(
-    generation: Mapping[str, object], hf_config: PretrainedConfig
-) -> frozenset[int]:
+def _eos_token_ids(generation: Mapping[str, object], hf_config: PretrainedConfig) -> frozenset[int]:
     found = generation.get("eos_token_id")
     if found is None:
         found = getattr(hf_config, "eos_token_id", None)

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from core.errors import BatonError, ConfigError, InternalError, InvalidRequest
+from engine.architecture import REMEDY
 from engine.arena import TORCH_DTYPE, Arena
-from engine.attention import PAGED, register_attention
+from engine.attention import PAGED, register_attention, run_packed
 from engine.checkpoint import CheckpointInfo, read_checkpoint, read_config
 from engine.config import EngineConfig
 from engine.packing import PackedStep
 from engine.sampler import Draw, sample
-from engine.self_check import check_model, run_packed
+from engine.self_check import check_model
 from engine.sizing import arena_blocks
 from engine.types import EngineInfo, Sampled, SeqStep
 
@@ -163,10 +164,16 @@ def _logit_bytes(row: torch.Tensor, draw: Draw) -> bytes:
 def _load_model(info: CheckpointInfo) -> PreTrainedModel:
     register_attention()
     transformers_logging.disable_progress_bar()
+    config = read_config(info.directory)
+    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend:
+        raise ConfigError(
+            f"layer 0 of model_type {info.model_type!r} has an attention of its own, which is not "
+            f"served yet; {REMEDY}"
+        )
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(info.directory),
-            config=read_config(info.directory),
+            config=config,
             dtype=TORCH_DTYPE[info.layout.dtype],
             attn_implementation=PAGED,
             local_files_only=True,
@@ -187,11 +194,6 @@ def _load_model(info: CheckpointInfo) -> PreTrainedModel:
         raise ConfigError(
             f"the weights in {info.directory} lack {len(missing)} parameters of the model, the "
             f"first being {missing[0]}; copy the checkpoint again"
-        )
-    if not model._supports_attention_backend:
-        raise ConfigError(
-            f"model_type {info.model_type!r} brings an attention of its own in transformers; "
-            "choose a model that supports AttentionInterface"
         )
     loaded: PreTrainedModel = model
     return loaded

@@ -104,6 +104,8 @@ class PackedStep:
 
     def _read(self, group: Group, window: int | None) -> GroupRead:
         size = self.arena.layout.block_size
+        if window is not None and all(entry.end <= window for entry in group.entries):
+            window = None
         firsts = [_first_block(entry, window, size) for entry in group.entries]
         tables = _padded_tables(group.entries, firsts, size)
         starts = np.array([entry.start for entry in group.entries], dtype=np.int64)
@@ -181,9 +183,7 @@ def _first_block(entry: SeqStep, window: int | None, block_size: int) -> int:
     return max(0, entry.start - window + 1) // block_size
 
 
-def _padded_tables(
-    entries: Sequence[SeqStep], firsts: Sequence[int], block_size: int
-) -> IntArray:
+def _padded_tables(entries: Sequence[SeqStep], firsts: Sequence[int], block_size: int) -> IntArray:
     """`[sequences, blocks]`; padding repeats the entry's own first block.
 
     Its own, because a masked value still enters the sum as 0 * value: a NaN in another sequence's

@@ -98,9 +98,7 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw], filtered: bool) -> list[i
 
 def _outside_top_k(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     vocab = scores.shape[1]
-    limits = torch.tensor(
-        [draw.params.top_k or vocab for draw in draws], device=scores.device
-    )
+    limits = torch.tensor([draw.params.top_k or vocab for draw in draws], device=scores.device)
     return torch.arange(vocab, device=scores.device) >= limits[:, None]
 
 

@@ -16,7 +16,7 @@ from core.ids import BlockId, RequestId, SequenceId
 from core.kv import KvLayout
 from engine.architecture import REMEDY
 from engine.arena import TORCH_DTYPE, Arena
-from engine.attention import PAGED, paged_attention
+from engine.attention import PAGED, paged_attention, run_packed
 from engine.packing import PackedStep
 from engine.types import SeqStep
 
@@ -67,6 +67,7 @@ def check_model(model: PreTrainedModel, layout: KvLayout) -> None:
     calls: list[_Call] = []
     packed = _packed_logits(model, layout, tokens, calls)
     _check_calls(model, layout, calls)
+    _check_counts(layout, calls)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         whole = model(
@@ -128,20 +129,6 @@ def _packed_logits(
     return torch.cat(logits)
 
 
-def run_packed(model: PreTrainedModel, step: PackedStep, rows: torch.Tensor) -> torch.Tensor:
-    """One forward pass; logits `[len(rows), vocab]` of these packed rows."""
-    output = model(
-        input_ids=step.input_ids,
-        position_ids=step.position_ids,
-        use_cache=False,
-        return_dict=True,
-        logits_to_keep=rows,
-        packed=step,
-    )
-    logits: torch.Tensor = output.logits[0]
-    return logits
-
-
 def _observe(
     module: torch.nn.Module,
     key: torch.Tensor,
@@ -165,33 +152,37 @@ def _observe(
 
 
 def _check_calls(model: PreTrainedModel, layout: KvLayout, calls: list[_Call]) -> None:
-    """Each layer must have called once a chunk, with plain K/V of the one shape."""
-
-    def refuse(layer: int, what: str) -> ConfigError:
-        return ConfigError(f"layer {layer} {what}, which is not served yet; {REMEDY}")
-
+    """Every call must be plain causal attention of the one shape, in a layer of the decoder."""
     for call in calls:
         if call.layer is None or call.layer >= layout.num_layers:
-            raise refuse(layout.num_layers, "is an attention outside of the decoder's layers")
+            raise _refusal(layout.num_layers, "is an attention outside of the decoder's layers")
         if call.extras:
-            raise refuse(call.layer, f"gives its attention more inputs ({', '.join(call.extras)})")
+            more = ", ".join(call.extras)
+            raise _refusal(call.layer, f"gives its attention more inputs ({more})")
         if not call.causal:
-            raise refuse(call.layer, "attends in both directions")
-        chunk = call.key_shape[2] if len(call.key_shape) == 4 else 0
-        if call.key_shape != call.value_shape or call.key_shape != (
-            (1, layout.num_kv_heads, chunk, layout.head_dim)
-        ):
-            raise refuse(
+            raise _refusal(call.layer, "attends in both directions")
+        fed = call.key_shape[2] if len(call.key_shape) == 4 else 0
+        wanted_shape = (1, layout.num_kv_heads, fed, layout.head_dim)
+        if call.key_shape != wanted_shape or call.value_shape != wanted_shape:
+            raise _refusal(
                 call.layer,
                 f"has keys {list(call.key_shape)} and values {list(call.value_shape)} instead of "
                 f"{layout.num_kv_heads} heads of {layout.head_dim}",
             )
         if call.window != (wanted := _window(model, call.layer)):
-            raise refuse(call.layer, f"attends to a window of {call.window} instead of {wanted}")
-    counts = [sum(call.layer == layer for call in calls) for layer in range(layout.num_layers)]
-    for layer, count in enumerate(counts):
-        if count != counts[0] or count == 0:
-            raise refuse(layer, f"calls its attention {count} times where layer 0 does {counts[0]}")
+            raise _refusal(call.layer, f"attends to a window of {call.window} instead of {wanted}")
+
+
+def _check_counts(layout: KvLayout, calls: list[_Call]) -> None:
+    """Every layer must have called once for each of the two chunks."""
+    for layer in range(layout.num_layers):
+        count = sum(call.layer == layer for call in calls)
+        if count != 2:
+            raise _refusal(layer, f"calls its attention {count} times in two steps")
+
+
+def _refusal(layer: int, what: str) -> ConfigError:
+    return ConfigError(f"layer {layer} {what}, which is not served yet; {REMEDY}")
 
 
 def _window(model: PreTrainedModel, layer: int) -> int | None:

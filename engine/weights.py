@@ -111,8 +111,8 @@ def _named_shards(directory: Path) -> dict[Path, set[str]]:
     index = directory / INDEX
     if not index.is_file():
         raise ConfigError(
-            f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded, so "
-            "save the model with save_pretrained"
+            f"{directory} has neither {SINGLE} nor {INDEX}; only safetensors weights are loaded, "
+            "so save the model with save_pretrained"
         )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -91,7 +91,7 @@ async def _request_exit(server: uvicorn.Server, stop: asyncio.Event) -> None:
 
 
 async def _clear(server: uvicorn.Server) -> None:
-    """uvicorn cancels what outlives the grace without waiting; cancelled itself, it does nothing."""
+    """uvicorn does not wait for what it cancels, and cleans nothing up when cancelled itself."""
     if server.started:
         for accepting in server.servers:
             accepting.close()

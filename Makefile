@@ -1,0 +1,49 @@
+# demo, test and check each bring the environment they need; nothing else has to be installed.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test check proto clean
+
+help:
+	@echo "make demo    install into .venv, start a local cluster, send real chat requests, stop it"
+	@echo "make test    unit and multi-process tests"
+	@echo "make check   format, lint, types, layers, generated code"
+	@echo "make proto   regenerate wire/ from proto/"
+	@echo "make clean   remove .venv and caches"
+
+demo: .venv/installed
+	$(BIN)/baton demo
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+check: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/proto.py check
+
+proto: .venv/installed-test
+	$(BIN)/python tools/proto.py generate
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Baton needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 demo"; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+	    { rm -rf .venv; echo "$(PYTHON) has no venv module: apt-get install python3-venv"; exit 1; }
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "installing pinned dependencies into .venv: about 2 minutes, once"
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps nixl nixl-cu12
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "installing the test extras"
+	$(PIP) --editable '.[test]'
+	@touch $@

@@ -1,0 +1,179 @@
+"""The command line `baton`. Heavy parts are imported by the command that needs them."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from typer.core import TyperGroup
+
+from cluster.config import ClusterConfig
+from cluster.config_file import load_config
+from core.errors import BatonError
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """An error of ours is its message and status 1, never a traceback."""
+        try:
+            return super().invoke(ctx)
+        except BatonError as error:
+            for line in error.message.splitlines() or [type(error).__name__]:
+                prefix = "" if line.startswith(" ") else "error: "
+                print(f"{prefix}{line}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Serve a large language model with prefill and decode on separate pools of workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(
+    cls=_Group, help="Show, check and describe the cluster config.", no_args_is_help=True
+)
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Cluster config, a YAML file.")
+]
+ModelOption = Annotated[
+    Path | None, typer.Option(help="Checkpoint folder; wins over model.path of the config.")
+]
+PortOption = Annotated[
+    int | None, typer.Option(help="Port of the router; 0 takes a free one.", min=0, max=65535)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Which cluster, when several are running.")
+]
+
+
+def main() -> None:
+    """The entry point of `baton`."""
+    app()
+
+
+@app.command()
+def up(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    port: PortOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a cluster in the foreground; Ctrl-C stops it."""
+    settings = _settings(config, model, port)
+    from cluster.up import run_up  # noqa: PLC0415 - imports Ray
+
+    run_up(settings, as_json=as_json)
+
+
+@app.command()
+def down(
+    run: RunOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Stop all clusters of this user.")] = False,
+    timeout_s: Annotated[float, typer.Option(help="Seconds for an orderly stop.", min=0)] = 60.0,
+) -> None:
+    """Stop a running cluster and wait until nothing of it is left."""
+    from cluster.run_dir import live_runs, runs_root  # noqa: PLC0415
+    from cluster.runs import choose_run, stop_run  # noqa: PLC0415
+
+    living = live_runs(runs_root())
+    if not living and run is None:
+        print("no cluster is running")
+    for one in living if every or not living else [choose_run(run)]:
+        orderly = stop_run(one, timeout_s)
+        print(f"cluster {one.run_id} " + ("stopped" if orderly else "had to be killed"))
+
+
+@app.command()
+def status(
+    run: RunOption = None,
+    leases: Annotated[bool, typer.Option(help="Who holds which blocks for how long.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the workers of a running cluster, their load and their KV cache."""
+    from cluster.runs import choose_run  # noqa: PLC0415
+    from cluster.status_view import read_status, show_status, status_json  # noqa: PLC0415
+    from cluster.worker_control import GrpcWorkerControl  # noqa: PLC0415
+
+    seen = asyncio.run(read_status(choose_run(run), GrpcWorkerControl()))
+    if as_json:
+        print(status_json(seen))
+    else:
+        show_status(seen, Console(), leases=leases)
+
+
+@app.command()
+def demo(
+    model: ModelOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Start a cluster, chat with it, show where the time went, check every answer, stop it."""
+    from cluster.demo import run_demo  # noqa: PLC0415 - imports Ray, torch and transformers
+
+    raise typer.Exit(run_demo(config, model))
+
+
+@config_app.command()
+def show(
+    config: ConfigOption = None, model: ModelOption = None, as_json: JsonOption = False
+) -> None:
+    """Print all settings, defaults filled in; API keys are masked."""
+    without_model = config is None and model is None
+    settings = _settings(config, Path() if without_model else model, None)
+    tree = settings.model_dump(mode="json")
+    tree["router"]["api_keys"] = ["***" for _ in settings.router.api_keys]
+    if without_model:
+        tree["model"]["path"] = None
+    print(json.dumps(tree) if as_json else yaml.safe_dump(tree, sort_keys=False), end="")
+    if as_json:
+        print()
+
+
+@config_app.command()
+def check(
+    config: ConfigOption = None, model: ModelOption = None, as_json: JsonOption = False
+) -> None:
+    """Check config, checkpoint, port and GPUs; status 1 and one sentence per problem."""
+    from cluster.config_file import BadConfig  # noqa: PLC0415
+    from cluster.preflight import find_problems, port_problems  # noqa: PLC0415
+
+    try:
+        settings = _settings(config, model, None)
+        problems = [*find_problems(settings), *port_problems(settings)]
+    except BadConfig as bad:
+        problems = bad.problems
+    if as_json:
+        print(json.dumps({"ok": not problems, "problems": problems}))
+    elif problems:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+    else:
+        print(
+            f"ok: {settings.model.name} on {settings.prefill.workers} prefill and"
+            f" {settings.decode.workers} decode workers"
+        )
+    if problems:
+        raise typer.Exit(1)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of the config, with what every key means."""
+    print(json.dumps(ClusterConfig.model_json_schema(), indent=2))
+
+
+def _settings(config: Path | None, model: Path | None, port: int | None) -> ClusterConfig:
+    overrides: dict[str, object] = {}
+    if model is not None:
+        overrides["model.path"] = model
+    if port is not None:
+        overrides["router.port"] = port
+    return load_config(config, overrides)

@@ -1,0 +1,102 @@
+"""The whole cluster's settings: every room's own, composed into one tree.
+
+One YAML file holds them; what it leaves out takes the defaults. `load_config` is in config_file.py.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from core.config import Settings
+from decode_worker.config import DecodeConfig
+from engine.config import EngineConfig
+from kv_transfer.config import TransferConfig
+from prefill_worker.config import PrefillConfig
+from router.config import RouterConfig
+
+
+def _from_base(path: Path, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base", Path.cwd())
+    return (Path(base) / path.expanduser()).absolute()
+
+
+ConfigPath = Annotated[Path, AfterValidator(_from_base)]
+"""A path; a relative one starts at the folder of the config file."""
+
+
+class ModelConfig(Settings):
+    """Which checkpoint all workers serve."""
+
+    path: ConfigPath
+    """Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json."""
+    served_name: str | None = Field(None, min_length=1)
+    """The `model` of requests; unset takes the name of the folder."""
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self.served_name or self.path.name
+
+
+class PrefillPool(PrefillConfig):
+    """The pool of prefill workers."""
+
+    workers: int = Field(2, ge=1, le=1024)
+    """Processes that start in this role."""
+
+
+class DecodePool(DecodeConfig):
+    """The pool of decode workers."""
+
+    workers: int = Field(2, ge=1, le=1024)
+    """Processes that start in this role."""
+
+
+class SloConfig(Settings):
+    """Latency targets of one request."""
+
+    ttft_ms: float = Field(2000.0, gt=0)
+    """From the request's arrival to its first token."""
+    tpot_ms: float = Field(100.0, gt=0)
+    """Between the tokens that follow, on average."""
+
+
+class WorkerResources(Settings):
+    """What one worker process asks of its machine."""
+
+    cpus: float = Field(1.0, ge=0)
+    """Used to place workers on machines; engine.threads says how many threads compute."""
+    gpus: float = Field(0.0, ge=0)
+    """0 computes on the CPU; below 1, workers share a GPU."""
+
+
+class TelemetryConfig(Settings):
+    """What the processes write about themselves."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    spans_file: ConfigPath | None = None
+    """Append OpenTelemetry spans here, one JSON object per line; unset makes none."""
+
+
+class ClusterConfig(Settings):
+    """One cluster: a router, two pools of workers, one model."""
+
+    model: ModelConfig
+    router: RouterConfig = RouterConfig()
+    prefill: PrefillPool = PrefillPool()
+    decode: DecodePool = DecodePool()
+    engine: EngineConfig = EngineConfig()
+    transfer: TransferConfig = TransferConfig()
+    resources: WorkerResources = WorkerResources()
+    slo: SloConfig = SloConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    start_timeout_s: float = Field(600.0, gt=0)
+    """All workers and the router are ready by then, or the start has failed."""
+    drain_timeout_s: float = Field(10.0, ge=0)
+    """At a stop, requests in flight may finish for so long."""
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes of both pools."""
+        return self.prefill.workers + self.decode.workers

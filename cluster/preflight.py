@@ -1,0 +1,61 @@
+"""What can be known to be wrong before anything starts: one sentence per problem."""
+
+import math
+
+from cluster.config import ClusterConfig
+from core.errors import ConfigError
+from router.serve import bind_listener
+
+
+def find_problems(config: ClusterConfig) -> list[str]:
+    """All problems but a taken port: checkpoint and GPUs. Imports torch, so it takes seconds."""
+    return [*_checkpoint_problems(config), *_gpu_problems(config)]
+
+
+def port_problems(config: ClusterConfig) -> list[str]:
+    """Whether the router's port is taken now."""
+    try:
+        bind_listener(config.router.host, config.router.port).close()
+    except ConfigError as error:
+        return [error.message]
+    return []
+
+
+def _checkpoint_problems(config: ClusterConfig) -> list[str]:
+    from engine.checkpoint import read_checkpoint  # noqa: PLC0415 - imports torch
+
+    try:
+        read_checkpoint(config.model.path, config.engine)
+    except ConfigError as error:
+        return [error.message]
+    return []
+
+
+def _gpu_problems(config: ClusterConfig) -> list[str]:
+    per_worker = config.resources.gpus
+    if per_worker == 0:
+        if config.engine.device == "cuda":
+            return [
+                "engine.device is cuda, but workers get no GPU:"
+                " set resources.gpus to 1, or engine.device to cpu"
+            ]
+        return []
+    if 1 < per_worker != math.floor(per_worker):
+        return [f"resources.gpus is {per_worker:g}: above 1 it must be a whole number"]
+    import torch  # noqa: PLC0415 - takes seconds, and only this needs it
+
+    there = torch.cuda.device_count()
+    wanted = _gpus_taken(config.num_workers, per_worker)
+    if wanted > there:
+        return [
+            f"{config.num_workers} workers with {per_worker:g} GPUs each need {wanted} GPUs,"
+            f" but this machine has {there}: lower resources.gpus, prefill.workers or"
+            " decode.workers"
+        ]
+    return []
+
+
+def _gpus_taken(workers: int, per_worker: float) -> int:
+    if per_worker >= 1:
+        return workers * int(per_worker)
+    return math.ceil(workers / math.floor(1 / per_worker))

@@ -1,0 +1,144 @@
+"""The router as a child process that is started again when it dies.
+
+The controller opens the port and keeps it: a second cluster learns at once that it is taken, and
+clients of a router that starts or restarts wait in the socket's queue instead of being refused.
+The child finds the socket as its file descriptor `--listen-fd`.
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+
+from cluster.config import ClusterConfig
+from cluster.events import Report, RouterDied
+from cluster.last_words import last_words, tail
+from cluster.probe import answers_ready
+from cluster.run_dir import RunDir
+from core.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+ROUTER_MODULE = "cluster.router_main"
+
+_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
+_STEADY_S = 60.0
+_PROBE_EVERY_S = 0.1
+_KILL_AFTER_S = 3.0
+_ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_PR_SET_PDEATHSIG = 1
+
+
+class RouterFailed(Unavailable):
+    """The router could not start, or dies again and again; the message says why."""
+
+
+def url_of(opened: socket.socket) -> str:
+    """Where clients on this machine reach the socket."""
+    host, port = opened.getsockname()[:2]
+    host = _ANY_ADDRESS.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class RouterProcess:
+    """`supervise` is its only task; `stop` comes once that has ended."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        run: RunDir,
+        opened: socket.socket,
+        *,
+        report: Report,
+        module: str = ROUTER_MODULE,
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._socket = opened
+        self._report = report
+        self._module = module
+        self._log = run.log_path("router")
+        self._process: asyncio.subprocess.Process | None = None
+        self._started = False
+
+    async def supervise(self) -> None:
+        """Start the router and restart it whenever it ends, for ever. Raises RouterFailed."""
+        failures = 0
+        while True:
+            began_s = time.monotonic()
+            process = self._process = await self._start()
+            status = await process.wait()
+            reason = self._reason(status)
+            if not self._started:
+                raise RouterFailed(f"the router could not start: {reason}\n{self._log_end()}")
+            if time.monotonic() - began_s > _STEADY_S:
+                failures = 0
+            if failures == len(_BACKOFF_S):
+                raise RouterFailed(f"the router dies again and again: {reason}\n{self._log_end()}")
+            restart_in_s = _BACKOFF_S[failures]
+            failures += 1
+            log.warning("router_died pid=%d reason=%s", process.pid, reason)
+            self._report(
+                RouterDied(pid=process.pid, reason=reason, log=self._log, restart_in_s=restart_in_s)
+            )
+            await asyncio.sleep(restart_in_s)
+
+    async def wait_ready(self) -> None:
+        """Return when /ready answers 200; bounded by the caller."""
+        while not self._started:
+            await asyncio.sleep(_PROBE_EVERY_S)
+            self._started = await answers_ready(url_of(self._socket))
+
+    async def stop(self, drain_s: float) -> None:
+        """SIGTERM; SIGKILL when requests in flight take longer than `drain_s` to finish."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), drain_s + _KILL_AFTER_S)
+        except TimeoutError:
+            log.warning("router_killed pid=%d", process.pid)
+            process.kill()
+            await process.wait()
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        environment = dict(os.environ)
+        if not self._config.resources.gpus:
+            # Router and workers must agree on what the checkpoint becomes on their device.
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        descriptor = self._socket.fileno()
+        with self._log.open("ab") as output:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", self._module),
+                *("--run-dir", str(self._run.path), "--listen-fd", str(descriptor)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                pass_fds=(descriptor,),
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def _reason(self, status: int) -> str:
+        if status >= 0:
+            return f"it ended with status {status}"
+        said = last_words(self._log)
+        return said if "crashed" in said else f"it was killed by {signal.Signals(-status).name}"
+
+    def _log_end(self) -> str:
+        return f"its log ends with:\n{tail(self._log)}"
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    """In the child, before it becomes the router: end when the controller is killed outright."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

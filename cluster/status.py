@@ -1,0 +1,117 @@
+"""What a running cluster is doing: each worker asked over its own door, and who holds which blocks.
+
+A worker that does not answer is a line of the answer, not an error.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.config import ClusterConfig
+from cluster.ray_pools import worker_ids
+from core.errors import BatonError
+from core.registry import WorkerRecord
+
+ASK_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseStatus:
+    """Blocks a prefill worker keeps for one sequence until its reader has them."""
+
+    lease_id: int
+    sequence_id: str
+    reader: str
+    """Incarnation of the decode worker that reads; empty while nobody is bound."""
+    blocks: int
+    age_s: float
+    expires_in_s: float | None
+    """None while its prefill runs: then it cannot expire."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCounts:
+    """The pool of one worker: the first five sum to the total."""
+
+    free: int
+    cached: int
+    in_use: int
+    receiving: int
+    quarantined: int
+    held: int
+    """Blocks with at least one lease, whatever their state."""
+
+    @property
+    def total(self) -> int:
+        return self.free + self.cached + self.in_use + self.receiving + self.quarantined
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStats:
+    """What a worker says of itself."""
+
+    role: str
+    incarnation: str
+    pid: int
+    draining: bool
+    waiting: int
+    running: int
+    queued_tokens: int
+    context_tokens: int
+    blocks: BlockCounts
+    pool_error: str
+    """Empty: every block is in exactly one state."""
+    leases: tuple[LeaseStatus, ...]
+    leases_opened: int
+    leases_closed: int
+    leases_aborted: int
+    leases_expired: int
+    transport: str
+    transfer_bytes: int
+    transfer_blocks: int
+    transfer_failures: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One line of `baton status`. Without `stats` the worker did not answer; `problem` says why."""
+
+    worker_id: str
+    role: str
+    address: str = ""
+    problem: str = ""
+    stats: WorkerStats | None = None
+
+
+class WorkerControl(Protocol):
+    """Control of one worker at `address`. Calls end within `timeout_s`, or raise Unavailable."""
+
+    async def stats(self, address: str, timeout_s: float) -> WorkerStats: ...
+
+    async def drain(self, address: str, timeout_s: float) -> int:
+        """Take nothing new and finish what runs; gives the legs left when `timeout_s` was up."""
+        ...
+
+
+async def collect(
+    config: ClusterConfig, records: tuple[WorkerRecord, ...], control: WorkerControl
+) -> tuple[WorkerStatus, ...]:
+    """Every worker the config asks for and every other one that is registered, by worker_id."""
+    expected = {str(worker_id): str(role) for worker_id, role in worker_ids(config).items()}
+    known = {str(record.worker_id): record for record in records}
+    absent = [
+        WorkerStatus(worker_id=worker_id, role=role, problem="not registered: it starts, or died")
+        for worker_id, role in expected.items()
+        if worker_id not in known
+    ]
+    present = await asyncio.gather(*(_ask(record, control) for record in records))
+    return tuple(sorted([*absent, *present], key=lambda status: status.worker_id))
+
+
+async def _ask(record: WorkerRecord, control: WorkerControl) -> WorkerStatus:
+    worker_id, role, address = str(record.worker_id), str(record.role), record.address
+    try:
+        stats = await control.stats(address, ASK_TIMEOUT_S)
+    except BatonError as error:
+        return WorkerStatus(worker_id=worker_id, role=role, address=address, problem=error.message)
+    return WorkerStatus(worker_id=worker_id, role=stats.role, address=address, stats=stats)

@@ -1,0 +1,132 @@
+"""`baton status`: gathers what the processes of a run say, and shows it as tables or as JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import ClusterConfig
+from cluster.probe import answers_ready
+from cluster.registry_client import RegistryClient
+from cluster.run_dir import RunDir
+from cluster.status import WorkerControl, WorkerStatus, collect
+from core.errors import Unavailable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """One running cluster."""
+
+    run_id: str
+    pid: int
+    """Of the controller, `baton up`."""
+    model: str
+    url: str
+    ready: bool
+    """The router answers requests: a prefill and a decode worker are routable."""
+    logs: str
+    workers: tuple[WorkerStatus, ...]
+
+
+async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
+    """Ask router, registry and workers. Raises Unavailable when the run is still starting."""
+    try:
+        info = run.info()
+        config = ClusterConfig.model_validate_json((run.path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"cluster {run.run_id} is starting or ending; try again") from error
+    async with RegistryClient(info.registry_address) as registry:
+        records = await registry.workers()
+    return ClusterStatus(
+        run_id=info.run_id,
+        pid=info.pid,
+        model=info.model,
+        url=info.router_url,
+        ready=await answers_ready(info.router_url),
+        logs=str(run.logs),
+        workers=await collect(config, records, control),
+    )
+
+
+def status_json(status: ClusterStatus) -> str:
+    """The whole status, leases included, as one JSON object."""
+    return json.dumps(asdict(status))
+
+
+def show_status(status: ClusterStatus, console: Console, *, leases: bool) -> None:
+    """Print it for people."""
+    state = "[green]ready[/]" if status.ready else "[red]not ready[/]"
+    console.print(
+        f"[bold]{status.model}[/] at {status.url}/v1  {state}"
+        f"  [dim]run {status.run_id}, pid {status.pid}, logs in {status.logs}[/]",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(_worker_table(status.workers))
+    for worker in status.workers:
+        if worker.problem:
+            console.print(f"[red]{worker.worker_id}[/]: {worker.problem}", highlight=False)
+        elif worker.stats is not None and worker.stats.pool_error:
+            console.print(f"[red]{worker.worker_id}[/]: {worker.stats.pool_error}", highlight=False)
+    if leases:
+        console.print(_lease_table(status.workers))
+
+
+def _worker_table(workers: Sequence[WorkerStatus]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("worker")
+    table.add_column("role")
+    table.add_column("state")
+    for heading in ("waiting", "running", "queued tokens", "KV blocks used", "cached", "held"):
+        table.add_column(heading, justify="right")
+    table.add_column("KV read", justify="right")
+    table.add_column("pid", justify="right")
+    for worker in workers:
+        stats = worker.stats
+        if stats is None:
+            table.add_row(worker.worker_id, worker.role, "[red]absent[/]")
+            continue
+        blocks = stats.blocks
+        used = blocks.in_use + blocks.receiving + blocks.quarantined
+        table.add_row(
+            worker.worker_id,
+            worker.role,
+            "draining" if stats.draining else "serving",
+            str(stats.waiting),
+            str(stats.running),
+            str(stats.queued_tokens),
+            f"{used} of {blocks.total}",
+            str(blocks.cached),
+            str(blocks.held),
+            f"{stats.transfer_bytes / 2**20:.1f} MiB",
+            str(stats.pid),
+        )
+    return table
+
+
+def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
+    readers = {worker.stats.incarnation: worker.worker_id for worker in workers if worker.stats}
+    table = Table(box=None, pad_edge=False, title="leases", title_justify="left")
+    table.add_column("owner")
+    table.add_column("lease", justify="right")
+    table.add_column("sequence")
+    table.add_column("reader")
+    for heading in ("blocks", "held for", "expires in"):
+        table.add_column(heading, justify="right")
+    for worker in workers:
+        for lease in worker.stats.leases if worker.stats else ():
+            expires = "-" if lease.expires_in_s is None else f"{lease.expires_in_s:.1f} s"
+            table.add_row(
+                worker.worker_id,
+                str(lease.lease_id),
+                lease.sequence_id,
+                readers.get(lease.reader, lease.reader) or "nobody yet",
+                str(lease.blocks),
+                f"{lease.age_s:.1f} s",
+                expires,
+            )
+    if not table.row_count:
+        table.add_row("none")
+    return table

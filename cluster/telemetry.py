@@ -1,0 +1,97 @@
+"""Logs and spans of one process, set up once at its entry point.
+
+A log line is one event with fields:
+
+    2026-01-31T12:00:00.123Z INFO decode-0 kv_transfer.reader kv_pull_done request_id=... bytes=...
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from cluster.config import TelemetryConfig
+from core.errors import ConfigError
+
+_FLUSH_MS = 5_000
+
+
+def setup_logging(process: str, config: TelemetryConfig, stream: TextIO) -> None:
+    """Send this process's logs to `stream`; `process` is its worker_id, `router`, `controller`.
+
+    Libraries speak from warning up only.
+    """
+    handler = logging.StreamHandler(stream)
+    formatter = logging.Formatter(
+        f"%(asctime)s.%(msecs)03dZ %(levelname)s {process} %(name)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    for room in _ROOMS:
+        logging.getLogger(room).setLevel(config.log_level.upper())
+
+
+_ROOMS = (
+    "core",
+    "engine",
+    "kv_transfer",
+    "prefill_worker",
+    "decode_worker",
+    "router",
+    "cluster",
+)
+
+
+@contextmanager
+def tracing(process: str, config: TelemetryConfig) -> Iterator[None]:
+    """Inside the block spans go to the config's file; where it names none, nowhere.
+
+    What is left is written at the end. Raises ConfigError when the file cannot be opened. Once per
+    process: OpenTelemetry keeps one tracer provider for the life of the process.
+    """
+    if config.spans_file is None:
+        yield
+        return
+    provider = TracerProvider(resource=Resource({"service.name": f"baton-{process}"}))
+    provider.add_span_processor(BatchSpanProcessor(JsonLinesExporter(config.spans_file)))
+    trace.set_tracer_provider(provider)
+    try:
+        yield
+    finally:
+        provider.force_flush(_FLUSH_MS)
+        provider.shutdown()
+
+
+class JsonLinesExporter(SpanExporter):
+    """Appends each span as one JSON object on one line; several processes may share the file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"telemetry.spans_file {path} cannot be written: {error.strerror}"
+            ) from error
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        lines = "".join(span.to_json(indent=None) + "\n" for span in spans)
+        try:
+            self._file.write(lines.encode())
+        except OSError:
+            return SpanExportResult.FAILURE
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        self._file.close()

@@ -1,0 +1,88 @@
+"""WorkerControl over gRPC: the worker's Stats and Drain calls."""
+
+import grpc
+
+from cluster.registry_codec import UnknownRole, role_from_wire
+from cluster.status import BlockCounts, LeaseStatus, WorkerStats
+from core.channel import CHANNEL_OPTIONS
+from core.errors import Unavailable
+from kv_transfer.codec import sequence_id_from_wire
+from wire import common_pb2, worker_pb2, worker_pb2_grpc
+
+_ANSWER_S = 2.0
+
+
+class GrpcWorkerControl:
+    """One short connection per call: control is rare and off the request path."""
+
+    async def stats(self, address: str, timeout_s: float) -> WorkerStats:
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            try:
+                reply = await stub.Stats(worker_pb2.StatsRequest(), timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise _unavailable(address, error) from error
+        return _stats(reply)
+
+    async def drain(self, address: str, timeout_s: float) -> int:
+        request = worker_pb2.DrainRequest(timeout_s=timeout_s)
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            try:
+                reply = await stub.Drain(request, timeout=timeout_s + _ANSWER_S)
+            except grpc.aio.AioRpcError as error:
+                raise _unavailable(address, error) from error
+        return int(reply.legs_left)
+
+
+def _stats(reply: worker_pb2.StatsReply) -> WorkerStats:
+    return WorkerStats(
+        role=_role(reply.who.role),
+        incarnation=reply.who.incarnation,
+        pid=reply.pid,
+        draining=reply.load.draining,
+        waiting=reply.load.waiting,
+        running=reply.load.running,
+        queued_tokens=reply.load.queued_tokens,
+        context_tokens=reply.load.context_tokens,
+        blocks=BlockCounts(
+            free=reply.blocks_free,
+            cached=reply.blocks_cached,
+            in_use=reply.blocks_in_use,
+            receiving=reply.blocks_receiving,
+            quarantined=reply.blocks_quarantined,
+            held=reply.blocks_held,
+        ),
+        pool_error=reply.pool_error,
+        leases=tuple(_lease(lease) for lease in reply.leases),
+        leases_opened=reply.leases_opened,
+        leases_closed=reply.leases_closed,
+        leases_aborted=reply.leases_aborted,
+        leases_expired=reply.leases_expired,
+        transport=reply.transport,
+        transfer_bytes=reply.transfer_bytes,
+        transfer_blocks=reply.transfer_blocks,
+        transfer_failures=reply.transfer_failures,
+    )
+
+
+def _lease(lease: worker_pb2.Lease) -> LeaseStatus:
+    return LeaseStatus(
+        lease_id=lease.lease_id,
+        sequence_id=str(sequence_id_from_wire(lease.sequence_id)),
+        reader=lease.reader,
+        blocks=lease.blocks,
+        age_s=lease.age_s,
+        expires_in_s=None if lease.expires_in_s < 0 else lease.expires_in_s,
+    )
+
+
+def _role(role: common_pb2.Role) -> str:
+    try:
+        return str(role_from_wire(role))
+    except UnknownRole:
+        return "unknown"
+
+
+def _unavailable(address: str, error: grpc.aio.AioRpcError) -> Unavailable:
+    return Unavailable(f"the worker at {address} does not answer: {error.code().name.lower()}")

@@ -1,0 +1,188 @@
+"""`baton up` around real Ray and real processes, with small hosts in place of the engines."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
+
+import psutil
+import pytest
+
+from cluster.run_dir import RunDir, all_runs, runs_root
+from cluster.sweep import end_processes, run_processes, sweep_dead_runs
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+HERE = Path(__file__).parent
+STOP_S = 30.0
+Line = dict[str, object]
+
+
+@dataclass(slots=True)
+class Up:
+    """A running small_up.py."""
+
+    process: subprocess.Popen[str]
+    root: Path
+
+    def until(self, event: str, **fields: object) -> Line:
+        """Read events up to one of this kind with these fields."""
+        assert self.process.stdout is not None
+        for text in self.process.stdout:
+            line: Line = json.loads(text)
+            if line["event"] == event and fields.items() <= line.items():
+                return line
+        raise AssertionError(f"no {event} {fields} before the end: {self.errors()}")
+
+    def errors(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+    @property
+    def run(self) -> RunDir:
+        (run,) = all_runs(self.root)
+        return run
+
+    def ended_clean(self, run: RunDir) -> int:
+        """Wait for the end; nothing of the run may be left. Gives the exit status."""
+        status = self.process.wait(STOP_S)
+        assert run_processes(run) == []
+        assert not run.path.exists()
+        assert not run.shm.exists()
+        assert not self.root.exists()
+        return status
+
+
+@contextmanager
+def small_up(host: str, *arguments: str, terminal: int | None = None) -> Iterator[Up]:
+    # Short, because the sockets of Ray lie inside.
+    temporary = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "small_up.py"), host, *arguments],
+        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(HERE)},
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    root = runs_root(temporary)
+    try:
+        yield Up(process, root)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+        for run in all_runs(root):
+            end_processes(run, term_s=0.1)
+            run.remove()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def get(url: str) -> str:
+    with build_opener(ProxyHandler({})).open(f"{url}/ready", timeout=20) as response:
+        return str(response.read().decode())
+
+
+def test_dead_processes_are_told_replaced_and_all_is_gone_after_ctrl_c() -> None:
+    with small_up("idle") as up:
+        old = up.until("WorkerReady", worker_id="decode-0")
+        ready = up.until("ClusterReady")
+        run = up.run
+        assert str(old["pid"]) in run.log_path("decode-0").read_text()
+
+        os.kill(int(str(old["pid"])), signal.SIGKILL)
+        died = up.until("WorkerDied", worker_id="decode-0", pid=old["pid"])
+        assert died["reason"] == (
+            "it ended without a word: killed from outside, perhaps for want of memory"
+        )
+        assert died["log"] == str(run.log_path("decode-0"))
+        new = up.until("WorkerReady", worker_id="decode-0")
+        assert new["pid"] != old["pid"]
+
+        os.kill(int(str(new["pid"])), signal.SIGSEGV)
+        died = up.until("WorkerDied", worker_id="decode-0", pid=new["pid"])
+        assert died["reason"] == "it crashed: SIGSEGV"
+        up.until("WorkerReady", worker_id="decode-0")
+
+        router_pid = int(get(str(ready["url"])))
+        os.kill(router_pid, signal.SIGKILL)
+        assert up.until("RouterDied", pid=router_pid)["reason"] == "it was killed by SIGKILL"
+        # The port stays open meanwhile: this request waits for the next router.
+        assert int(get(str(ready["url"]))) != router_pid
+
+        os.killpg(up.process.pid, signal.SIGINT)
+        up.until("Stopping", reason="SIGINT")
+        assert up.ended_clean(run) == 0
+
+
+def test_a_host_that_fails_after_it_served_is_told_with_its_error_and_replaced() -> None:
+    with small_up("fails_after_ready") as up:
+        died = up.until("WorkerDied", worker_id="decode-0")
+        assert died["reason"] == "ValueError: the engine is condemned"
+        assert up.until("WorkerReady", worker_id="decode-0")["pid"] != died["pid"]
+        run = up.run
+        assert "Traceback" in run.log_path("decode-0").read_text()
+        up.process.send_signal(signal.SIGTERM)
+        up.until("Stopping", reason="SIGTERM")
+        assert up.ended_clean(run) == 0
+
+
+def test_a_worker_that_cannot_start_ends_the_start_with_its_reason() -> None:
+    with small_up("misconfigured") as up:
+        run = run_of(up)
+        assert up.ended_clean(run) != 0
+        (line,) = up.errors().splitlines()
+        assert line.endswith("finds no weights in DIR")
+        assert "could not start" in line
+
+
+def test_what_a_killed_controller_leaves_behind_is_swept() -> None:
+    with small_up("idle") as up:
+        ready = up.until("ClusterReady")
+        run = up.run
+        router_pid = int(get(str(ready["url"])))
+        children = run_processes(run)
+        assert psutil.Process(router_pid) in children
+        up.process.kill()
+        up.process.wait()
+        assert sweep_dead_runs(up.root) == [run.run_id]
+        assert not any(child.is_running() and child.status() != "zombie" for child in children)
+        assert up.ended_clean(run) == -signal.SIGKILL
+
+
+def test_a_second_ctrl_c_stops_at_once_even_while_ray_starts() -> None:
+    with small_up("idle") as up:
+        up.until("Starting", step="Ray")
+        run = up.run
+        up.process.send_signal(signal.SIGINT)
+        up.until("Stopping")
+        up.process.send_signal(signal.SIGINT)
+        assert up.ended_clean(run) == 130
+
+
+def test_a_closed_terminal_stops_the_cluster_in_order() -> None:
+    controller, terminal = pty.openpty()
+    with small_up("idle", terminal=terminal) as up:
+        up.until("ClusterReady")
+        run = up.run
+        # What the kernel sends to a terminal's foreground group when the terminal goes away.
+        os.killpg(up.process.pid, signal.SIGHUP)
+        os.close(controller)
+        up.until("Stopping", reason="SIGHUP")
+        assert up.ended_clean(run) == 0
+    os.close(terminal)
+
+
+def run_of(up: Up) -> RunDir:
+    up.until("Starting", step="Ray")
+    return up.run

@@ -1,0 +1,237 @@
+"""Requests as OpenAI's own client types define them, and the refusal of what is not served."""
+
+import json
+
+import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+
+from core.errors import InvalidRequest
+from core.openai import ChatCompletionRequest, CompletionRequest
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hi"}
+OURS = {"top_k", "stop_token_ids", "ignore_eos", "cache_salt"}
+
+
+def chat(**changes: object) -> ChatCompletionRequest:
+    return ChatCompletionRequest.parse(json.dumps(CHAT | changes).encode())
+
+
+def text(**changes: object) -> CompletionRequest:
+    return CompletionRequest.parse(json.dumps(TEXT | changes).encode())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (ChatCompletionRequest, chat_params.CompletionCreateParamsBase),
+        (CompletionRequest, text_params.CompletionCreateParamsBase),
+    ],
+)
+def test_every_field_of_the_official_client_is_in_the_type(ours, theirs):
+    official = set(theirs.__annotations__) | {"stream"}
+    assert set(ours.model_fields) == official | OURS
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("response_format", {"type": "json_object"}),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("logit_bias", {"5": 1}),
+        ("frequency_penalty", 0.5),
+        ("presence_penalty", -0.5),
+        ("modalities", ["audio"]),
+        ("audio", {"voice": "alloy"}),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("reasoning_effort", "high"),
+        ("verbosity", "low"),
+        ("web_search_options", {}),
+        ("moderation", {"model": "m"}),
+        ("store", True),
+        ("service_tier", "flex"),
+    ],
+)
+def test_field_not_served_is_refused_by_name(field, value):
+    with pytest.raises(InvalidRequest, match=f"'{field}' is not served yet") as caught:
+        chat(**{field: value})
+    assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("best_of", 2), ("echo", True), ("logprobs", 0), ("suffix", "x")]
+)
+def test_completion_field_not_served_is_refused_by_name(field, value):
+    with pytest.raises(InvalidRequest, match=f"'{field}' is not served yet") as caught:
+        text(**{field: value})
+    assert caught.value.param == field
+
+
+def test_fields_that_say_nothing_are_accepted():
+    request = chat(
+        tools=[],
+        tool_choice="auto",
+        parallel_tool_calls=True,
+        response_format={"type": "text"},
+        logprobs=False,
+        top_logprobs=0,
+        logit_bias={},
+        frequency_penalty=0,
+        presence_penalty=0.0,
+        modalities=["text"],
+        store=False,
+        service_tier="auto",
+        user="u",
+        metadata={"a": "b"},
+        safety_identifier="s",
+        prompt_cache_key="k",
+        n=1,
+    )
+    assert request.messages[0].text == "hi"
+    assert text(best_of=1, echo=False, suffix=None).prompt == ["hi"]
+
+
+def test_every_field_may_be_null_where_the_official_client_may_send_null():
+    optional = set(ChatCompletionRequest.model_fields) - {"model", "messages"}
+    assert chat(**dict.fromkeys(optional)).answer_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [
+        ("temprature", "temperature"),
+        ("max_token", "max_tokens"),
+        ("stop_tokens_ids", "stop_token_ids"),
+    ],
+)
+def test_unknown_field_is_refused_with_the_nearest_right_name(field, near):
+    with pytest.raises(InvalidRequest, match=f"unknown field '{field}'; did you mean '{near}'"):
+        chat(**{field: 1})
+
+
+def test_unknown_field_like_no_other_has_no_hint():
+    with pytest.raises(InvalidRequest) as caught:
+        chat(zzz=1)
+    assert caught.value.message == "unknown field 'zzz'"
+
+
+def test_unknown_nested_field_is_refused_with_the_nearest_right_name():
+    with pytest.raises(InvalidRequest, match="did you mean 'include_usage'"):
+        chat(stream=True, stream_options={"include_usge": True})
+    with pytest.raises(InvalidRequest, match=r"'messages\[0\].contents'; did you mean 'content'"):
+        chat(messages=[{"role": "user", "content": "x", "contents": "y"}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": "1"}, "seed"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"top_k": -2}, "top_k"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"user": 5}, "user"),
+        ({"messages": {"role": "user"}}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+        ),
+    ],
+)
+def test_wrong_value_names_its_field(changes, param):
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**changes)
+    assert caught.value.param == param
+    assert param in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_image_part_is_refused_as_such():
+    parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}}]
+    with pytest.raises(InvalidRequest, match='part of type "image_url"; only text is served'):
+        chat(messages=[{"role": "user", "content": parts}])
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].text == "x\ny"
+
+
+def test_answer_may_be_sent_back_as_it_came():
+    answer = {
+        "role": "assistant",
+        "content": "hello",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
+    assert chat(messages=[answer, CHAT["messages"][0]]).messages[0].text == "hello"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_prompt_in_all_four_forms(prompt, read):
+    assert text(prompt=prompt).prompt == read
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [], ["a", 1], [1.5], [True], [["a"]], {"a": 1}])
+def test_prompt_of_another_form_is_refused(prompt):
+    with pytest.raises(InvalidRequest) as caught:
+        text(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("stop", [None, [], "a", ["a"]])
+def test_stop_in_all_forms(stop):
+    assert chat(stop=stop).stop == ([] if not stop else ["a"])
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"null", b'"x"', b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b"\xff"],
+)
+def test_what_is_no_json_object_is_refused(raw):
+    with pytest.raises(InvalidRequest):
+        ChatCompletionRequest.parse(raw)
+    with pytest.raises(InvalidRequest):
+        ChatCompletionRequest.parse(b"[" * 5000)
+
+
+def test_long_values_are_shortened_in_messages():
+    with pytest.raises(InvalidRequest) as caught:
+        chat(temperature="x" * 10_000)
+    assert len(caught.value.message) < 200

@@ -1,0 +1,146 @@
+"""The router's tokenizer against the library's own, and what it reads of a checkpoint."""
+
+import asyncio
+import json
+
+import pytest
+from http_builders import CHAT_TEMPLATE, EOS, TEXT, byte_level_bpe, in_loop, model_directory
+from transformers import AutoTokenizer
+
+from core.errors import ConfigError, InvalidRequest, Overloaded
+from core.openai import ChatMessage
+from router import tokenizer as module
+from router.tokenizer import SamplingDefaults, Tokenizer
+
+CHAT = [
+    ChatMessage(role="system", content="be brief"),
+    ChatMessage(
+        role="user", content=[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    ),
+]
+
+
+@in_loop
+async def test_ids_equal_the_librarys(tmp_path):
+    folder = model_directory(tmp_path)
+    hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = Tokenizer.load(folder, 2)
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
+    expected = hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    try:
+        assert list(await tokenizer.encode_text(TEXT)) == hf(TEXT).input_ids
+        assert list(await tokenizer.encode_chat(CHAT)) == expected
+    finally:
+        tokenizer.close()
+
+
+@in_loop
+async def test_threads_may_tokenize_at_once(tmp_path):
+    tokenizer = Tokenizer.load(model_directory(tmp_path), 4)
+    try:
+        texts = [f"{TEXT} {i}" for i in range(64)]
+        ids = await asyncio.gather(*(tokenizer.encode_text(text) for text in texts))
+    finally:
+        tokenizer.close()
+    assert [list(one) for one in ids] == [byte_level_bpe().encode(text).ids for text in texts]
+
+
+@in_loop
+async def test_text_over_what_may_wait_is_overload(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_WAITING_CHARS", 1000)
+    tokenizer = Tokenizer.load(model_directory(tmp_path), 1)
+    try:
+        results = await asyncio.gather(
+            *(tokenizer.encode_text("x" * 600) for _ in range(2)), return_exceptions=True
+        )
+        assert isinstance(results[1], Overloaded)
+        assert len(await tokenizer.encode_text("x" * 600)) > 0
+    finally:
+        tokenizer.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [(CHAT_TEMPLATE, "system"), (CHAT_TEMPLATE + "{# developer #}", "developer")],
+)
+@in_loop
+async def test_developer_is_system_to_a_template_that_does_not_know_it(tmp_path, template, role):
+    tokenizer = Tokenizer.load(model_directory(tmp_path, chat_template=template), 1)
+    try:
+        ids = await tokenizer.encode_chat([ChatMessage(role="developer", content="x")])
+    finally:
+        tokenizer.close()
+    assert byte_level_bpe().decode(list(ids)).startswith(role)
+
+
+@in_loop
+async def test_template_with_a_bug_blames_the_messages(tmp_path):
+    broken = "{{ messages[0].content + 1 }}"
+    tokenizer = Tokenizer.load(model_directory(tmp_path, chat_template=broken), 1)
+    try:
+        with pytest.raises(InvalidRequest, match="chat template refuses"):
+            await tokenizer.encode_chat(CHAT)
+    finally:
+        tokenizer.close()
+
+
+def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
+    folder = model_directory(tmp_path)
+    cutting = byte_level_bpe().from_str(byte_level_bpe().to_str())
+    cutting.enable_truncation(8)
+    cutting.enable_padding(length=8)
+    cutting.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder, 1)
+
+    @in_loop
+    async def encode():
+        assert len(await tokenizer.encode_text(TEXT)) > 8
+        assert len(await tokenizer.encode_text("a")) == 1
+
+    encode()
+    tokenizer.close()
+
+
+def test_defaults_and_end_tokens_come_from_the_checkpoint(tmp_path):
+    generation = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "eos_token_id": [3, 4]}
+    tokenizer = Tokenizer.load(model_directory(tmp_path, generation=generation), 1)
+    end = byte_level_bpe().token_to_id(EOS)
+    assert tokenizer.defaults == SamplingDefaults(temperature=0.6, top_p=0.9, top_k=40)
+    assert tokenizer.eos_token_ids == {3, 4, end}
+    tokenizer.close()
+
+
+def test_model_config_names_the_end_token_when_the_generation_config_does_not(tmp_path):
+    folder = model_directory(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 5}))
+    tokenizer = Tokenizer.load(folder, 1)
+    assert tokenizer.defaults == SamplingDefaults()
+    assert tokenizer.eos_token_ids == {0, 5}
+    tokenizer.close()
+
+
+def test_missing_directory_is_one_clear_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere does not exist"):
+        Tokenizer.load(tmp_path / "nowhere", 1)
+
+
+def test_directory_without_a_tokenizer_is_one_clear_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="cannot load a tokenizer from") as caught:
+        Tokenizer.load(tmp_path, 1)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"]
+)
+def test_truncated_file_is_named(tmp_path, name):
+    folder = model_directory(tmp_path)
+    (folder / name).write_text('{"temperature": ')
+    with pytest.raises(ConfigError, match=f"{name} is not readable JSON"):
+        Tokenizer.load(folder, 1)
+
+
+@pytest.mark.parametrize("value", ["hot", -1, True])
+def test_senseless_default_is_refused_at_load(tmp_path, value):
+    with pytest.raises(ConfigError, match="temperature is"):
+        Tokenizer.load(model_directory(tmp_path, generation={"temperature": value}), 1)
