@@ -18,7 +18,7 @@ GREEDY = SamplingParams(max_tokens=1, temperature=0.0, return_logits=True)
 
 
 @dataclass(slots=True)
-class Sequence_:  # noqa: N801 - `Sequence` is taken
+class Driven:
     """One sequence's way through the engine. `logits` holds one fp32 row per output token."""
 
     tokens: list[int]
@@ -69,7 +69,7 @@ def start_sequences(
     max_tokens: int,
     params: SamplingParams = GREEDY,
     seed: int = 0,
-) -> list[Sequence_]:
+) -> list[Driven]:
     """Sequences with disjoint block tables drawn at random from the engine's arena."""
     blocks = list(range(engine.info.num_blocks))
     random.Random(seed).shuffle(blocks)
@@ -79,7 +79,7 @@ def start_sequences(
         assert needed <= len(blocks), "the arena is too small for this test"
         table, blocks = blocks[:needed], blocks[needed:]
         sequences.append(
-            Sequence_(
+            Driven(
                 tokens=list(prompt),
                 prompt_tokens=len(prompt),
                 table=[BlockId(b) for b in table],
@@ -92,7 +92,7 @@ def start_sequences(
 
 def run_mixed(
     engine: Engine,
-    sequences: Sequence[Sequence_],
+    sequences: Sequence[Driven],
     *,
     max_tokens: int,
     chunk: int = 64,

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 VOCAB_SIZE = 512
 CONTEXT_TOKENS = 4096
@@ -109,6 +110,7 @@ def write_checkpoint(directory: Path, family: str, *, seed: int = 0, **overrides
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _set_weights(model, recipe, torch.Generator().manual_seed(seed))
     directory.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(directory)
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     (directory / "generation_config.json").write_text(json.dumps(generation))

@@ -23,7 +23,7 @@ from cluster.sweep import end_processes, run_processes, sweep_dead_runs
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
 HERE = Path(__file__).parent
-STOP_S = 30.0
+STOP_S = 60.0
 Line = dict[str, object]
 
 
@@ -111,7 +111,7 @@ def test_dead_processes_are_told_replaced_and_all_is_gone_after_ctrl_c() -> None
 
         os.kill(int(str(new["pid"])), signal.SIGSEGV)
         died = up.until("WorkerDied", worker_id="decode-0", pid=new["pid"])
-        assert died["reason"] == "it crashed: SIGSEGV"
+        assert died["reason"] in {"it crashed: SIGSEGV", "it crashed: Segmentation fault"}
         up.until("WorkerReady", worker_id="decode-0")
 
         router_pid = int(get(str(ready["url"])))

@@ -78,7 +78,7 @@ class Scene:
         self, *, window: int | None = None, softcap: float | None = None, scale: float = 0.3
     ) -> list[torch.Tensor]:
         """The paged answer, `[queries, heads, head_dim]` per entry."""
-        step = PackedStep(self.entries, self.arena, torch.float32)
+        step = PackedStep(self.entries, self.arena)
         if step.fresh_blocks is not None:
             self.arena.data.index_fill_(0, step.fresh_blocks, 0)
 
@@ -177,7 +177,7 @@ def test_writes_fed_positions_and_nothing_else() -> None:
 
 def test_default_scale_is_by_head_size() -> None:
     scene = Scene([(0, 5)])
-    step = PackedStep(scene.entries, scene.arena, torch.float32)
+    step = PackedStep(scene.entries, scene.arena)
     scene.arena.data.zero_()
     q, k, v = (x[0].transpose(0, 1)[None] for x in (scene.queries, scene.keys, scene.values))
     output, _ = paged_attention(Layer(LAYER), q, k, v, None, packed=step)

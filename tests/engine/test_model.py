@@ -13,8 +13,8 @@ from engine.model import HfEngine, load_engine
 from engine.types import Sampled
 from tests.driving import (
     GREEDY,
+    Driven,
     Reference,
-    Sequence_,
     random_prompt,
     run_mixed,
     start_sequences,
@@ -40,7 +40,7 @@ def poison(engine: HfEngine) -> None:
     engine.arena.data.fill_(float("nan"))
 
 
-def start_one(engine: HfEngine, num_tokens: int, *, outputs: int, seed: int = 0) -> Sequence_:
+def start_one(engine: HfEngine, num_tokens: int, *, outputs: int, seed: int = 0) -> Driven:
     (sequence,) = start_sequences(
         engine, [random_prompt(num_tokens, seed)], max_tokens=outputs, seed=seed
     )
@@ -219,8 +219,8 @@ def test_only_sampling_entries_are_answered_and_logits_only_on_request(checkpoin
     assert engine.step([]) == []
 
 
-def bad_entries(engine: HfEngine) -> dict[str, tuple[Sequence_, type[BatonError]]]:
-    def one(num_tokens: int = 20) -> Sequence_:
+def bad_entries(engine: HfEngine) -> dict[str, tuple[Driven, type[BatonError]]]:
+    def one(num_tokens: int = 20) -> Driven:
         return start_one(engine, num_tokens, outputs=1)
 
     outside, negative, short, backwards, long = one(), one(), one(), one(), one()

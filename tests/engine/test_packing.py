@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import torch
 
 from core.ids import BlockId, RequestId, SequenceId
 from core.kv import KvLayout
@@ -28,7 +27,7 @@ def make_entry(start: int, end: int, table: Sequence[int] | None = None) -> SeqS
 
 
 def pack(*entries: SeqStep) -> PackedStep:
-    return PackedStep(entries, Arena(LAYOUT, 8), torch.float32)
+    return PackedStep(entries, Arena(LAYOUT, 8))
 
 
 def test_decodes_come_first_longest_context_first() -> None:

@@ -170,6 +170,7 @@ class Running:
     port: int
     metrics: EdgeMetrics
     stop: asyncio.Event
+    serving: asyncio.Task[None]
 
     @property
     def url(self) -> str:
@@ -197,9 +198,9 @@ async def running(
     port = listener.getsockname()[1]
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(serve(app, listener, stop=stop, grace_s=grace_s))
+            serving = group.create_task(serve(app, listener, stop=stop, grace_s=grace_s))
             try:
-                yield Running(port, metrics, stop)
+                yield Running(port, metrics, stop, serving)
             finally:
                 stop.set()
     finally:

@@ -219,6 +219,19 @@ async def test_what_outlives_the_grace_ends_with_an_error_event(tmp_path):
         await generator.until_running(0)
 
 
+@in_loop
+async def test_server_that_is_cancelled_leaves_nothing_running(tmp_path):
+    generator = ScriptedGenerator(endless(first=2))
+    async with running(generator, model_directory(tmp_path)) as server, server.client() as client:
+        stream = await client.chat.completions.create(model=MODEL, messages=CHAT, stream=True)
+        server.serving.cancel()
+        with pytest.raises(openai.APIError, match="shutting down"):
+            [chunk async for chunk in stream]
+        await asyncio.wait([server.serving])
+        assert generator.running == 0
+        assert not accepts(server.port)
+
+
 def accepts(port):
     try:
         bind_listener("127.0.0.1", port).close()

@@ -1,0 +1,69 @@
+"""Log lines and exported spans, each in a process of its own: both are set up once per process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+LOGGING = """
+import logging, sys
+from cluster.config import TelemetryConfig
+from cluster.telemetry import setup_logging
+setup_logging("decode-0", TelemetryConfig(log_level="info"), sys.stdout)
+logging.getLogger("router.flow").info("kv_pull_done request_id=%s bytes=%d", "req-1", 7)
+logging.getLogger("router.flow").debug("too fine")
+logging.getLogger("transformers").info("chatter of a library")
+logging.getLogger("transformers").warning("a library warns")
+"""
+
+TRACING = """
+import sys
+from pathlib import Path
+from opentelemetry import trace
+from cluster.config import TelemetryConfig
+from cluster.telemetry import tracing
+file = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+with tracing("router", TelemetryConfig(spans_file=file)):
+    tracer = trace.get_tracer("test")
+    for name in ("request", "decode"):
+        tracer.start_span(name, attributes={"baton.request_id": "req-1"}).end()
+"""
+
+
+def run(script: str, *arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    ).stdout
+
+
+def test_a_log_line_is_one_event_with_its_process_and_fields() -> None:
+    lines = run(LOGGING).splitlines()
+    time, level, process, logger, *event = lines[0].split()
+    assert time.endswith("Z")
+    assert (level, process, logger) == ("INFO", "decode-0", "router.flow")
+    assert event == ["kv_pull_done", "request_id=req-1", "bytes=7"]
+
+
+def test_libraries_speak_from_warning_up_only() -> None:
+    assert [line.split()[3] for line in run(LOGGING).splitlines()] == [
+        "router.flow",
+        "transformers",
+    ]
+
+
+def test_spans_are_one_json_object_per_line_appended_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "spans.jsonl"
+    run(TRACING, str(file))
+    run(TRACING, str(file))
+    spans = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [span["name"] for span in spans] == ["request", "decode"] * 2
+    assert spans[0]["attributes"] == {"baton.request_id": "req-1"}
+    assert spans[0]["resource"]["attributes"]["service.name"] == "baton-router"
+
+
+def test_without_a_file_nothing_is_exported(tmp_path: Path) -> None:
+    assert run(TRACING) == ""

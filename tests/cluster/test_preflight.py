@@ -1,0 +1,58 @@
+"""Set-ups that must be refused before anything starts."""
+
+import socket
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.preflight import find_problems, port_problems
+
+NO_MODEL = "there is no checkpoint"
+
+
+def config(**sections: Any) -> ClusterConfig:
+    return ClusterConfig.model_validate({"model": {"path": "/nowhere"}, **sections})
+
+
+def test_a_missing_checkpoint_is_one_sentence() -> None:
+    (problem,) = find_problems(config())
+    assert "/nowhere" in problem
+    assert "\n" not in problem
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    (problem,) = find_problems(config(model={"path": str(tmp_path)}))
+    assert str(tmp_path) in problem
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "wanted"), [(1, 1000, 1001), (2, 1000, 2002), (0.5, 1000, 501)]
+)
+def test_more_gpus_than_there_are_is_refused_with_both_counts(
+    gpus: float, workers: int, wanted: int
+) -> None:
+    sections = config(resources={"gpus": gpus}, prefill={"workers": 1}, decode={"workers": workers})
+    (problem,) = [text for text in find_problems(sections) if "GPU" in text]
+    assert f"need {wanted} GPUs, but this machine has " in problem
+
+
+def test_a_gpu_engine_without_gpus_is_refused() -> None:
+    problems = find_problems(config(engine={"device": "cuda"}))
+    assert any("set resources.gpus to 1" in problem for problem in problems)
+
+
+def test_one_and_a_half_gpus_are_refused() -> None:
+    problems = find_problems(config(resources={"gpus": 1.5}))
+    assert any("must be a whole number" in problem for problem in problems)
+
+
+def test_a_port_in_use_is_told_and_a_free_one_is_not() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        (problem,) = port_problems(config(router={"port": port}))
+    assert str(port) in problem
+    assert port_problems(config(router={"port": port})) == []

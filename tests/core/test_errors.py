@@ -1,0 +1,47 @@
+import grpc
+import pytest
+
+from core import errors
+from core.errors import BatonError, UserError, from_code
+
+
+def tree(root: type[BatonError] = BatonError) -> list[type[BatonError]]:
+    """All classes of core.errors; other rooms may add their own below it."""
+    below = [found for cls in root.__subclasses__() for found in tree(cls)]
+    return [cls for cls in [root, *below] if cls.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("cls", [c for c in tree() if c not in (BatonError, UserError)])
+def test_an_error_crosses_the_wire_by_its_code(cls: type[BatonError]) -> None:
+    assert type(from_code(cls.code, "why")) is cls
+
+
+def test_a_code_of_a_newer_peer_may_be_retried() -> None:
+    error = from_code("never_heard_of", "why")
+    assert error.retryable
+    assert error.message == "why"
+
+
+@pytest.mark.parametrize(
+    ("cls", "http", "grpc_status", "retryable"),
+    [
+        (errors.InvalidRequest, 400, grpc.StatusCode.INVALID_ARGUMENT, False),
+        (errors.ModelNotFound, 404, grpc.StatusCode.NOT_FOUND, False),
+        (errors.RequestTooLarge, 413, grpc.StatusCode.INVALID_ARGUMENT, False),
+        (errors.Overloaded, 429, grpc.StatusCode.RESOURCE_EXHAUSTED, True),
+        (errors.NoWorkers, 503, grpc.StatusCode.UNAVAILABLE, True),
+        (errors.WorkerLost, 503, grpc.StatusCode.UNAVAILABLE, True),
+        (errors.TransferFailed, 503, grpc.StatusCode.UNAVAILABLE, True),
+        (errors.DeadlineExceeded, 504, grpc.StatusCode.DEADLINE_EXCEEDED, False),
+        (errors.Cancelled, 499, grpc.StatusCode.CANCELLED, False),
+        (errors.InternalError, 500, grpc.StatusCode.INTERNAL, False),
+    ],
+)
+def test_each_error_leaves_the_process_as_its_page_says(
+    cls: type[BatonError], http: int, grpc_status: grpc.StatusCode, retryable: bool
+) -> None:
+    assert (cls.http_status, cls.grpc_status, cls.retryable) == (http, grpc_status, retryable)
+
+
+def test_overload_says_when_to_come_back() -> None:
+    assert errors.Overloaded("full", retry_after_s=2.5).retry_after_s == 2.5

@@ -1,0 +1,71 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.planner import plan_step
+from tests.builders import QUICK
+
+PENDING = st.lists(st.integers(1, 50), max_size=20)
+BUDGET, BATCH = st.integers(1, 40), st.integers(1, 12)
+
+
+def test_decodes_go_first_and_chunks_share_the_rest() -> None:
+    assert plan_step([10, 1, 20, 1], step_tokens=16, max_batch=8) == [10, 1, 4, 1]
+
+
+def test_a_long_prompt_is_cut_to_the_budget() -> None:
+    assert plan_step([100], step_tokens=16, max_batch=8) == [16]
+
+
+def test_prompts_keep_their_order() -> None:
+    assert plan_step([30, 5], step_tokens=16, max_batch=8) == [16, 0]
+
+
+def test_no_more_sequences_than_the_batch_holds() -> None:
+    assert plan_step([2, 2, 2], step_tokens=16, max_batch=2) == [2, 2, 0]
+
+
+def test_the_first_decodes_go_when_there_are_too_many() -> None:
+    assert plan_step([1, 1, 1], step_tokens=16, max_batch=2) == [1, 1, 0]
+
+
+def test_decodes_alone_may_exceed_the_budget() -> None:
+    assert plan_step([1, 1, 1, 5], step_tokens=2, max_batch=8) == [1, 1, 1, 0]
+
+
+@QUICK
+@given(PENDING, BUDGET, BATCH)
+def test_never_over_budget_unless_decodes_alone_are(
+    pending: list[int], step_tokens: int, max_batch: int
+) -> None:
+    feed = plan_step(pending, step_tokens, max_batch)
+    decodes = sum(count for count, tokens in zip(feed, pending, strict=True) if tokens == 1)
+    assert sum(feed) <= max(step_tokens, decodes)
+
+
+@QUICK
+@given(PENDING, BUDGET, BATCH)
+def test_never_more_than_is_pending_or_fits_the_batch(
+    pending: list[int], step_tokens: int, max_batch: int
+) -> None:
+    feed = plan_step(pending, step_tokens, max_batch)
+    assert all(0 <= count <= tokens for count, tokens in zip(feed, pending, strict=True))
+    assert sum(count > 0 for count in feed) <= max_batch
+
+
+@QUICK
+@given(PENDING.filter(bool), BUDGET, BATCH)
+def test_whatever_is_pending_some_of_it_is_fed(
+    pending: list[int], step_tokens: int, max_batch: int
+) -> None:
+    assert sum(plan_step(pending, step_tokens, max_batch)) > 0
+
+
+@QUICK
+@given(PENDING, BUDGET, BATCH)
+def test_no_decode_waits_while_a_prompt_is_fed(
+    pending: list[int], step_tokens: int, max_batch: int
+) -> None:
+    feed = plan_step(pending, step_tokens, max_batch)
+    waits = any(tokens == 1 and not count for tokens, count in zip(pending, feed, strict=True))
+    fed = any(tokens > 1 and count for tokens, count in zip(pending, feed, strict=True))
+    assert not (waits and fed)

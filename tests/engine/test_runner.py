@@ -1,0 +1,266 @@
+"""The engine loop: whatever is batched, cached, preempted or cancelled, the tokens are the same."""
+
+import asyncio
+
+import pytest
+
+from core.clock import FakeClock
+from core.errors import DeadlineExceeded
+from core.sampling import FinishReason
+from engine.pool import PoolCounts
+from engine.timed import KvMismatch
+from tests.builders import (
+    BLOCK_SIZE,
+    Heard,
+    StepGate,
+    expected_tokens,
+    make_engine,
+    make_prompt,
+    make_sequence,
+    running_engine_loop,
+    soon,
+    until,
+)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 15, 16, 17, 50])
+async def test_a_prompt_in_chunks_gives_the_engines_tokens(num_tokens: int) -> None:
+    prompt = make_prompt(num_tokens)
+    async with running_engine_loop(make_engine(), step_tokens=16) as parts:
+        heard = parts.submit(make_sequence(prompt, max_tokens=9))
+        await soon(heard.ended.wait())
+    assert heard.tokens == expected_tokens(prompt, 9)
+    assert heard.finish is FinishReason.LENGTH
+
+
+async def test_sequences_in_one_batch_do_not_touch_each_other() -> None:
+    prompts = [make_prompt(3 + 5 * i, seed=i) for i in range(6)]
+    async with running_engine_loop(make_engine(128), step_tokens=16, max_batch=4) as parts:
+        heard = [
+            parts.submit(make_sequence(prompt, name=str(i), max_tokens=12))
+            for i, prompt in enumerate(prompts)
+        ]
+        for each in heard:
+            await soon(each.ended.wait())
+    assert [each.tokens for each in heard] == [expected_tokens(prompt, 12) for prompt in prompts]
+
+
+async def test_a_stop_token_ends_the_sequence() -> None:
+    prompt = make_prompt(6)
+    tokens = expected_tokens(prompt, 3)
+    async with running_engine_loop(make_engine()) as parts:
+        heard = parts.submit(make_sequence(prompt, stop_token_ids=[tokens[2]], max_tokens=50))
+        await soon(heard.ended.wait())
+    assert (heard.tokens, heard.finish) == (tokens, FinishReason.STOP)
+
+
+async def test_blocks_are_told_as_they_are_computed() -> None:
+    async with running_engine_loop(make_engine(), step_tokens=8) as parts:
+        heard = parts.submit(make_sequence(make_prompt(20), max_tokens=3))
+        await soon(heard.ended.wait())
+    assert heard.computed == [8, 16, 20]
+
+
+async def test_a_cached_prefix_is_not_computed_again() -> None:
+    prompt = make_prompt(22)
+    async with running_engine_loop(make_engine()) as parts:
+        await soon(parts.submit(make_sequence(prompt, name="a")).ended.wait())
+        again = make_sequence(prompt, name="b")
+        heard = parts.submit(again)
+        await soon(heard.ended.wait())
+    assert again.cached_tokens == 20
+    assert heard.computed[0] == 20
+    assert heard.tokens == expected_tokens(prompt, 8)
+
+
+async def test_the_last_token_is_fed_even_when_its_block_is_cached() -> None:
+    prompt = make_prompt(8)
+    async with running_engine_loop(make_engine()) as parts:
+        await soon(parts.submit(make_sequence(prompt, name="a")).ended.wait())
+        again = make_sequence(prompt, name="b")
+        heard = parts.submit(again)
+        await soon(heard.ended.wait())
+    assert again.cached_tokens == 4
+    assert heard.tokens == expected_tokens(prompt, 8)
+
+
+async def test_preemption_in_a_small_arena_keeps_every_text() -> None:
+    prompts = [make_prompt(8, seed=i) for i in range(3)]
+    async with running_engine_loop(make_engine(10)) as parts:
+        heard = [
+            parts.submit(
+                make_sequence(prompt, name=str(i), max_tokens=24, arrived_at_s=float(i))
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        for each in heard:
+            await soon(each.ended.wait())
+        assert parts.runner.preemptions > 0
+        parts.pool.check_idle()
+    assert [each.tokens for each in heard] == [expected_tokens(prompt, 24) for prompt in prompts]
+
+
+async def test_the_oldest_sequence_is_never_preempted() -> None:
+    async with running_engine_loop(make_engine(10)) as parts:
+        heard = [
+            parts.submit(
+                make_sequence(
+                    make_prompt(8, seed=i), name=str(i), max_tokens=24, arrived_at_s=float(i)
+                )
+            )
+            for i in range(3)
+        ]
+        await soon(heard[0].ended.wait())
+        assert not heard[1].ended.is_set()
+        assert not heard[2].ended.is_set()
+
+
+async def test_a_sequence_removed_during_its_step_frees_its_blocks_afterwards() -> None:
+    gate = StepGate()
+    async with running_engine_loop(make_engine(sleep=gate)) as parts:
+        sequence = make_sequence(make_prompt(8))
+        heard = parts.submit(sequence)
+        await until(gate.waiting.is_set, "a step in flight")
+        parts.runner.remove(sequence)
+        during = parts.pool.counts()
+        gate.open()
+        await until(lambda: parts.pool.counts().in_use == 0, "blocks given back")
+    assert during.in_use == 2
+    assert heard.tokens == []
+
+
+async def test_a_waiting_sequence_can_be_removed() -> None:
+    gate = StepGate()
+    async with running_engine_loop(make_engine(4, sleep=gate)) as parts:
+        first = parts.submit(make_sequence(make_prompt(14), name="a", max_tokens=1))
+        waiting = make_sequence(make_prompt(12, seed=1), name="b")
+        heard = parts.submit(waiting)
+        await until(gate.waiting.is_set, "a step in flight")
+        parts.runner.remove(waiting)
+        gate.open()
+        await soon(first.ended.wait())
+        assert parts.runner.load().waiting == 0
+    assert heard.tokens == []
+
+
+async def test_removing_twice_does_nothing() -> None:
+    async with running_engine_loop(make_engine()) as parts:
+        sequence = make_sequence(make_prompt(8))
+        heard = parts.submit(sequence)
+        await soon(heard.ended.wait())
+        parts.runner.remove(sequence)
+        parts.runner.remove(sequence)
+        parts.pool.check_idle()
+
+
+async def test_a_running_sequence_ends_at_its_deadline() -> None:
+    clock, gate = FakeClock(), StepGate()
+    async with running_engine_loop(make_engine(sleep=gate), clock) as parts:
+        heard = parts.submit(make_sequence(make_prompt(8), max_tokens=99, deadline_at_s=5.0))
+        gate.allow(3)
+        await until(lambda: len(heard.tokens) == 3)
+        clock.advance(5.0)
+        gate.allow(1)
+        await soon(heard.ended.wait())
+        await until(lambda: parts.pool.counts().in_use == 0)
+        gate.open()
+    assert isinstance(heard.error, DeadlineExceeded)
+    assert len(heard.tokens) <= 4
+
+
+async def test_a_waiting_sequence_ends_at_its_deadline() -> None:
+    clock = FakeClock()
+    async with running_engine_loop(make_engine(4), clock) as parts:
+        taken = parts.pool.allocate(4) or []
+        heard = parts.submit(make_sequence(make_prompt(8), deadline_at_s=5.0))
+        await until(lambda: parts.runner.load().waiting == 1)
+        clock.advance(5.0)
+        parts.runner.wake()
+        await soon(heard.ended.wait())
+        parts.pool.release(taken)
+    assert isinstance(heard.error, DeadlineExceeded)
+
+
+async def test_a_waiting_deadline_is_seen_while_nothing_else_happens() -> None:
+    clock = FakeClock()
+    async with running_engine_loop(make_engine(4), clock) as parts:
+        taken = parts.pool.allocate(4) or []
+        heard = parts.submit(make_sequence(make_prompt(8), deadline_at_s=5.0))
+        await until(lambda: parts.runner.load().waiting == 1)
+        clock.advance(5.0)
+        await soon(heard.ended.wait())
+        parts.pool.release(taken)
+
+
+async def test_the_head_of_the_line_waits_and_goes_on_when_blocks_are_released() -> None:
+    prompt = make_prompt(12)
+    async with running_engine_loop(make_engine(4)) as parts:
+        taken = parts.pool.allocate(2) or []
+        big = parts.submit(make_sequence(prompt, name="big", max_tokens=4))
+        small = parts.submit(make_sequence(make_prompt(3), name="small", max_tokens=1))
+        await until(lambda: parts.runner.load().waiting == 2)
+        await asyncio.sleep(0)
+        assert not small.ended.is_set()
+        parts.pool.release(taken)
+        parts.runner.wake()
+        await soon(big.ended.wait())
+        await soon(small.ended.wait())
+    assert big.tokens == expected_tokens(prompt, 4)
+
+
+async def test_a_sequence_whose_blocks_are_in_place_only_decodes() -> None:
+    prompt = make_prompt(9)
+    async with running_engine_loop(make_engine()) as parts:
+        sequence = make_sequence(prompt, max_tokens=6)
+        first = expected_tokens(prompt, 1)
+        await soon(parts.submit(make_sequence(prompt, name="fill", max_tokens=1)).ended.wait())
+        cached = parts.pool.lookup(sequence.block_hashes(2, BLOCK_SIZE))
+        parts.pool.acquire(cached)
+        sequence.blocks = list(cached)
+        sequence.computed, sequence.published = 8, 2
+        heard = Heard()
+        parts.runner.submit_ready(sequence, heard)
+        await soon(heard.ended.wait())
+    assert heard.tokens[:1] == first
+    assert heard.tokens == expected_tokens(prompt, 6)
+
+
+async def test_damaged_kv_fails_its_sequence_and_no_other() -> None:
+    gate = StepGate()
+    prompts = [make_prompt(8, seed=i) for i in range(2)]
+    async with running_engine_loop(make_engine(sleep=gate)) as parts:
+        sequences = [
+            make_sequence(prompt, name=str(i), max_tokens=6) for i, prompt in enumerate(prompts)
+        ]
+        bad, good = [parts.submit(sequence) for sequence in sequences]
+        gate.allow(1)
+        await until(lambda: bool(bad.tokens))
+        await until(gate.waiting.is_set, "the next step in flight")
+        parts.engine.arena.data[sequences[0].blocks[0]] = 0
+        gate.open()
+        await soon(bad.ended.wait())
+        await soon(good.ended.wait())
+        parts.pool.check_idle()
+    assert isinstance(bad.error, KvMismatch)
+    assert good.tokens == expected_tokens(prompts[1], 6)
+
+
+async def test_load_counts_what_is_to_do() -> None:
+    gate = StepGate()
+    async with running_engine_loop(make_engine(8, sleep=gate), step_tokens=8) as parts:
+        parts.submit(make_sequence(make_prompt(20), name="a", max_tokens=1))
+        parts.submit(make_sequence(make_prompt(16, seed=1), name="b", max_tokens=1))
+        await until(gate.waiting.is_set, "a step in flight")
+        load = parts.runner.load()
+        gate.open()
+    assert (load.queued_tokens, load.waiting, load.running, load.context_tokens) == (36, 1, 1, 20)
+
+
+async def test_an_ended_loop_leaves_no_step_behind() -> None:
+    gate = StepGate()
+    gate.open()
+    async with running_engine_loop(make_engine(sleep=gate)) as parts:
+        heard = parts.submit(make_sequence(make_prompt(8), max_tokens=2))
+        await soon(heard.ended.wait())
+        counts = parts.pool.counts()
+    assert counts == PoolCounts(free=62, cached=2, in_use=0, receiving=0, quarantined=0, held=0)
