@@ -19,6 +19,15 @@ ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 """Frequencies are constants. "dynamic" and "longrope" choose them by the longest sequence of the
 batch, so a request's text would depend on its neighbours."""
 
+SHAPE_NAMES = (
+    "num_key_value_heads",
+    "num_attention_heads",
+    "head_dim",
+    "hidden_size",
+    "kv_lora_rank",
+)
+"""Fields that all layers of a heterogeneous config must agree in."""
+
 SINK_MODELS = frozenset({"gpt_oss", "flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})
 """Models with attention sinks that do not show in their config."""
 
@@ -56,11 +65,12 @@ def check_architecture(config: PretrainedConfig) -> AttentionShape:
     _check_kind(config)
     _check_layers(config)
     _check_rope(config)
-    heads = _positive(config, "num_attention_heads")
+    layer = layer_config(config, 0)
+    heads = _positive(layer, "num_attention_heads")
     shape = AttentionShape(
         num_layers=_positive(config, "num_hidden_layers"),
-        num_kv_heads=_kv_heads(config, heads),
-        head_dim=_head_dim(config, heads),
+        num_kv_heads=_kv_heads(layer, heads),
+        head_dim=_head_dim(layer, heads),
         context_tokens=context_tokens(config),
         vocab_size=_positive(config, "vocab_size"),
     )
@@ -83,11 +93,18 @@ def context_tokens(config: PretrainedConfig) -> int:
     return limit
 
 
+def layer_config(config: PretrainedConfig, layer: int) -> PretrainedConfig:
+    """The fields as one layer has them: a heterogeneous config refuses to answer for all."""
+    return config.per_layer_config[layer] if config.is_heterogeneous else config
+
+
 def _check_kind(config: PretrainedConfig) -> None:
     model_type = config.model_type
-    if getattr(config, "text_config", None) is not None or config.sub_configs:
+    if config.sub_configs:
+        parts = ", ".join(sorted(config.sub_configs))
         raise ConfigError(
-            f"model_type {model_type!r} is multi-modal; choose the text-only model of the family"
+            f"model_type {model_type!r} is made of parts ({parts}), as multi-modal models are; "
+            "choose a text-only model"
         )
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise ConfigError(
@@ -115,22 +132,15 @@ def _check_layers(config: PretrainedConfig) -> None:
     for layer, layer_type in enumerate(types):
         if layer_type not in LAYER_TYPES:
             raise _layer_error(layer, str(layer_type), "keeps no plain keys and values")
-    if config.is_heterogeneous:
-        _check_same_shape(config)
-    if getattr(config, "kv_lora_rank", None) is not None:
+    _check_same_shape(config)
+    first = layer_config(config, 0)
+    if getattr(first, "kv_lora_rank", None) is not None:
         raise _layer_error(0, "latent attention", "keeps compressed keys and values")
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     if shared:
-        first = _positive(config, "num_hidden_layers") - int(shared)
-        raise _layer_error(first, "shared KV", "reuses the keys and values of an earlier layer")
-    for name in ("num_key_value_heads", "num_attention_heads", "num_attention_heads_per_layer"):
-        counts = getattr(config, name, None)
-        if isinstance(counts, list | tuple):
-            for layer, count in enumerate(counts):
-                if count != counts[0]:
-                    raise _layer_error(
-                        layer, f"{name} {count}", f"differs from layer 0, which has {counts[0]}"
-                    )
+        own = _positive(config, "num_hidden_layers") - int(shared)
+        raise _layer_error(own, "shared KV", "reuses the keys and values of an earlier layer")
+    _check_head_counts(first)
     for layer in getattr(config, "cross_attention_layers", None) or ():
         raise _layer_error(int(layer), "cross attention", "attends to another input")
     if config.model_type in SINK_MODELS:
@@ -140,13 +150,29 @@ def _check_layers(config: PretrainedConfig) -> None:
 
 
 def _check_same_shape(config: PretrainedConfig) -> None:
-    first = config.per_layer_config[0]
-    for layer, own in enumerate(config.per_layer_config):
-        for name in sorted(config.per_layer_attributes or ()):
-            value, wanted = getattr(own, name, None), getattr(first, name, None)
-            if value != wanted:
+    """Every layer must be like the first; only heterogeneous configs can differ."""
+    if not config.is_heterogeneous:
+        return
+    first = layer_config(config, 0)
+    for layer in range(_positive(config, "num_hidden_layers")):
+        for name in SHAPE_NAMES:
+            value = getattr(layer_config(config, layer), name, None)
+            if value != (wanted := getattr(first, name, None)):
                 raise _layer_error(
                     layer, f"{name} {value}", f"differs from layer 0, which has {wanted}"
+                )
+
+
+def _check_head_counts(config: PretrainedConfig) -> None:
+    """Some configs give heads as a list, one count per layer."""
+    for name in ("num_key_value_heads", "num_attention_heads", "num_attention_heads_per_layer"):
+        counts = getattr(config, name, None)
+        if not isinstance(counts, list | tuple):
+            continue
+        for layer, count in enumerate(counts):
+            if count != counts[0]:
+                raise _layer_error(
+                    layer, f"{name} {count}", f"differs from layer 0, which has {counts[0]}"
                 )
 
 

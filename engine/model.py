@@ -91,7 +91,7 @@ class HfEngine:
         """Answers of the entries that sample, each with its index in `batch`."""
         if self._model is None:
             raise InternalError("step was called on a closed engine")
-        packed = PackedStep(batch, self._arena, self._arena.data.dtype)
+        packed = PackedStep(batch, self._arena)
         if packed.fresh_blocks is not None:
             self._arena.data.index_fill_(0, packed.fresh_blocks, 0)
         sampled = [

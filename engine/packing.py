@@ -68,11 +68,10 @@ class PackedStep:
     row. `arena` is written by the attention of every layer.
     """
 
-    def __init__(self, batch: Sequence[SeqStep], arena: Arena, mask_dtype: torch.dtype) -> None:
+    def __init__(self, batch: Sequence[SeqStep], arena: Arena) -> None:
         if not batch:
             raise ValueError("an empty batch has nothing to pack")
         self.arena = arena
-        self._mask_dtype = mask_dtype
         self._device = arena.data.device
         self._reads: dict[int | None, tuple[GroupRead, ...]] = {}
         self.order = sorted(range(len(batch)), key=lambda i: _packing_key(batch[i]))
@@ -111,12 +110,12 @@ class PackedStep:
         starts = np.array([entry.start for entry in group.entries], dtype=np.int64)
         base = np.array(firsts, dtype=np.int64) * size
 
-        # What no query of the group sees at either end is cut off instead of masked: decodes of
-        # equal context need no mask at all.
+        # What no query of the group sees at either end is cut off instead of masked: decodes that
+        # end at the same gathered position need no mask at all.
         ends = np.array([entry.end for entry in group.entries], dtype=np.int64) - base
         opens = np.zeros_like(base) if window is None else starts - base - window + 1
         key_first, key_end = max(0, int(opens.min())), int(ends.max())
-        exact = group.queries == 1 and bool((ends == key_end).all() and (opens <= key_first).all())
+        exact = group.queries == 1 and bool((ends == key_end).all())
         causal = window is None and group.queries > 1 and starts[0] == 0
         queries = starts[:, None] + np.arange(group.queries)
         keys = base[:, None] + np.arange(key_first, key_end)
@@ -135,7 +134,7 @@ class PackedStep:
         hidden = distance < 0
         if window is not None:
             hidden |= distance >= window
-        mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=self._device)
+        mask = torch.zeros(hidden.shape, dtype=self.arena.data.dtype, device=self._device)
         return mask.masked_fill_(hidden, float("-inf"))[:, None]
 
     def _to_device(self, array: npt.NDArray[np.integer[Any]]) -> torch.Tensor:

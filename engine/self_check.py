@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from core.errors import ConfigError
 from core.ids import BlockId, RequestId, SequenceId
 from core.kv import KvLayout
-from engine.architecture import REMEDY
+from engine.architecture import REMEDY, layer_config
 from engine.arena import TORCH_DTYPE, Arena
 from engine.attention import PAGED, paged_attention, run_packed
 from engine.packing import PackedStep
@@ -116,7 +116,7 @@ def _packed_logits(
                 block_table=table,
                 sample=None,
             )
-            step = PackedStep([entry], arena, arena.data.dtype)
+            step = PackedStep([entry], arena)
             logits.append(run_packed(model, step, torch.arange(end - start, device=model.device)))
     except (TypeError, RuntimeError, IndexError, AttributeError) as error:
         _check_calls(model, layout, calls)
@@ -187,7 +187,7 @@ def _refusal(layer: int, what: str) -> ConfigError:
 
 def _window(model: PreTrainedModel, layer: int) -> int | None:
     """The window the config gives a layer."""
-    config = model.config
+    config = layer_config(model.config, layer)
     types = getattr(config, "layer_types", None)
     window: int | None = getattr(config, "sliding_window", None)
     if types is not None and types[layer] != "sliding_attention":
