@@ -31,3 +31,15 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """What a checkpoint suggests where a request says nothing; None where it is silent, too.
+
+    generation_config's `do_sample` is not looked at: it is for `generate`, not for an API call.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from core.ids import ModelId
-from engine.checkpoint import SamplingDefaults, read_checkpoint
+from core.sampling import SamplingDefaults
 from engine.config import EngineConfig
 from engine.timed import TimedEngine, timed_model_id
 from engine.types import Engine
@@ -31,6 +31,8 @@ def describe_model(directory: Path, config: EngineConfig) -> ServedModel:
             eos_token_ids=vocab.special_ids,
             sampling=SamplingDefaults(),
         )
+    from engine.checkpoint import read_checkpoint  # noqa: PLC0415 - see build_engine
+
     info = read_checkpoint(directory, config)
     return ServedModel(
         model_id=info.model_id, eos_token_ids=info.eos_token_ids, sampling=info.sampling

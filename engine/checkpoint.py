@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from core.errors import ConfigError
 from core.ids import ModelId
 from core.kv import KvDtype, KvLayout
+from core.sampling import SamplingDefaults
 from engine.architecture import check_architecture, check_model_type
 from engine.config import EngineConfig
 from engine.weights import WeightFiles, check_directory, check_tokenizer, check_weights, read_json
@@ -34,18 +35,6 @@ _SAFETENSORS_DTYPES: dict[str, KvDtype] = {
     "BF16": "bfloat16",
     "F16": "float16",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingDefaults:
-    """What generation_config.json suggests where a request says nothing; None where it is silent.
-
-    `do_sample` is not looked at: it tells `generate` what to do, not an API call.
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

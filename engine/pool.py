@@ -95,6 +95,18 @@ class BlockPool:
         self._record_stored(parent, block_hash)
         return block_id
 
+    def unpublish(self, block_ids: Sequence[BlockId]) -> None:
+        """Offer these blocks of one sequence no longer, as their content is in doubt.
+
+        Blocks that others use as well stay: those have read them by now.
+        """
+        for block_id in reversed(block_ids):
+            block_hash = self._hash[block_id]
+            if block_hash is None or self._children[block_hash]:
+                continue
+            if self._running[block_id] + self._leased[block_id] == 1:
+                self._unpublish(block_id)
+
     def hashes(self) -> list[BlockHash]:
         """All published hashes, parents before children."""
         return list(self._by_hash)

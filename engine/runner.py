@@ -229,6 +229,7 @@ class Runner:
             return
         listener = self._listeners[id(sequence)]
         if isinstance(result, BatonError):
+            self._pool.unpublish(sequence.blocks)
             self._fail(sequence, result)
             return
         sequence.computed += count
