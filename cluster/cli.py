@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
-from core.errors import BatonError
+from core.errors import BatonError, ConfigError
 
 
 class _Group(TyperGroup):
@@ -87,7 +87,8 @@ def down(
     living = live_runs(runs_root())
     if not living and run is None:
         print("no cluster is running")
-    for one in living if every or not living else [choose_run(run)]:
+        return
+    for one in living if every else [choose_run(run)]:
         orderly = stop_run(one, timeout_s)
         print(f"cluster {one.run_id} " + ("stopped" if orderly else "had to be killed"))
 
@@ -116,8 +117,12 @@ def demo(
     config: ConfigOption = None,
 ) -> None:
     """Start a cluster, chat with it, show where the time went, check every answer, stop it."""
-    from cluster.demo import run_demo  # noqa: PLC0415 - imports Ray, torch and transformers
-
+    try:
+        from cluster.demo import run_demo  # noqa: PLC0415 - imports Ray, torch and transformers
+    except ModuleNotFoundError as error:
+        if error.name not in {"openai", "httpx"}:
+            raise
+        raise ConfigError("the demo needs the openai client: pip install 'baton[demo]'") from error
     raise typer.Exit(run_demo(config, model))
 
 

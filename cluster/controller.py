@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 _WORKER_STOP_S = 5.0
 _LEFTOVERS_TERM_S = 2.0
-_LOOPBACK = "127.0.0.1"
 _STDERR = 2
 
 
@@ -102,9 +101,11 @@ async def run_cluster(
         run = RunDir.create(root, config.model.name)
         try:
             with environment(run), _log_to(run, config):
-                await _Cluster(config, run, opened, stop, report, parts).run()
+                try:
+                    await _Cluster(config, run, opened, stop, report, parts).run()
+                finally:
+                    await asyncio.to_thread(end_processes, run, _LEFTOVERS_TERM_S)
         finally:
-            await asyncio.to_thread(end_processes, run, _LEFTOVERS_TERM_S)
             await asyncio.to_thread(run.remove)
 
 
@@ -122,34 +123,32 @@ class _Cluster:
     ) -> None:
         self._config = config
         self._run = run
-        self._socket = opened
+        self._url = url_of(opened)
         self._stop = stop
         self._report = report
-        self._parts = parts
         self._ray = RayRuntime(run)
         self._router = RouterProcess(config, run, opened, report=report, module=parts.router_module)
+        self._pools = RayPools(
+            config,
+            run,
+            self._ray,
+            registry_address=run.registry_address,
+            report=report,
+            host=parts.worker_host,
+        )
         self._began_s = time.monotonic()
 
     async def run(self) -> None:
-        registry = MemoryRegistry(SystemClock())
-        async with serve_registry(registry, _LOOPBACK) as address:
-            self._run.write_config(self._config.model_dump_json())
-            self._run.update(registry_address=address, router_url=url_of(self._socket))
-            pools = RayPools(
-                self._config,
-                self._run,
-                self._ray,
-                registry_address=address,
-                report=self._report,
-                host=self._parts.worker_host,
-            )
+        self._run.write_config(self._config.model_dump_json())
+        self._run.update(router_url=self._url)
+        async with contextlib.AsyncExitStack() as stack:
             try:
-                await self._until_stopped(pools)
+                await self._until_stopped(stack)
             finally:
-                await self._shut_down(pools)
+                await self._shut_down()
 
-    async def _until_stopped(self, pools: RayPools) -> None:
-        watching = asyncio.ensure_future(self._watch(pools))
+    async def _until_stopped(self, stack: contextlib.AsyncExitStack) -> None:
+        watching = asyncio.ensure_future(self._watch(stack))
         asked = asyncio.ensure_future(self._stop.asked.wait())
         try:
             await asyncio.wait({watching, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -160,24 +159,29 @@ class _Cluster:
         if not watching.cancelled():
             watching.result()
 
-    async def _watch(self, pools: RayPools) -> None:
+    async def _watch(self, stack: contextlib.AsyncExitStack) -> None:
         """Start everything and keep it running; ends only with an error."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._router.supervise())
-                group.create_task(self._announce(pools))
+                group.create_task(self._announce())
                 self._report(Starting(step="Ray"))
                 await self._ray.start(self._config)
+                # Not before Ray: Ray forks this process, and gRPC's threads do not survive that.
+                registry = MemoryRegistry(SystemClock())
+                await stack.enter_async_context(
+                    serve_registry(registry, self._run.registry_address)
+                )
                 self._report(Starting(step=f"{self._config.num_workers} workers"))
-                group.create_task(pools.supervise())
-        except BaseExceptionGroup as group:
-            raise first_error(group) from group
+                group.create_task(self._pools.supervise())
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
 
-    async def _announce(self, pools: RayPools) -> None:
+    async def _announce(self) -> None:
         limit_s = self._config.start_timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                await pools.wait_ready()
+                await self._pools.wait_ready()
                 self._report(Starting(step="the router"))
                 await self._router.wait_ready()
         except TimeoutError as error:
@@ -188,17 +192,17 @@ class _Cluster:
         self._report(
             ClusterReady(
                 run_id=self._run.run_id,
-                url=url_of(self._socket),
+                url=self._url,
                 model=self._config.model.name,
                 startup_s=time.monotonic() - self._began_s,
             )
         )
 
-    async def _shut_down(self, pools: RayPools) -> None:
+    async def _shut_down(self) -> None:
         """Bounded: the drain time plus some 20 s. A second request to stop cuts it short."""
         reason = self._stop.reason or "a failure"
         self._report(Stopping(reason=reason, drain_s=self._config.drain_timeout_s))
-        orderly = asyncio.ensure_future(self._stop_in_order(pools))
+        orderly = asyncio.ensure_future(self._stop_in_order())
         forced = asyncio.ensure_future(self._stop.forced.wait())
         try:
             await asyncio.wait({orderly, forced}, return_when=asyncio.FIRST_COMPLETED)
@@ -209,9 +213,9 @@ class _Cluster:
         if not orderly.cancelled() and (error := orderly.exception()):
             log.error("stop_in_order_failed reason=%s", describe(error))
 
-    async def _stop_in_order(self, pools: RayPools) -> None:
+    async def _stop_in_order(self) -> None:
         await self._router.stop(self._config.drain_timeout_s)
-        await pools.stop(_WORKER_STOP_S)
+        await self._pools.stop(_WORKER_STOP_S)
         await self._ray.stop()
 
 

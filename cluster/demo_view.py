@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.demo_chat import Exchange
+from cluster.tables import new_table, print_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +44,9 @@ class DemoView:
     def stages(self, exchanges: Sequence[Exchange], identical: Sequence[bool]) -> None:
         """Two tables of one row per request: where the time went, and what moved."""
         self._console.print()
-        self._console.print(_time_table(exchanges))
+        print_table(self._console, _time_table(exchanges))
         self._console.print()
-        self._console.print(_data_table(exchanges, identical))
+        print_table(self._console, _data_table(exchanges, identical))
 
     def checks(self, checks: Sequence[Check]) -> None:
         self._console.print()
@@ -59,38 +60,34 @@ class DemoView:
 
 
 def _time_table(exchanges: Sequence[Exchange]) -> Table:
-    table = Table(box=None, pad_edge=False, title="time in ms", title_justify="left")
-    table.add_column("request")
-    for heading in ("queue", "prefill", "first token", "kv_transfer", "decode", "TTFT", "TPOT"):
-        table.add_column(heading, justify="right")
+    table = new_table(
+        ["request"],
+        ["queue", "prefill", "first token", "kv_transfer", "decode", "TTFT", "TPOT"],
+        title="time in ms",
+    )
     for exchange in exchanges:
         times = exchange.times
         first_token_s = max(0.0, times.ttft_s - times.queue_s - times.prefill_s)
-        table.add_row(
-            exchange.title,
-            *(
-                f"{seconds * 1e3:.1f}"
-                for seconds in (
-                    times.queue_s,
-                    times.prefill_s,
-                    first_token_s,
-                    times.transfer_s,
-                    times.decode_s,
-                    times.ttft_s,
-                    times.tpot_s,
-                )
-            ),
+        stages_s = (
+            times.queue_s,
+            times.prefill_s,
+            first_token_s,
+            times.transfer_s,
+            times.decode_s,
+            times.ttft_s,
+            times.tpot_s,
         )
+        table.add_row(exchange.title, *(f"{seconds * 1e3:.1f}" for seconds in stages_s))
     return table
 
 
 def _data_table(exchanges: Sequence[Exchange], identical: Sequence[bool]) -> Table:
-    table = Table(box=None, pad_edge=False, title="tokens and hand-off", title_justify="left")
-    for heading in ("request", "prefill on", "decode on"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("prompt", "cached", "output", "KiB", "blocks"):
-        table.add_column(heading, justify="right")
-    table.add_column("transformers")
+    table = new_table(
+        ["request", "prefill on", "decode on"],
+        ["prompt", "cached", "output", "KiB", "blocks"],
+        title="tokens, and the KV that moved",
+    )
+    table.add_column("text")
     for exchange, same in zip(exchanges, identical, strict=True):
         times = exchange.times
         table.add_row(

@@ -8,8 +8,12 @@ from router.serve import bind_listener
 
 
 def find_problems(config: ClusterConfig) -> list[str]:
-    """All problems but a taken port: checkpoint and GPUs. Imports torch, so it takes seconds."""
-    return [*_checkpoint_problems(config), *_gpu_problems(config)]
+    """All problems but a taken port. Imports torch, so it takes seconds."""
+    return [
+        *_checkpoint_problems(config),
+        *_transfer_problems(config),
+        *_gpu_problems(config),
+    ]
 
 
 def port_problems(config: ClusterConfig) -> list[str]:
@@ -28,6 +32,15 @@ def _checkpoint_problems(config: ClusterConfig) -> list[str]:
         read_checkpoint(config.model.path, config.engine)
     except ConfigError as error:
         return [error.message]
+    return []
+
+
+def _transfer_problems(config: ClusterConfig) -> list[str]:
+    if config.transfer.backend == "loopback":
+        return [
+            "transfer.backend is loopback, which reaches nobody from a process of its own:"
+            " set it to nixl"
+        ]
     return []
 
 

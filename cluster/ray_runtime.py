@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from cluster.config import ClusterConfig
+from cluster.last_words import tail
 from cluster.run_dir import RUN_DIR_VARIABLE, RunDir
 from core.errors import Unavailable
 
@@ -39,8 +40,11 @@ class RayRuntime:
         """Start Ray with room for the config's workers, in 4 to 8 s. Raises Unavailable."""
         try:
             await self.call(lambda: self._start(config))
-        except (RuntimeError, OSError, ValueError) as error:
-            raise Unavailable(f"Ray could not start: {error}") from error
+        except Exception as error:  # Ray raises nothing narrower, down to bare Exception
+            log_end = tail(self._run.ray / "session_latest" / "logs" / "raylet.out")
+            raise Unavailable(
+                f"Ray could not start: {error}\nits log ends with:\n{log_end}"
+            ) from error
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a blocking call of Ray on its thread."""
@@ -85,6 +89,7 @@ def environment(run: RunDir) -> Iterator[None]:
     with _environ(
         {
             RUN_DIR_VARIABLE: str(run.path),
+            "SPT_NOENV": "1",  # or the titles of Ray's agents overwrite their environment
             "UCX_POSIX_DIR": str(run.shm),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(run.ray_token),

@@ -1,4 +1,5 @@
-"""Serves any Registry over gRPC. The controller runs one on loopback around a MemoryRegistry."""
+"""Serves any Registry over gRPC. The controller runs one around a MemoryRegistry, on a socket in
+the run's folder, where only the user can reach it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -21,21 +22,21 @@ _STOP_GRACE_S = 0.5
 
 
 @asynccontextmanager
-async def serve_registry(registry: Registry, host: str, port: int = 0) -> AsyncIterator[str]:
-    """Serve inside the block; gives the address, `host:port`. Port 0 takes a free one.
+async def serve_registry(registry: Registry, address: str) -> AsyncIterator[str]:
+    """Serve inside the block on `host:port` or `unix:path`; port 0 takes a free one.
 
-    Watches end with the block; clients reconnect by themselves.
+    Gives the address for clients. Watches end with the block; clients reconnect by themselves.
     """
     closing = asyncio.Event()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     registry_pb2_grpc.add_RegistryServicer_to_server(_Servicer(registry, closing), server)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise InternalError(f"the registry cannot listen on {host}:{port}") from error
+        raise InternalError(f"the registry cannot listen on {address}") from error
     await server.start()
     try:
-        yield f"{host}:{bound}"
+        yield address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
     finally:
         closing.set()
         await server.stop(_STOP_GRACE_S)

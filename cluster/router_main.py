@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -22,7 +23,7 @@ from cluster.config import ClusterConfig
 from cluster.registry_client import RegistryClient
 from cluster.run_dir import RunDir
 from cluster.telemetry import setup_logging, tracing
-from core.clock import SystemClock
+from core.clock import Clock, SystemClock
 from core.errors import BatonError
 from core.ids import new_incarnation
 from core.registry import Registry
@@ -30,9 +31,10 @@ from engine.build import describe_model
 from router.app import create_app
 from router.fleet import Fleet
 from router.flow import Flow, Policies
-from router.metrics import EdgeMetrics
+from router.metrics import EdgeMetrics, FlowMetrics
 from router.policies.cache_aware import CacheAware
 from router.policies.power_of_two import PowerOfTwo
+from router.progress import SequenceObserver
 from router.serve import serve
 from router.spans import SpanRecorder
 from router.tokenizer import Tokenizer
@@ -73,14 +75,38 @@ async def run_router(
     config: ClusterConfig, registry: Registry, listener: socket.socket, stop: asyncio.Event
 ) -> None:
     """Serve on `listener` until `stop`; closes it. Raises ConfigError for a bad checkpoint."""
-    clock = SystemClock()
-    model = await asyncio.to_thread(describe_model, config.model.path, config.engine)
-    tokenizer = await asyncio.to_thread(
-        Tokenizer.load, config.model.path, config.router.tokenizer_threads
-    )
-    tracer = trace.get_tracer("baton.router") if config.telemetry.spans_file else None
-    fleet = Fleet(registry, router_id=f"router-{new_incarnation()}", model_id=model.model_id)
-    flow = Flow(
+    path, threads = config.model.path, config.router.tokenizer_threads
+    with listener:
+        model = await asyncio.to_thread(describe_model, path, config.engine)
+        with closing(await asyncio.to_thread(Tokenizer.load, path, threads)) as tokenizer:
+            clock, metrics = SystemClock(), EdgeMetrics()
+            router_id = f"router-{new_incarnation()}"
+            fleet = Fleet(
+                registry,
+                router_id=router_id,
+                model_id=model.model_id,
+                silence_s=config.router.worker_silence_s,
+            )
+            app = create_app(
+                _flow(config, fleet, metrics, clock),
+                config.router,
+                tokenizer,
+                model=model,
+                model_names=[config.model.name],
+                clock=clock,
+                metrics=metrics,
+            )
+            async with asyncio.TaskGroup() as group:
+                following = group.create_task(fleet.run())
+                await serve(app, listener, stop=stop, grace_s=config.drain_timeout_s)
+                following.cancel()
+
+
+def _flow(config: ClusterConfig, fleet: Fleet, metrics: EdgeMetrics, clock: Clock) -> Flow:
+    observers: list[SequenceObserver] = [FlowMetrics(metrics.registry)]
+    if config.telemetry.spans_file is not None:
+        observers.append(SpanRecorder(trace.get_tracer("baton.router"), clock))
+    return Flow(
         fleet=fleet,
         policies=Policies(
             prefill=CacheAware(config.router.prefill_queue_weight), decode=PowerOfTwo()
@@ -88,24 +114,8 @@ async def run_router(
         config=config.router,
         clock=clock,
         random=Random(),
-        spans=SpanRecorder(tracer, clock),
+        observers=observers,
     )
-    app = create_app(
-        flow,
-        config.router,
-        tokenizer,
-        model_names=[config.model.name],
-        clock=clock,
-        metrics=EdgeMetrics(),
-        fingerprint=model.model_id,
-    )
-    try:
-        async with asyncio.TaskGroup() as group:
-            following = group.create_task(fleet.run())
-            await serve(app, listener, stop=stop, grace_s=config.drain_timeout_s)
-            following.cancel()
-    finally:
-        tokenizer.close()
 
 
 if __name__ == "__main__":

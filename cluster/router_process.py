@@ -6,7 +6,6 @@ The child finds the socket as its file descriptor `--listen-fd`.
 """
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -30,7 +29,6 @@ _STEADY_S = 60.0
 _PROBE_EVERY_S = 0.1
 _KILL_AFTER_S = 3.0
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-_PR_SET_PDEATHSIG = 1
 
 
 class RouterFailed(Unavailable):
@@ -64,6 +62,11 @@ class RouterProcess:
         self._log = run.log_path("router")
         self._process: asyncio.subprocess.Process | None = None
         self._started = False
+
+    @property
+    def pid(self) -> int | None:
+        """Of the present process, or the last one."""
+        return None if self._process is None else self._process.pid
 
     async def supervise(self) -> None:
         """Start the router and restart it whenever it ends, for ever. Raises RouterFailed."""
@@ -114,7 +117,7 @@ class RouterProcess:
         descriptor = self._socket.fileno()
         with self._log.open("ab") as output:
             return await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", self._module),
+                *(sys.executable, "-m", "cluster.child", str(os.getpid()), self._module),
                 *("--run-dir", str(self._run.path), "--listen-fd", str(descriptor)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
@@ -122,7 +125,6 @@ class RouterProcess:
                 env=environment,
                 pass_fds=(descriptor,),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
 
     def _reason(self, status: int) -> str:
@@ -133,12 +135,3 @@ class RouterProcess:
 
     def _log_end(self) -> str:
         return f"its log ends with:\n{tail(self._log)}"
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _die_with_parent() -> None:
-    """In the child, before it becomes the router: end when the controller is killed outright."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,6 +6,7 @@
         logs/<process>.log           one per worker, router and controller
         ray/                         Ray's own session
         ray_token                    Ray's password for this run
+        registry.sock                who is there, served by the controller
     /dev/shm/baton-<user>-<run_id>/  shared memory of Ray and UCX, removed with the rest
 
 Every process of a run carries BATON_RUN_DIR in its environment; sweep.py ends orphans by it.
@@ -64,11 +65,15 @@ class RunDir:
     @classmethod
     def create(cls, root: Path, model: str) -> "RunDir":
         """Make the folder of a new run of this process. Raises ConfigError, OSError."""
-        _make_root(root)
         run_id = secrets.token_hex(4)
         # Under its final name a folder always has a run.json, so a sweep never takes a new one.
         new = root / f".{run_id}"
-        new.mkdir(mode=0o700)
+        _make_root(root)
+        try:
+            new.mkdir(mode=0o700)
+        except FileNotFoundError:  # the last run of another process just removed the root
+            _make_root(root)
+            new.mkdir(mode=0o700)
         run = cls(root / run_id)
         for folder in (new / "logs", new / "ray", run.shm):
             folder.mkdir(mode=0o700)
@@ -93,6 +98,11 @@ class RunDir:
         return self.path / "ray_token"
 
     @property
+    def registry_address(self) -> str:
+        """A socket in the folder: nobody but the user can register or watch workers."""
+        return f"unix:{self.path / 'registry.sock'}"
+
+    @property
     def shm(self) -> Path:
         """Backed by memory where the system has such a place."""
         if _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK):
@@ -111,9 +121,9 @@ class RunDir:
         except TypeError as error:
             raise ValueError(f"{self.path / 'run.json'} is of another version") from error
 
-    def update(self, *, registry_address: str, router_url: str) -> None:
+    def update(self, *, router_url: str) -> None:
         """Tell the addresses to `baton status`, the router and the workers."""
-        info = replace(self.info(), registry_address=registry_address, router_url=router_url)
+        info = replace(self.info(), registry_address=self.registry_address, router_url=router_url)
         _write(self.path / "run.json", json.dumps(asdict(info)))
 
     def write_config(self, config_json: str) -> None:

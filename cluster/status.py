@@ -84,13 +84,9 @@ class WorkerStatus:
 
 
 class WorkerControl(Protocol):
-    """Control of one worker at `address`. Calls end within `timeout_s`, or raise Unavailable."""
+    """Control of one worker. A call ends within `timeout_s`, or raises Unavailable."""
 
     async def stats(self, address: str, timeout_s: float) -> WorkerStats: ...
-
-    async def drain(self, address: str, timeout_s: float) -> int:
-        """Take nothing new and finish what runs; gives the legs left when `timeout_s` was up."""
-        ...
 
 
 async def collect(

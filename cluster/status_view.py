@@ -12,6 +12,7 @@ from cluster.probe import answers_ready
 from cluster.registry_client import RegistryClient
 from cluster.run_dir import RunDir
 from cluster.status import WorkerControl, WorkerStatus, collect
+from cluster.tables import new_table, print_table
 from core.errors import Unavailable
 
 
@@ -37,8 +38,11 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
         config = ClusterConfig.model_validate_json((run.path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise Unavailable(f"cluster {run.run_id} is starting or ending; try again") from error
-    async with RegistryClient(info.registry_address) as registry:
-        records = await registry.workers()
+    try:
+        async with RegistryClient(info.registry_address) as registry:
+            records = await registry.workers()
+    except Unavailable as error:
+        raise Unavailable(f"cluster {run.run_id} is starting or ending: {error.message}") from error
     return ClusterStatus(
         run_id=info.run_id,
         pid=info.pid,
@@ -64,25 +68,21 @@ def show_status(status: ClusterStatus, console: Console, *, leases: bool) -> Non
         soft_wrap=True,
         highlight=False,
     )
-    console.print(_worker_table(status.workers))
+    print_table(console, _worker_table(status.workers))
     for worker in status.workers:
         if worker.problem:
             console.print(f"[red]{worker.worker_id}[/]: {worker.problem}", highlight=False)
         elif worker.stats is not None and worker.stats.pool_error:
             console.print(f"[red]{worker.worker_id}[/]: {worker.stats.pool_error}", highlight=False)
     if leases:
-        console.print(_lease_table(status.workers))
+        print_table(console, _lease_table(status.workers))
 
 
 def _worker_table(workers: Sequence[WorkerStatus]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("worker")
-    table.add_column("role")
-    table.add_column("state")
-    for heading in ("waiting", "running", "queued tokens", "KV blocks used", "cached", "held"):
-        table.add_column(heading, justify="right")
-    table.add_column("KV read", justify="right")
-    table.add_column("pid", justify="right")
+    table = new_table(
+        ["worker", "role", "state"],
+        ["waiting", "running", "queued tokens", "KV blocks", "cached", "held", "KV read", "pid"],
+    )
     for worker in workers:
         stats = worker.stats
         if stats is None:
@@ -108,13 +108,11 @@ def _worker_table(workers: Sequence[WorkerStatus]) -> Table:
 
 def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
     readers = {worker.stats.incarnation: worker.worker_id for worker in workers if worker.stats}
-    table = Table(box=None, pad_edge=False, title="leases", title_justify="left")
-    table.add_column("owner")
-    table.add_column("lease", justify="right")
-    table.add_column("sequence")
-    table.add_column("reader")
-    for heading in ("blocks", "held for", "expires in"):
-        table.add_column(heading, justify="right")
+    table = new_table(
+        ["owner", "lease", "sequence", "reader"],
+        ["blocks", "held for", "expires in"],
+        title="leases",
+    )
     for worker in workers:
         for lease in worker.stats.leases if worker.stats else ():
             expires = "-" if lease.expires_in_s is None else f"{lease.expires_in_s:.1f} s"

@@ -41,6 +41,9 @@ class WorkerActor:
         self._stop = StopSignal()
         self._ready = threading.Event()
         _redirect_output(spec)
+        if not spec.config.resources.gpus:
+            # Workers without a GPU of their own must not meet on the first one they see.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         log.info("%s pid=%d role=%s", LIFE_BEGINS, os.getpid(), spec.role)
 
     def ping(self) -> int:

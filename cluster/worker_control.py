@@ -1,4 +1,4 @@
-"""WorkerControl over gRPC: the worker's Stats and Drain calls."""
+"""WorkerControl over gRPC: the worker's Stats call."""
 
 import grpc
 
@@ -8,8 +8,6 @@ from core.channel import CHANNEL_OPTIONS
 from core.errors import Unavailable
 from kv_transfer.codec import sequence_id_from_wire
 from wire import common_pb2, worker_pb2, worker_pb2_grpc
-
-_ANSWER_S = 2.0
 
 
 class GrpcWorkerControl:
@@ -23,16 +21,6 @@ class GrpcWorkerControl:
             except grpc.aio.AioRpcError as error:
                 raise _unavailable(address, error) from error
         return _stats(reply)
-
-    async def drain(self, address: str, timeout_s: float) -> int:
-        request = worker_pb2.DrainRequest(timeout_s=timeout_s)
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            stub = worker_pb2_grpc.WorkerStub(channel)
-            try:
-                reply = await stub.Drain(request, timeout=timeout_s + _ANSWER_S)
-            except grpc.aio.AioRpcError as error:
-                raise _unavailable(address, error) from error
-        return int(reply.legs_left)
 
 
 def _stats(reply: worker_pb2.StatsReply) -> WorkerStats:

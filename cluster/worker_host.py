@@ -30,7 +30,11 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
         host=spec.host,
     )
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
-    with stop.wakes(lambda: void(loop.call_soon_threadsafe(stopped.set))):
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(stopped.set)
+
+    with stop.wakes(wake):
         async with RegistryClient(spec.registry_address) as registry:
             await serve_worker(
                 start,
@@ -40,7 +44,3 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
                 on_ready=lambda _record: ready(),
                 transport_of=make_transport,
             )
-
-
-def void(_: object) -> None:
-    """Drop a result where None is asked for."""

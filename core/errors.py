@@ -3,7 +3,11 @@
     BatonError
     +-- UserError                 the caller must change something; never retried
     |   +-- InvalidRequest            400  a field is wrong or not served
+    |   |   +-- ContextTooLong        400  prompt, or prompt and answer, over the context
+    |   +-- NotAuthenticated          401  no API key, or a wrong one
     |   +-- ModelNotFound             404
+    |   +-- NoSuchRoute               404  no endpoint has this path
+    |   +-- MethodNotAllowed          405  the path exists, for another method
     |   +-- RequestTooLarge           413  body over the limit
     |   +-- ConfigError                -   bad set-up: one sentence, non-zero exit
     +-- Unavailable               another worker, or a later moment, may succeed
@@ -11,6 +15,7 @@
     |   +-- NoWorkers                 503  no routable prefill or decode worker
     |   +-- WorkerLost                503  its stream ended
     |   +-- TransferFailed            503  KV did not arrive, or may not be used
+    |       +-- KvMismatch            503  KV that arrived is proven wrong
     +-- DeadlineExceeded          504  the request's own time is up
     +-- Cancelled                 499  the client went away, or asked
     +-- InternalError             500  a bug; logged with its traceback
@@ -49,12 +54,42 @@ class InvalidRequest(UserError):
     """A field is wrong, contradictory, or not served yet; `param` names it."""
 
 
+class ContextTooLong(InvalidRequest):
+    """Prompt, or prompt and answer, do not fit the context."""
+
+    code = "context_length_exceeded"
+
+
+class NotAuthenticated(UserError):
+    """No bearer token, or one that is not accepted."""
+
+    http_status = 401
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    code = "invalid_api_key"
+
+
 class ModelNotFound(UserError):
     """The request names a model this cluster does not serve."""
 
     http_status = 404
     grpc_status = grpc.StatusCode.NOT_FOUND
     code = "model_not_found"
+
+
+class NoSuchRoute(UserError):
+    """No endpoint has this path."""
+
+    http_status = 404
+    grpc_status = grpc.StatusCode.UNIMPLEMENTED
+    code = "not_found"
+
+
+class MethodNotAllowed(UserError):
+    """The path exists, for another method."""
+
+    http_status = 405
+    grpc_status = grpc.StatusCode.UNIMPLEMENTED
+    code = "method_not_allowed"
 
 
 class RequestTooLarge(UserError):
@@ -110,6 +145,12 @@ class TransferFailed(Unavailable):
     code = "kv_transfer_failed"
 
 
+class KvMismatch(TransferFailed):
+    """The KV in an arena is proven not to be that of the sequence's tokens."""
+
+    code = "kv_mismatch"
+
+
 class DeadlineExceeded(BatonError):
     """The request's own deadline passed."""
 
@@ -135,13 +176,18 @@ _BY_CODE: dict[str, type[BatonError]] = {
     cls.code: cls
     for cls in (
         InvalidRequest,
+        ContextTooLong,
+        NotAuthenticated,
         ModelNotFound,
+        NoSuchRoute,
+        MethodNotAllowed,
         RequestTooLarge,
         ConfigError,
         Overloaded,
         NoWorkers,
         WorkerLost,
         TransferFailed,
+        KvMismatch,
         Unavailable,
         DeadlineExceeded,
         Cancelled,

@@ -23,6 +23,9 @@ from core.stages import Stage
 PROTOCOL_MAJOR = 1
 PROTOCOL_MINOR = 0
 
+HEARTBEAT_S = 1.0
+"""A worker that is well says something on every RouterStream at least this often."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
@@ -167,7 +170,7 @@ class LegFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """True load, sent after every change that matters.
+    """True load, sent after every change that matters, and at least every HEARTBEAT_S.
 
     A router's view is this plus its own submits with a number above `last_submit`.
     """

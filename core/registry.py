@@ -79,7 +79,8 @@ class MemoryRegistry:
                 last = now
                 yield now
             try:
-                await asyncio.wait_for(changed.wait(), self._sweep_s)
+                async with asyncio.timeout(self._sweep_s):
+                    await changed.wait()
             except TimeoutError:
                 continue
 

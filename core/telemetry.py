@@ -19,11 +19,26 @@ OUTPUT_TOKENS = "baton_output_tokens_total"
 STREAM_EVENTS = "baton_stream_events_total"
 STREAM_EVENTS_COALESCED = "baton_stream_events_coalesced_total"
 SLOW_CLIENTS = "baton_slow_clients_cancelled_total"
+ATTEMPTS = "baton_attempts_total"
+RETRIES = "baton_retries_total"
+QUEUE = "baton_queue_seconds"
+PREFILL = "baton_prefill_seconds"
+KV_TRANSFER = "baton_kv_transfer_seconds"
+KV_TRANSFER_BYTES = "baton_kv_transfer_bytes_total"
+KV_TRANSFER_BLOCKS = "baton_kv_transfer_blocks_total"
+WORKERS_CONNECTED = "baton_workers_connected"
 
 SPAN_REQUEST = "request"
 STAGE_SPANS: dict[Stage, str] = {stage: stage.label for stage in Stage if stage is not Stage.DONE}
 
+# Of the request span, one per choice.
 ATTR_REQUEST_ID = "baton.request_id"
+ATTR_CHOICE = "baton.choice"
+ATTR_OUTCOME = "baton.outcome"
+ATTR_OUTPUT_TOKENS = "baton.output_tokens"
+ATTR_CACHED_TOKENS = "baton.cached_tokens"
+ATTR_TRANSFER_BYTES = "baton.transfer_bytes"
+# Of the stages' spans.
 ATTR_WORKER_ID = "baton.worker_id"
 ATTR_ATTEMPT = "baton.attempt"
 

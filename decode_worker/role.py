@@ -6,7 +6,7 @@ from types import TracebackType
 
 from core.blocks import root_hash
 from core.clock import Clock
-from core.errors import BatonError, InternalError, TransferFailed
+from core.errors import BatonError, InternalError
 from core.ids import BlockId
 from core.messages import Accepted, DecodeSubmit, Handoff, LegFailed, LegTimes, LegTokens, Rejected
 from core.sampling import FinishReason
@@ -124,7 +124,7 @@ class DecodeRole:
             pulled = await self._pull(sequence, handoff, len(cached))
             leg.pull = None
             kept = self._start(leg, [*cached, *pulled.blocks], pulled, len(cached))
-        except TransferFailed as error:
+        except BatonError as error:
             leg.pull = None
             self.fail(leg, error, Stage.KV_TRANSFER)
         except Exception:

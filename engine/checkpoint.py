@@ -82,7 +82,7 @@ def read_checkpoint(directory: Path, config: EngineConfig) -> CheckpointInfo:
         ),
         context_tokens=shape.context_tokens,
         vocab_size=shape.vocab_size,
-        eos_token_ids=_eos_token_ids(generation, hf_config),
+        eos_token_ids=_eos_token_ids(generation, hf_config, tokenizer),
         sampling=_sampling_defaults(generation, directory),
         weight_bytes=weights.nbytes,
     )
@@ -151,14 +151,31 @@ def _generation_config(directory: Path) -> Mapping[str, object]:
     return read_json(path) if path.is_file() else {}
 
 
-def _eos_token_ids(generation: Mapping[str, object], hf_config: PretrainedConfig) -> frozenset[int]:
+def _eos_token_ids(
+    generation: Mapping[str, object], hf_config: PretrainedConfig, tokenizer: Path
+) -> frozenset[int]:
+    """Of generation_config or else config, and the tokenizer's own: a chat model's end of turn
+    stands in either.
+    """
     found = generation.get("eos_token_id")
     if found is None:
         found = getattr(hf_config, "eos_token_id", None)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ConfigError(f"eos_token_id {found!r} is neither a token id nor a list of them")
-    return frozenset(cast(list[int], ids))
+    return frozenset(cast(list[int], ids)) | _tokenizer_eos(tokenizer)
+
+
+def _tokenizer_eos(tokenizer: Path) -> frozenset[int]:
+    settings = tokenizer.with_name("tokenizer_config.json")
+    eos = read_json(settings).get("eos_token") if settings.is_file() else None
+    content = eos.get("content") if isinstance(eos, dict) else eos
+    added = read_json(tokenizer).get("added_tokens")
+    return frozenset(
+        token["id"]
+        for token in (added if isinstance(added, list) else [])
+        if isinstance(token, dict) and token.get("content") == content
+    )
 
 
 def _sampling_defaults(generation: Mapping[str, object], directory: Path) -> SamplingDefaults:

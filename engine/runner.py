@@ -9,6 +9,7 @@ blocks back when the step has ended.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from engine.planner import plan_step
 from engine.pool import BlockPool
 from engine.sequence import Sequence, SequenceState
 from engine.types import Engine, Sampled
+
+log = logging.getLogger(__name__)
 
 _IDLE_SWEEP_S = 0.25
 
@@ -154,7 +157,8 @@ class Runner:
         self._wake.clear()
         timeout_s = _IDLE_SWEEP_S if self._waiting else None
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
         except TimeoutError:
             return
 
@@ -229,6 +233,7 @@ class Runner:
             return
         listener = self._listeners[id(sequence)]
         if isinstance(result, BatonError):
+            log.error("step_failed sequence=%s reason=%s", sequence.sequence_id, result.message)
             self._pool.unpublish(sequence.blocks)
             self._fail(sequence, result)
             return

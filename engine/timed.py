@@ -14,7 +14,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import BatonError, ConfigError, InternalError
+from core.errors import BatonError, ConfigError, KvMismatch
 from core.ids import ModelId, SequenceId
 from core.kv import KvLayout
 from engine.arena import Arena
@@ -26,12 +26,6 @@ U64 = npt.NDArray[np.uint64]
 
 _POWER = np.uint64(0x9E3779B97F4A7C15)
 _REMEMBERED_SEQUENCES = 4096
-
-
-class KvMismatch(InternalError):
-    """The KV in the arena is not that of the sequence's tokens."""
-
-    code = "kv_mismatch"
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from core.channel import CHANNEL_OPTIONS
+from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break
 from core.errors import TransferFailed
 from core.ids import Incarnation, LeaseId
 from core.messages import PROTOCOL_MAJOR, Handoff
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Stream = grpc.aio.StreamStreamCall[peer_pb2.FromReader, peer_pb2.FromOwner]
 
 _OUTBOX_MESSAGES = 65_536
+_ENDS: tuple[type[Exception], ...] = (*STREAM_ERRORS, TransferFailed, UnknownMessage)
 _LEASE_INBOX_MESSAGES = 65_536
 
 
@@ -52,7 +53,7 @@ class BoundLease:
 
 
 class PeerConnection:
-    """`run` is its only task and ends with the stream; then every bound lease has failed."""
+    """`run` is its only task and ends with the stream."""
 
     def __init__(
         self, handoff: Handoff, hello: PeerHello, transport: Transport, renew_every_s: float
@@ -92,24 +93,23 @@ class PeerConnection:
         lease = self._leases[lease_id]
         self._outbox.send(Close(lease_id=lease_id))
         try:
-            return await asyncio.wait_for(asyncio.shield(lease.closed), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of 3.11 can swallow a cancel
+                return await asyncio.shield(lease.closed)
         except TimeoutError:
             return LeaseOutcome.UNKNOWN
 
     # -- the stream -----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Connect, say hello, serve until the stream ends. Never raises but CancelledError."""
+        """Connect, say hello, serve until the stream ends; then every bound lease has failed."""
         reason = "the stream to the KV owner ended"
         try:
             async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
                 stream = peer_pb2_grpc.PeerStub(channel).PeerStream()
                 self._outbox.send(self._hello)
                 await self._serve(stream)
-        except* grpc.aio.AioRpcError as errors:
-            reason = f"the stream to the KV owner broke: {_details(errors)}"
-        except* TransferFailed as errors:
-            reason = str(errors.exceptions[0])
+        except* _ENDS as errors:
+            reason = f"the stream to the KV owner broke: {describe_break(errors)}"
         finally:
             self._lose(TransferFailed(reason))
             await self._transport.disconnect(self.owner)
@@ -177,10 +177,3 @@ class PeerConnection:
         if not self.ready.done():
             self.ready.set_exception(failure)
             self.ready.exception()  # it may be that nobody waits for it
-
-
-def _details(errors: BaseExceptionGroup[grpc.aio.AioRpcError]) -> str:
-    error = errors.exceptions[0]
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{error.code().name}: {error.details()}"

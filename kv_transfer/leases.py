@@ -41,6 +41,15 @@ class Lease:
     first_token: FirstToken | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What is remembered of a lease; `unread` if there was nothing to hand off."""
+
+    forget_at_s: float
+    outcome: LeaseOutcome
+    unread: Lease | None
+
+
 @dataclass(slots=True)
 class LeaseCounters:
     """Outcomes since the process started; opened = closed + aborted + expired + open."""
@@ -59,7 +68,7 @@ class LeaseTable:
         self._clock = clock
         self.lease_s = lease_s
         self._open: dict[LeaseId, Lease] = {}
-        self._ended: OrderedDict[LeaseId, tuple[float, LeaseOutcome]] = OrderedDict()
+        self._ended: OrderedDict[LeaseId, _Ended] = OrderedDict()
         self._next_id = 1
         self.counters = LeaseCounters()
 
@@ -96,8 +105,14 @@ class LeaseTable:
     def finish_unread(self, lease: Lease) -> None:
         """The prefill has ended, and the answer with it: there is nothing to hand off."""
         if lease.lease_id in self._open:
-            self._end(lease, LeaseOutcome.ABORTED)
+            self._end(lease, LeaseOutcome.ABORTED, unread=lease)
+            lease.blocks.clear()
             self.counters.closed += 1
+
+    def ended_unread(self, lease_id: LeaseId) -> Lease | None:
+        """A lease that `finish_unread` ended, while it is remembered, for a reader that is late."""
+        ended = self._ended.get(lease_id)
+        return None if ended is None else ended.unread
 
     def renew(self, lease_ids: Sequence[LeaseId], reader: str | None) -> None:
         """Push expiry out; only the bound reader, or anybody (None) while none is bound."""
@@ -108,12 +123,16 @@ class LeaseTable:
 
     def close(self, lease_id: LeaseId, reader: str) -> LeaseOutcome:
         """Answer the closing question; idempotent while the lease is remembered."""
-        self.sweep()
+        self._forget()
         lease = self._open.get(lease_id)
         if lease is None:
-            return self._ended.get(lease_id, (0.0, LeaseOutcome.UNKNOWN))[1]
+            ended = self._ended.get(lease_id)
+            return LeaseOutcome.UNKNOWN if ended is None else ended.outcome
         if lease.reader != reader or lease.first_token is None:
             return LeaseOutcome.UNKNOWN
+        if lease.expires_at_s <= self._clock.now_s():
+            self._expire(lease)
+            return LeaseOutcome.EXPIRED
         self._end(lease, LeaseOutcome.HELD)
         self.counters.closed += 1
         return LeaseOutcome.HELD
@@ -131,18 +150,26 @@ class LeaseTable:
         now_s = self._clock.now_s()
         expired = [lease for lease in self._open.values() if lease.expires_at_s <= now_s]
         for lease in expired:
-            self._end(lease, LeaseOutcome.EXPIRED)
-            self.counters.expired += 1
-        while self._ended and next(iter(self._ended.values()))[0] <= now_s:
-            self._ended.popitem(last=False)
+            self._expire(lease)
+        self._forget()
         return expired
+
+    def _expire(self, lease: Lease) -> None:
+        self._end(lease, LeaseOutcome.EXPIRED)
+        self.counters.expired += 1
+
+    def _forget(self) -> None:
+        now_s = self._clock.now_s()
+        while self._ended and next(iter(self._ended.values())).forget_at_s <= now_s:
+            self._ended.popitem(last=False)
 
     def check(self) -> None:
         """Raise InternalError unless the pool's lease references are those of the open leases."""
         held = Counter(block_id for lease in self._open.values() for block_id in lease.blocks)
         self._pool.check_leases(held)
 
-    def _end(self, lease: Lease, outcome: LeaseOutcome) -> None:
+    def _end(self, lease: Lease, outcome: LeaseOutcome, unread: Lease | None = None) -> None:
         del self._open[lease.lease_id]
-        self._ended[lease.lease_id] = (self._clock.now_s() + 2 * self.lease_s, outcome)
+        forget_at_s = self._clock.now_s() + 2 * self.lease_s
+        self._ended[lease.lease_id] = _Ended(forget_at_s, outcome, unread)
         self._pool.unlease(lease.blocks)

@@ -162,6 +162,9 @@ class NixlTransport:
                 command(state)
             except _ERRORS as error:
                 self._fail(future, error)
+            except Exception as error:  # the root of a command; the thread serves the next one
+                log.exception("transfer_bug")
+                self._fail(future, error)
 
         self._commands.put(guarded)
 

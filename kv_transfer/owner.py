@@ -98,6 +98,7 @@ class Owner:
             case Renew():
                 self.table.renew(message.lease_ids, reader)
             case Close():
+                self.sweep()
                 outcome = self.table.close(message.lease_id, reader)
                 self._send(reader, Closed(lease_id=message.lease_id, outcome=outcome))
                 self._on_freed()
@@ -110,6 +111,10 @@ class Owner:
                 log.warning("peer_hello_repeated reader=%s", reader)
 
     def _bind(self, reader: str, bind: Bind) -> None:
+        unread = self.table.ended_unread(bind.lease_id)
+        if unread is not None and unread.sequence_id == bind.sequence_id:
+            self._send(reader, _announce(unread, 0))
+            return
         lease = self.table.get(bind.lease_id)
         if lease is None or lease.sequence_id != bind.sequence_id or lease.reader is not None:
             reason = "no such lease, or it is of another sequence or reader"
@@ -122,19 +127,23 @@ class Owner:
     def _tell(self, lease: Lease, first_index: int) -> None:
         if self.table.get(lease.lease_id) is not lease:
             return
-        first_token = lease.first_token
-        announce = Announce(
-            lease_id=lease.lease_id,
-            sequence_id=lease.sequence_id,
-            first_index=min(first_index, len(lease.blocks)),
-            block_ids=tuple(lease.blocks[first_index:]),
-            final=first_token is not None,
-            first_token=first_token.token if first_token else 0,
-            ended=first_token.ended if first_token else False,
-        )
+        announce = _announce(lease, first_index)
         if announce.block_ids or announce.final:
             self._send(lease.reader, announce)
 
     def _send(self, reader: str | None, message: FromOwner) -> None:
         if reader is not None and reader in self._readers:
             self._readers[reader](message)
+
+
+def _announce(lease: Lease, first_index: int) -> Announce:
+    first_token = lease.first_token
+    return Announce(
+        lease_id=lease.lease_id,
+        sequence_id=lease.sequence_id,
+        first_index=min(first_index, len(lease.blocks)),
+        block_ids=tuple(lease.blocks[first_index:]),
+        final=first_token is not None,
+        first_token=first_token.token if first_token else 0,
+        ended=first_token.ended if first_token else False,
+    )

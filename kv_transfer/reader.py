@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
-from core.errors import TransferFailed
+from core.errors import DeadlineExceeded, TransferFailed
 from core.ids import BlockId, Incarnation, SequenceId
 from core.messages import Handoff
 from engine.pool import BlockPool
@@ -91,7 +92,7 @@ class Reader:
         self._space.set()
 
     async def pull(self, request: PullRequest) -> Pulled:
-        """Bring the blocks here. Raises TransferFailed; nothing stays reserved then."""
+        """Bring the blocks here. Raises TransferFailed or DeadlineExceeded."""
         try:
             async with asyncio.timeout(request.timeout_s):
                 connection = await self._connect(request.handoff)
@@ -103,7 +104,7 @@ class Reader:
                 async with connection.bind(bind) as lease:
                     return await _Pull(self, connection, lease, request).run()
         except TimeoutError as error:
-            raise TransferFailed("the KV did not arrive in time") from error
+            raise DeadlineExceeded("the deadline passed while the KV was on its way") from error
 
     async def _connect(self, handoff: Handoff) -> PeerConnection:
         known = self._connections.get(handoff.owner_incarnation)
@@ -114,7 +115,8 @@ class Reader:
             task = self._tasks.create_task(self._serve(connection))
             known = self._connections[handoff.owner_incarnation] = (connection, task)
         try:
-            await asyncio.wait_for(asyncio.shield(known[0].ready), self._config.connect_timeout_s)
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                await asyncio.shield(known[0].ready)
         except TimeoutError as error:
             known[1].cancel()
             raise TransferFailed(f"no answer from the KV owner {handoff.owner_id}") from error
@@ -123,13 +125,18 @@ class Reader:
     async def _serve(self, connection: PeerConnection) -> None:
         try:
             await connection.run()
+        except Exception:  # the root of the connection's task
+            log.exception("peer_connection_bug owner=%s", connection.owner)
         finally:
             known = self._connections.get(connection.owner)
             if known is not None and known[0] is connection:
                 del self._connections[connection.owner]
 
-    async def reserve(self, count: int) -> list[BlockId]:
-        """Wait for `count` free blocks beside the headroom running sequences need to grow."""
+    async def reserve(self, count: int, lease: BoundLease) -> list[BlockId]:
+        """Wait for `count` free blocks beside the headroom running sequences need to grow.
+
+        Raises what ended the lease meanwhile.
+        """
         async with self._turn:
             while True:
                 if self._pool.available - count >= self._headroom() or self._is_idle(count):
@@ -137,8 +144,11 @@ class Reader:
                     if blocks is not None:
                         return blocks
                 self._space.clear()
+                if lease.failure is not None:
+                    raise lease.failure
                 try:
-                    await asyncio.wait_for(self._space.wait(), _SPACE_RECHECK_S)
+                    async with asyncio.timeout(_SPACE_RECHECK_S):
+                        await self._space.wait()
                 except TimeoutError:
                     continue
 
@@ -212,7 +222,9 @@ class _Pull:
                 self._request.handoff.lease_id, self._reader.read_timeout_s
             )
             if outcome is not LeaseOutcome.HELD:
-                raise TransferFailed(f"the KV owner did not confirm the blocks: {outcome.name}")
+                raise self._lease.failure or TransferFailed(
+                    f"the KV owner did not confirm the blocks: {outcome.name}"
+                )
             self._reader.accept(self._local)
             usable = True
         finally:
@@ -251,7 +263,7 @@ class _Pull:
     async def _read(self, fresh: list[tuple[int, BlockId]]) -> None:
         if not self._local:
             count = self._request.num_blocks - self._request.first_block
-            self._local = await self._reader.reserve(count)
+            self._local = await self._reader.reserve(count, self._lease)
         first = self._request.first_block
         self._reads.append(
             self._reader.start_read(
@@ -262,16 +274,21 @@ class _Pull:
         )
 
     async def _all_reads_ended(self) -> list[ReadStats]:
-        if self._reads:
-            started_s = time.monotonic()
-            done, pending = await asyncio.wait(
-                self._reads,
-                timeout=self._reader.read_timeout_s,
-                return_when=asyncio.FIRST_EXCEPTION,
+        """Wait for the posted reads; the end of the lease, or of patience, ends the waiting."""
+        give_up_s = time.monotonic() + self._reader.read_timeout_s
+        waiting: set[asyncio.Future[ReadStats]] = set(self._reads)
+        while waiting and self._lease.failure is None:
+            left_s = give_up_s - time.monotonic()
+            over: set[asyncio.Future[Any]] = {*waiting, self._lease.closed}
+            done, _ = await asyncio.wait(
+                over,
+                timeout=max(0.0, left_s),
+                return_when=asyncio.FIRST_COMPLETED,
             )
-            for read in done:
-                read.result()
-            if pending:
-                log.warning("kv_read_slow waited_s=%.1f", time.monotonic() - started_s)
+            if not done:
+                log.warning("kv_read_slow sequence=%s", self._request.sequence_id)
                 raise TransferFailed("a KV read did not end in time")
+            waiting = {read for read in waiting if not read.done()}
+        if self._lease.failure is not None:
+            raise self._lease.failure
         return [read.result() for read in self._reads]

@@ -42,7 +42,10 @@ class PeerService(peer_pb2_grpc.PeerServicer):
 
     async def _read_hello(self, context: Context) -> PeerHello:
         raw = await asyncio.wait_for(context.read(), _HELLO_TIMEOUT_S)
-        hello = from_reader_from_wire(raw) if isinstance(raw, peer_pb2.FromReader) else None
+        try:
+            hello = from_reader_from_wire(raw) if isinstance(raw, peer_pb2.FromReader) else None
+        except UnknownMessage as unknown:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(unknown))
         if not isinstance(hello, PeerHello):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a hello must come first")
         if hello.protocol_major != PROTOCOL_MAJOR:

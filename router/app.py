@@ -15,11 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from core.clock import Clock
-from core.errors import BatonError, InternalError, InvalidRequest, ModelNotFound
+from core.errors import (
+    BatonError,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NoSuchRoute,
+)
 from core.openai import ChatCompletionRequest, CompletionRequest, OpenAiRequest
+from engine.build import ServedModel
 from router.config import RouterConfig
 from router.http_edge import Edge, GenerateEndpoint
-from router.http_errors import MethodNotAllowed, NoSuchRoute, error_body, error_headers
+from router.http_errors import error_body, error_headers
 from router.metrics import EdgeMetrics
 from router.request_context import RequestContext, request_id_of
 from router.requests import Planner
@@ -52,12 +60,13 @@ def create_app(
     settings: RouterConfig,
     tokenizer: Tokenizer,
     *,
+    model: ServedModel,
     model_names: Sequence[str],
     clock: Clock,
     metrics: EdgeMetrics,
-    fingerprint: str = "baton",
 ) -> FastAPI:
     """Wire the HTTP edge. `model_names` are equal names of the one model, at least one."""
+    metrics.watch_workers(generator.workers)
     app = FastAPI(title="Baton", openapi_url="/openapi.json", redoc_url=None)
     app.router.redirect_slashes = False
     app.add_middleware(RequestContext, api_keys=settings.api_keys)
@@ -68,12 +77,16 @@ def create_app(
         generator=generator,
         tokenizer=tokenizer,
         planner=Planner(
-            generator=generator, tokenizer=tokenizer, model_names=model_names, clock=clock
+            generator=generator,
+            tokenizer=tokenizer,
+            model=model,
+            model_names=model_names,
+            clock=clock,
         ),
         settings=settings,
         metrics=metrics,
         clock=clock,
-        fingerprint=fingerprint,
+        fingerprint=model.model_id,
     )
     for path, request_type, prefix in _GENERATING:
         endpoint = GenerateEndpoint(edge, request_type, prefix)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import grpc
 
-from core.channel import CHANNEL_OPTIONS
+from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break
 from core.errors import WorkerLost
 from core.ids import ModelId
 from core.messages import (
@@ -43,6 +43,7 @@ LegEvent = Accepted | Rejected | LegTokens | LegFailed
 
 _Stream = grpc.aio.StreamStreamCall[worker_pb2.ToWorker, worker_pb2.ToRouter]
 _OUTBOX_MESSAGES = 65_536
+_ENDS: tuple[type[Exception], ...] = (*STREAM_ERRORS, WorkerLost, UnknownMessage, TimeoutError)
 _HELLO_TIMEOUT_S = 5.0
 
 
@@ -65,16 +66,21 @@ class Leg:
 
 
 class WorkerLink:
-    """The stream to one incarnation of one worker. `run` is its only task; it does not raise."""
+    """The stream to one incarnation of one worker. `run` is its only task."""
 
-    def __init__(self, record: WorkerRecord, router_id: str, model_id: ModelId) -> None:
+    def __init__(
+        self, record: WorkerRecord, router_id: str, model_id: ModelId, silence_s: float
+    ) -> None:
         self.record = record
+        self._silence_s = silence_s
+        self._heard = 0
         self._router_id = router_id
         self._model_id = model_id
         self._outbox: Outbox[worker_pb2.ToWorker] = Outbox(_OUTBOX_MESSAGES)
         self._legs: dict[int, Leg] = {}
         self._next_number = 1
         self.view: WorkerView | None = None
+        self.was_connected = False
 
     # -- legs -----------------------------------------------------------------------------------
 
@@ -122,8 +128,8 @@ class WorkerLink:
             address = self.record.address
             async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
                 await self._serve(worker_pb2_grpc.WorkerStub(channel).RouterStream())
-        except* (grpc.aio.AioRpcError, WorkerLost, UnknownMessage, TimeoutError) as errors:
-            reason = _describe(errors)
+        except* _ENDS as errors:
+            reason = describe_break(errors)
         finally:
             self._lose(reason)
 
@@ -135,14 +141,31 @@ class WorkerLink:
         self._outbox.send(worker_pb2.ToWorker(hello=hello))
         async with asyncio.TaskGroup() as group:
             writer = group.create_task(self._write(stream))
+            watch = group.create_task(self._watch())
             view = await asyncio.wait_for(self._read_hello(stream), _HELLO_TIMEOUT_S)
             self.view = view
+            self.was_connected = True
             log.info(
                 "worker_connected worker_id=%s role=%s", self.record.worker_id, view.hello.role
             )
             while isinstance(raw := await stream.read(), worker_pb2.ToRouter):
+                self._heard += 1
                 self._receive(view, raw)
             writer.cancel()
+            watch.cancel()
+
+    async def _watch(self) -> None:
+        """A worker that hangs keeps its connection; its heartbeats stop.
+
+        Two looks, so that a pause of this process, after which its messages are still unread, is
+        not taken for one of the worker.
+        """
+        while True:
+            heard = self._heard
+            for _ in range(2):
+                await asyncio.sleep(self._silence_s / 2)
+            if heard == self._heard:
+                raise WorkerLost(f"it said nothing for {self._silence_s:g} s")
 
     async def _read_hello(self, stream: _Stream) -> WorkerView:
         raw = await stream.read()
@@ -205,12 +228,3 @@ class WorkerLink:
                 leg,
                 LegFailed(number=leg.number, code=WorkerLost.code, message=lost, stage=Stage.ROUTE),
             )
-
-
-def _describe(errors: BaseExceptionGroup[BaseException]) -> str:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error) or "no hello in time"

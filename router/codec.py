@@ -343,7 +343,8 @@ def _entry_from_wire(entry: worker_pb2.LegTokens) -> LegTokens:
     return LegTokens(
         number=entry.number,
         tokens=tuple(entry.tokens),
-        finish=_FINISH_FROM_WIRE[entry.finish],
+        # A reason of a newer worker is still an end.
+        finish=_FINISH_FROM_WIRE.get(entry.finish, FinishReason.STOP),
         times=times,
         logits=entry.logits,
     )

@@ -17,8 +17,14 @@ class RouterConfig(Settings):
     """Every request ends by then, whatever happens."""
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0)
     stream_buffer_events: int = Field(1024, ge=16)
-    """Events a slow client may lag behind before its request is cancelled."""
+    """Events that may wait for a client that reads too slowly."""
+    slow_client_grace_s: float = Field(1.0, gt=0)
+    """A client with that many waiting has so long to take them, then its request is cancelled."""
     tokenizer_threads: int = Field(2, ge=1)
+    worker_silence_s: float = Field(5.0, gt=2.0)
+    """A worker that says nothing for so long is lost; it sends a heartbeat every second."""
+    worker_wait_s: float = Field(15.0, ge=0)
+    """A request waits for so long, in all, while a pool has no routable worker: a restart."""
     max_attempts: int = Field(3, ge=1)
     """Placements tried for one sequence before its error reaches the client."""
     prefill_queue_weight: float = Field(0.1, ge=0)

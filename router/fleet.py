@@ -24,10 +24,12 @@ class Fleet:
         *,
         router_id: str,
         model_id: ModelId,
+        silence_s: float,
     ) -> None:
         self._registry = registry
         self._router_id = router_id
         self._model_id = model_id
+        self._silence_s = silence_s
         self._links: dict[Incarnation, WorkerLink] = {}
         self._wanted: dict[Incarnation, WorkerRecord] = {}
 
@@ -61,7 +63,7 @@ class Fleet:
                 await asyncio.sleep(_RECONNECT_S)
 
     def _link(self, record: WorkerRecord) -> WorkerLink:
-        link = WorkerLink(record, self._router_id, self._model_id)
+        link = WorkerLink(record, self._router_id, self._model_id, self._silence_s)
         self._links[record.incarnation] = link
         return link
 
@@ -69,7 +71,12 @@ class Fleet:
         """Reconnect while the registry names this incarnation."""
         incarnation, delay_s = link.record.incarnation, _RECONNECT_S
         while True:
-            await link.run()
+            try:
+                await link.run()
+            except Exception:  # the root of the link's task
+                log.exception("worker_link_bug worker_id=%s", link.record.worker_id)
+            if link.was_connected:
+                delay_s = _RECONNECT_S
             if incarnation not in self._wanted:
                 del self._links[incarnation]
                 return

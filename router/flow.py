@@ -12,19 +12,16 @@ the same text. Attempt numbers fence: what an older attempt still says reaches n
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from random import Random
+from types import TracebackType
+from typing import Self
 
+from core import telemetry
 from core.blocks import chain_hashes, root_hash
 from core.clock import Clock
-from core.errors import (
-    DeadlineExceeded,
-    NoWorkers,
-    Unavailable,
-    from_code,
-)
+from core.errors import DeadlineExceeded, NoWorkers, Unavailable, from_code
 from core.ids import BlockHash, Incarnation, LeaseId, Role, SequenceId
 from core.messages import (
     Accepted,
@@ -43,8 +40,8 @@ from router.config import RouterConfig
 from router.fleet import Fleet
 from router.place import Placement, place_decode, place_prefill
 from router.policies.base import DecodePolicy, PrefillPolicy
-from router.spans import SpanRecorder
-from router.types import Generated, GenerateRequest, ServingLimits, Timings, WorkerView
+from router.progress import Observed, Progress, SequenceObserver
+from router.types import Generated, GenerateRequest, ServingLimits, WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -70,40 +67,57 @@ class Flow:
         config: RouterConfig,
         clock: Clock,
         random: Random,
-        spans: SpanRecorder,
+        observers: Sequence[SequenceObserver] = (),
     ) -> None:
         self._fleet = fleet
         self._policies = policies
         self._config = config
         self._clock = clock
         self._random = random
-        self._spans = spans
+        self._observers = tuple(observers)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
         """Yield tokens until the finish; see router.types.Generator."""
-        progress = _Progress(request, self._clock.now_s())
+        progress = Progress(request, self._clock)
         failed: set[Incarnation] = set()
-        for attempt in range(self._config.max_attempts):
-            hops = _Attempt(self, progress, attempt, failed)
-            try:
-                async with aclosing(hops.run()) as generated:
-                    async for item in generated:
-                        yield item
-                self._spans.record(progress.request.request_id, progress.marks, progress.timings())
-                return
-            except Unavailable as error:
-                last = attempt + 1 == self._config.max_attempts
-                log.warning(
-                    "attempt_failed request_id=%s attempt=%d code=%s retry=%s reason=%s",
-                    request.request_id,
-                    attempt,
-                    error.code,
-                    not last,
-                    error.message,
-                )
-                if last or progress.remaining_s(self._clock.now_s()) <= _RETRY_PAUSE_S:
-                    raise
-            await asyncio.sleep(_RETRY_PAUSE_S * attempt)
+        patience_s = self._config.worker_wait_s
+        with Observed(progress, self._observers):
+            for attempt in range(self._config.max_attempts):
+                patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
+                try:
+                    with _Attempt(self, progress, attempt, failed) as hops:
+                        hops.start()
+                        while not progress.finished:
+                            for item in await hops.next():
+                                yield item
+                    return
+                except Unavailable as error:
+                    self._consider_retry(progress, attempt, error)
+                await asyncio.sleep(_RETRY_PAUSE_S * attempt)
+
+    async def _wait_for_workers(self, timeout_s: float) -> float:
+        """Wait until both pools are routable, or `timeout_s`; answers the seconds it took."""
+        began_s = now_s = self._clock.now_s()
+        while now_s - began_s < timeout_s and not self.limits().ready:
+            await asyncio.sleep(_RETRY_PAUSE_S)
+            now_s = self._clock.now_s()
+        return now_s - began_s
+
+    def _consider_retry(self, progress: Progress, attempt: int, error: Unavailable) -> None:
+        """Log why the attempt failed; raises `error` when no other one may follow."""
+        last = attempt + 1 == self._config.max_attempts
+        retry = not last and progress.remaining_s > _RETRY_PAUSE_S
+        line = telemetry.log_line(
+            "attempt_failed",
+            request_id=progress.request.request_id,
+            attempt=attempt,
+            code=error.code,
+            retry=retry,
+            reason=error.message,
+        )
+        log.warning("%s", line)
+        if not retry:
+            raise error
 
     def limits(self) -> ServingLimits:
         views = [link.view for link in self._fleet.links() if link.view is not None]
@@ -138,6 +152,10 @@ class Flow:
             self._random,
         )
 
+    def has_decode(self, excluding: set[Incarnation]) -> bool:
+        """Whether a decode worker is routable that this request has not failed on."""
+        return bool(self._fleet.routable(Role.DECODE, excluding=excluding))
+
     def _candidates(self, role: Role, failed: set[Incarnation]) -> list[WorkerLink]:
         links = self._fleet.routable(role, excluding=failed)
         links = links or self._fleet.routable(role)
@@ -154,59 +172,15 @@ class Flow:
         root = root_hash(hello.model_id, cache_salt)
         return chain_hashes(tokens, hello.layout.block_size, root)
 
-    @property
-    def clock(self) -> Clock:
-        return self._clock
-
-
-class _Progress:
-    """What the client has of one sequence, over all attempts."""
-
-    def __init__(self, request: GenerateRequest, now_s: float) -> None:
-        self.request = request
-        self.arrived_at_s = now_s
-        self.tokens: list[int] = []
-        self.attempts = 0
-        self.prefill_worker = self.decode_worker = ""
-        self.prefill_times = LegTimes()
-        self.decode_times = LegTimes()
-        self.marks: dict[Stage, float] = {Stage.ADMIT: now_s}
-        self.first_at_s = self.last_at_s = now_s
-
-    def remaining_s(self, now_s: float) -> float:
-        return self.arrived_at_s + self.request.deadline_s - now_s
-
-    def emit(self, tokens: tuple[int, ...], now_s: float) -> None:
-        if not self.tokens:
-            self.first_at_s = now_s
-            self.marks[Stage.KV_TRANSFER] = now_s
-        self.last_at_s = now_s
-        self.tokens.extend(tokens)
-
-    def timings(self) -> Timings:
-        gaps = max(1, len(self.tokens) - 1)
-        decode_s = self.last_at_s - self.first_at_s
-        return Timings(
-            prefill_worker=self.prefill_worker,
-            decode_worker=self.decode_worker,
-            attempts=self.attempts,
-            queue_s=self.prefill_times.queue_s,
-            prefill_s=self.prefill_times.prefill_s,
-            ttft_s=self.first_at_s - self.arrived_at_s,
-            transfer_s=self.decode_times.transfer_s,
-            transfer_bytes=self.decode_times.transfer_bytes,
-            transfer_blocks=self.decode_times.transfer_blocks,
-            decode_s=decode_s,
-            tpot_s=decode_s / gaps,
-            cached_tokens=self.prefill_times.cached_tokens,
-        )
-
 
 class _Attempt:
-    """One placement of one sequence. Both legs' events meet in one inbox and are taken in order."""
+    """One placement of one sequence. Both legs' events meet in one inbox and are taken in order.
+
+    As a block: it begins with the prefill, and leaves no leg open however it ends.
+    """
 
     def __init__(
-        self, flow: Flow, progress: _Progress, attempt: int, failed: set[Incarnation]
+        self, flow: Flow, progress: Progress, attempt: int, failed: set[Incarnation]
     ) -> None:
         self._flow = flow
         self._progress = progress
@@ -216,29 +190,64 @@ class _Attempt:
         )
         self._context = [*progress.request.prompt_tokens, *progress.tokens]
         self._output_position = len(progress.tokens)
-        self._inbox: asyncio.Queue[tuple[Leg, LegEvent]] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[Leg, LegEvent] | None] = asyncio.Queue()
         self._prefill: Leg | None = None
         self._decode: Leg | None = None
         self._handoff: Handoff | None = None
         self._lease_s = 0.0
         self._early: list[LegTokens] = []
         self._has_first = False
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(progress.remaining_s, self._inbox.put_nowait, None)
+        self._renewal: asyncio.TimerHandle | None = None
 
-    async def run(self) -> AsyncGenerator[Generated, None]:
-        """From placement to the finish; raises what ended a leg. Always leaves no leg open."""
-        self._progress.attempts += 1
-        try:
-            self._start_prefill()
-            finished = False
-            while not finished:
-                leg, event = await self._next()
-                for tokens in self._take(leg, event):
-                    finished = tokens.finish is not None
-                    yield self._emit(tokens)
-        finally:
-            for open_leg in (self._prefill, self._decode):
-                if open_leg is not None:
-                    open_leg.cancel("the request has ended")
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.outcomes.append(self._progress.outcome(error))
+        self._deadline.cancel()
+        self._stop_renewing()
+        for open_leg in (self._prefill, self._decode):
+            if open_leg is not None:
+                open_leg.cancel("the request has ended")
+
+    def start(self) -> None:
+        """Place the prefill; all else follows from what the workers say. Raises Unavailable."""
+        request, progress = self._progress.request, self._progress
+        progress.attempts += 1
+        progress.mark(Stage.ROUTE)
+        hashes = self._flow.hashes(self._context, request.cache_salt)
+        placed = self._flow.place_prefill(self._context, hashes, self._failed)
+        progress.prefill_worker = placed.link.record.worker_id
+        log.info("route_prefill request_id=%s %s", request.request_id, placed.decision.explain())
+        progress.mark(Stage.PREFILL, progress.prefill_worker)
+        self._prefill = placed.link.submit(
+            lambda number: PrefillSubmit(
+                number=number,
+                sequence_id=self._sequence_id,
+                tokens=tuple(self._context),
+                output_position=self._output_position,
+                sampling=request.sampling,
+                deadline_s=progress.remaining_s,
+                cache_salt=request.cache_salt,
+            ),
+            self._hear,
+            placed.load_tokens,
+        )
+
+    async def next(self) -> list[Generated]:
+        """What the next event lets go to the client; raises what ended a leg."""
+        heard = await self._inbox.get()
+        if heard is None:
+            limit_s = self._progress.request.deadline_s
+            raise DeadlineExceeded(f"the request did not finish within {limit_s:.1f} s")
+        return [self._emit(tokens) for tokens in self._take(*heard)]
 
     # -- events ---------------------------------------------------------------------------------
 
@@ -250,7 +259,7 @@ class _Attempt:
                     self._lease_s = event.lease_s
                     self._start_decode(leg, event.lease_id)
                 elif leg is self._decode:
-                    self._lease_s = 0.0  # from here on the reader renews
+                    self._stop_renewing()  # from here on the reader renews
             case Rejected():
                 self._rejected(leg, event)
             case LegFailed():
@@ -269,15 +278,21 @@ class _Attempt:
     def _first_token(self, event: LegTokens) -> list[LegTokens]:
         self._has_first = True
         self._progress.prefill_times = event.times or LegTimes()
+        if event.finish is None:
+            self._progress.mark(Stage.KV_TRANSFER, self._progress.decode_worker)
         ready = [event]
         for early in self._early:
             ready += self._decoded(early)
         return ready
 
     def _decoded(self, event: LegTokens) -> list[LegTokens]:
+        if self._prefill is not None:
+            # The KV has arrived and its lease is closed: the prefill worker may go now.
+            self._prefill.link.finish(self._prefill)
+            self._prefill = None
         if event.times is not None:
             self._progress.decode_times = event.times
-            self._progress.marks[Stage.DECODE] = self._flow.clock.now_s()
+            self._progress.mark(Stage.DECODE, self._progress.decode_worker)
         if event.finish is not None and self._decode is not None:
             self._decode.link.finish(self._decode)
         return [event]
@@ -287,7 +302,8 @@ class _Attempt:
         self._failed.add(leg.link.record.incarnation)
         leg.link.finish(leg)
         error = from_code(event.code, event.message)
-        if leg is not self._decode or not error.retryable:
+        others = leg is self._decode and self._flow.has_decode(excluding=self._failed)
+        if not others or not error.retryable:
             raise error
         self._submit_decode()
 
@@ -300,7 +316,8 @@ class _Attempt:
 
     def _emit(self, tokens: LegTokens) -> Generated:
         progress = self._progress
-        progress.emit(tokens.tokens, self._flow.clock.now_s())
+        progress.emit(tokens.tokens)
+        progress.finished = tokens.finish is not None
         return Generated(
             tokens=tokens.tokens,
             finish=tokens.finish,
@@ -310,28 +327,6 @@ class _Attempt:
         )
 
     # -- hops -----------------------------------------------------------------------------------
-
-    def _start_prefill(self) -> None:
-        request = self._progress.request
-        hashes = self._flow.hashes(self._context, request.cache_salt)
-        self._progress.marks[Stage.ROUTE] = self._flow.clock.now_s()
-        placed = self._flow.place_prefill(self._context, hashes, self._failed)
-        self._progress.prefill_worker = placed.link.record.worker_id
-        log.info("route_prefill request_id=%s %s", request.request_id, placed.decision.explain())
-        self._progress.marks[Stage.PREFILL] = self._flow.clock.now_s()
-        self._prefill = placed.link.submit(
-            lambda number: PrefillSubmit(
-                number=number,
-                sequence_id=self._sequence_id,
-                tokens=tuple(self._context),
-                output_position=self._output_position,
-                sampling=request.sampling,
-                deadline_s=self._remaining_s(),
-                cache_salt=request.cache_salt,
-            ),
-            self._hear,
-            placed.load_tokens,
-        )
 
     def _start_decode(self, prefill: Leg, lease_id: LeaseId) -> None:
         view = prefill.link.view
@@ -343,6 +338,7 @@ class _Attempt:
             owner_incarnation=view.hello.incarnation,
             lease_id=lease_id,
         )
+        self._renew_later()
         if self._output_position + 1 < self._progress.request.sampling.max_tokens:
             self._submit_decode()
 
@@ -359,7 +355,7 @@ class _Attempt:
                 tokens=tuple(self._context),
                 output_position=self._output_position,
                 sampling=request.sampling,
-                deadline_s=self._remaining_s(),
+                deadline_s=self._progress.remaining_s,
                 handoff=self._handoff,
                 cache_salt=request.cache_salt,
             ),
@@ -367,29 +363,25 @@ class _Attempt:
             placed.load_tokens,
         )
 
-    # -- waiting --------------------------------------------------------------------------------
-
     def _hear(self, leg: Leg, event: LegEvent) -> None:
         self._inbox.put_nowait((leg, event))
 
-    async def _next(self) -> tuple[Leg, LegEvent]:
-        """The next event; renews the lease while no reader is bound to it."""
-        if not self._inbox.empty():
-            return self._inbox.get_nowait()
-        while (remaining_s := self._remaining_s()) > 0:
-            renewing = self._lease_s > 0 and self._handoff is not None
-            timeout_s = min(remaining_s, self._lease_s / 3) if renewing else remaining_s
-            try:
-                return await asyncio.wait_for(self._inbox.get(), timeout_s)
-            except TimeoutError:
-                if renewing and self._prefill is not None and self._handoff is not None:
-                    self._prefill.link.send(RenewLeases(lease_ids=(self._handoff.lease_id,)))
-        raise DeadlineExceeded(
-            f"the request did not finish within {self._progress.request.deadline_s:.1f} s"
-        )
+    # -- the lease, while no reader is bound to it ------------------------------------------------
 
-    def _remaining_s(self) -> float:
-        return self._progress.remaining_s(self._flow.clock.now_s())
+    def _renew_later(self) -> None:
+        if self._lease_s > 0:
+            loop = asyncio.get_running_loop()
+            self._renewal = loop.call_later(self._lease_s / 3, self._renew)
+
+    def _renew(self) -> None:
+        if self._prefill is not None and self._handoff is not None:
+            self._prefill.link.send(RenewLeases(lease_ids=(self._handoff.lease_id,)))
+            self._renew_later()
+
+    def _stop_renewing(self) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
 
 
 def _describe(link: WorkerLink) -> WorkerView:

@@ -138,7 +138,7 @@ class Exchange:
                     head,
                     self._answers,
                     self._reply,
-                    max_events=edge.settings.stream_buffer_events,
+                    settings=edge.settings,
                     metrics=edge.metrics,
                     group=group,
                 )

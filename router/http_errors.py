@@ -7,36 +7,9 @@ import math
 
 import orjson
 
-from core.errors import BatonError, Cancelled, InvalidRequest, Overloaded, UserError
+from core.errors import BatonError, Cancelled, NotAuthenticated, Overloaded
 
 Header = tuple[bytes, bytes]
-
-
-class NotAuthenticated(UserError):
-    """No bearer token, or one that is not accepted."""
-
-    http_status = 401
-    code = "invalid_api_key"
-
-
-class NoSuchRoute(UserError):
-    """No endpoint has this path."""
-
-    http_status = 404
-    code = "not_found"
-
-
-class MethodNotAllowed(UserError):
-    """The path exists, for another method."""
-
-    http_status = 405
-    code = "method_not_allowed"
-
-
-class ContextTooLong(InvalidRequest):
-    """Prompt, or prompt and answer, do not fit the context."""
-
-    code = "context_length_exceeded"
 
 
 class ClientGone(Cancelled):

@@ -13,23 +13,25 @@ from contextlib import aclosing
 from core.errors import BatonError, InternalError
 from router.answer import Answer
 from router.chunks import DONE, AnswerHead, ChunkEncoder, usage_event
+from router.config import RouterConfig
 from router.http_errors import ClientTooSlow
 from router.http_reply import Reply
 from router.metrics import EdgeMetrics
 from router.types import Generator
 
-SLOW_CLIENT_GRACE_S = 1.0
-"""A full buffer has this long to be taken by the writer: a burst of tokens is no slow client."""
-
 
 class EventBuffer:
-    """Events of all choices, in order, between their pumps and the one writer."""
+    """Events of all choices, in order, between their pumps and the one writer.
 
-    __slots__ = ("_error", "_events", "_max_events", "_open", "_taken", "_wake")
+    A full buffer has `grace_s` to be taken by the writer: a burst of tokens is no slow client.
+    """
 
-    def __init__(self, *, max_events: int, producers: int) -> None:
+    __slots__ = ("_error", "_events", "_grace_s", "_max_events", "_open", "_taken", "_wake")
+
+    def __init__(self, *, max_events: int, grace_s: float, producers: int) -> None:
         self._events: list[bytes] = []
         self._max_events = max_events
+        self._grace_s = grace_s
         self._open = producers
         self._error: BatonError | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -58,7 +60,7 @@ class EventBuffer:
         """Wait until the writer has taken what is here. Raises ClientTooSlow."""
         self._taken.clear()
         try:
-            async with asyncio.timeout(SLOW_CLIENT_GRACE_S):
+            async with asyncio.timeout(self._grace_s):
                 await self._taken.wait()
         except TimeoutError:
             lag = len(self._events)
@@ -90,7 +92,7 @@ async def stream_answers(
     answers: Sequence[Answer],
     reply: Reply,
     *,
-    max_events: int,
+    settings: RouterConfig,
     metrics: EdgeMetrics,
     group: asyncio.TaskGroup,
 ) -> bytes:
@@ -100,7 +102,11 @@ async def stream_answers(
     nothing sent. Pumps run in `group`; a client that is too slow fails the group with
     ClientTooSlow, as the writer may be stuck in a write then.
     """
-    buffer = EventBuffer(max_events=max_events, producers=len(answers))
+    buffer = EventBuffer(
+        max_events=settings.stream_buffer_events,
+        grace_s=settings.slow_client_grace_s,
+        producers=len(answers),
+    )
     for answer in answers:
         group.create_task(_pump(generator, answer, ChunkEncoder(head, answer.index), buffer))
     events = await buffer.take()

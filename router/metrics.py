@@ -1,8 +1,17 @@
-"""Metrics of the HTTP edge, in a registry of their own. Counted per request, never per token."""
+"""Metrics of the router: of its HTTP edge and of its flow, in one registry of their own.
+
+Counted at the end of a request or of a sequence, never per token.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from core import telemetry
+from core.ids import Role
+from router.progress import SequenceEnd
+from router.types import WorkerView
 
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75),
@@ -15,7 +24,7 @@ _TPOT_BUCKETS_S = (
 
 
 class EdgeMetrics:
-    """One router's. Other parts of the router may add theirs to `registry`."""
+    """One router's; other parts of it add theirs to `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -63,9 +72,77 @@ class EdgeMetrics:
             telemetry.SLOW_CLIENTS, "Requests cancelled because their client did not read"
         )
 
+    def watch_workers(self, workers: Callable[[], Sequence[WorkerView]]) -> None:
+        """Count them whenever the metrics are read."""
+        connected = Gauge(
+            telemetry.WORKERS_CONNECTED,
+            "Workers whose stream to this router lives",
+            ("role",),
+            registry=self.registry,
+        )
+
+        def count(role: Role) -> int:
+            return sum(view.connected and view.role == role for view in workers())
+
+        for role in Role:
+            connected.labels(role).set_function(partial(count, role))
+
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, registry=self.registry)
+
+
+class FlowMetrics:
+    """Implements router.progress.SequenceObserver."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._attempts = Counter(
+            telemetry.ATTEMPTS,
+            "Placements of sequences, by outcome: ok or the code of what ended them "
+            "(cancelled: the client went away, or a stop string matched)",
+            ("outcome",),
+            registry=registry,
+        )
+        self._retries = Counter(
+            telemetry.RETRIES, "Placements after a sequence's first", registry=registry
+        )
+        self._queue_s = Histogram(
+            telemetry.QUEUE,
+            "From a prefill worker's accept to the start of the prefill",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._prefill_s = Histogram(
+            telemetry.PREFILL,
+            "From the start of the prefill to the first token",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._transfer_s = Histogram(
+            telemetry.KV_TRANSFER,
+            "Time of a KV transfer, as its decode worker saw it",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._transfer_bytes = Counter(
+            telemetry.KV_TRANSFER_BYTES, "KV bytes decode workers pulled", registry=registry
+        )
+        self._transfer_blocks = Counter(
+            telemetry.KV_TRANSFER_BLOCKS, "KV blocks decode workers pulled", registry=registry
+        )
+
+    def ended(self, end: SequenceEnd) -> None:
+        for outcome in end.attempts:
+            self._attempts.labels(outcome).inc()
+        self._retries.inc(max(0, len(end.attempts) - 1))
+        timings = end.timings
+        if end.output_tokens:
+            self._queue_s.observe(timings.queue_s)
+            self._prefill_s.observe(timings.prefill_s)
+        if timings.transfer_blocks:
+            self._transfer_s.observe(timings.transfer_s)
+            self._transfer_bytes.inc(timings.transfer_bytes)
+            self._transfer_blocks.inc(timings.transfer_blocks)

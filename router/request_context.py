@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from core.errors import NotAuthenticated
 from core.ids import RequestId, new_request_id
-from router.http_errors import NotAuthenticated
 from router.http_reply import Reply
 
 MAX_ID_CHARS = 128

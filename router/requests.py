@@ -3,9 +3,10 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from core.clock import Clock
-from core.errors import InvalidRequest, ModelNotFound, NoWorkers
+from core.errors import ContextTooLong, InvalidRequest, ModelNotFound, NoWorkers
 from core.ids import RequestId
 from core.openai import (
     MAX_CHOICES,
@@ -14,12 +15,14 @@ from core.openai import (
     OpenAiRequest,
 )
 from core.sampling import SamplingParams
-from router.http_errors import ContextTooLong
+from engine.build import ServedModel
 from router.tokenizer import Tokenizer
 from router.types import GenerateRequest, Generator
 
 _SEED_MASK = 2**63 - 1
 _CONTEXT_TAIL = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +60,13 @@ class Planner:
         *,
         generator: Generator,
         tokenizer: Tokenizer,
+        model: ServedModel,
         model_names: Sequence[str],
         clock: Clock,
     ) -> None:
         self._generator = generator
         self._tokenizer = tokenizer
+        self._model = model
         self._model_names = tuple(model_names)
         self._clock = clock
 
@@ -151,16 +156,23 @@ class Planner:
         return room if wanted is None else wanted
 
     def _sampling(self, body: OpenAiRequest, seed: int, max_tokens: int) -> SamplingParams:
-        defaults = self._tokenizer.defaults
-        own_ends = frozenset() if body.ignore_eos else self._tokenizer.eos_token_ids
+        """What the request leaves out, the checkpoint says; what it leaves out too, OpenAI."""
+        defaults = self._model.sampling
+        own_ends = frozenset() if body.ignore_eos else self._model.eos_token_ids
         return SamplingParams(
             max_tokens=max_tokens,
             seed=seed,
-            temperature=defaults.temperature if body.temperature is None else body.temperature,
-            top_p=defaults.top_p if body.top_p is None else body.top_p,
-            top_k=defaults.top_k if body.top_k is None else max(0, body.top_k),
+            temperature=_first(body.temperature, defaults.temperature, 1.0),
+            top_p=_first(body.top_p, defaults.top_p, 1.0),
+            top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
             stop_token_ids=own_ends | frozenset(body.stop_token_ids or ()),
         )
+
+
+def _first(asked: T | None, default: T | None, otherwise: T) -> T:
+    if asked is not None:
+        return asked
+    return otherwise if default is None else default
 
 
 def _prompt_param(body: OpenAiRequest) -> str:

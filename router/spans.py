@@ -1,51 +1,64 @@
-"""Spans of a finished sequence: admit, route, prefill, kv_transfer, decode, under one request span.
+"""Spans of one sequence: its stages, in order, under one request span.
 
-Recorded once at the end from the marks flow.py kept, so that no token pays for tracing.
+A retry repeats stages, each with the number of its attempt. A span has the status error when what
+it stands for failed; one that was cancelled has not, as a stop string also ends a sequence so.
 """
 
-from collections.abc import Mapping
+from itertools import pairwise
 
-from opentelemetry.trace import Tracer, set_span_in_context
+from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_context
 
+from core import telemetry
 from core.clock import Clock
-from core.ids import RequestId
-from core.stages import Stage
-from router.types import Timings
+from core.errors import Cancelled
+from router.progress import OK, SequenceEnd
 
 
 class SpanRecorder:
-    """`tracer` None records nothing."""
+    """Implements router.progress.SequenceObserver."""
 
-    def __init__(self, tracer: Tracer | None, clock: Clock) -> None:
+    def __init__(self, tracer: Tracer, clock: Clock) -> None:
         self._tracer = tracer
         self._clock = clock
 
-    def record(self, request_id: RequestId, marks: Mapping[Stage, float], timings: Timings) -> None:
-        """`marks` says when each stage began, in monotonic seconds; it ends where the next does."""
-        if self._tracer is None:
-            return
-        end_s = self._clock.now_s()
-        to_wall_s = self._clock.wall_s() - end_s
-        stages = sorted(marks)
-        edges = [marks[stage] for stage in stages] + [end_s]
+    def ended(self, end: SequenceEnd) -> None:
+        to_wall_s = self._clock.wall_s() - self._clock.now_s()
 
         def ns(at_s: float) -> int:
             return int((at_s + to_wall_s) * 1e9)
 
         root = self._tracer.start_span(
-            "request",
-            start_time=ns(edges[0]),
+            telemetry.SPAN_REQUEST,
+            start_time=ns(end.marks[0].at_s),
             attributes={
-                "baton.request_id": request_id,
-                "baton.prefill_worker": timings.prefill_worker,
-                "baton.decode_worker": timings.decode_worker,
-                "baton.attempts": timings.attempts,
-                "baton.cached_tokens": timings.cached_tokens,
-                "baton.transfer_bytes": timings.transfer_bytes,
+                telemetry.ATTR_REQUEST_ID: end.request.request_id,
+                telemetry.ATTR_CHOICE: end.request.choice,
+                telemetry.ATTR_OUTCOME: end.outcome,
+                telemetry.ATTR_OUTPUT_TOKENS: end.output_tokens,
+                telemetry.ATTR_CACHED_TOKENS: end.timings.cached_tokens,
+                telemetry.ATTR_TRANSFER_BYTES: end.timings.transfer_bytes,
             },
         )
         context = set_span_in_context(root)
-        for stage, start_s, stop_s in zip(stages, edges, edges[1:], strict=False):
-            span = self._tracer.start_span(stage.label, context=context, start_time=ns(start_s))
-            span.end(ns(stop_s))
-        root.end(ns(end_s))
+        for mark, following in pairwise([*end.marks, None]):
+            if mark is None:
+                break
+            attributes: dict[str, str | int] = {telemetry.ATTR_ATTEMPT: mark.attempt}
+            if mark.worker_id:
+                attributes[telemetry.ATTR_WORKER_ID] = mark.worker_id
+            span = self._tracer.start_span(
+                telemetry.STAGE_SPANS[mark.stage],
+                context=context,
+                start_time=ns(mark.at_s),
+                attributes=attributes,
+            )
+            if following is None or following.attempt != mark.attempt:
+                _set_status(span, end.attempts[mark.attempt])
+            span.end(ns(end.ended_at_s if following is None else following.at_s))
+        _set_status(root, end.outcome)
+        root.end(ns(end.ended_at_s))
+
+
+def _set_status(span: Span, outcome: str) -> None:
+    if outcome not in (OK, Cancelled.code):
+        span.set_status(Status(StatusCode.ERROR, outcome))

@@ -1,22 +1,19 @@
-"""Texts and chats to token ids, off the event loop, with one Hugging Face tokenizer directory.
-
-Also reads what a checkpoint says of its own sampling and of the tokens that end an answer. Weights
-are not touched.
-"""
+"""Texts and chats to token ids, off the event loop, with one Hugging Face tokenizer directory."""
 
 import asyncio
-import json
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from core import telemetry
 from core.errors import ConfigError, InvalidRequest, Overloaded
 from core.openai import ChatMessage
+from engine.weights import check_tokenizer, read_json
 from router.detokenize import Detokenizer, detokenizer_factory
 
 MAX_WAITING_CHARS = 256 * 1024 * 1024
@@ -26,28 +23,13 @@ MAX_WAITING_CHARS = 256 * 1024 * 1024
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingDefaults:
-    """The checkpoint's own sampling, for what a client leaves out."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+log = logging.getLogger(__name__)
 
 
 class Tokenizer:
     """One tokenizer and its threads. `close` it when the router stops."""
 
-    def __init__(
-        self,
-        hf_tokenizer: Any,
-        *,
-        threads: int,
-        defaults: SamplingDefaults,
-        eos_token_ids: frozenset[int],
-    ) -> None:
-        self.defaults = defaults
-        self.eos_token_ids = eos_token_ids
+    def __init__(self, hf_tokenizer: Any, *, threads: int) -> None:
         self._hf = hf_tokenizer
         # The backend's `encode` only reads, so threads share it; Hugging Face's own call sets
         # truncation and padding on it first, and fails when another thread is reading.
@@ -62,27 +44,28 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path, threads: int) -> Self:
-        """Load from a checkpoint directory. Raises ConfigError in one sentence."""
-        if not directory.is_dir():
-            raise ConfigError(f"model directory {directory} does not exist")
-        config = _read_json(directory / "config.json")
-        generation = _read_json(directory / "generation_config.json")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            _read_json(directory / name)
+        """Load from a checkpoint directory. Raises ConfigError in one sentence.
+
+        tokenizer.json alone is enough, for all but chats.
+        """
+        check_tokenizer(directory)
+        # Without its config AutoTokenizer goes by config.json's model type, which may rebuild parts
+        # of the tokenizer in place of what tokenizer.json says.
+        kind: Any = PreTrainedTokenizerFast
+        settings = directory / "tokenizer_config.json"
+        if settings.is_file():
+            read_json(settings)
+            kind = AutoTokenizer
         try:
-            hf_tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            hf_tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
         except Exception as error:  # tokenizers raises nothing more special
             first_line = str(error).partition("\n")[0]
             raise ConfigError(f"cannot load a tokenizer from {directory}: {first_line}") from error
         if not hf_tokenizer.is_fast:
             raise ConfigError(f"{directory} has no fast tokenizer (tokenizer.json)")
-        eos = _ids(generation.get("eos_token_id")) or _ids(config.get("eos_token_id"))
-        return cls(
-            hf_tokenizer,
-            threads=threads,
-            defaults=_defaults(generation, directory),
-            eos_token_ids=eos | _ids(hf_tokenizer.eos_token_id),
-        )
+        if not hf_tokenizer.chat_template:
+            log.warning("%s", telemetry.log_line("no_chat_template", directory=directory))
+        return cls(hf_tokenizer, threads=threads)
 
     async def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of a text, with the special tokens the tokenizer adds to one."""
@@ -95,7 +78,9 @@ class Tokenizer:
         """
         if not self._hf.chat_template:
             raise InvalidRequest(
-                "this model has no chat template; use /v1/completions", param="messages"
+                "this model has no chat template, which chats need; use /v1/completions, or add a "
+                "chat_template.jinja to the model's directory",
+                param="messages",
             )
         turns = [self._turn(message) for message in messages]
         size = sum(len(message.text) for message in messages)
@@ -137,38 +122,3 @@ class Tokenizer:
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
         return tuple(self._backend.encode(text, add_special_tokens=special).ids)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty if there is no such file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
-    return content
-
-
-def _ids(value: object) -> frozenset[int]:
-    """`eos_token_id` is a number, a list of them, or absent."""
-    ids = value if isinstance(value, list) else [value]
-    return frozenset(item for item in ids if isinstance(item, int))
-
-
-def _defaults(generation: dict[str, Any], directory: Path) -> SamplingDefaults:
-    values = {
-        name: generation[name]
-        for name in ("temperature", "top_p", "top_k")
-        if generation.get(name) is not None
-    }
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ConfigError(f"{directory / 'generation_config.json'}: {name} is {value!r}")
-    return SamplingDefaults(
-        temperature=float(values.get("temperature", 1.0)),
-        top_p=float(values.get("top_p", 1.0)) or 1.0,
-        top_k=int(values.get("top_k", 0)),
-    )

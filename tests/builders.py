@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from hypothesis import HealthCheck, settings
@@ -26,7 +26,17 @@ from core.ids import (
     WorkerId,
     new_incarnation,
 )
-from core.messages import LegFailed, LegTokens, Rejected, TokenFrame, WorkerToRouter
+from core.messages import (
+    Accepted,
+    DecodeSubmit,
+    Handoff,
+    LegFailed,
+    LegTokens,
+    PrefillSubmit,
+    Rejected,
+    TokenFrame,
+    WorkerToRouter,
+)
 from core.registry import MemoryRegistry, WorkerRecord
 from core.sampling import FinishReason, SamplingParams
 from decode_worker.config import DecodeConfig
@@ -43,9 +53,9 @@ from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.flow import Flow, Policies
+from router.policies.base import DecodePolicy
 from router.policies.cache_aware import CacheAware
 from router.policies.power_of_two import PowerOfTwo
-from router.spans import SpanRecorder
 from router.types import GenerateRequest
 
 BLOCK_SIZE = 4
@@ -57,6 +67,7 @@ M = TypeVar("M")
 
 QUICK = settings(
     database=None,
+    derandomize=True,
     deadline=None,
     max_examples=60,
     suppress_health_check=[HealthCheck.too_slow],
@@ -88,7 +99,7 @@ def make_config(num_blocks: int = 64, **fields: object) -> EngineConfig:
         block_size=BLOCK_SIZE,
         kv_memory_mb=num_blocks * BLOCK_BYTES / 2**20,
         timed=TimedConfig(kv_bytes_per_token=BLOCK_BYTES // BLOCK_SIZE),
-        **fields,  # type: ignore[arg-type]
+        **fields,
     )
 
 
@@ -289,9 +300,7 @@ def make_settings(
 ) -> WorkerSettings:
     return WorkerSettings(
         engine=make_config(num_blocks, step_tokens=step_tokens, max_batch=max_batch),
-        transfer=TransferConfig(
-            backend="loopback", lease_s=lease_s, read_timeout_s=read_timeout_s
-        ),
+        transfer=TransferConfig(backend="loopback", lease_s=lease_s, read_timeout_s=read_timeout_s),
         prefill=PrefillConfig(max_queued_tokens=max_queued_tokens),
         decode=DecodeConfig(max_sequences=max_sequences),
     )
@@ -320,9 +329,7 @@ async def served_worker(
     worker = Worker(
         engine=engine,
         transport=LoopbackTransport(engine.arena, hub),
-        identity=WorkerIdentity(
-            worker_id=WorkerId(name), incarnation=incarnation, address=address
-        ),
+        identity=WorkerIdentity(worker_id=WorkerId(name), incarnation=incarnation, address=address),
         role=role,
         settings=chosen,
         clock=real_clock,
@@ -383,15 +390,30 @@ class RouterEnd:
             while not condition():
                 self.messages.append(await anext(self.outlet.outbox))
 
+    def of(self, kind: type[M]) -> list[M]:
+        """What came of this kind so far."""
+        return [message for message in self.messages if isinstance(message, kind)]
+
     async def first(self, kind: type[M]) -> M:
         """The first message of this kind."""
-        await self.until(lambda: any(isinstance(m, kind) for m in self.messages))
-        return next(m for m in self.messages if isinstance(m, kind))
+        await self.until(lambda: bool(self.of(kind)))
+        return self.of(kind)[0]
+
+    async def accepted(self, number: int) -> Accepted:
+        """The worker's yes to a leg."""
+        await self.until(lambda: any(m.number == number for m in self.of(Accepted)))
+        return next(m for m in self.of(Accepted) if m.number == number)
 
     async def answered(self, number: int) -> list[int]:
         """The leg's tokens, once it has finished; LegFailed and Rejected fail the test."""
         await self.until(lambda: self._finished(number))
         return self.tokens(number)
+
+    async def all_said(self) -> None:
+        """Take the rest; nothing more is heard afterwards."""
+        self.outlet.flush()
+        self.outlet.outbox.close()
+        self.messages += [message async for message in self.outlet.outbox]
 
     def entries(self, number: int) -> list[LegTokens]:
         frames = [message for message in self.messages if isinstance(message, TokenFrame)]
@@ -399,6 +421,10 @@ class RouterEnd:
 
     def tokens(self, number: int) -> list[int]:
         return [token for entry in self.entries(number) for token in entry.tokens]
+
+    def failure(self, number: int) -> str:
+        """The code a leg failed with so far, or nothing."""
+        return next((m.code for m in self.of(LegFailed) if m.number == number), "")
 
     def _finished(self, number: int) -> bool:
         for message in self.messages:
@@ -418,6 +444,8 @@ class Cluster:
     fleet: Fleet
     prefill: list[ServedWorker]
     decode: list[ServedWorker]
+    registry: MemoryRegistry
+    hub: LoopbackHub
 
     @property
     def workers(self) -> list[Worker]:
@@ -434,11 +462,12 @@ async def running_cluster(
     prefill_settings: WorkerSettings | None = None,
     decode_settings: WorkerSettings | None = None,
     router: RouterConfig | None = None,
+    decode_policy: DecodePolicy | None = None,
 ) -> AsyncIterator[Cluster]:
     clock = SystemClock()
     registry = MemoryRegistry(clock)
     hub = LoopbackHub()
-    config = router or RouterConfig()
+    config = router or RouterConfig(worker_wait_s=0)
     async with AsyncExitStack() as stack:
         pools: dict[Role, list[ServedWorker]] = {Role.PREFILL: [], Role.DECODE: []}
         for role, count, gated, chosen in (
@@ -452,22 +481,22 @@ async def running_cluster(
                 pools[role].append(served)
                 await registry.register(served.record, 3600.0)
         model_id = make_engine(1).info.model_id
-        fleet = Fleet(registry, router_id="test", model_id=model_id)
+        fleet = Fleet(registry, router_id="test", model_id=model_id, silence_s=5.0)
         flow = Flow(
             fleet=fleet,
             policies=Policies(
-                prefill=CacheAware(config.prefill_queue_weight), decode=PowerOfTwo()
+                prefill=CacheAware(config.prefill_queue_weight),
+                decode=decode_policy or PowerOfTwo(),
             ),
             config=config,
             clock=clock,
             random=Random(0),
-            spans=SpanRecorder(None, clock),
         )
         task = asyncio.create_task(fleet.run())
         try:
             total = prefill + decode
             await until(lambda: sum(link.routable is not None for link in fleet.links()) == total)
-            yield Cluster(flow, fleet, pools[Role.PREFILL], pools[Role.DECODE])
+            yield Cluster(flow, fleet, pools[Role.PREFILL], pools[Role.DECODE], registry, hub)
             assert not task.done(), task
         finally:
             task.cancel()
@@ -495,3 +524,106 @@ def make_request(
 
 NEWER_FIELD = b"\xc0\x3e\x01"  # field 1000, a varint, as a newer peer might add
 NEWER_MESSAGE = b"\xc2\x3e\x00"  # field 1000, an empty message: a kind of message not known here
+
+
+# -- legs ---------------------------------------------------------------------------------------
+
+
+def prefill_submit(
+    number: int,
+    prompt: Sequence[int],
+    *,
+    name: str = "r",
+    max_tokens: int = 8,
+    deadline_s: float = 60.0,
+    stop_token_ids: Iterable[int] = (),
+) -> PrefillSubmit:
+    return PrefillSubmit(
+        number=number,
+        sequence_id=SequenceId(RequestId(name)),
+        tokens=tuple(prompt),
+        output_position=0,
+        sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(stop_token_ids)),
+        deadline_s=deadline_s,
+    )
+
+
+def decode_submit(
+    number: int,
+    prompt: Sequence[int],
+    handoff: Handoff | None,
+    *,
+    name: str = "r",
+    max_tokens: int = 8,
+    deadline_s: float = 60.0,
+) -> DecodeSubmit:
+    return DecodeSubmit(
+        number=number,
+        sequence_id=SequenceId(RequestId(name)),
+        tokens=tuple(prompt),
+        output_position=0,
+        sampling=SamplingParams(max_tokens=max_tokens),
+        deadline_s=deadline_s,
+        handoff=handoff,
+    )
+
+
+def handoff_of(owner: ServedWorker, accepted: Accepted) -> Handoff:
+    """Where a decode leg finds what an accepted prefill leg makes."""
+    assert accepted.lease_id is not None
+    return Handoff(
+        owner_id=owner.record.worker_id,
+        owner_address=owner.record.address,
+        owner_incarnation=owner.record.incarnation,
+        lease_id=accepted.lease_id,
+    )
+
+
+@dataclass(slots=True)
+class WorkerPair:
+    """A prefill and a decode worker, and a router's end at each."""
+
+    prefill: ServedWorker
+    decode: ServedWorker
+    to_prefill: RouterEnd
+    to_decode: RouterEnd
+
+    async def start_prefill(self, number: int, prompt: Sequence[int], **fields: Any) -> Handoff:
+        submit = prefill_submit(number, prompt, **fields)
+        self.prefill.worker.handle(self.to_prefill.outlet, submit)
+        return handoff_of(self.prefill, await self.to_prefill.accepted(number))
+
+    async def start_decode(
+        self, number: int, prompt: Sequence[int], handoff: Handoff | None, **fields: Any
+    ) -> None:
+        submit = decode_submit(number, prompt, handoff, **fields)
+        self.decode.worker.handle(self.to_decode.outlet, submit)
+        await self.to_decode.accepted(number)
+
+    async def idle(self) -> None:
+        await until_idle(self.prefill.worker, self.decode.worker)
+
+
+@asynccontextmanager
+async def worker_pair(
+    *,
+    worker_settings: WorkerSettings | None = None,
+    clock: Clock | None = None,
+    gated_prefill: bool = False,
+    gated_decode: bool = False,
+) -> AsyncIterator[WorkerPair]:
+    hub = LoopbackHub()
+    async with (
+        served_worker(
+            "p",
+            Role.PREFILL,
+            hub,
+            worker_settings=worker_settings,
+            clock=clock,
+            gated=gated_prefill,
+        ) as prefill,
+        served_worker(
+            "d", Role.DECODE, hub, worker_settings=worker_settings, clock=clock, gated=gated_decode
+        ) as decode,
+    ):
+        yield WorkerPair(prefill, decode, RouterEnd(prefill.worker), RouterEnd(decode.worker))

@@ -26,7 +26,6 @@ from router.fleet import Fleet
 from router.flow import Flow, Policies
 from router.policies.cache_aware import CacheAware
 from router.policies.power_of_two import PowerOfTwo
-from router.spans import SpanRecorder
 from router.types import Generated, GenerateRequest
 from wire import worker_pb2, worker_pb2_grpc
 
@@ -117,7 +116,12 @@ async def flow_over(config_path: Path, workers: Sequence[WorkerProcess]) -> Asyn
     for worker in workers:
         await registry.register(worker.record, 3600.0)
     model = describe_model(config.model.path, config.engine)
-    fleet = Fleet(registry, router_id="test", model_id=model.model_id)
+    fleet = Fleet(
+        registry,
+        router_id="test",
+        model_id=model.model_id,
+        silence_s=config.router.worker_silence_s,
+    )
     flow = Flow(
         fleet=fleet,
         policies=Policies(
@@ -126,7 +130,6 @@ async def flow_over(config_path: Path, workers: Sequence[WorkerProcess]) -> Asyn
         config=config.router,
         clock=clock,
         random=Random(0),
-        spans=SpanRecorder(None, clock),
     )
     task = asyncio.create_task(fleet.run())
     try:

@@ -5,6 +5,7 @@ of the prompt alone: a wrong, lost or reused block cannot pass for an answer.
 """
 
 import asyncio
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -186,3 +187,23 @@ async def started(worker: WorkerProcess) -> None:
     async with asyncio.timeout(30):
         while (await stats(worker)).load.running == 0:
             await asyncio.sleep(0.01)
+
+
+async def test_a_worker_that_hangs_is_left_within_its_silence(
+    roomy: Path, four: list[WorkerProcess]
+) -> None:
+    requests = [
+        make_request(f"h{i}", [(i * 17 + j) % VOCAB for j in range(100)], max_tokens=100)
+        for i in range(12)
+    ]
+    oracle = Oracle()
+    async with flow_over(roomy, four) as flow:
+        running = asyncio.gather(*(collect(flow, request) for request in requests))
+        await started(four[2])
+        four[2].process.send_signal(signal.SIGSTOP)
+        try:
+            results = await running
+        finally:
+            four[2].process.send_signal(signal.SIGCONT)
+        assert_clean(await wait_until_idle(four))
+    assert [output_tokens(items) for items in results] == [oracle.answer(r) for r in requests]

@@ -1,6 +1,7 @@
 """What one router is told: messages at once, tokens as one frame per step, changes of load."""
 
 from core.messages import (
+    HEARTBEAT_S,
     KvEvents,
     KvSnapshot,
     LegTokens,
@@ -21,6 +22,7 @@ class RouterOutlet:
         self.last_submit = 0
         self._frame: list[LegTokens] = []
         self._load: LoadReport | None = None
+        self._reported_at_s = 0.0
 
     def send(self, message: WorkerToRouter) -> None:
         """Queue a message behind the tokens gathered so far, which keep their order."""
@@ -37,8 +39,8 @@ class RouterOutlet:
             self.outbox.send(TokenFrame(entries=tuple(self._frame)))
             self._frame.clear()
 
-    def report(self, load: LoadReport) -> None:
-        """Send the load if it differs from what this router heard last."""
-        if load != self._load:
-            self._load = load
+    def report(self, load: LoadReport, now_s: float) -> None:
+        """Send the load if it differs from what this router heard last, or as a heartbeat."""
+        if load != self._load or now_s - self._reported_at_s >= HEARTBEAT_S:
+            self._load, self._reported_at_s = load, now_s
             self.outbox.send(load)

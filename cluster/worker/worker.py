@@ -174,7 +174,7 @@ class Worker:
         self._outlets.add(outlet)
         outlet.send(self.hello())
         self._send_snapshot(outlet)
-        outlet.report(self.load(outlet.last_submit))
+        outlet.report(self.load(outlet.last_submit), self._clock.now_s())
         return outlet
 
     def detach(self, outlet: RouterOutlet) -> None:
@@ -268,7 +268,7 @@ class Worker:
         self._broadcast_events()
         for outlet in self._outlets:
             outlet.flush()
-            outlet.report(self.load(outlet.last_submit))
+            outlet.report(self.load(outlet.last_submit), self._clock.now_s())
 
     def _blocks_freed(self) -> None:
         self._reader.space_freed()

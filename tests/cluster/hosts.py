@@ -17,12 +17,14 @@ def idle(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
         stopped.wait()
 
 
-def fails_after_ready(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
-    """The first life of decode-0 ends in an error once it has served; all else is idle."""
-    mark = spec.run_dir / "failed_once"
-    if spec.worker_id == "decode-0" and not mark.exists():
-        mark.touch()
+def fails_once(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
+    """Idle, but the first decode-0 fails when the test puts the file `fail` in the run's folder."""
+    fail, failed = spec.run_dir / "fail", spec.run_dir / "failed"
+    if spec.worker_id == "decode-0" and not failed.exists():
         ready()
+        while not fail.exists():
+            threading.Event().wait(0.05)
+        failed.touch()
         raise ValueError("the engine is condemned")
     idle(spec, stop, ready)
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cluster.display import TerminalDisplay, json_lines
 from cluster.events import ClusterReady, Starting, Stopping, WorkerDied, WorkerReady
+from cluster.tables import new_table, print_table
 from core.ids import Role, WorkerId
 
 DIED = WorkerDied(
@@ -69,3 +70,13 @@ def test_a_terminal_that_went_away_raises_nothing() -> None:
     with display.shown() as report:
         report(Starting(step="Ray"))
         report(DIED)
+
+
+def test_a_table_wider_than_the_terminal_keeps_every_number() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=20)
+    table = new_table(["worker"], ["a long heading", "another one"])
+    table.add_row("prefill-0", "1234567", "7654321")
+    print_table(console, table)
+    assert stream.getvalue().split()[-3:] == ["prefill-0", "1234567", "7654321"]
+    assert console.width == 20

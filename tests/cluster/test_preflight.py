@@ -56,3 +56,8 @@ def test_a_port_in_use_is_told_and_a_free_one_is_not() -> None:
         (problem,) = port_problems(config(router={"port": port}))
     assert str(port) in problem
     assert port_problems(config(router={"port": port})) == []
+
+
+def test_a_transport_within_one_process_is_refused() -> None:
+    problems = find_problems(config(transfer={"backend": "loopback"}))
+    assert any("set it to nixl" in problem for problem in problems)

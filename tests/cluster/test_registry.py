@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from core.errors import Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.registry import MemoryRegistry, WorkerRecord
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1:0"
 Records = tuple[WorkerRecord, ...]
 
 
@@ -54,6 +55,20 @@ def test_a_registered_worker_is_listed_with_every_field() -> None:
         ):
             await client.register(record(), ttl_s=5)
             assert await client.workers() == (record(),)
+
+    run(test())
+
+
+def test_a_registry_on_a_socket_of_the_file_system_serves_as_well() -> None:
+    async def test() -> None:
+        with TemporaryDirectory() as folder:
+            address = f"unix:{folder}/registry.sock"
+            async with (
+                serve_registry(memory_registry(), address),
+                RegistryClient(address) as client,
+            ):
+                await client.register(record(), ttl_s=5)
+                assert await client.workers() == (record(),)
 
     run(test())
 
@@ -117,8 +132,7 @@ def test_a_watch_survives_a_registry_that_restarts_empty() -> None:
             await client.register(record("decode-0"), ttl_s=5)
             while await next_of(watch) != (record("decode-0"),):
                 pass
-        port = int(address.rpartition(":")[2])
-        async with serve_registry(memory_registry(), LOOPBACK, port):
+        async with serve_registry(memory_registry(), address):
             assert await next_of(watch) == ()
             await client.register(record("decode-1"), ttl_s=5)
             assert await next_of(watch) == (record("decode-1"),)
@@ -133,8 +147,7 @@ def test_a_client_registers_again_after_the_registry_was_away() -> None:
         async with serve_registry(memory_registry(), LOOPBACK) as address:
             client = RegistryClient(address, call_timeout_s=5)
             await client.register(record(), ttl_s=5)
-        port = int(address.rpartition(":")[2])
-        async with serve_registry(memory_registry(), LOOPBACK, port):
+        async with serve_registry(memory_registry(), address):
             assert await client.workers() == ()
             await client.register(record(), ttl_s=5)
             assert await client.workers() == (record(),)

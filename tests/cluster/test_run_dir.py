@@ -74,9 +74,10 @@ def test_the_root_stays_while_another_run_lives_in_it(tmp_path: Path) -> None:
 
 def test_updated_addresses_are_read_back(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    run.update(registry_address="127.0.0.1:1", router_url="http://127.0.0.1:2")
+    run.update(router_url="http://127.0.0.1:2")
     info = run.info()
-    assert (info.registry_address, info.router_url) == ("127.0.0.1:1", "http://127.0.0.1:2")
+    assert info.registry_address == f"unix:{run.path}/registry.sock"
+    assert info.router_url == "http://127.0.0.1:2"
     assert info.pid == os.getpid()
     run.remove()
 

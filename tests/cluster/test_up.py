@@ -126,11 +126,13 @@ def test_dead_processes_are_told_replaced_and_all_is_gone_after_ctrl_c() -> None
 
 
 def test_a_host_that_fails_after_it_served_is_told_with_its_error_and_replaced() -> None:
-    with small_up("fails_after_ready") as up:
+    with small_up("fails_once") as up:
+        up.until("ClusterReady")
+        run = up.run
+        (run.path / "fail").touch()
         died = up.until("WorkerDied", worker_id="decode-0")
         assert died["reason"] == "ValueError: the engine is condemned"
         assert up.until("WorkerReady", worker_id="decode-0")["pid"] != died["pid"]
-        run = up.run
         assert "Traceback" in run.log_path("decode-0").read_text()
         up.process.send_signal(signal.SIGTERM)
         up.until("Stopping", reason="SIGTERM")

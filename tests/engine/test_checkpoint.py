@@ -166,14 +166,14 @@ def test_model_id_changes_with_the_kv_format(
         (None, None, set()),
     ],
 )
-def test_eos_comes_from_generation_config_then_config(
+def test_eos_comes_from_generation_config_then_config_and_from_the_tokenizer(
     checkpoint: Path, generation: object, config: object, wanted: set[int]
 ) -> None:
     edit(checkpoint / "generation_config.json", eos_token_id=generation)
     edit(checkpoint / "config.json", eos_token_id=config)
     content = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(content | {"eos_token_id": config}))
-    assert read(checkpoint).eos_token_ids == wanted
+    assert read(checkpoint).eos_token_ids == wanted | {EOS_TOKEN_ID}
 
 
 def test_generation_config_may_be_absent(checkpoint: Path) -> None:

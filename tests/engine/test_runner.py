@@ -5,10 +5,9 @@ import asyncio
 import pytest
 
 from core.clock import FakeClock
-from core.errors import DeadlineExceeded
+from core.errors import DeadlineExceeded, KvMismatch
 from core.sampling import FinishReason
 from engine.pool import PoolCounts
-from engine.timed import KvMismatch
 from tests.builders import (
     BLOCK_SIZE,
     Heard,
@@ -88,9 +87,7 @@ async def test_preemption_in_a_small_arena_keeps_every_text() -> None:
     prompts = [make_prompt(8, seed=i) for i in range(3)]
     async with running_engine_loop(make_engine(10)) as parts:
         heard = [
-            parts.submit(
-                make_sequence(prompt, name=str(i), max_tokens=24, arrived_at_s=float(i))
-            )
+            parts.submit(make_sequence(prompt, name=str(i), max_tokens=24, arrived_at_s=float(i)))
             for i, prompt in enumerate(prompts)
         ]
         for each in heard:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from core.errors import ConfigError
+from core.errors import ConfigError, KvMismatch
 from core.ids import BlockId
 from engine.config import TimedConfig
-from engine.timed import KvMismatch, TimedEngine, step_seconds
+from engine.timed import TimedEngine, step_seconds
 from engine.types import Sampled
 from tests.builders import (
     VOCAB_SIZE,

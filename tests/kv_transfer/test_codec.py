@@ -50,7 +50,12 @@ HELLO = st.builds(
     model_id=TEXT,
     layout=LAYOUT,
     memory=st.builds(
-        Memory, transport=TEXT, metadata=st.binary(max_size=20), address=U64, nbytes=U64, device=TEXT
+        Memory,
+        transport=TEXT,
+        metadata=st.binary(max_size=20),
+        address=U64,
+        nbytes=U64,
+        device=TEXT,
     ),
     protocol_major=U32,
     protocol_minor=U32,

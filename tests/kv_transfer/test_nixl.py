@@ -1,4 +1,4 @@
-"""The real transport, two agents in one process: exact bytes, and every failure as TransferFailed."""
+"""The real transport, two agents in one process: exact bytes, every failure a TransferFailed."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager

@@ -18,9 +18,7 @@ def test_neighbours_on_both_sides_become_one_read() -> None:
 @pytest.mark.parametrize(
     ("remote", "local"), [((3, 5), (7, 8)), ((3, 4), (7, 9)), ((4, 3), (8, 7)), ((3, 3), (7, 8))]
 )
-def test_a_gap_on_either_side_ends_a_run(
-    remote: tuple[int, int], local: tuple[int, int]
-) -> None:
+def test_a_gap_on_either_side_ends_a_run(remote: tuple[int, int], local: tuple[int, int]) -> None:
     assert plan_read(ids(*remote), ids(*local), 10) == [
         Descriptor(remote[0] * 10, local[0] * 10, 10),
         Descriptor(remote[1] * 10, local[1] * 10, 10),

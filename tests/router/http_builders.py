@@ -5,7 +5,7 @@ import contextlib
 import functools
 import json
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,10 @@ from openai import AsyncOpenAI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from core.clock import SystemClock
+from core.ids import ModelId
 from core.sampling import FinishReason
+from engine.build import ServedModel
+from engine.checkpoint import SamplingDefaults
 from router import tokenizer as router_tokenizer
 from router.app import create_app
 from router.config import RouterConfig
@@ -68,19 +71,24 @@ def byte_level_bpe() -> Tokenizer:
     return built
 
 
-def model_directory(
-    folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, generation: dict | None = None
-) -> Path:
-    """What the router reads of a checkpoint."""
+def model_directory(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """What the router's tokenizer reads of a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     byte_level_bpe().save(str(folder / "tokenizer.json"))
     config = {"eos_token": EOS, "model_max_length": 64}
     if chat_template is not None:
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+def served_model(eos_token_ids: Iterable[int] = (0,), **sampling: float) -> ServedModel:
+    """What the checkpoint says of itself; 0 is EOS."""
+    return ServedModel(
+        model_id=ModelId("tiny-0"),
+        eos_token_ids=frozenset(eos_token_ids),
+        sampling=SamplingDefaults(**sampling),
+    )
 
 
 @dataclass
@@ -185,14 +193,25 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(
-    generator: ScriptedGenerator, folder: Path, *, grace_s: float = 1.0, **settings: object
+    generator: ScriptedGenerator,
+    folder: Path,
+    *,
+    model: ServedModel | None = None,
+    grace_s: float = 1.0,
+    **settings: object,
 ) -> AsyncIterator[Running]:
     """The real application on the real server, on a free port."""
     config = RouterConfig(**settings)
     text = router_tokenizer.Tokenizer.load(folder, config.tokenizer_threads)
     metrics, stop = EdgeMetrics(), asyncio.Event()
     app = create_app(
-        generator, config, text, model_names=[MODEL], clock=SystemClock(), metrics=metrics
+        generator,
+        config,
+        text,
+        model=model or served_model(),
+        model_names=[MODEL],
+        clock=SystemClock(),
+        metrics=metrics,
     )
     listener = bind_listener(config.host, 0)
     port = listener.getsockname()[1]

@@ -13,6 +13,7 @@ from http_builders import (
     model_directory,
     running,
     saying,
+    served_model,
 )
 
 from core.sampling import FinishReason
@@ -160,10 +161,11 @@ async def test_several_prompts_are_answered_in_order(tmp_path):
 @in_loop
 async def test_sampling_reaches_the_generator(tmp_path):
     generator = ScriptedGenerator(saying("a"))
-    folder = model_directory(
-        tmp_path, generation={"temperature": 0.7, "top_k": 20, "eos_token_id": [0, 9]}
-    )
-    async with running(generator, folder) as server, server.client() as client:
+    model = served_model([0, 9], temperature=0.7, top_k=20)
+    async with (
+        running(generator, model_directory(tmp_path), model=model) as server,
+        server.client() as client,
+    ):
         await client.chat.completions.create(model=MODEL, messages=CHAT)
         await client.chat.completions.create(model=MODEL, messages=CHAT)
         await client.chat.completions.create(

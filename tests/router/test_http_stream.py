@@ -157,7 +157,7 @@ async def test_tokens_of_one_item_are_one_event_each(tmp_path):
 
 @in_loop
 async def test_buffer_gives_the_error_after_the_events_before_it():
-    buffer = EventBuffer(max_events=4, producers=2)
+    buffer = EventBuffer(max_events=4, grace_s=1.0, producers=2)
     buffer.put(b"a")
     buffer.fail(ConfigError("first"))
     buffer.fail(ConfigError("second"))
@@ -168,7 +168,7 @@ async def test_buffer_gives_the_error_after_the_events_before_it():
 
 @in_loop
 async def test_buffer_ends_when_every_producer_has_closed():
-    buffer = EventBuffer(max_events=4, producers=2)
+    buffer = EventBuffer(max_events=4, grace_s=1.0, producers=2)
     buffer.close()
     waiting = asyncio.ensure_future(buffer.take())
     await asyncio.sleep(0)
@@ -178,9 +178,8 @@ async def test_buffer_ends_when_every_producer_has_closed():
 
 
 @in_loop
-async def test_buffer_that_nobody_takes_raises_after_its_grace(monkeypatch):
-    monkeypatch.setattr("router.http_stream.SLOW_CLIENT_GRACE_S", 0.01)
-    buffer = EventBuffer(max_events=1, producers=1)
+async def test_buffer_that_nobody_takes_raises_after_its_grace():
+    buffer = EventBuffer(max_events=1, grace_s=0.01, producers=1)
     buffer.put(b"a")
     assert buffer.full
     with pytest.raises(ClientTooSlow):

@@ -1,16 +1,16 @@
-"""The router's tokenizer against the library's own, and what it reads of a checkpoint."""
+"""The router's tokenizer against the library's own, and what it needs of a checkpoint."""
 
 import asyncio
 import json
 
 import pytest
-from http_builders import CHAT_TEMPLATE, EOS, TEXT, byte_level_bpe, in_loop, model_directory
+from http_builders import CHAT_TEMPLATE, TEXT, byte_level_bpe, in_loop, model_directory
 from transformers import AutoTokenizer
 
 from core.errors import ConfigError, InvalidRequest, Overloaded
 from core.openai import ChatMessage
 from router import tokenizer as module
-from router.tokenizer import SamplingDefaults, Tokenizer
+from router.tokenizer import Tokenizer
 
 CHAT = [
     ChatMessage(role="system", content="be brief"),
@@ -101,46 +101,58 @@ def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
     tokenizer.close()
 
 
-def test_defaults_and_end_tokens_come_from_the_checkpoint(tmp_path):
-    generation = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "eos_token_id": [3, 4]}
-    tokenizer = Tokenizer.load(model_directory(tmp_path, generation=generation), 1)
-    end = byte_level_bpe().token_to_id(EOS)
-    assert tokenizer.defaults == SamplingDefaults(temperature=0.6, top_p=0.9, top_k=40)
-    assert tokenizer.eos_token_ids == {3, 4, end}
-    tokenizer.close()
+@in_loop
+async def test_tokenizer_json_alone_is_enough_for_texts(tmp_path, caplog):
+    byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path, 1)
+    try:
+        assert list(await tokenizer.encode_text(TEXT)) == byte_level_bpe().encode(TEXT).ids
+        with pytest.raises(InvalidRequest, match=r"no chat template.+use /v1/completions"):
+            await tokenizer.encode_chat(CHAT)
+    finally:
+        tokenizer.close()
+    assert f"no_chat_template directory={tmp_path}" in caplog.messages
 
 
-def test_model_config_names_the_end_token_when_the_generation_config_does_not(tmp_path):
-    folder = model_directory(tmp_path)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 5}))
-    tokenizer = Tokenizer.load(folder, 1)
-    assert tokenizer.defaults == SamplingDefaults()
-    assert tokenizer.eos_token_ids == {0, 5}
-    tokenizer.close()
+@in_loop
+async def test_model_type_does_not_change_what_tokenizer_json_says(tmp_path):
+    byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = Tokenizer.load(tmp_path, 1)
+    try:
+        assert list(await tokenizer.encode_text(TEXT)) == byte_level_bpe().encode(TEXT).ids
+    finally:
+        tokenizer.close()
 
 
-def test_missing_directory_is_one_clear_sentence(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere does not exist"):
-        Tokenizer.load(tmp_path / "nowhere", 1)
+@in_loop
+async def test_chat_template_beside_a_bare_tokenizer_is_used(tmp_path):
+    byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[1].content }}")
+    tokenizer = Tokenizer.load(tmp_path, 1)
+    try:
+        ids = await tokenizer.encode_chat(CHAT)
+    finally:
+        tokenizer.close()
+    assert byte_level_bpe().decode(list(ids)) == "a\nb"
 
 
 def test_directory_without_a_tokenizer_is_one_clear_sentence(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json") as caught:
+        Tokenizer.load(tmp_path, 1)
+    assert "\n" not in caught.value.message
+
+
+def test_file_that_the_library_refuses_is_one_clear_sentence(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "nonsense"}}')
     with pytest.raises(ConfigError, match="cannot load a tokenizer from") as caught:
         Tokenizer.load(tmp_path, 1)
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"]
-)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_truncated_file_is_named(tmp_path, name):
     folder = model_directory(tmp_path)
-    (folder / name).write_text('{"temperature": ')
-    with pytest.raises(ConfigError, match=f"{name} is not readable JSON"):
+    (folder / name).write_text('{"model": ')
+    with pytest.raises(ConfigError, match=f"{name} cannot be read as JSON"):
         Tokenizer.load(folder, 1)
-
-
-@pytest.mark.parametrize("value", ["hot", -1, True])
-def test_senseless_default_is_refused_at_load(tmp_path, value):
-    with pytest.raises(ConfigError, match="temperature is"):
-        Tokenizer.load(model_directory(tmp_path, generation={"temperature": value}), 1)

@@ -1,0 +1,152 @@
+"""One sequence as flow.py follows it over all its attempts, and what observers hear at its end.
+
+Spans and metrics come from here, once per sequence: no token pays for them.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from core.clock import Clock
+from core.errors import BatonError, Cancelled, InternalError
+from core.messages import LegTimes
+from core.stages import Stage
+from router.types import GenerateRequest, Timings
+
+OK = "ok"
+"""The outcome of what came to its finish."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A stage began, at this monotonic time; it ends where the next mark is, or with the sequence.
+
+    `worker_id` is the worker it waits for, empty where that is the router.
+    """
+
+    stage: Stage
+    at_s: float
+    attempt: int
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceEnd:
+    """How one sequence went. An outcome is OK, or the code of an error of core.errors.
+
+    Cancelled's code also stands for a client that had enough: a stop string matched in the router.
+    """
+
+    request: GenerateRequest
+    outcome: str
+    attempts: tuple[str, ...]
+    """The outcome of each attempt."""
+    marks: tuple[Mark, ...]
+    """In order of time; the first is ADMIT."""
+    ended_at_s: float
+    timings: Timings
+    output_tokens: int
+
+
+class SequenceObserver(Protocol):
+    """Called once for every sequence, on the event loop; must neither wait nor raise."""
+
+    def ended(self, end: SequenceEnd) -> None: ...
+
+
+class Progress:
+    """What the client has of one sequence, and where its time went."""
+
+    def __init__(self, request: GenerateRequest, clock: Clock) -> None:
+        self.request = request
+        self._clock = clock
+        self.arrived_at_s = self.first_at_s = self.last_at_s = clock.now_s()
+        self.tokens: list[int] = []
+        self.finished = False
+        self.attempts = 0
+        self.outcomes: list[str] = []
+        self.prefill_worker = self.decode_worker = ""
+        self.prefill_times = LegTimes()
+        self.decode_times = LegTimes()
+        self.marks: list[Mark] = []
+        self.mark(Stage.ADMIT)
+
+    @property
+    def remaining_s(self) -> float:
+        return self.arrived_at_s + self.request.deadline_s - self._clock.now_s()
+
+    def mark(self, stage: Stage, worker_id: str = "") -> None:
+        """The stage begins now."""
+        attempt, at_s = max(0, self.attempts - 1), self._clock.now_s()
+        self.marks.append(Mark(stage=stage, at_s=at_s, attempt=attempt, worker_id=worker_id))
+
+    def emit(self, tokens: tuple[int, ...]) -> None:
+        """These go to the client now."""
+        self.last_at_s = self._clock.now_s()
+        if not self.tokens:
+            self.first_at_s = self.last_at_s
+        self.tokens.extend(tokens)
+
+    def timings(self) -> Timings:
+        """Up to now; complete once the last token is out."""
+        gaps = max(1, len(self.tokens) - 1)
+        decode_s = self.last_at_s - self.first_at_s
+        return Timings(
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
+            attempts=self.attempts,
+            queue_s=self.prefill_times.queue_s,
+            prefill_s=self.prefill_times.prefill_s,
+            ttft_s=self.first_at_s - self.arrived_at_s,
+            transfer_s=self.decode_times.transfer_s,
+            transfer_bytes=self.decode_times.transfer_bytes,
+            transfer_blocks=self.decode_times.transfer_blocks,
+            decode_s=decode_s,
+            tpot_s=decode_s / gaps,
+            cached_tokens=self.prefill_times.cached_tokens,
+        )
+
+    def outcome(self, error: BaseException | None) -> str:
+        """What `error`, which leaves the sequence or an attempt, makes of it.
+
+        Whoever has the last token may close the generator instead of asking for more.
+        """
+        if self.finished or error is None:
+            return OK
+        if isinstance(error, BatonError):
+            return error.code
+        cancelled = isinstance(error, GeneratorExit | asyncio.CancelledError)
+        return Cancelled.code if cancelled else InternalError.code
+
+    def end(self, error: BaseException | None) -> SequenceEnd:
+        return SequenceEnd(
+            request=self.request,
+            outcome=self.outcome(error),
+            attempts=tuple(self.outcomes),
+            marks=tuple(self.marks),
+            ended_at_s=self._clock.now_s(),
+            timings=self.timings(),
+            output_tokens=len(self.tokens),
+        )
+
+
+class Observed:
+    """A block around all of a sequence: however it is left, the observers hear of it."""
+
+    def __init__(self, progress: Progress, observers: tuple[SequenceObserver, ...]) -> None:
+        self._progress = progress
+        self._observers = observers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        end = self._progress.end(error)
+        for observer in self._observers:
+            observer.ended(end)

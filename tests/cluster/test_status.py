@@ -1,0 +1,182 @@
+"""What `baton status` learns from workers, over real gRPC, and how it shows it."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from rich.console import Console
+
+from cluster.config import ClusterConfig
+from cluster.status import BlockCounts, WorkerStats, WorkerStatus, collect
+from cluster.status_view import ClusterStatus, show_status, status_json
+from cluster.worker_control import GrpcWorkerControl
+from core.errors import Unavailable
+from core.ids import Incarnation, ModelId, Role, WorkerId
+from core.registry import WorkerRecord
+from wire import common_pb2, worker_pb2, worker_pb2_grpc
+
+CONFIG = ClusterConfig.model_validate(
+    {"model": {"path": "/m"}, "prefill": {"workers": 1}, "decode": {"workers": 1}}
+)
+REPLY = worker_pb2.StatsReply(
+    who=worker_pb2.WorkerHello(incarnation="one", role=common_pb2.ROLE_PREFILL),
+    load=worker_pb2.LoadReport(waiting=1, running=2, queued_tokens=3, context_tokens=4),
+    blocks_free=10,
+    blocks_cached=5,
+    blocks_in_use=3,
+    blocks_receiving=2,
+    blocks_quarantined=1,
+    blocks_held=4,
+    pool_error="block 7 is in two states",
+    leases=[
+        worker_pb2.Lease(
+            lease_id=9,
+            sequence_id=common_pb2.SequenceId(request_id="req-1", choice=1, attempt=2),
+            reader="reading",
+            blocks=4,
+            age_s=1.5,
+            expires_in_s=8.5,
+        ),
+        worker_pb2.Lease(lease_id=10, age_s=0.5, expires_in_s=-1),
+    ],
+    leases_opened=8,
+    leases_closed=5,
+    leases_aborted=1,
+    leases_expired=0,
+    transfer_bytes=4096,
+    transfer_blocks=2,
+    transfer_failures=1,
+    pid=77,
+    transport="nixl",
+)
+
+
+class OneReply(worker_pb2_grpc.WorkerServicer):
+    async def Stats(  # noqa: N802
+        self, request: object, context: object
+    ) -> worker_pb2.StatsReply:
+        return REPLY
+
+
+@asynccontextmanager
+async def worker_door() -> AsyncIterator[str]:
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_WorkerServicer_to_server(OneReply(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+def record(worker_id: str, address: str) -> WorkerRecord:
+    return WorkerRecord(
+        worker_id=WorkerId(worker_id),
+        incarnation=Incarnation("one"),
+        role=Role.PREFILL,
+        epoch=1,
+        address=address,
+        model_id=ModelId("m"),
+        pid=77,
+    )
+
+
+def read_stats() -> WorkerStats:
+    async def read() -> WorkerStats:
+        async with worker_door() as address:
+            return await GrpcWorkerControl().stats(address, timeout_s=5)
+
+    return asyncio.run(read())
+
+
+def test_every_number_of_a_worker_arrives_where_it_belongs() -> None:
+    stats = read_stats()
+    assert (stats.role, stats.pid, stats.transport) == ("prefill", 77, "nixl")
+    assert (stats.waiting, stats.running, stats.queued_tokens, stats.context_tokens) == (1, 2, 3, 4)
+    assert stats.blocks == BlockCounts(
+        free=10, cached=5, in_use=3, receiving=2, quarantined=1, held=4
+    )
+    assert stats.blocks.total == 21
+    assert (stats.leases_opened, stats.leases_closed, stats.leases_aborted) == (8, 5, 1)
+    assert (stats.transfer_bytes, stats.transfer_blocks, stats.transfer_failures) == (4096, 2, 1)
+
+
+def test_a_lease_tells_its_sequence_reader_and_times() -> None:
+    bound, running = read_stats().leases
+    assert (bound.lease_id, bound.reader, bound.blocks) == (9, "reading", 4)
+    assert bound.sequence_id == "req-1/1.2"
+    assert (bound.age_s, bound.expires_in_s) == (1.5, 8.5)
+    assert running.expires_in_s is None
+
+
+def test_a_worker_that_is_gone_is_unavailable() -> None:
+    async def read() -> None:
+        async with worker_door() as address:
+            pass
+        await GrpcWorkerControl().stats(address, timeout_s=1)
+
+    with pytest.raises(Unavailable, match="does not answer"):
+        asyncio.run(read())
+
+
+def test_workers_that_are_absent_or_silent_are_lines_not_errors() -> None:
+    async def read() -> tuple[WorkerStatus, ...]:
+        async with worker_door() as closed:
+            pass
+        async with worker_door() as address:
+            records = (record("prefill-0", address), record("spare", closed))
+            return await collect(CONFIG, records, GrpcWorkerControl())
+
+    absent, answering, silent = asyncio.run(read())
+    assert (absent.worker_id, absent.role, absent.stats) == ("decode-0", "decode", None)
+    assert absent.problem.startswith("not registered")
+    assert answering.worker_id == "prefill-0"
+    assert answering.stats is not None
+    assert silent.worker_id == "spare"
+    assert "does not answer" in silent.problem
+
+
+def cluster_status() -> ClusterStatus:
+    reader = WorkerStatus(worker_id="decode-0", role="decode", problem="not registered")
+    owner = WorkerStatus(worker_id="prefill-0", role="prefill", stats=read_stats())
+    return ClusterStatus(
+        run_id="abcd",
+        pid=1,
+        model="tiny",
+        url="http://127.0.0.1:1",
+        ready=False,
+        logs="/tmp/x",
+        workers=(reader, owner),
+    )
+
+
+def shown(*, leases: bool) -> str:
+    stream = io.StringIO()
+    show_status(cluster_status(), Console(file=stream, width=140), leases=leases)
+    return stream.getvalue()
+
+
+def test_the_table_shows_load_blocks_problems_and_absence() -> None:
+    text = shown(leases=False)
+    assert "not ready" in text
+    assert "6 of 21" in text
+    assert "decode-0: not registered" in text
+    assert "prefill-0: block 7 is in two states" in text
+    assert "req-1" not in text
+
+
+def test_leases_show_who_holds_which_blocks_for_how_long() -> None:
+    text = shown(leases=True)
+    (line,) = [line for line in text.splitlines() if "req-1/1.2" in line]
+    assert line.split() == ["prefill-0", "9", "req-1/1.2", "reading", "4", "1.5", "s", "8.5", "s"]
+    (line,) = [line for line in text.splitlines() if "nobody yet" in line]
+    assert line.split()[-1] == "-"
+
+
+def test_json_has_everything() -> None:
+    status = json.loads(status_json(cluster_status()))
+    assert status["workers"][1]["stats"]["leases"][0]["sequence_id"] == "req-1/1.2"
+    assert status["workers"][0]["stats"] is None

@@ -1,0 +1,280 @@
+"""One worker as its routers see it: roles, drains, reports, cache events; then two of them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+
+from core.blocks import chain_hashes, root_hash
+from core.ids import Role
+from core.messages import (
+    PROTOCOL_MAJOR,
+    Cancel,
+    KvEvents,
+    KvSnapshot,
+    KvStored,
+    LoadReport,
+    Rejected,
+    SnapshotRequest,
+    WorkerHello,
+)
+from kv_transfer.loopback import LoopbackHub
+from router.codec import from_worker, to_worker
+from tests.builders import (
+    BLOCK_SIZE,
+    NEWER_MESSAGE,
+    RouterEnd,
+    ServedWorker,
+    decode_submit,
+    expected_tokens,
+    make_prompt,
+    make_settings,
+    prefill_submit,
+    served_worker,
+    soon,
+    until,
+    until_idle,
+    worker_pair,
+)
+from wire import common_pb2, worker_pb2, worker_pb2_grpc
+
+PROMPT = make_prompt(22)
+
+
+@asynccontextmanager
+async def prefill_worker(*, gated: bool = False) -> AsyncIterator[ServedWorker]:
+    async with served_worker("p", Role.PREFILL, LoopbackHub(), gated=gated) as served:
+        yield served
+
+
+async def run_prompt(end: RouterEnd, number: int, prompt: tuple[int, ...]) -> None:
+    submit = prefill_submit(number, prompt, name=str(number), max_tokens=1)
+    end.worker.handle(end.outlet, submit)
+    await end.answered(number)
+
+
+# -- what a router hears ------------------------------------------------------------------------
+
+
+async def test_a_router_hears_who_it_is_what_it_holds_and_its_load_first() -> None:
+    async with prefill_worker() as served:
+        end = RouterEnd(served.worker)
+        await end.first(LoadReport)
+        assert [type(m) for m in end.messages] == [WorkerHello, KvSnapshot, LoadReport]
+        hello = end.of(WorkerHello)[0]
+        assert (hello.worker_id, hello.role, hello.epoch) == ("p", Role.PREFILL, 1)
+        assert hello.peer_address == served.record.address
+
+
+async def test_a_load_report_names_the_last_submit_it_holds() -> None:
+    async with prefill_worker(gated=True) as served:
+        end = RouterEnd(served.worker)
+        for number in (5, 6):
+            served.worker.handle(end.outlet, prefill_submit(number, PROMPT, name=str(number)))
+        served.gate.allow(1)
+        await end.until(lambda: any(m.last_submit == 6 for m in end.of(LoadReport)))
+        report = next(m for m in end.of(LoadReport) if m.last_submit == 6)
+        assert report.waiting + report.running <= 2
+
+
+async def test_each_router_hears_of_its_own_submits_only() -> None:
+    async with prefill_worker() as served:
+        mine, other = RouterEnd(served.worker), RouterEnd(served.worker)
+        await run_prompt(mine, 7, PROMPT)
+        await other.until(lambda: any(m.free_blocks for m in other.of(LoadReport)))
+        await other.all_said()
+        assert {m.last_submit for m in other.of(LoadReport)} == {0}
+        assert other.entries(7) == []
+
+
+async def test_new_blocks_are_told_to_every_router_in_numbered_events() -> None:
+    async with prefill_worker() as served:
+        ends = [RouterEnd(served.worker) for _ in range(2)]
+        await run_prompt(ends[0], 1, PROMPT)
+        await run_prompt(ends[0], 2, make_prompt(9, seed=1))
+        wanted = 2
+        for end in ends:
+            await end.until(lambda e=end: len(e.of(KvEvents)) >= wanted)  # type: ignore[misc]
+            numbers = [m.first_number for m in end.of(KvEvents)]
+            assert numbers == [1, 2]
+        root = root_hash(served.engine.info.model_id)
+        (stored,) = ends[1].of(KvEvents)[0].events
+        assert stored == KvStored(parent=root, hashes=tuple(chain_hashes(PROMPT, BLOCK_SIZE, root)))
+
+
+async def test_a_snapshot_holds_what_the_events_so_far_told() -> None:
+    async with prefill_worker() as served:
+        end = RouterEnd(served.worker)
+        await run_prompt(end, 1, PROMPT)
+        served.worker.handle(end.outlet, SnapshotRequest())
+        await end.until(lambda: len(end.of(KvSnapshot)) == 2)
+        snapshot = end.of(KvSnapshot)[1]
+        told = [h for m in end.of(KvEvents) for e in m.events for h in e.hashes]
+        assert list(snapshot.hashes) == told
+        assert (snapshot.next_number, snapshot.last) == (2, True)
+
+
+async def test_a_late_router_gets_the_cache_as_a_snapshot() -> None:
+    async with prefill_worker() as served:
+        await run_prompt(RouterEnd(served.worker), 1, PROMPT)
+        late = RouterEnd(served.worker)
+        snapshot = await late.first(KvSnapshot)
+        assert len(snapshot.hashes) == 5
+
+
+# -- roles and drains ---------------------------------------------------------------------------
+
+
+async def test_a_leg_of_the_other_role_is_rejected() -> None:
+    async with prefill_worker() as served:
+        end = RouterEnd(served.worker)
+        served.worker.handle(end.outlet, decode_submit(1, PROMPT, None))
+        rejected = await end.first(Rejected)
+        assert (rejected.number, rejected.code) == (1, "unavailable")
+        assert "role is prefill" in rejected.message
+
+
+async def test_a_draining_worker_rejects_and_says_so_in_its_load() -> None:
+    async with prefill_worker() as served:
+        end = RouterEnd(served.worker)
+        assert await soon(served.worker.drain(1.0)) == 0
+        served.worker.handle(end.outlet, prefill_submit(1, PROMPT))
+        assert "draining" in (await end.first(Rejected)).message
+        assert end.of(LoadReport)[-1].draining
+
+
+async def test_a_drain_waits_for_the_open_legs() -> None:
+    async with prefill_worker(gated=True) as served, asyncio.TaskGroup() as group:
+        end = RouterEnd(served.worker)
+        served.worker.handle(end.outlet, prefill_submit(1, PROMPT, max_tokens=1))
+        draining = group.create_task(served.worker.drain(10.0))
+        await until(served.gate.waiting.is_set, "a step in flight")
+        assert not draining.done()
+        served.gate.open()
+        assert await soon(draining) == 0
+        assert await end.answered(1) == expected_tokens(PROMPT, 1)
+
+
+async def test_a_drain_gives_up_after_its_time_and_says_what_is_left() -> None:
+    async with prefill_worker(gated=True) as served:
+        end = RouterEnd(served.worker)
+        served.worker.handle(end.outlet, prefill_submit(1, PROMPT))
+        assert await soon(served.worker.drain(0.01)) == 1
+
+
+# -- its doors ----------------------------------------------------------------------------------
+
+
+Stream = grpc.aio.StreamStreamCall[worker_pb2.ToWorker, worker_pb2.ToRouter]
+
+
+@asynccontextmanager
+async def router_stream(served: ServedWorker, **protocol: int) -> AsyncIterator[Stream]:
+    """A stream on which a router has said hello."""
+    async with grpc.aio.insecure_channel(served.record.address) as channel:
+        stream = worker_pb2_grpc.WorkerStub(channel).RouterStream()
+        hello = worker_pb2.RouterHello(
+            router_id="t", protocol=common_pb2.Protocol(**{"major": PROTOCOL_MAJOR, **protocol})
+        )
+        await stream.write(worker_pb2.ToWorker(hello=hello))
+        yield stream
+
+
+async def read_until(stream: Stream, kind: str) -> worker_pb2.ToRouter:
+    async with asyncio.timeout(10):
+        while True:
+            message = await stream.read()
+            assert isinstance(message, worker_pb2.ToRouter), message
+            if message.WhichOneof("message") == kind:
+                return message
+
+
+async def test_another_major_version_is_refused() -> None:
+    async with prefill_worker() as served:
+        async with router_stream(served, major=PROTOCOL_MAJOR + 1) as stream:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await soon(stream.read())
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
+    async with prefill_worker() as served, router_stream(served, minor=99) as stream:
+        await stream.write(worker_pb2.ToWorker.FromString(NEWER_MESSAGE))
+        await stream.write(to_worker(prefill_submit(1, PROMPT, max_tokens=1)))
+        frame = await read_until(stream, "tokens")
+        assert list(frame.tokens.entries[0].tokens) == expected_tokens(PROMPT, 1)
+
+
+async def test_a_stream_without_a_hello_is_refused() -> None:
+    async with (
+        prefill_worker() as served,
+        grpc.aio.insecure_channel(served.record.address) as channel,
+    ):
+        stream = worker_pb2_grpc.WorkerStub(channel).RouterStream()
+        await stream.write(to_worker(Cancel(number=1, reason="")))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await soon(stream.read())
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_broken_stream_ends_its_legs_at_once() -> None:
+    async with prefill_worker(gated=True) as served:
+        async with router_stream(served) as stream:
+            await stream.write(to_worker(prefill_submit(1, PROMPT)))
+            await read_until(stream, "accepted")
+            assert served.worker.open_legs == 1
+        served.gate.open()
+        await until_idle(served.worker)
+
+
+async def test_statistics_show_blocks_and_leases() -> None:
+    async with prefill_worker() as served, router_stream(served) as stream:
+        await stream.write(to_worker(prefill_submit(1, PROMPT)))
+        accepted = from_worker(await read_until(stream, "accepted"))
+        await read_until(stream, "tokens")
+        async with grpc.aio.insecure_channel(served.record.address) as channel:
+            stats = await worker_pb2_grpc.WorkerStub(channel).Stats(worker_pb2.StatsRequest())
+        (lease,) = stats.leases
+        assert lease.lease_id == accepted.lease_id  # type: ignore[union-attr]
+        assert (lease.blocks, lease.reader, lease.sequence_id.request_id) == (6, "", "r")
+        assert 0 < lease.expires_in_s <= 10
+        assert (stats.blocks_held, stats.blocks_in_use, stats.pool_error) == (6, 6, "")
+        assert (stats.leases_opened, stats.open_legs, stats.transport) == (1, 1, "loopback")
+
+
+# -- both roles ---------------------------------------------------------------------------------
+
+
+async def test_a_hand_off_between_two_workers_end_to_end() -> None:
+    async with worker_pair(worker_settings=make_settings(step_tokens=8)) as pair:
+        handoff = await pair.start_prefill(1, PROMPT, max_tokens=20)
+        await pair.start_decode(1, PROMPT, handoff, max_tokens=20)
+        rest = await pair.to_decode.answered(1)
+        await pair.to_prefill.until(lambda: bool(pair.to_prefill.tokens(1)))
+        assert pair.to_prefill.tokens(1) + rest == expected_tokens(PROMPT, 20)
+        await pair.idle()
+        assert pair.prefill.worker.leases.counters.closed == 1
+
+
+async def test_the_decode_worker_answers_the_first_token_to_nobody() -> None:
+    """It came from the prefill worker already."""
+    async with worker_pair() as pair:
+        handoff = await pair.start_prefill(1, PROMPT, max_tokens=2)
+        await pair.start_decode(1, PROMPT, handoff, max_tokens=2)
+        assert await pair.to_decode.answered(1) == expected_tokens(PROMPT, 2)[1:]
+
+
+async def test_a_lost_prefill_worker_fails_the_decode_leg() -> None:
+    async with worker_pair(
+        worker_settings=make_settings(step_tokens=8), gated_prefill=True
+    ) as pair:
+        handoff = await pair.start_prefill(1, PROMPT)
+        await pair.start_decode(1, PROMPT, handoff)
+        pair.prefill.gate.allow(1)
+        await until(lambda: pair.decode.worker.transport.counters.reads == 1, "a read")
+        await pair.prefill.stop_serving()
+        await until_idle(pair.decode.worker)
+        await pair.to_decode.all_said()
+        assert pair.to_decode.failure(1) == "kv_transfer_failed"

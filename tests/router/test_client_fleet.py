@@ -1,0 +1,335 @@
+"""Links to real workers in this process: legs, losses, reconnects, and what a newer worker says."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import grpc
+import pytest
+
+from core.channel import SERVER_OPTIONS
+from core.clock import SystemClock
+from core.errors import WorkerLost
+from core.ids import BlockHash, Incarnation, ModelId, Role, WorkerId
+from core.kv import KvLayout
+from core.messages import (
+    PROTOCOL_MAJOR,
+    Accepted,
+    KvEvents,
+    KvSnapshot,
+    KvStored,
+    LegFailed,
+    LegTokens,
+    LoadReport,
+    PrefillSubmit,
+    WorkerHello,
+    WorkerToRouter,
+)
+from core.registry import MemoryRegistry, WorkerRecord
+from kv_transfer.loopback import LoopbackHub
+from router.client import Leg, LegEvent, WorkerLink
+from router.codec import to_router
+from router.fleet import Fleet
+from tests.builders import (
+    NEWER_MESSAGE,
+    WAIT_S,
+    ServedWorker,
+    expected_tokens,
+    make_prompt,
+    prefill_submit,
+    served_worker,
+    soon,
+    until,
+    until_idle,
+)
+from wire import worker_pb2, worker_pb2_grpc
+
+PROMPT = make_prompt(22)
+MODEL = ModelId("m")
+HASH = BlockHash(bytes(16))
+
+
+class Events:
+    """A leg's listener that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[LegEvent] = []
+
+    def __call__(self, leg: Leg, event: LegEvent) -> None:
+        self.heard.append(event)
+
+    def kinds(self) -> list[type]:
+        return [type(event) for event in self.heard]
+
+
+def one_prefill(max_tokens: int = 1) -> Callable[[int], PrefillSubmit]:
+    return lambda number: prefill_submit(number, PROMPT, max_tokens=max_tokens)
+
+
+def make_link(record: WorkerRecord, model: ModelId, silence_s: float = WAIT_S) -> WorkerLink:
+    return WorkerLink(record, "router", model, silence_s)
+
+
+@asynccontextmanager
+async def linked(record: WorkerRecord, model: ModelId) -> AsyncIterator[WorkerLink]:
+    link = WorkerLink(record, "router", model, 5.0)
+    task = asyncio.create_task(link.run())
+    try:
+        yield link
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def linked_worker(*, gated: bool = False) -> AsyncIterator[tuple[WorkerLink, ServedWorker]]:
+    async with (
+        served_worker("p", Role.PREFILL, LoopbackHub(), gated=gated) as served,
+        linked(served.record, served.engine.info.model_id) as link,
+    ):
+        await until(lambda: link.routable is not None, "the link routable")
+        yield link, served
+
+
+# -- legs ---------------------------------------------------------------------------------------
+
+
+async def test_a_leg_hears_its_acceptance_and_its_tokens() -> None:
+    async with linked_worker() as (link, _):
+        events = Events()
+        leg = link.submit(one_prefill(), events, 22)
+        await until(lambda: len(events.heard) == 2)
+        assert events.kinds() == [Accepted, LegTokens]
+        assert list(events.heard[1].tokens) == expected_tokens(PROMPT, 1)  # type: ignore[union-attr]
+        assert leg.number == 1
+
+
+async def test_a_submit_counts_as_load_until_the_worker_reports_it() -> None:
+    async with linked_worker() as (link, _):
+        assert link.view is not None
+        link.submit(one_prefill(), Events(), 22)
+        assert link.view.unseen_tokens == 22
+        await until(lambda: link.view is not None and link.view.unseen_tokens == 0)
+
+
+async def test_a_cancelled_leg_is_freed_at_the_worker_and_says_no_more() -> None:
+    async with linked_worker(gated=True) as (link, served):
+        events = Events()
+        leg = link.submit(one_prefill(8), events, 22)
+        await until(lambda: bool(events.heard))
+        leg.cancel("enough")
+        leg.cancel("enough")
+        await until(lambda: served.worker.open_legs == 0)
+        served.gate.open()
+        await until_idle(served.worker)
+        assert events.kinds() == [Accepted]
+
+
+async def test_a_lost_worker_fails_every_open_leg_once() -> None:
+    async with linked_worker(gated=True) as (link, served):
+        first, second, over = Events(), Events(), Events()
+        link.submit(one_prefill(8), first, 22)
+        link.submit(one_prefill(8), second, 22)
+        link.finish(link.submit(one_prefill(8), over, 22))
+        await until(lambda: bool(first.heard and second.heard))
+        await served.stop_serving()
+        await until(lambda: link.view is None, "the loss noticed")
+        for events in (first, second):
+            assert events.kinds() == [Accepted, LegFailed]
+            assert events.heard[1].code == "worker_lost"  # type: ignore[union-attr]
+        assert LegFailed not in over.kinds()
+
+
+async def test_a_lost_worker_takes_no_more_legs() -> None:
+    async with linked_worker() as (link, served):
+        await served.stop_serving()
+        await until(lambda: link.view is None, "the loss noticed")
+        assert link.routable is None
+        with pytest.raises(WorkerLost, match="not connected"):
+            link.submit(one_prefill(), Events(), 22)
+
+
+async def test_a_draining_worker_is_not_routable() -> None:
+    async with linked_worker() as (link, served):
+        await soon(served.worker.drain(1.0))
+        await until(lambda: link.routable is None, "the drain seen")
+        assert link.view is not None
+
+
+async def test_a_cache_that_fills_is_seen() -> None:
+    async with linked_worker() as (link, served):
+        link.submit(one_prefill(), Events(), 22)
+        await until(lambda: len(served.worker.pool.hashes()) == 5)
+        hashes = served.worker.pool.hashes()
+        await until(lambda: link.view is not None and link.view.cached_blocks(hashes) == 5)
+
+
+# -- a worker that says what it is told ----------------------------------------------------------
+
+
+HELLO = WorkerHello(
+    worker_id=WorkerId("w"),
+    incarnation=Incarnation("i"),
+    role=Role.PREFILL,
+    epoch=1,
+    model_id=MODEL,
+    layout=KvLayout(block_size=4, num_kv_heads=1, num_layers=1, head_dim=4, dtype="uint8"),
+    num_blocks=100,
+    context_tokens=1000,
+    peer_address="",
+)
+LOAD = LoadReport(
+    last_submit=0,
+    queued_tokens=0,
+    waiting=0,
+    running=0,
+    context_tokens=0,
+    free_blocks=100,
+    total_blocks=100,
+)
+
+
+@dataclass
+class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
+    """Says its script on every stream, then listens until the router leaves."""
+
+    script: list[worker_pb2.ToRouter]
+    heard: list[worker_pb2.ToWorker] = field(default_factory=list)
+    streams: int = 0
+
+    async def RouterStream(  # noqa: N802
+        self, _requests: object, context: grpc.aio.ServicerContext[object, object]
+    ) -> None:
+        self.streams += 1
+        for message in self.script:
+            await context.write(message)
+        while isinstance(said := await context.read(), worker_pb2.ToWorker):
+            self.heard.append(said)
+
+
+@asynccontextmanager
+async def scripted(
+    *script: WorkerToRouter | worker_pb2.ToRouter,
+) -> AsyncIterator[tuple[ScriptedWorker, WorkerRecord]]:
+    worker = ScriptedWorker(
+        [m if isinstance(m, worker_pb2.ToRouter) else to_router(m) for m in script]
+    )
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    port = server.add_insecure_port("127.0.0.1:0")
+    worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
+    await server.start()
+    record = WorkerRecord(
+        worker_id=WorkerId("w"),
+        incarnation=Incarnation("i"),
+        role=Role.PREFILL,
+        epoch=1,
+        address=f"127.0.0.1:{port}",
+        model_id=MODEL,
+        pid=1,
+    )
+    try:
+        yield worker, record
+    finally:
+        await server.stop(None)
+
+
+async def test_a_newer_minor_version_and_its_messages_are_understood() -> None:
+    newer = worker_pb2.ToRouter.FromString(NEWER_MESSAGE)
+    hello = replace(HELLO, protocol_minor=99)
+    async with scripted(hello, newer, LOAD) as (_, record), linked(record, MODEL) as link:
+        await until(lambda: link.routable is not None, "the link routable")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        replace(HELLO, protocol_major=PROTOCOL_MAJOR + 1),
+        replace(HELLO, model_id=ModelId("another")),
+        LOAD,
+    ],
+    ids=["major version", "another model", "no hello"],
+)
+async def test_a_worker_that_does_not_fit_is_not_routable(first: WorkerToRouter) -> None:
+    async with scripted(first, LOAD) as (_, record):
+        link = WorkerLink(record, "router", MODEL, 5.0)
+        await soon(link.run())
+        assert link.routable is None
+
+
+async def test_a_worker_that_says_nothing_more_is_lost() -> None:
+    async with scripted(HELLO, LOAD) as (_, record):
+        link = make_link(record, MODEL, silence_s=0.02)
+        running = asyncio.create_task(link.run())
+        await until(lambda: link.routable is not None, "the link routable")
+        events = Events()
+        link.submit(one_prefill(), events, 22)
+        await soon(running)
+        assert link.routable is None
+        assert "said nothing" in events.heard[0].message  # type: ignore[union-attr]
+
+
+async def test_a_gap_in_the_cache_events_asks_for_a_snapshot() -> None:
+    gap = KvEvents(first_number=5, events=(KvStored(parent=HASH, hashes=(HASH,)),))
+    snapshot = KvSnapshot(next_number=1)
+    async with scripted(HELLO, snapshot, gap) as (worker, record), linked(record, MODEL):
+        await until(lambda: any(m.HasField("snapshot_request") for m in worker.heard))
+
+
+# -- the fleet ----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def fleet_over(registry: MemoryRegistry, model: ModelId) -> AsyncIterator[Fleet]:
+    fleet = Fleet(registry, router_id="router", model_id=model, silence_s=5.0)
+    task = asyncio.create_task(fleet.run())
+    try:
+        yield fleet
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def names(fleet: Fleet, role: Role = Role.PREFILL) -> list[str]:
+    return sorted(link.record.worker_id for link in fleet.routable(role))
+
+
+async def test_workers_are_routable_by_role_and_may_be_excluded() -> None:
+    registry, hub = MemoryRegistry(SystemClock()), LoopbackHub()
+    async with AsyncExitStack() as stack:
+        served = [
+            await stack.enter_async_context(served_worker(name, role, hub))
+            for name, role in (("a", Role.PREFILL), ("b", Role.PREFILL), ("c", Role.DECODE))
+        ]
+        for each in served:
+            await registry.register(each.record, 60.0)
+        model = served[0].engine.info.model_id
+        fleet = await stack.enter_async_context(fleet_over(registry, model))
+        await until(lambda: names(fleet) == ["a", "b"] and names(fleet, Role.DECODE) == ["c"])
+        (left,) = fleet.routable(Role.PREFILL, excluding={served[0].record.incarnation})
+        assert left.record.worker_id == "b"
+
+
+async def test_a_worker_missing_from_the_registry_stays_while_its_stream_lives() -> None:
+    registry = MemoryRegistry(SystemClock(), sweep_s=0.005)
+    async with served_worker("a", Role.PREFILL, LoopbackHub()) as served:
+        await registry.register(served.record, 60.0)
+        async with fleet_over(registry, served.engine.info.model_id) as fleet:
+            await until(lambda: names(fleet) == ["a"])
+            await registry.deregister(served.record.worker_id, served.record.incarnation)
+            await until(lambda: not fleet._wanted, "the change seen")
+            assert names(fleet) == ["a"]
+            await served.stop_serving()
+            await until(lambda: not fleet.links(), "the link dropped")
+
+
+async def test_a_broken_stream_to_a_registered_worker_is_opened_again() -> None:
+    registry = MemoryRegistry(SystemClock())
+    async with scripted(HELLO, LOAD) as (worker, record):
+        await registry.register(record, 60.0)
+        async with fleet_over(registry, MODEL) as fleet:
+            await until(lambda: names(fleet) == ["w"])
+            (link,) = fleet.links()
+            link._outbox.close()
+            await until(lambda: worker.streams == 2 and names(fleet) == ["w"], "a second stream")

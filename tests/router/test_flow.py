@@ -1,0 +1,377 @@
+"""The whole way of a request over real gRPC, 2 + 2 workers in this process; faults at every hop."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from random import Random
+
+import pytest
+
+from core.clock import SystemClock
+from core.errors import DeadlineExceeded, InvalidRequest, NoWorkers, Unavailable
+from core.ids import Role
+from core.sampling import FinishReason
+from router.config import RouterConfig
+from router.policies.base import Decision, DecodeCandidate
+from router.types import Generated, GenerateRequest
+from tests.builders import (
+    BLOCK_BYTES,
+    Cluster,
+    ServedWorker,
+    expected_tokens,
+    make_prompt,
+    make_request,
+    make_settings,
+    running_cluster,
+    served_worker,
+    soon,
+    until,
+    until_idle,
+)
+
+PROMPT = make_prompt(22)
+
+
+async def generate(cluster: Cluster, request: GenerateRequest) -> list[Generated]:
+    async def collect() -> list[Generated]:
+        return [item async for item in cluster.flow.generate(request)]
+
+    async with asyncio.timeout(20):
+        return await collect()
+
+
+def tokens(items: list[Generated]) -> list[int]:
+    return [token for item in items for token in item.tokens]
+
+
+def busy(workers: list[ServedWorker]) -> list[ServedWorker]:
+    return [served for served in workers if served.worker.open_legs]
+
+
+class Reading:
+    """A client that reads a generator as a task, so that a test can act in the middle."""
+
+    def __init__(self, group: asyncio.TaskGroup, cluster: Cluster, request: GenerateRequest):
+        self.items: list[Generated] = []
+        self.task = group.create_task(self._read(cluster.flow.generate(request)))
+
+    async def _read(self, generated: AsyncGenerator[Generated, None]) -> None:
+        async with aclosing(generated):
+            async for item in generated:
+                self.items.append(item)
+
+    async def said(self, count: int) -> None:
+        await until(lambda: len(tokens(self.items)) >= count, f"{count} tokens")
+
+    async def ended(self) -> list[int]:
+        await soon(self.task)
+        return tokens(self.items)
+
+
+# -- when all goes well -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 22, 200])
+async def test_the_tokens_are_the_engines(num_tokens: int) -> None:
+    prompt = make_prompt(num_tokens)
+    async with running_cluster() as cluster:
+        items = await generate(cluster, make_request(prompt, max_tokens=20))
+        assert tokens(items) == expected_tokens(prompt, 20)
+        assert [item.finish for item in items][-1] is FinishReason.LENGTH
+        await until_idle(*cluster.workers)
+
+
+async def test_the_last_item_says_who_served_and_what_was_moved() -> None:
+    async with running_cluster() as cluster:
+        *others, last = await generate(cluster, make_request(PROMPT))
+        assert all(item.timings is None for item in others)
+        timings = last.timings
+        assert timings is not None
+        assert timings.prefill_worker in {"prefill-0", "prefill-1"}
+        assert timings.decode_worker in {"decode-0", "decode-1"}
+        assert (timings.attempts, timings.transfer_blocks) == (1, 6)
+        assert timings.transfer_bytes == 6 * BLOCK_BYTES
+        assert timings.ttft_s > 0
+
+
+async def test_a_second_turn_goes_where_its_prefix_is_cached() -> None:
+    async with running_cluster() as cluster:
+        first = await generate(cluster, make_request(PROMPT, name="a"))
+        await until_idle(*cluster.workers)
+        again = await generate(cluster, make_request([*PROMPT, 1, 2, 3], name="b"))
+        assert again[-1].cached_tokens == 20
+        assert first[-1].timings is not None
+        assert again[-1].timings is not None
+        assert again[-1].timings.prefill_worker == first[-1].timings.prefill_worker
+        assert tokens(again) == expected_tokens([*PROMPT, 1, 2, 3], 16)
+
+
+async def test_an_answer_of_one_token_needs_no_decode_worker() -> None:
+    async with running_cluster(decode=0) as cluster:
+        items = await generate(cluster, make_request(PROMPT, max_tokens=1))
+        assert tokens(items) == expected_tokens(PROMPT, 1)
+        await until_idle(*cluster.workers)
+
+
+@pytest.mark.parametrize("position", [0, 1, 9])
+async def test_a_stop_token_ends_the_answer_wherever_it_comes(position: int) -> None:
+    wanted = expected_tokens(PROMPT, position + 1)
+    async with running_cluster() as cluster:
+        request = make_request(PROMPT, max_tokens=50, stop_token_ids=wanted[-1:])
+        items = await generate(cluster, request)
+        assert tokens(items) == wanted
+        assert items[-1].finish is FinishReason.STOP
+        await until_idle(*cluster.workers)
+
+
+async def test_many_requests_at_once_do_not_touch_each_other() -> None:
+    prompts = [make_prompt(3 + 7 * i, seed=i) for i in range(16)]
+    settings = make_settings(num_blocks=128, step_tokens=32)
+    async with running_cluster(prefill_settings=settings, decode_settings=settings) as cluster:
+        answers = await asyncio.gather(
+            *(
+                generate(cluster, make_request(prompt, name=str(i), max_tokens=24))
+                for i, prompt in enumerate(prompts)
+            )
+        )
+        assert [tokens(a) for a in answers] == [expected_tokens(p, 24) for p in prompts]
+        await until_idle(*cluster.workers)
+
+
+async def test_limits_are_those_of_the_smallest_worker() -> None:
+    small = make_settings(num_blocks=10)
+    async with running_cluster(prefill=1, decode=1, decode_settings=small) as cluster:
+        limits = cluster.flow.limits()
+        assert (limits.context_tokens, limits.ready) == (40, True)
+
+
+async def test_a_pool_without_workers_is_not_ready() -> None:
+    async with running_cluster(decode=0) as cluster:
+        assert not cluster.flow.limits().ready
+
+
+async def test_the_status_table_has_every_worker() -> None:
+    async with running_cluster(prefill=1, decode=1) as cluster:
+        rows = {view.worker_id: view for view in cluster.flow.workers()}
+        assert {name: view.role for name, view in rows.items()} == {
+            "prefill-0": Role.PREFILL,
+            "decode-0": Role.DECODE,
+        }
+        assert all(view.connected and view.total_blocks == 256 for view in rows.values())
+
+
+# -- workers that die ---------------------------------------------------------------------------
+
+
+async def test_a_decode_worker_lost_in_mid_stream_costs_only_a_pause() -> None:
+    async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
+        client = Reading(group, cluster, make_request(PROMPT, max_tokens=20))
+        for served in cluster.decode:
+            served.gate.allow(5)
+        await client.said(6)
+        (first,) = busy(cluster.decode)
+        await first.stop_serving()
+        for served in cluster.decode:
+            served.gate.open()
+        assert await client.ended() == expected_tokens(PROMPT, 20)
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert timings.attempts == 2
+        assert timings.decode_worker != first.record.worker_id
+        await until_idle(*cluster.workers)
+
+
+async def test_a_prefill_worker_lost_before_its_first_token_is_replaced() -> None:
+    async with running_cluster(gated_prefill=True) as cluster, asyncio.TaskGroup() as group:
+        client = Reading(group, cluster, make_request(PROMPT, max_tokens=20))
+        await until(lambda: len(busy(cluster.prefill)) == 1, "a prefill")
+        (first,) = busy(cluster.prefill)
+        await first.stop_serving()
+        for served in cluster.prefill:
+            served.gate.open()
+        assert await client.ended() == expected_tokens(PROMPT, 20)
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert (timings.attempts, timings.prefill_worker != first.record.worker_id) == (2, True)
+        await until_idle(*cluster.workers)
+
+
+async def test_a_prefill_worker_lost_after_the_hand_off_is_not_missed() -> None:
+    async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
+        client = Reading(group, cluster, make_request(PROMPT, max_tokens=20))
+        for served in cluster.decode:
+            served.gate.allow(5)
+        await client.said(6)
+        owner = next(s for s in cluster.prefill if s.worker.leases.counters.opened)
+        await owner.stop_serving()
+        await until(lambda: len(cluster.fleet.routable(Role.PREFILL)) == 1, "the loss noticed")
+        for served in cluster.decode:
+            served.gate.open()
+        assert await client.ended() == expected_tokens(PROMPT, 20)
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert timings.attempts == 1
+        await until_idle(*cluster.workers)
+
+
+async def test_damaged_kv_is_tried_again_elsewhere() -> None:
+    async with running_cluster() as cluster:
+        for served in cluster.prefill:
+            await generate(cluster, make_request(PROMPT, name=served.record.worker_id))
+        await until_idle(*cluster.workers)
+        holder = next(s for s in cluster.prefill if s.worker.pool.hashes())
+        holder.engine.arena.data[:] = 0
+        items = await generate(cluster, make_request(PROMPT, name="again"))
+        assert tokens(items) == expected_tokens(PROMPT, 16)
+        assert items[-1].timings is not None
+        assert items[-1].timings.attempts == 2
+
+
+async def test_without_any_decode_worker_left_the_error_comes_soon() -> None:
+    async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
+        client = group.create_task(
+            failing(cluster, make_request(PROMPT, max_tokens=20, deadline_s=20.0))
+        )
+        await until(lambda: bool(busy(cluster.decode)), "a decode leg")
+        started_s = SystemClock().now_s()
+        for served in cluster.decode:
+            await served.stop_serving()
+        error = await soon(client)
+        assert isinstance(error, Unavailable)
+        assert SystemClock().now_s() - started_s < 5
+        await until_idle(*(served.worker for served in cluster.prefill))
+
+
+async def failing(cluster: Cluster, request: GenerateRequest) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        await generate(cluster, request)
+    return caught.value
+
+
+async def test_a_request_waits_for_a_worker_that_comes_in_time() -> None:
+    patient = RouterConfig(worker_wait_s=20)
+    async with running_cluster(prefill=0, router=patient) as cluster, asyncio.TaskGroup() as group:
+        client = group.create_task(generate(cluster, make_request(PROMPT, max_tokens=4)))
+        await asyncio.sleep(0)
+        async with served_worker("prefill-late", Role.PREFILL, cluster.hub) as late:
+            await cluster.registry.register(late.record, 3600.0)
+            assert tokens(await soon(client)) == expected_tokens(PROMPT, 4)
+
+
+async def test_without_prefill_workers_nothing_is_tried() -> None:
+    async with running_cluster(prefill=0) as cluster:
+        assert isinstance(await failing(cluster, make_request(PROMPT)), NoWorkers)
+
+
+# -- workers that say no ------------------------------------------------------------------------
+
+
+class InOrder:
+    """A policy that takes the first worker by name, however full it is."""
+
+    def __init__(self) -> None:
+        self.chosen: list[str] = []
+
+    def choose(
+        self, total_tokens: int, workers: Sequence[DecodeCandidate], random: Random
+    ) -> Decision:
+        first = min(worker.worker_id for worker in workers)
+        self.chosen.append(first)
+        return Decision(worker_id=first, candidates=())
+
+
+async def test_a_decode_workers_no_costs_another_choice_and_not_an_attempt() -> None:
+    policy = InOrder()
+    async with (
+        running_cluster(
+            gated_decode=True,
+            decode_settings=make_settings(max_sequences=1),
+            decode_policy=policy,
+        ) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        first = Reading(group, cluster, make_request(PROMPT, name="a", max_tokens=20))
+        await until(lambda: len(busy(cluster.decode)) == 1, "the first one placed")
+        prompt = make_prompt(30, seed=1)
+        second = Reading(group, cluster, make_request(prompt, name="b", max_tokens=20))
+        await until(lambda: len(busy(cluster.decode)) == 2, "the second one placed")
+        for served in cluster.decode:
+            served.gate.open()
+        assert await first.ended() == expected_tokens(PROMPT, 20)
+        assert await second.ended() == expected_tokens(prompt, 20)
+        assert policy.chosen == ["decode-0", "decode-0", "decode-1"]
+        timings = second.items[-1].timings
+        assert timings is not None
+        assert (timings.attempts, timings.decode_worker) == (1, "decode-1")
+        leases = [served.worker.leases.counters for served in cluster.prefill]
+        assert sum(c.opened for c in leases) == sum(c.closed for c in leases) == 2
+        await until_idle(*cluster.workers)
+
+
+async def test_a_prompt_no_worker_can_hold_is_the_callers_to_mend() -> None:
+    async with running_cluster(prefill_settings=make_settings(num_blocks=4)) as cluster:
+        error = await failing(cluster, make_request(PROMPT))
+        assert isinstance(error, InvalidRequest)
+        await until_idle(*cluster.workers)
+
+
+async def test_a_full_prefill_pool_is_an_overload_after_all_attempts() -> None:
+    full = make_settings(max_queued_tokens=1)
+    async with (
+        running_cluster(
+            prefill=1,
+            gated_prefill=True,
+            prefill_settings=full,
+            router=RouterConfig(max_attempts=2),
+        ) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        client = Reading(group, cluster, make_request(PROMPT, name="a"))
+        await until(lambda: bool(busy(cluster.prefill)), "a prefill")
+        error = await failing(cluster, make_request(PROMPT, name="b"))
+        assert getattr(error, "code", None) == "overloaded"
+        cluster.prefill[0].gate.open()
+        assert await client.ended() == expected_tokens(PROMPT, 16)
+
+
+# -- clients that leave, and time that runs out -------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", ["prefill", "decode"])
+async def test_the_deadline_ends_the_request_and_both_legs(gated: str) -> None:
+    async with running_cluster(
+        gated_prefill=gated == "prefill", gated_decode=gated == "decode"
+    ) as cluster:
+        error = await failing(cluster, make_request(PROMPT, max_tokens=20, deadline_s=0.3))
+        assert isinstance(error, DeadlineExceeded)
+        for served in [*cluster.prefill, *cluster.decode]:
+            served.gate.open()
+        await until_idle(*cluster.workers)
+
+
+async def test_closing_the_generator_early_cancels_both_legs() -> None:
+    async with running_cluster(gated_decode=True) as cluster:
+        async with aclosing(cluster.flow.generate(make_request(PROMPT))) as generated:
+            await soon(anext(generated))
+            await until(lambda: bool(busy(cluster.decode)), "a decode leg")
+        await until(lambda: not busy([*cluster.prefill, *cluster.decode]), "no leg open")
+        for served in cluster.decode:
+            served.gate.open()
+        await until_idle(*cluster.workers)
+
+
+@pytest.mark.parametrize("gated", ["prefill", "decode"])
+async def test_a_cancelled_reader_cancels_both_legs(gated: str) -> None:
+    async with (
+        running_cluster(
+            gated_prefill=gated == "prefill", gated_decode=gated == "decode"
+        ) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        client = Reading(group, cluster, make_request(PROMPT))
+        await until(lambda: bool(busy(cluster.prefill) and busy(cluster.decode)), "both legs")
+        client.task.cancel()
+        await until(lambda: not busy([*cluster.prefill, *cluster.decode]), "no leg open")
+        for served in [*cluster.prefill, *cluster.decode]:
+            served.gate.open()
+        await until_idle(*cluster.workers)

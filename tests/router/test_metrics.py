@@ -1,0 +1,84 @@
+"""What the flow counts of a sequence at its end, and the workers a scrape sees."""
+
+from prometheus_client import CollectorRegistry
+
+from router.metrics import EdgeMetrics, FlowMetrics
+from router.progress import SequenceEnd
+from router.types import Timings, WorkerView
+from tests.builders import make_request
+
+
+def make_end(
+    *attempts: str, output_tokens: int = 5, transfer_s: float = 0.2, transfer_blocks: int = 3
+) -> SequenceEnd:
+    return SequenceEnd(
+        request=make_request([1]),
+        outcome=attempts[-1],
+        attempts=attempts,
+        marks=(),
+        ended_at_s=1.0,
+        timings=Timings(
+            queue_s=0.5,
+            prefill_s=0.25,
+            transfer_s=transfer_s,
+            transfer_bytes=100 * transfer_blocks,
+            transfer_blocks=transfer_blocks,
+        ),
+        output_tokens=output_tokens,
+    )
+
+
+class Counted:
+    """The flow's metrics after these ends."""
+
+    def __init__(self, *ends: SequenceEnd) -> None:
+        self._registry = CollectorRegistry()
+        metrics = FlowMetrics(self._registry)
+        for end in ends:
+            metrics.ended(end)
+
+    def __call__(self, name: str, **labels: str) -> float | None:
+        return self._registry.get_sample_value(f"baton_{name}", labels)
+
+
+def test_attempts_count_by_outcome_and_all_but_the_first_are_retries() -> None:
+    counted = Counted(make_end("ok"), make_end("worker_lost", "no_workers", "ok"))
+    assert counted("attempts_total", outcome="ok") == 2
+    assert counted("attempts_total", outcome="worker_lost") == 1
+    assert counted("attempts_total", outcome="no_workers") == 1
+    assert counted("retries_total") == 2
+
+
+def test_times_and_transfers_add_up() -> None:
+    counted = Counted(make_end("ok"), make_end("ok", transfer_s=0.3, transfer_blocks=2))
+    assert counted("queue_seconds_sum") == 1.0
+    assert counted("prefill_seconds_sum") == 0.5
+    assert counted("kv_transfer_seconds_sum") == 0.5
+    assert counted("kv_transfer_bytes_total") == 500
+    assert counted("kv_transfer_blocks_total") == 5
+
+
+def test_what_did_not_happen_is_not_timed() -> None:
+    counted = Counted(make_end("worker_lost", output_tokens=0, transfer_blocks=0))
+    assert counted("queue_seconds_count") == 0
+    assert counted("prefill_seconds_count") == 0
+    assert counted("kv_transfer_seconds_count") == 0
+
+
+def test_connected_workers_are_counted_when_the_metrics_are_read() -> None:
+    metrics = EdgeMetrics()
+    views: list[WorkerView] = []
+    metrics.watch_workers(lambda: views)
+
+    def connected() -> list[float | None]:
+        name, read = "baton_workers_connected", metrics.registry.get_sample_value
+        return [read(name, {"role": role}) for role in ("prefill", "decode")]
+
+    assert connected() == [0, 0]
+    views += [
+        WorkerView(worker_id="p0", role="prefill", address="x", connected=True),
+        WorkerView(worker_id="p1", role="prefill", address="x", connected=False),
+        WorkerView(worker_id="d0", role="decode", address="x", connected=True),
+    ]
+    assert connected() == [1, 1]
+    assert b'baton_workers_connected{role="decode"} 1.0' in metrics.render()
