@@ -4,7 +4,6 @@ import asyncio
 import logging
 from types import TracebackType
 
-from core.blocks import root_hash
 from core.clock import Clock
 from core.errors import BatonError, InternalError
 from core.ids import BlockId
@@ -78,16 +77,7 @@ class DecodeRole:
         if refusal is not None:
             sink.send(Rejected(number=submit.number, code=refusal.code, message=refusal.message))
             return
-        now_s = self._clock.now_s()
-        sequence = Sequence(
-            sequence_id=submit.sequence_id,
-            context=submit.tokens,
-            output_position=submit.output_position,
-            sampling=submit.sampling,
-            root=root_hash(self._info.model_id, submit.cache_salt),
-            deadline_at_s=now_s + submit.deadline_s,
-            arrived_at_s=now_s,
-        )
+        sequence = Sequence.of(submit, self._info.model_id, self._clock.now_s())
         leg = _DecodeLeg(self, sink, submit.number, sequence)
         self._legs[id(sink), submit.number] = leg
         sink.send(Accepted(number=submit.number))

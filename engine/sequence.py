@@ -1,9 +1,11 @@
 """One sequence on one worker: its tokens, how far its KV reaches, and which blocks hold it."""
 
 from enum import Enum
+from typing import Self
 
-from core.blocks import chain_hashes
-from core.ids import BlockHash, BlockId, SequenceId
+from core.blocks import chain_hashes, root_hash
+from core.ids import BlockHash, BlockId, ModelId, SequenceId
+from core.messages import DecodeSubmit, PrefillSubmit
 from core.sampling import FinishReason, SamplingParams
 from engine.pool import BlockPool
 from engine.types import Sampled, SeqStep
@@ -50,6 +52,19 @@ class Sequence:
         self.published = 0
         self._root = root
         self._hashes: list[BlockHash] = []
+
+    @classmethod
+    def of(cls, submit: PrefillSubmit | DecodeSubmit, model_id: ModelId, now_s: float) -> Self:
+        """The sequence a router asks for."""
+        return cls(
+            sequence_id=submit.sequence_id,
+            context=submit.tokens,
+            output_position=submit.output_position,
+            sampling=submit.sampling,
+            root=root_hash(model_id, submit.cache_salt),
+            deadline_at_s=now_s + submit.deadline_s,
+            arrived_at_s=now_s,
+        )
 
     @property
     def done(self) -> bool:

@@ -6,7 +6,6 @@ or its expiry. Until then a cancel of the leg still ends the lease.
 
 from dataclasses import dataclass
 
-from core.blocks import root_hash
 from core.clock import Clock
 from core.errors import BatonError
 from core.messages import Accepted, LegFailed, LegTimes, LegTokens, PrefillSubmit, Rejected
@@ -56,16 +55,7 @@ class PrefillRole:
             rejected = Rejected(number=submit.number, code=refusal.code, message=refusal.message)
             sink.send(rejected)
             return
-        now_s = self._clock.now_s()
-        sequence = Sequence(
-            sequence_id=submit.sequence_id,
-            context=submit.tokens,
-            output_position=submit.output_position,
-            sampling=submit.sampling,
-            root=root_hash(self._info.model_id, submit.cache_salt),
-            deadline_at_s=now_s + submit.deadline_s,
-            arrived_at_s=now_s,
-        )
+        sequence = Sequence.of(submit, self._info.model_id, self._clock.now_s())
         lease = self._owner.open(submit.sequence_id)
         leg = _PrefillLeg(self, sink, submit.number, sequence, lease)
         self._legs[_LegKey(id(sink), submit.number)] = leg

@@ -220,7 +220,7 @@ async def test_a_deadline_that_passes_is_an_error_of_the_stage_it_passed_in() ->
 
 async def test_attempts_that_found_no_worker_are_recorded_one_by_one() -> None:
     async with running_cluster(prefill=0, decode=1) as cluster:
-        flow, recorded = recorded_flow(cluster, RouterConfig(max_attempts=2))
+        flow, recorded = recorded_flow(cluster, RouterConfig(max_attempts=2, worker_wait_s=0))
         with pytest.raises(NoWorkers):
             async with asyncio.timeout(20):
                 [item async for item in flow.generate(make_request([1]))]
