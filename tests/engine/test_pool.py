@@ -200,6 +200,29 @@ def test_publishing_again_changes_nothing() -> None:
     assert counts(pool, in_use=2)
 
 
+def test_unpublished_blocks_are_found_no_more_and_go_free() -> None:
+    pool = BlockPool(4)
+    hashes = chain(1, 2)
+    blocks = take(pool, 2)
+    publish(pool, blocks, hashes)
+    pool.unpublish(blocks)
+    assert pool.lookup(hashes) == []
+    pool.release(blocks)
+    pool.check()
+    assert counts(pool)
+
+
+def test_a_block_that_others_use_stays_published_and_so_do_its_ancestors() -> None:
+    pool = BlockPool(4)
+    hashes = chain(1, 3)
+    blocks = take(pool, 3)
+    publish(pool, blocks, hashes)
+    pool.acquire(blocks[:2])
+    pool.unpublish(blocks)
+    assert pool.lookup(hashes) == blocks[:2]
+    pool.check()
+
+
 def test_free_blocks_go_before_cached_ones() -> None:
     pool = BlockPool(4)
     cached = cache(pool, chain(1, 2))

@@ -276,6 +276,15 @@ async def test_binding_after_the_prefill_has_ended_reads_all_at_once() -> None:
         p.assert_arrived(pulled, blocks)
 
 
+async def test_a_reader_that_binds_after_the_answer_has_ended_is_told_so() -> None:
+    async with pair() as p:
+        lease, blocks = p.owner.open(3)
+        p.owner.owner.finish(lease, blocks, FirstToken(token=5, ended=True))
+        pulled = await p.pull(lease, 3)
+        assert (pulled.blocks, pulled.first_token, pulled.ended) == ((), 5, True)
+        p.assert_reader_holds_nothing()
+
+
 async def test_an_answer_that_ended_with_its_first_token_is_not_read() -> None:
     async with pair() as p, asyncio.TaskGroup() as group:
         lease, blocks = p.owner.open(3)
