@@ -52,14 +52,16 @@ def write_config(directory: Path, tree: dict[str, object]) -> Path:
 
 
 @contextmanager
-def worker_processes(
-    config: Path, roles: Sequence[str], module: Sequence[str] = ("cluster.worker",)
-) -> Iterator[list[WorkerProcess]]:
-    """Start one worker per role, all at once; end them on the way out, however that comes."""
+def worker_processes(config: Path, roles: Sequence[str]) -> Iterator[list[WorkerProcess]]:
+    """Start one worker per role, all at once; end them on the way out, however that comes.
+
+    A role `decode:FAULT` is a decode worker of tests/faulty_worker.py.
+    """
     with tempfile.TemporaryDirectory() as logs:
         started: list[subprocess.Popen[str]] = []
         try:
-            for i, role in enumerate(roles):
+            for i, (role, _, fault) in enumerate(kind.partition(":") for kind in roles):
+                module = ("tests.faulty_worker", fault) if fault else ("cluster.worker",)
                 log = (Path(logs) / f"{role}-{i}.log").open("w")
                 command = [sys.executable, "-m", *module, "--config", str(config)]
                 command += ["--role", role, "--worker-id", f"{role}-{i}"]
@@ -73,7 +75,7 @@ def worker_processes(
                 )
                 log.close()
             yield [
-                _wait_ready(process, Path(logs) / f"{role}-{i}.log")
+                _wait_ready(process, Path(logs) / f"{role.partition(':')[0]}-{i}.log")
                 for i, (role, process) in enumerate(zip(roles, started, strict=True))
             ]
         finally:

@@ -51,11 +51,15 @@ def cluster(
 ) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = write_checkpoint(directory / "model", request.param)
-    torch.set_num_threads(1)
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    reference = load_reference(checkpoint)
     config = write_config(directory, settings(checkpoint))
     with worker_processes(config, ["prefill", "decode"]) as workers:
         yield Cluster(config, workers, reference)
+
+
+def load_reference(checkpoint: Path) -> PreTrainedModel:
+    torch.set_num_threads(1)  # the workers have the cores
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
 def settings(checkpoint: Path, kv_memory_mb: int = 96) -> dict[str, object]:
@@ -169,31 +173,35 @@ def test_the_references_can_tell_a_difference(cluster: Cluster) -> None:
     assert other.tokens != answer.tokens
 
 
-@pytest.mark.parametrize("fault", ["zero", "swap"])
-async def test_one_damaged_block_changes_the_answer(fault: str, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "model", "llama")
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    config = write_config(tmp_path, settings(checkpoint))
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two sound pairs, and two decode workers that damage a block of every read."""
+    directory = tmp_path_factory.mktemp("llamas")
+    checkpoint = write_checkpoint(directory / "model", "llama")
+    reference = load_reference(checkpoint)
+    config = write_config(directory, settings(checkpoint, kv_memory_mb=16))
+    roles = ["prefill", "decode", "prefill", "decode", "decode:zero", "decode:swap"]
+    with worker_processes(config, roles) as workers:
+        yield Cluster(config, workers, reference)
+
+
+@pytest.mark.parametrize(("fault", "worker"), [("none", 1), ("zero", 4), ("swap", 5)])
+async def test_one_damaged_block_changes_the_answer(
+    llamas: Cluster, fault: str, worker: int
+) -> None:
     prompt = random_prompt(200, seed=5)
-    expected = reference_answer(reference, prompt, NEW_TOKENS).tokens
-    with (
-        worker_processes(config, ["prefill"]) as prefill,
-        worker_processes(config, ["decode"], module=("tests.faulty_worker", fault)) as decode,
-    ):
-        async with flow_over(config, [*prefill, *decode]) as flow:
-            items = await collect(flow, make_request("x", prompt, max_tokens=NEW_TOKENS))
+    expected = reference_answer(llamas.reference, prompt, NEW_TOKENS).tokens
+    async with flow_over(llamas.config, [llamas.workers[0], llamas.workers[worker]]) as flow:
+        items = await collect(flow, make_request(f"d-{fault}", prompt, max_tokens=NEW_TOKENS))
     assert output_tokens(items)[0] == expected[0]
-    assert output_tokens(items) != expected
+    assert (output_tokens(items) == expected) == (fault == "none")
 
 
-async def test_sampling_does_not_depend_on_the_pair_of_workers(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "model", "llama")
-    config = write_config(tmp_path, settings(checkpoint, kv_memory_mb=16))
+async def test_sampling_does_not_depend_on_the_pair_of_workers(llamas: Cluster) -> None:
     prompt = random_prompt(150, seed=8)
     request = make_request("x", prompt, max_tokens=40, temperature=0.9, seed=1234)
-    with worker_processes(config, ["prefill", "decode", "prefill", "decode"]) as workers:
-        async with flow_over(config, workers[:2]) as flow:
-            first = output_tokens(await collect(flow, request))
-        async with flow_over(config, workers[2:]) as flow:
-            second = output_tokens(await collect(flow, request))
-    assert first == second
+    answers = []
+    for pair in (llamas.workers[0:2], llamas.workers[2:4]):
+        async with flow_over(llamas.config, pair) as flow:
+            answers.append(output_tokens(await collect(flow, request)))
+    assert answers[0] == answers[1]
