@@ -93,29 +93,36 @@ async def run_cluster(
     report(Starting(step="checking the set-up"))
     for run_id in await asyncio.to_thread(sweep_dead_runs, root):
         report(RunSwept(run_id=run_id))
-    if parts.checks and (problems := await asyncio.to_thread(find_problems, config)):
-        raise BadConfig(problems)
-    if stop.asked.is_set():
-        return
+    run = RunDir.create(root, config.model.name)
+    try:
+        with environment(run), _log_to(run, config):
+            if parts.checks and (problems := await asyncio.to_thread(find_problems, config)):
+                raise BadConfig(problems)
+            if not stop.asked.is_set():
+                await _run_checked(config, run, stop, report, parts)
+    finally:
+        await asyncio.to_thread(run.remove)
+
+
+async def _run_checked(
+    config: ClusterConfig, run: RunDir, stop: StopRequest, report: Report, parts: Parts
+) -> None:
     with contextlib.closing(bind_listener(config.router.host, config.router.port)) as opened:
-        run = RunDir.create(root, config.model.name)
         try:
-            with environment(run), _log_to(run, config):
-                try:
-                    await _Cluster(config, run, opened, stop, report, parts).run()
-                finally:
-                    await asyncio.to_thread(end_processes, run, _LEFTOVERS_TERM_S)
+            cluster = _Cluster(config, run, opened=opened, stop=stop, report=report, parts=parts)
+            await cluster.run()
         finally:
-            await asyncio.to_thread(run.remove)
+            await asyncio.to_thread(end_processes, run, _LEFTOVERS_TERM_S)
 
 
 class _Cluster:
     """The living parts of one run."""
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         config: ClusterConfig,
         run: RunDir,
+        *,
         opened: socket.socket,
         stop: StopRequest,
         report: Report,

@@ -87,7 +87,7 @@ async def _in_a_cluster(config: ClusterConfig, report: Report, view: DemoView) -
 
     def heard(event: Event) -> None:
         report(event)
-        if isinstance(event, ClusterReady):
+        if isinstance(event, ClusterReady) and not ready.done():
             ready.set_result(event)
 
     with stop.on_signals():

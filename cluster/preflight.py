@@ -1,19 +1,26 @@
 """What can be known to be wrong before anything starts: one sentence per problem."""
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
 from cluster.config import ClusterConfig
 from core.errors import ConfigError
 from router.serve import bind_listener
 
+_TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
 
 def find_problems(config: ClusterConfig) -> list[str]:
     """All problems but a taken port. Imports torch, so it takes seconds."""
-    return [
-        *_checkpoint_problems(config),
-        *_transfer_problems(config),
-        *_gpu_problems(config),
-    ]
+    with _torch_leaves_nothing():
+        return [
+            *_checkpoint_problems(config),
+            *_transfer_problems(config),
+            *_gpu_problems(config),
+        ]
 
 
 def port_problems(config: ClusterConfig) -> list[str]:
@@ -23,6 +30,20 @@ def port_problems(config: ClusterConfig) -> list[str]:
     except ConfigError as error:
         return [error.message]
     return []
+
+
+@contextmanager
+def _torch_leaves_nothing() -> Iterator[None]:
+    """Importing torch makes a cache folder in the temporary folder, unless it is told where."""
+    if _TORCH_CACHE in os.environ:
+        yield
+        return
+    with TemporaryDirectory(prefix="baton-") as folder:
+        os.environ[_TORCH_CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[_TORCH_CACHE]
 
 
 def _checkpoint_problems(config: ClusterConfig) -> list[str]:

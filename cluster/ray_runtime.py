@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ class RayRuntime:
             raise Unavailable(
                 f"Ray could not start: {error}\nits log ends with:\n{log_end}"
             ) from error
+        finally:
+            _take_back_signals()
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a blocking call of Ray on its thread."""
@@ -91,6 +94,7 @@ def environment(run: RunDir) -> Iterator[None]:
             RUN_DIR_VARIABLE: str(run.path),
             "SPT_NOENV": "1",  # or the titles of Ray's agents overwrite their environment
             "UCX_POSIX_DIR": str(run.shm),
+            "TORCHINDUCTOR_CACHE_DIR": str(run.path / "torch"),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(run.ray_token),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # this makes Ray listen on loopback only
@@ -119,6 +123,18 @@ def _environ(variables: Mapping[str, str]) -> Iterator[None]:
 def _block_terminal_signals() -> None:
     # Inherited by Ray's processes: Ctrl-C and a closed terminal are the controller's to handle.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+
+
+def _take_back_signals() -> None:
+    """Undo what Ray's core did to SIGTERM: print a stack trace, abort the process 3 s later.
+
+    Python still knows the handler that was there before; setting it again puts it in force.
+    """
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+        signal.alarm(0)
 
 
 def _stop() -> None:

@@ -32,6 +32,7 @@ _SOCKET_PATH_BYTES = 103  # sockaddr_un holds 104 bytes on macOS and 108 on Linu
 _USER_BYTES = 15
 _LONGEST_INSIDE = "/00000000/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _SHARED_MEMORY = Path("/dev/shm")
+_RUN_LINK = "run"
 _SAME_START_S = 2.0
 
 
@@ -75,7 +76,7 @@ class RunDir:
             _make_root(root)
             new.mkdir(mode=0o700)
         run = cls(root / run_id)
-        for folder in (new / "logs", new / "ray", run.shm):
+        for folder in (new / "logs", new / "ray"):
             folder.mkdir(mode=0o700)
         info = RunInfo(
             run_id=run_id, pid=os.getpid(), started_s=_start_of(os.getpid()), model=model
@@ -83,6 +84,8 @@ class RunDir:
         _write(new / "run.json", json.dumps(asdict(info)))
         _write(new / "ray_token", secrets.token_hex(32))
         new.rename(run.path)
+        run.shm.mkdir(mode=0o700)
+        (run.shm / _RUN_LINK).symlink_to(run.path)
         return run
 
     @property
@@ -175,6 +178,15 @@ def all_runs(root: Path) -> list[RunDir]:
 def live_runs(root: Path) -> list[RunDir]:
     """The runs whose controller is alive."""
     return [run for run in all_runs(root) if run.is_alive()]
+
+
+def orphaned_memory(root: Path) -> list[Path]:
+    """Shared memory whose run folder was removed by somebody else, such as a cleaner of /tmp."""
+    return [
+        memory
+        for memory in _SHARED_MEMORY.glob(f"{root.name}-*")
+        if (memory / _RUN_LINK).is_symlink() and not (memory / _RUN_LINK).exists()
+    ]
 
 
 def _make_root(root: Path) -> None:

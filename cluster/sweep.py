@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.run_dir import RUN_DIR_VARIABLE, RunDir, all_runs
+from cluster.run_dir import RUN_DIR_VARIABLE, RunDir, all_runs, orphaned_memory
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ def sweep_dead_runs(root: Path) -> list[str]:
         run.remove()
         log.info("dead_run_swept run_id=%s processes=%d", run.run_id, ended)
         swept.append(run.run_id)
+    for memory in orphaned_memory(root):
+        shutil.rmtree(memory, ignore_errors=True)
     _remove_unfinished(root)
     return swept
 
@@ -90,5 +92,4 @@ def _remove_unfinished(root: Path) -> None:
         except OSError:
             continue
         if old:
-            shutil.rmtree(RunDir(path.with_name(path.name[1:])).shm, ignore_errors=True)
             shutil.rmtree(path, ignore_errors=True)

@@ -29,6 +29,12 @@ def fails_once(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) ->
     idle(spec, stop, ready)
 
 
+def slow_to_stop(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
+    """Idle, and takes its time to end."""
+    idle(spec, stop, ready)
+    threading.Event().wait(3.5)
+
+
 def misconfigured(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
     """A set-up the user must mend."""
     raise ConfigError(f"{spec.worker_id} finds no weights in DIR")

@@ -87,7 +87,7 @@ def test_the_demo_holds_every_promise_and_leaves_nothing(shell: Shell) -> None:
     assert "all 5 checks held" in done.stdout
     assert done.stdout.count("identical") == 6  # five requests and the check
     assert "Traceback" not in done.stderr
-    assert not shell.root.exists()
+    assert list(shell.temporary.iterdir()) == []
 
 
 def test_a_cluster_serves_tells_its_status_keeps_its_port_and_goes_down(shell: Shell) -> None:
@@ -139,7 +139,8 @@ def test_a_cluster_serves_tells_its_status_keeps_its_port_and_goes_down(shell: S
         assert down.stdout == f"cluster {ready['run_id']} stopped\n"
         assert up.wait(10) == 0
         assert run_processes(run) == []
-        assert not shell.root.exists()
+        left = {path.name for path in shell.temporary.iterdir()}
+        assert left == {"cluster.yaml", "spans.jsonl"}
         spans = [
             json.loads(line) for line in config.with_name("spans.jsonl").read_text().splitlines()
         ]

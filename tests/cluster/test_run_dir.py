@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -137,6 +138,25 @@ def test_a_folder_still_being_made_is_left_alone_until_it_is_old(tmp_path: Path)
     os.utime(unfinished, (time.time() - 7200,) * 2)
     sweep_dead_runs(tmp_path)
     assert not unfinished.exists()
+
+
+def test_memory_of_a_run_whose_folder_is_gone_is_swept_and_no_other(tmp_path: Path) -> None:
+    cleaned, living = make_run(tmp_path), make_run(tmp_path)
+    shutil.rmtree(cleaned.path)
+    sweep_dead_runs(tmp_path)
+    assert not cleaned.shm.exists()
+    assert living.shm.is_dir()
+    living.remove()
+
+
+def test_without_memory_backed_files_the_run_folder_holds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.run_dir._SHARED_MEMORY", tmp_path / "nowhere")
+    run = make_run(tmp_path / "baton-me")
+    assert run.shm.parent == run.path
+    assert run.shm.is_dir()
+    run.remove()
 
 
 def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:

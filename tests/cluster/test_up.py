@@ -172,6 +172,15 @@ def test_a_second_ctrl_c_stops_at_once_even_while_ray_starts() -> None:
         assert up.ended_clean(run) == 130
 
 
+def test_a_stop_by_sigterm_may_take_its_time() -> None:
+    # Ray would abort a process three seconds after a SIGTERM.
+    with small_up("slow_to_stop") as up:
+        up.until("ClusterReady")
+        run = up.run
+        up.process.send_signal(signal.SIGTERM)
+        assert up.ended_clean(run) == 0
+
+
 def test_a_closed_terminal_stops_the_cluster_in_order() -> None:
     controller, terminal = pty.openpty()
     with small_up("idle", terminal=terminal) as up:
