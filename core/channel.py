@@ -13,6 +13,8 @@ _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    # Workers are reached directly, whatever proxy the environment names.
+    ("grpc.enable_http_proxy", 0),
     # Every stream has its own connection state; a reconnect must not inherit a long backoff.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -32,6 +34,17 @@ STREAM_ERRORS: tuple[type[Exception], ...] = (
     asyncio.InvalidStateError,  # a write to a stream that has ended
 )
 """All that reading or writing a gRPC stream raises when the stream breaks."""
+
+
+def heed_cancel() -> None:
+    """Raise the CancelledError that a TaskGroup has hidden.
+
+    In Python 3.11, when a task is cancelled and its group's children fail at the same moment, as
+    the writer of a stream that is torn down does, the group raises only the children's errors.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def describe_break(errors: BaseExceptionGroup[BaseException]) -> str:

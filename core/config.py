@@ -6,4 +6,6 @@ from pydantic import BaseModel, ConfigDict
 class Settings(BaseModel):
     """Each room subclasses it for what it owns; cluster/config.py composes the tree."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -9,7 +9,8 @@ T = TypeVar("T")
 
 class Outbox(Generic[T]):
     """`send` never waits. When the writer falls behind by `limit` items the outbox overflows: it
-    closes, and its owner ends the stream, because a peer that misses messages is a lost peer.
+    closes, and its owner, who waits for `overflowed` beside the writer, ends the stream, because a
+    peer that misses messages is a lost peer.
     """
 
     def __init__(self, limit: int) -> None:
@@ -17,14 +18,14 @@ class Outbox(Generic[T]):
         self._items: deque[T] = deque()
         self._wake = asyncio.Event()
         self._closed = False
-        self.overflowed = False
+        self.overflowed = asyncio.Event()
 
     def send(self, item: T) -> None:
         """Queue an item; dropped when the outbox is closed."""
         if self._closed:
             return
         if len(self._items) >= self._limit:
-            self.overflowed = True
+            self.overflowed.set()
             self.close()
             return
         self._items.append(item)
@@ -33,7 +34,7 @@ class Outbox(Generic[T]):
     def close(self) -> None:
         """No more items are taken; those queued are still handed out, unless it overflowed."""
         self._closed = True
-        if self.overflowed:
+        if self.overflowed.is_set():
             self._items.clear()
         self._wake.set()
 

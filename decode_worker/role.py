@@ -6,7 +6,6 @@ from types import TracebackType
 
 from core.clock import Clock
 from core.errors import BatonError, InternalError
-from core.ids import BlockId
 from core.messages import Accepted, DecodeSubmit, Handoff, LegFailed, LegTimes, LegTokens, Rejected
 from core.sampling import FinishReason
 from core.sink import RouterSink
@@ -43,6 +42,9 @@ class DecodeRole:
         self._clock = clock
         self._capacity_tokens = min(info.context_tokens, info.num_blocks * info.layout.block_size)
         self._legs: dict[tuple[int, int], _DecodeLeg] = {}
+        self.pulls = 0
+        """Pulls that run; a cancelled one counts until it has given everything back."""
+        self.pulling_tokens = 0
         self._tasks = asyncio.TaskGroup()
 
     async def __aenter__(self) -> "DecodeRole":
@@ -107,13 +109,12 @@ class DecodeRole:
     async def _bring(self, leg: "_DecodeLeg", handoff: Handoff) -> None:
         """The pull task of one leg. Whatever happens, the router hears of it or has cancelled."""
         sequence = leg.sequence
-        cached = self._cached_prefix(sequence)
-        self._pool.acquire(cached)
-        kept = False
+        self.pulls += 1
+        self.pulling_tokens += sequence.context_tokens
         try:
-            pulled = await self._pull(sequence, handoff, len(cached))
+            pulled = await self._pull(sequence, handoff)
             leg.pull = None
-            kept = self._start(leg, [*cached, *pulled.blocks], pulled, len(cached))
+            self._start(leg, pulled)
         except BatonError as error:
             leg.pull = None
             self.fail(leg, error, Stage.KV_TRANSFER)
@@ -122,48 +123,41 @@ class DecodeRole:
             leg.pull = None
             self.fail(leg, InternalError("the KV pull failed"), Stage.KV_TRANSFER)
         finally:
-            if not kept:
-                self._pool.release(cached)
-                self._reader.space_freed()
+            self.pulls -= 1
+            self.pulling_tokens -= sequence.context_tokens
 
-    def _cached_prefix(self, sequence: Sequence) -> list[BlockId]:
+    async def _pull(self, sequence: Sequence, handoff: Handoff) -> Pulled:
         size = self._info.layout.block_size
-        return self._pool.lookup(sequence.block_hashes(sequence.context_tokens // size, size))
-
-    async def _pull(self, sequence: Sequence, handoff: Handoff, num_cached: int) -> Pulled:
         return await self._reader.pull(
             PullRequest(
                 handoff=handoff,
                 sequence_id=sequence.sequence_id,
-                first_block=num_cached,
+                hashes=sequence.block_hashes(sequence.context_tokens // size, size),
                 num_blocks=self._info.layout.num_blocks(sequence.context_tokens),
                 timeout_s=max(0.0, sequence.deadline_at_s - self._clock.now_s()),
             )
         )
 
-    def _start(
-        self, leg: "_DecodeLeg", blocks: list[BlockId], pulled: Pulled, num_cached: int
-    ) -> bool:
-        """Join the running batch; False when the answer already ended with its first token."""
+    def _start(self, leg: "_DecodeLeg", pulled: Pulled) -> None:
+        """Join the running batch, unless the answer ended with its first token."""
         sequence = leg.sequence
         finish = sequence.append(Sampled(token=pulled.first_token))
         if pulled.ended or finish is not None:
             self._legs.pop((id(leg.sink), leg.number), None)
             self._pool.release(pulled.blocks)
-            return False
-        sequence.blocks = blocks
+            return
+        sequence.blocks = list(pulled.blocks)
         sequence.computed = sequence.context_tokens
-        sequence.published = num_cached
+        sequence.published = pulled.cached_blocks
         sequence.publish(self._pool, self._info.layout.block_size)
-        sequence.cached_tokens = num_cached * self._info.layout.block_size
+        sequence.cached_tokens = pulled.cached_blocks * self._info.layout.block_size
         leg.times = LegTimes(
             transfer_s=pulled.seconds,
             transfer_bytes=pulled.nbytes,
-            transfer_blocks=len(pulled.blocks),
+            transfer_blocks=len(pulled.blocks) - pulled.cached_blocks,
             cached_tokens=sequence.cached_tokens,
         )
         self._runner.submit_ready(sequence, leg)
-        return True
 
     # -- called by the legs ---------------------------------------------------------------------
 

@@ -45,4 +45,6 @@ class EngineConfig(Settings):
     """Token budget of one engine step: decodes first, the rest for prefill chunks."""
     max_batch: int = Field(256, ge=1)
     """Sequences in one engine step, at most."""
+    step_timeout_s: float = Field(120.0, gt=0)
+    """A step that takes longer means a stuck engine; the worker then ends and is replaced."""
     timed: TimedConfig = TimedConfig()

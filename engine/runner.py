@@ -27,6 +27,7 @@ from engine.types import Engine, Sampled
 log = logging.getLogger(__name__)
 
 _IDLE_SWEEP_S = 0.25
+_STEP_GRACE_S = 5.0
 
 
 class SequenceListener(Protocol):
@@ -67,6 +68,7 @@ class Runner:
         *,
         step_tokens: int,
         max_batch: int,
+        step_timeout_s: float,
         on_step_end: Callable[[], None],
     ) -> None:
         self._engine = engine
@@ -74,6 +76,7 @@ class Runner:
         self._clock = clock
         self._step_tokens = step_tokens
         self._max_batch = max_batch
+        self._step_timeout_s = step_timeout_s
         self._on_step_end = on_step_end
         self._block_size = engine.info.layout.block_size
         self._waiting: list[Sequence] = []
@@ -90,6 +93,7 @@ class Runner:
     def submit(self, sequence: Sequence, listener: SequenceListener) -> None:
         """Queue a sequence whose context must (in part) be computed here."""
         self._listeners[id(sequence)] = listener
+        sequence.cached_tokens = len(self._lookup(sequence)) * self._block_size
         self._waiting.append(sequence)
         self._wake.set()
 
@@ -114,9 +118,14 @@ class Runner:
         """Blocks were freed elsewhere: a waiting sequence may start now."""
         self._wake.set()
 
+    @property
+    def idle(self) -> bool:
+        """Nothing waits or runs, and no step still holds blocks of what was removed."""
+        return not (self._waiting or self._running or self._in_flight or self._late_release)
+
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
-        queued = sum(s.pending_tokens for s in self._waiting)
+        queued = sum(s.pending_tokens - s.cached_tokens for s in self._waiting)
         queued += sum(s.pending_tokens for s in self._running if s.pending_tokens > 1)
         return RunnerLoad(
             queued_tokens=queued,
@@ -130,7 +139,8 @@ class Runner:
     async def run(self) -> None:
         """Step until cancelled. An exception of the engine itself ends the loop, and the worker."""
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        try:
             while True:
                 self._expire()
                 batch = self._next_batch()
@@ -142,16 +152,34 @@ class Runner:
                 self._in_flight = {id(sequence) for sequence, _ in batch}
                 step = loop.run_in_executor(thread, self._engine.step, steps)
                 try:
-                    results = await asyncio.shield(step)
+                    results = await self._in_time(step)
                 finally:
-                    if not step.done():
-                        await asyncio.wait([step])
                     self._in_flight = set()
                     self._release_late()
                 self.steps += 1
                 for (sequence, count), result in zip(batch, results, strict=True):
                     self._apply(sequence, count, result)
                 self._on_step_end()
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_time(
+        self, step: "asyncio.Future[list[Sampled | BatonError | None]]"
+    ) -> list[Sampled | BatonError | None]:
+        """The step's results. A step that does not end condemns the engine: its thread is stuck.
+
+        Cancelled, it still waits for the step, whose blocks must not be freed under it.
+        """
+        try:
+            async with asyncio.timeout(self._step_timeout_s):
+                return await asyncio.shield(step)
+        except TimeoutError:
+            raise InternalError(
+                f"an engine step did not end within {self._step_timeout_s:g} s"
+            ) from None
+        finally:
+            if not step.done():
+                await asyncio.wait([step], timeout=_STEP_GRACE_S)
 
     async def _rest(self) -> None:
         self._wake.clear()
@@ -180,8 +208,7 @@ class Runner:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Take all blocks of the known tokens, reusing cached ones, or leave it waiting."""
-        full = (len(sequence.tokens) - 1) // self._block_size  # the last token must be fed
-        cached = self._pool.lookup(sequence.block_hashes(full, self._block_size))
+        cached = self._lookup(sequence)
         missing = self._engine.info.layout.num_blocks(len(sequence.tokens)) - len(cached)
         if missing > self._pool.available_beside(cached):
             return False
@@ -201,6 +228,11 @@ class Runner:
         if sequence.computed:
             self._listeners[id(sequence)].on_blocks(sequence)
         return True
+
+    def _lookup(self, sequence: Sequence) -> list[BlockId]:
+        """Cached blocks of its known tokens, but for the last one, which must be fed."""
+        full = (len(sequence.tokens) - 1) // self._block_size
+        return self._pool.lookup(sequence.block_hashes(full, self._block_size))
 
     def _grow(self, sequence: Sequence, end: int) -> bool:
         """Blocks up to position `end`; preempts the youngest when there are none left."""
@@ -222,6 +254,7 @@ class Runner:
         self._running.remove(sequence)
         self._pool.release(sequence.blocks)
         sequence.blocks = []
+        sequence.cached_tokens = 0
         sequence.published = sequence.computed = 0
         sequence.state = SequenceState.WAITING
         self._waiting.insert(0, sequence)
@@ -234,8 +267,9 @@ class Runner:
         listener = self._listeners[id(sequence)]
         if isinstance(result, BatonError):
             log.error("step_failed sequence=%s reason=%s", sequence.sequence_id, result.message)
+            listener.on_failed(sequence, result)  # ends a lease, which would keep them published
             self._pool.unpublish(sequence.blocks)
-            self._fail(sequence, result)
+            self.remove(sequence)
             return
         sequence.computed += count
         sequence.publish(self._pool, self._block_size)

@@ -25,7 +25,7 @@ from engine.types import EngineInfo, Sampled, SeqStep
 U64 = npt.NDArray[np.uint64]
 
 _POWER = np.uint64(0x9E3779B97F4A7C15)
-_REMEMBERED_SEQUENCES = 4096
+_REMEMBERED_POSITIONS = 4_000_000
 
 
 @dataclass(slots=True)
@@ -59,6 +59,7 @@ class TimedEngine:
         self._words: U64 = self._arena.data.numpy().view(np.uint64)
         self._lanes = _lane_constants(layout)
         self._known: dict[SequenceId, _Known] = {}
+        self._positions = 0
         self._info = EngineInfo(
             model_id=timed_model_id(config, vocab_size),
             layout=layout,
@@ -86,6 +87,7 @@ class TimedEngine:
 
     def _advance(self, part: SeqStep) -> Sampled | BatonError | None:
         known = self._known.pop(part.sequence_id, None) or _Known(np.zeros(0, dtype=np.uint64))
+        self._positions -= len(known.states)
         known.states = states = extend_states(known.states, part.tokens[: part.end])
         error = self._verify(part, states, known)
         if error is not None:
@@ -133,9 +135,11 @@ class TimedEngine:
         return token
 
     def _remember(self, sequence_id: SequenceId, known: _Known) -> None:
+        """Put back what `_advance` took out, as the newest; the oldest are forgotten."""
         self._known[sequence_id] = known
-        if len(self._known) > _REMEMBERED_SEQUENCES:
-            del self._known[next(iter(self._known))]
+        self._positions += len(known.states)
+        while self._positions > _REMEMBERED_POSITIONS and len(self._known) > 1:
+            self._positions -= len(self._known.pop(next(iter(self._known))).states)
 
 
 def step_seconds(timed: TimedConfig, batch: Sequence[SeqStep]) -> float:

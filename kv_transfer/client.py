@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 
-from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break
+from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break, heed_cancel
 from core.errors import TransferFailed
 from core.ids import Incarnation, LeaseId
 from core.messages import PROTOCOL_MAJOR, Handoff
@@ -23,6 +23,7 @@ from kv_transfer.messages import (
     LeaseOutcome,
     PeerHello,
     Renew,
+    Renewed,
 )
 from kv_transfer.transport import Transport
 from wire import peer_pb2, peer_pb2_grpc
@@ -66,6 +67,7 @@ class PeerConnection:
         self._outbox: Outbox[FromReader] = Outbox(_OUTBOX_MESSAGES)
         self._leases: dict[LeaseId, BoundLease] = {}
         self._lost: TransferFailed | None = None
+        self._heard = 0
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # -- used by the reader ---------------------------------------------------------------------
@@ -113,17 +115,21 @@ class PeerConnection:
         finally:
             self._lose(TransferFailed(reason))
             await self._transport.disconnect(self.owner)
+        heed_cancel()
 
     async def _serve(self, stream: Stream) -> None:
         async with asyncio.TaskGroup() as group:
             writer = group.create_task(self._write(stream))
             renewer = group.create_task(self._renew())
+            overflow = group.create_task(self._end_overflow())
             await self._check_hello(await stream.read())
             self.ready.set_result(None)
             while isinstance(raw := await stream.read(), peer_pb2.FromOwner):
+                self._heard += 1
                 self._dispatch(raw)
             writer.cancel()
             renewer.cancel()
+            overflow.cancel()
 
     async def _check_hello(self, raw: object) -> None:
         hello = from_owner_from_wire(raw) if isinstance(raw, peer_pb2.FromOwner) else None
@@ -145,7 +151,7 @@ class PeerConnection:
         except UnknownMessage as unknown:
             log.info("peer_message_skipped %s", unknown)
             return
-        if isinstance(message, PeerHello):
+        if isinstance(message, PeerHello | Renewed):
             return
         lease = self._leases.get(message.lease_id)
         if lease is None:
@@ -162,13 +168,22 @@ class PeerConnection:
     async def _write(self, stream: Stream) -> None:
         async for message in self._outbox:
             await stream.write(from_reader_to_wire(message))
+
+    async def _end_overflow(self) -> None:
+        """A writer stuck on an owner that does not read cannot end the stream itself."""
+        await self._outbox.overflowed.wait()
         raise TransferFailed("the KV owner does not read its stream")
 
     async def _renew(self) -> None:
+        """Keep the bound leases alive. The owner answers each renewal: silence is a lost owner."""
         while True:
-            await asyncio.sleep(self._renew_every_s)
-            if self._leases:
+            asked, heard = bool(self._leases), self._heard
+            if asked:
                 self._outbox.send(Renew(lease_ids=tuple(self._leases)))
+            for _ in range(2):  # a pause of this process is not one of the owner
+                await asyncio.sleep(self._renew_every_s / 2)
+            if asked and heard == self._heard:
+                raise TransferFailed(f"the KV owner said nothing for {self._renew_every_s:.1f} s")
 
     def _lose(self, failure: TransferFailed) -> None:
         self._lost = failure

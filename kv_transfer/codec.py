@@ -16,6 +16,7 @@ from kv_transfer.messages import (
     Memory,
     PeerHello,
     Renew,
+    Renewed,
 )
 from wire import common_pb2, peer_pb2
 
@@ -116,6 +117,8 @@ def from_owner_to_wire(message: FromOwner) -> peer_pb2.FromOwner:
                     ended=message.ended,
                 )
             )
+        case Renewed():
+            return peer_pb2.FromOwner(renewed=peer_pb2.Renewed())
         case Closed():
             return peer_pb2.FromOwner(
                 closed=peer_pb2.Closed(
@@ -142,6 +145,8 @@ def from_owner_from_wire(message: peer_pb2.FromOwner) -> FromOwner:
                 first_token=announce.first_token,
                 ended=announce.ended,
             )
+        case "renewed":
+            return Renewed()
         case "closed":
             known = {outcome.value for outcome in LeaseOutcome}
             outcome = message.closed.outcome if message.closed.outcome in known else 0

@@ -77,6 +77,10 @@ class LoopbackTransport:
     async def disconnect(self, peer: Incarnation) -> None:
         self._peers.pop(peer, None)
 
+    async def failed(self) -> Exception:
+        never: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        return await never
+
     async def close(self) -> None:
         self._hub.arenas.pop(self._arena.address, None)
 

@@ -3,11 +3,12 @@
 The reader opens the stream, one per owner it reads from. Both say hello first.
 
     reader -> owner   PeerHello | Bind | Renew | Close | Abort
-    owner -> reader   PeerHello | Announce | Closed | Abort
+    owner -> reader   PeerHello | Announce | Renewed | Closed | Abort
 
     Bind        once per lease: this reader wants the blocks from `first_block` on
     Announce    blocks that are final, in order; the last one is `final` and has the first token
-    Renew       keeps the bound leases alive while the reader works
+    Renew       keeps the bound leases alive while the reader works; answered by Renewed, so that
+                a reader notices a silent owner
     Close       after the last read has ended: may I use what I read?
     Closed      HELD: the blocks were held without a break since they were announced. Only this
                 answer makes them usable; any other answer, or none, discards them.
@@ -81,6 +82,11 @@ class Renew:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Renewed:
+    """The owner lives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
     lease_id: LeaseId
 
@@ -98,4 +104,4 @@ class Abort:
 
 
 FromReader = PeerHello | Bind | Renew | Close | Abort
-FromOwner = PeerHello | Announce | Closed | Abort
+FromOwner = PeerHello | Announce | Renewed | Closed | Abort

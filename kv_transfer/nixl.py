@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -56,6 +57,7 @@ class _Handle(Protocol):
 class _Reading:
     """A posted read, on the transfer thread."""
 
+    peer: Incarnation
     handle: _Handle
     future: "asyncio.Future[ReadStats]"
     stats: ReadStats
@@ -75,6 +77,8 @@ class _ThreadState:
     agent: nixl_agent
     peers: dict[Incarnation, _Peer] = field(default_factory=dict)
     reading: list[_Reading] = field(default_factory=list)
+    leaving: set[Incarnation] = field(default_factory=set)
+    """Peers to forget once no read from them is in flight: until then it may write."""
 
 
 class NixlTransport:
@@ -90,13 +94,17 @@ class NixlTransport:
         self._device = "VRAM" if arena.data.is_cuda else "DRAM"
         self._device_index = arena.data.get_device() if arena.data.is_cuda else 0
         self._counters = TransportCounters()
+        self._failed: asyncio.Future[Exception] = self._loop.create_future()
         self._commands: queue.SimpleQueue[Callable[[_ThreadState], None] | None] = (
             queue.SimpleQueue()
         )
         self._started: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._thread.start()
-        metadata = self._started.get(timeout=_START_TIMEOUT_S)
+        try:
+            metadata = self._started.get(timeout=_START_TIMEOUT_S)
+        except queue.Empty:
+            raise InternalError(f"NIXL did not start within {_START_TIMEOUT_S:g} s") from None
         if isinstance(metadata, Exception):
             raise InternalError(f"NIXL did not start: {metadata}") from metadata
         self._metadata = metadata
@@ -122,6 +130,7 @@ class NixlTransport:
         future: asyncio.Future[None] = self._loop.create_future()
 
         def command(state: _ThreadState) -> None:
+            state.leaving.discard(peer)
             if peer not in state.peers:
                 name = state.agent.add_remote_agent(memory.metadata)
                 text = name.decode() if isinstance(name, bytes) else str(name)
@@ -142,13 +151,15 @@ class NixlTransport:
         future: asyncio.Future[None] = self._loop.create_future()
 
         def command(state: _ThreadState) -> None:
-            known = state.peers.pop(peer, None)
-            if known is not None:
-                state.agent.remove_remote_agent(known.agent_name)
+            state.leaving.add(peer)
+            self._forget_leaving(state)
             self._resolve(future, None)
 
         self._submit(command, future)
         await future
+
+    async def failed(self) -> Exception:
+        return await asyncio.shield(self._failed)
 
     async def close(self) -> None:
         self._commands.put(None)
@@ -179,11 +190,25 @@ class NixlTransport:
         except _ERRORS as error:
             self._started.put(error)
             return
-        while self._serve(state):
-            self._poll(state)
+        try:
+            while self._serve(state):
+                self._poll(state)
+        except Exception as error:  # the root of the thread; the worker must end with it
+            log.exception("transfer_thread_failed")
+            self._call(partial(self._failed.set_result, error))
+            return
         for reading in state.reading:
+            self._release(state, reading)
             self._fail(reading.future, RuntimeError("this worker is stopping"))
         state.agent.deregister_memory(registered)
+
+    def _forget_leaving(self, state: _ThreadState) -> None:
+        busy = {reading.peer for reading in state.reading}
+        for peer in state.leaving - busy:
+            state.leaving.discard(peer)
+            known = state.peers.pop(peer, None)
+            if known is not None:
+                state.agent.remove_remote_agent(known.agent_name)
 
     def _serve(self, state: _ThreadState) -> bool:
         """Run waiting commands; sleeps when there is nothing to poll. False: stop."""
@@ -220,7 +245,7 @@ class NixlTransport:
         )
         handle = state.agent.initialize_xfer("READ", local, remote, known.agent_name)
         stats = ReadStats(nbytes=int(rows[:, 2].sum()), descriptors=len(plan), seconds=0.0)
-        reading = _Reading(handle, future, stats, started_s)
+        reading = _Reading(peer, handle, future, stats, started_s)
         try:
             status = state.agent.transfer(handle)
         except _ERRORS:
@@ -255,6 +280,8 @@ class NixlTransport:
             if status != "PROC":
                 state.reading.remove(reading)
                 self._end(state, reading, status)
+        if state.leaving:
+            self._forget_leaving(state)
 
     def _end(self, state: _ThreadState, reading: _Reading, status: str) -> None:
         self._release(state, reading)

@@ -21,6 +21,7 @@ from kv_transfer.messages import (
     FromReader,
     PeerHello,
     Renew,
+    Renewed,
 )
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Owner:
                 self._bind(reader, message)
             case Renew():
                 self.table.renew(message.lease_ids, reader)
+                self._send(reader, Renewed())
             case Close():
                 self.sweep()
                 outcome = self.table.close(message.lease_id, reader)

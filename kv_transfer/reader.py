@@ -9,13 +9,13 @@ they are quarantined until the transport says that the read has ended.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from core.errors import DeadlineExceeded, TransferFailed
-from core.ids import BlockId, Incarnation, SequenceId
+from core.errors import DeadlineExceeded, InternalError, TransferFailed
+from core.ids import BlockHash, BlockId, Incarnation, SequenceId
 from core.messages import Handoff
 from engine.pool import BlockPool
 from kv_transfer.client import BoundLease, PeerConnection
@@ -31,20 +31,27 @@ _SPACE_RECHECK_S = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullRequest:
-    """Blocks `first_block` to `num_blocks` of a sequence, from the owner of a lease."""
+    """The first `num_blocks` blocks of a sequence, from the owner of a lease.
+
+    `hashes` are those of its full blocks: what is cached here under them is not read again.
+    """
 
     handoff: Handoff
     sequence_id: SequenceId
-    first_block: int
+    hashes: Sequence[BlockHash]
     num_blocks: int
     timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """Usable blocks, one running reference each, and what the prefill ended with."""
+    """Usable blocks, one running reference each, and what the prefill ended with.
+
+    The first `cached_blocks` were here already.
+    """
 
     blocks: tuple[BlockId, ...]
+    cached_blocks: int
     first_token: int
     ended: bool
     nbytes: int
@@ -99,7 +106,7 @@ class Reader:
                 bind = Bind(
                     lease_id=request.handoff.lease_id,
                     sequence_id=request.sequence_id,
-                    first_block=request.first_block,
+                    first_block=0,
                 )
                 async with connection.bind(bind) as lease:
                     return await _Pull(self, connection, lease, request).run()
@@ -132,17 +139,22 @@ class Reader:
             if known is not None and known[0] is connection:
                 del self._connections[connection.owner]
 
-    async def reserve(self, count: int, lease: BoundLease) -> list[BlockId]:
-        """Wait for `count` free blocks beside the headroom running sequences need to grow.
+    async def reserve(self, request: PullRequest, lease: BoundLease) -> "Reserved":
+        """Wait for memory beside the headroom that running sequences need to grow.
 
-        Raises what ended the lease meanwhile.
+        Takes the cached prefix and the rest in one step: a pull that waits holds nothing, so no
+        two of them wait for each other. Raises what ended the lease meanwhile.
         """
         async with self._turn:
             while True:
-                if self._pool.available - count >= self._headroom() or self._is_idle(count):
-                    blocks = self._pool.reserve(count)
-                    if blocks is not None:
-                        return blocks
+                cached = self._pool.lookup(request.hashes)
+                missing = request.num_blocks - len(cached)
+                if self._pool.available_beside(cached) - missing >= self._headroom():
+                    self._pool.acquire(cached)
+                    fresh = self._pool.reserve(missing)
+                    if fresh is None:
+                        raise InternalError("reserving failed although the blocks were counted")
+                    return Reserved(cached, fresh)
                 self._space.clear()
                 if lease.failure is not None:
                     raise lease.failure
@@ -152,17 +164,16 @@ class Reader:
                 except TimeoutError:
                     continue
 
-    def _is_idle(self, count: int) -> bool:
-        return self._headroom() == 0 and self._pool.available >= count
-
     def start_read(
         self, owner: Incarnation, remote: list[BlockId], local: list[BlockId]
     ) -> "asyncio.Future[ReadStats]":
         """Post one read; see Transport.start_read for what the future means."""
         return self._transport.start_read(owner, plan_read(remote, local, self._block_bytes))
 
-    def finish(self, blocks: list[BlockId], reads: "list[asyncio.Future[ReadStats]]") -> None:
-        """Give reserved blocks back after a failure, those under a running read when it ends."""
+    def finish(self, reserved: "Reserved", reads: "list[asyncio.Future[ReadStats]]") -> None:
+        """Give everything back after a failure, blocks under a running read when it ends."""
+        blocks = reserved.fresh
+        self._pool.release(reserved.cached)
         running = [read for read in reads if not read.done()]
         for read in reads:
             if read.done():
@@ -194,6 +205,14 @@ class Reader:
         return self._config.read_timeout_s
 
 
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The blocks of one pull: those cached here, and the targets of its reads, in order."""
+
+    cached: list[BlockId]
+    fresh: list[BlockId]
+
+
 class _Pull:
     """One pull: its reserved blocks and its reads."""
 
@@ -204,9 +223,8 @@ class _Pull:
         self._connection = connection
         self._lease = lease
         self._request = request
-        self._local: list[BlockId] = []
+        self._reserved: Reserved | None = None
         self._reads: list[asyncio.Future[ReadStats]] = []
-        self._announced: set[int] = set()
 
     async def run(self) -> Pulled:
         """Read everything, ask the closing question, answer usable blocks or raise."""
@@ -215,8 +233,14 @@ class _Pull:
             last = await self._read_all()
             if last.ended:
                 return Pulled(
-                    blocks=(), first_token=last.first_token, ended=True, nbytes=0, seconds=0.0
+                    blocks=(),
+                    cached_blocks=0,
+                    first_token=last.first_token,
+                    ended=True,
+                    nbytes=0,
+                    seconds=0.0,
                 )
+            reserved = await self._reserve()
             stats = await self._all_reads_ended()
             outcome = await self._connection.close_lease(
                 self._request.handoff.lease_id, self._reader.read_timeout_s
@@ -225,13 +249,14 @@ class _Pull:
                 raise self._lease.failure or TransferFailed(
                     f"the KV owner did not confirm the blocks: {outcome.name}"
                 )
-            self._reader.accept(self._local)
+            self._reader.accept(reserved.fresh)
             usable = True
         finally:
-            if not usable:
-                self._reader.finish(self._local, self._reads)
+            if not usable and self._reserved is not None:
+                self._reader.finish(self._reserved, self._reads)
         return Pulled(
-            blocks=tuple(self._local),
+            blocks=(*reserved.cached, *reserved.fresh),
+            cached_blocks=len(reserved.cached),
             first_token=last.first_token,
             ended=False,
             nbytes=sum(read.nbytes for read in stats),
@@ -240,7 +265,7 @@ class _Pull:
 
     async def _read_all(self) -> Announce:
         """Post a read per announcement; answers the final one."""
-        wanted = set(range(self._request.first_block, self._request.num_blocks))
+        wanted = set(range(self._request.num_blocks))
         final: Announce | None = None
         async for announce in self._lease.announcements:
             if announce.sequence_id != self._request.sequence_id:
@@ -248,30 +273,35 @@ class _Pull:
             final = announce if announce.final else final
             if final is not None and final.ended:
                 return final
-            fresh = [
+            announced = [
                 (announce.first_index + i, block_id)
                 for i, block_id in enumerate(announce.block_ids)
                 if announce.first_index + i in wanted
             ]
-            if fresh:
-                await self._read(fresh)
-                wanted -= {index for index, _ in fresh}
+            if announced:
+                await self._read(announced)
+                wanted -= {index for index, _ in announced}
             if final is not None and not wanted:
                 return final
         raise self._lease.failure or TransferFailed("the KV owner announced no more")
 
-    async def _read(self, fresh: list[tuple[int, BlockId]]) -> None:
-        if not self._local:
-            count = self._request.num_blocks - self._request.first_block
-            self._local = await self._reader.reserve(count, self._lease)
-        first = self._request.first_block
-        self._reads.append(
-            self._reader.start_read(
-                self._connection.owner,
-                [block_id for _, block_id in fresh],
-                [self._local[index - first] for index, _ in fresh],
+    async def _reserve(self) -> Reserved:
+        if self._reserved is None:
+            self._reserved = await self._reader.reserve(self._request, self._lease)
+        return self._reserved
+
+    async def _read(self, announced: list[tuple[int, BlockId]]) -> None:
+        reserved = await self._reserve()
+        first = len(reserved.cached)
+        missing = [(index, block_id) for index, block_id in announced if index >= first]
+        if missing:
+            self._reads.append(
+                self._reader.start_read(
+                    self._connection.owner,
+                    [block_id for _, block_id in missing],
+                    [reserved.fresh[index - first] for index, _ in missing],
+                )
             )
-        )
 
     async def _all_reads_ended(self) -> list[ReadStats]:
         """Wait for the posted reads; the end of the lease, or of patience, ends the waiting."""

@@ -35,13 +35,16 @@ class PeerService(peer_pb2_grpc.PeerServicer):
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._write(outbox, context))
+                watch = group.create_task(_end_overflow(outbox, context))
                 await self._read(reader, context)
                 outbox.close()
+                watch.cancel()
         finally:
             self._owner.detach(reader)
 
     async def _read_hello(self, context: Context) -> PeerHello:
-        raw = await asyncio.wait_for(context.read(), _HELLO_TIMEOUT_S)
+        async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            raw = await context.read()
         try:
             hello = from_reader_from_wire(raw) if isinstance(raw, peer_pb2.FromReader) else None
         except UnknownMessage as unknown:
@@ -72,8 +75,12 @@ class PeerService(peer_pb2_grpc.PeerServicer):
     async def _write(self, outbox: Outbox[FromOwner], context: Context) -> None:
         async for message in outbox:
             await context.write(from_owner_to_wire(message))
-        if outbox.overflowed:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the reader fell behind")
+
+
+async def _end_overflow(outbox: Outbox[FromOwner], context: Context) -> None:
+    """A writer stuck on a reader that does not read cannot end the stream itself."""
+    await outbox.overflowed.wait()
+    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the reader fell behind")
 
 
 def add_peer_service(server: grpc.aio.Server, owner: Owner, hello: PeerHello) -> None:

@@ -117,7 +117,7 @@ class PrefillRole:
 
     def fail(self, leg: "_PrefillLeg", error: BatonError) -> None:
         """The router hears why; the reader that its lease has ended."""
-        del self._legs[_LegKey(id(leg.sink), leg.number)]
+        self._legs.pop(_LegKey(id(leg.sink), leg.number), None)
         self._owner.abort(leg.lease.lease_id, error.message)
         leg.sink.send(
             LegFailed(

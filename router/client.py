@@ -7,7 +7,7 @@ from typing import Protocol
 
 import grpc
 
-from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break
+from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break, heed_cancel
 from core.errors import WorkerLost
 from core.ids import ModelId
 from core.messages import (
@@ -132,6 +132,7 @@ class WorkerLink:
             reason = describe_break(errors)
         finally:
             self._lose(reason)
+        heed_cancel()
 
     async def _serve(self, stream: _Stream) -> None:
         hello = worker_pb2.RouterHello(
@@ -142,7 +143,9 @@ class WorkerLink:
         async with asyncio.TaskGroup() as group:
             writer = group.create_task(self._write(stream))
             watch = group.create_task(self._watch())
-            view = await asyncio.wait_for(self._read_hello(stream), _HELLO_TIMEOUT_S)
+            overflow = group.create_task(self._end_overflow())
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):  # wait_for of 3.11 can swallow a cancel
+                view = await self._read_hello(stream)
             self.view = view
             self.was_connected = True
             log.info(
@@ -153,6 +156,7 @@ class WorkerLink:
                 self._receive(view, raw)
             writer.cancel()
             watch.cancel()
+            overflow.cancel()
 
     async def _watch(self) -> None:
         """A worker that hangs keeps its connection; its heartbeats stop.
@@ -214,6 +218,10 @@ class WorkerLink:
     async def _write(self, stream: _Stream) -> None:
         async for message in self._outbox:
             await stream.write(message)
+
+    async def _end_overflow(self) -> None:
+        """A writer stuck on a worker that does not read cannot end the stream itself."""
+        await self._outbox.overflowed.wait()
         raise WorkerLost("it does not read its stream")
 
     def _lose(self, reason: str) -> None:

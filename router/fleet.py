@@ -38,10 +38,11 @@ class Fleet:
         return tuple(self._links.values())
 
     def routable(self, role: Role, excluding: Collection[Incarnation] = ()) -> list[WorkerLink]:
-        """Links of this role that take requests now."""
+        """Links of this role that take requests now; of two lives of a worker, the later one."""
+        latest = {link.record.worker_id: link for link in self._links.values() if link.routable}
         return [
             link
-            for link in self._links.values()
+            for link in latest.values()
             if (view := link.routable) is not None
             and view.hello.role is role
             and link.record.incarnation not in excluding

@@ -253,6 +253,8 @@ class _Attempt:
 
     def _take(self, leg: Leg, event: LegEvent) -> list[LegTokens]:
         """The tokens that may now go to the client, in order."""
+        if leg is not self._prefill and leg is not self._decode:
+            return []  # of a leg that was given up, or is needed no more
         match event:
             case Accepted():
                 if leg is self._prefill and event.lease_id is not None:
@@ -271,8 +273,6 @@ class _Attempt:
                     self._early.append(event)
                     return []
                 return self._decoded(event)
-            case LegTokens():
-                pass  # of a decode leg that was given up
         return []
 
     def _first_token(self, event: LegTokens) -> list[LegTokens]:

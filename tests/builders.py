@@ -259,6 +259,7 @@ async def running_engine_loop(
         clock or SystemClock(),
         step_tokens=step_tokens,
         max_batch=max_batch,
+        step_timeout_s=30.0,
         on_step_end=pool.check,
     )
     task = asyncio.create_task(runner.run())

@@ -49,6 +49,9 @@ class DamagingTransport:
     async def disconnect(self, peer: Incarnation) -> None:
         await self._inner.disconnect(peer)
 
+    async def failed(self) -> Exception:
+        return await self._inner.failed()
+
     async def close(self) -> None:
         await self._inner.close()
 

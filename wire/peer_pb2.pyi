@@ -64,16 +64,18 @@ class FromReader(_message.Message):
     def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class FromOwner(_message.Message):
-    __slots__ = ("hello", "announce", "closed", "abort")
+    __slots__ = ("hello", "announce", "closed", "abort", "renewed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    RENEWED_FIELD_NUMBER: _ClassVar[int]
     hello: PeerHello
     announce: Announce
     closed: Closed
     abort: Abort
-    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    renewed: Renewed
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ...) -> None: ...
 
 class Bind(_message.Message):
     __slots__ = ("lease_id", "sequence_id", "first_block")
@@ -108,6 +110,10 @@ class Renew(_message.Message):
     LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
     lease_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, lease_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Renewed(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("lease_id",)

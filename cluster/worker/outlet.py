@@ -20,9 +20,17 @@ class RouterOutlet:
     def __init__(self) -> None:
         self.outbox: Outbox[WorkerToRouter] = Outbox(_OUTBOX_MESSAGES)
         self.last_submit = 0
+        self._next_number = 0
         self._frame: list[LegTokens] = []
         self._load: LoadReport | None = None
         self._reported_at_s = 0.0
+
+    def is_new(self, number: int) -> bool:
+        """Take note of a submit; False when its number does not count up."""
+        new = number >= self._next_number
+        if new:
+            self._next_number, self.last_submit = number + 1, number
+        return new
 
     def send(self, message: WorkerToRouter) -> None:
         """Queue a message behind the tokens gathered so far, which keep their order."""

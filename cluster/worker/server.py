@@ -35,13 +35,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._write(outlet, context))
+                watch = group.create_task(_end_overflow(outlet, context))
                 await self._read(outlet, context)
                 outlet.outbox.close()
+                watch.cancel()
         finally:
             self._worker.detach(outlet)
 
     async def _check_hello(self, context: Context) -> None:
-        raw = await asyncio.wait_for(context.read(), _HELLO_TIMEOUT_S)
+        async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            raw = await context.read()
         if not isinstance(raw, worker_pb2.ToWorker) or not raw.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a hello must come first")
         elif raw.hello.protocol.major != PROTOCOL_MAJOR:
@@ -62,8 +65,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _write(self, outlet: RouterOutlet, context: Context) -> None:
         async for message in outlet.outbox:
             await context.write(to_router(message))
-        if outlet.outbox.overflowed:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router fell behind")
 
     async def Drain(  # noqa: N802
         self, request: worker_pb2.DrainRequest, _context: Context
@@ -112,6 +113,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             age_s=now_s - lease.opened_at_s,
             expires_in_s=expires_in_s,
         )
+
+
+async def _end_overflow(outlet: RouterOutlet, context: Context) -> None:
+    """A writer stuck on a router that does not read cannot end the stream itself."""
+    await outlet.outbox.overflowed.wait()
+    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router fell behind")
 
 
 def add_worker_service(server: grpc.aio.Server, worker: Worker, clock: Clock) -> None:

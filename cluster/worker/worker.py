@@ -45,6 +45,8 @@ from prefill_worker.role import PrefillRole
 log = logging.getLogger(__name__)
 
 _SWEEP_S = 0.25
+_CHECK_S = 5.0  # the check looks at every block: a tenth of a second for 65,536
+_STOP_S = 10.0
 _SNAPSHOT_HASHES = 65_536
 
 
@@ -96,6 +98,7 @@ class Worker:
             clock,
             step_tokens=settings.engine.step_tokens,
             max_batch=settings.engine.max_batch,
+            step_timeout_s=settings.engine.step_timeout_s,
             on_step_end=self._step_ended,
         )
         self.leases = LeaseTable(self.pool, clock, settings.transfer.lease_s)
@@ -129,31 +132,40 @@ class Worker:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
         """Run the loops inside. The task given ends only by failure: then the worker must end."""
-        async with self._reader, self._decode:
-            loop = asyncio.create_task(self._run(), name="engine-loop")
-            try:
-                yield loop
-            finally:
-                loop.cancel()
-                await asyncio.wait([loop])
-        await self._transport.close()
-        self._engine.close()
+        try:
+            async with self._reader, self._decode:
+                loop = asyncio.create_task(self._run(), name="engine-loop")
+                try:
+                    yield loop
+                finally:
+                    loop.cancel()
+                    await asyncio.wait([loop], timeout=_STOP_S)
+        finally:
+            await self._transport.close()
+            self._engine.close()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._runner.run())
             group.create_task(self._sweep())
+            group.create_task(self._watch_transport())
+
+    async def _watch_transport(self) -> None:
+        error = await self._transport.failed()
+        raise InternalError(f"the KV transport failed: {error}") from error
 
     async def _sweep(self) -> None:
         """Leases expire, and invariants are checked, also while the engine is idle."""
-        checked_at_step = 0
+        checked_at_step, checked_at_s = 0, self._clock.now_s()
         while True:
             await asyncio.sleep(_SWEEP_S)
             self.owner.sweep()
             self._prefill.sweep()
             self._step_ended()
-            if self.open_legs == 0 and self._runner.steps != checked_at_step:
-                checked_at_step = self._runner.steps
+            now_s = self._clock.now_s()
+            changed = self._runner.steps != checked_at_step
+            if changed and self._idle and now_s - checked_at_s >= _CHECK_S:
+                checked_at_step, checked_at_s = self._runner.steps, now_s
                 self._check()
 
     async def drain(self, timeout_s: float) -> int:
@@ -188,8 +200,10 @@ class Worker:
         """One message of one router."""
         match message:
             case PrefillSubmit() | DecodeSubmit():
-                outlet.last_submit = message.number
-                self._submit(outlet, message)
+                if outlet.is_new(message.number):
+                    self._submit(outlet, message)
+                else:
+                    log.error("submit_number_repeated number=%d", message.number)
             case Cancel():
                 self._prefill.cancel(outlet, message.number, message.reason)
                 self._decode.cancel(outlet, message.number)
@@ -220,6 +234,10 @@ class Worker:
         return self._prefill.open_legs + self._decode.open_legs
 
     @property
+    def _idle(self) -> bool:
+        return self.open_legs == 0 and self._runner.idle and self._decode.pulls == 0
+
+    @property
     def transport(self) -> Transport:
         return self._transport
 
@@ -242,9 +260,9 @@ class Worker:
         return LoadReport(
             last_submit=last_submit,
             queued_tokens=load.queued_tokens,
-            waiting=load.waiting,
+            waiting=load.waiting + self._decode.pulls,
             running=load.running,
-            context_tokens=load.context_tokens,
+            context_tokens=load.context_tokens + self._decode.pulling_tokens,
             free_blocks=self.pool.available,
             total_blocks=self.pool.num_blocks,
             draining=self._draining,
@@ -261,7 +279,7 @@ class Worker:
     def _check(self) -> None:
         self.pool.check()
         self.leases.check()
-        if self.open_legs == 0:
+        if self._idle:
             self.pool.check_idle()
 
     def _step_ended(self) -> None:

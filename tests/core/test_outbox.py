@@ -39,7 +39,7 @@ async def test_one_item_too_many_ends_it_and_empties_it() -> None:
     outbox: Outbox[int] = Outbox(2)
     for i in range(3):
         outbox.send(i)
-    assert outbox.overflowed
+    assert outbox.overflowed.is_set()
     assert await soon(drain(outbox)) == []
 
 
@@ -47,4 +47,4 @@ async def test_a_full_outbox_has_not_overflowed() -> None:
     outbox: Outbox[int] = Outbox(2)
     outbox.send(1)
     outbox.send(2)
-    assert not outbox.overflowed
+    assert not outbox.overflowed.is_set()

@@ -9,10 +9,12 @@ import grpc
 import pytest
 import torch
 
+from core.blocks import chain_hashes, root_hash
 from core.channel import SERVER_OPTIONS
 from core.clock import FakeClock
 from core.errors import DeadlineExceeded, TransferFailed
 from core.ids import (
+    BlockHash,
     BlockId,
     Incarnation,
     LeaseId,
@@ -81,6 +83,9 @@ class HoldingTransport:
 
     async def disconnect(self, peer: Incarnation) -> None:
         await self._inner.disconnect(peer)
+
+    async def failed(self) -> Exception:
+        return await self._inner.failed()
 
     async def close(self) -> None:
         await self._inner.close()
@@ -163,25 +168,37 @@ class Pair:
             yield Pair(self.owner, half, reader, self.hub)
 
     async def pull(
-        self, lease: Lease, num_blocks: int, *, first_block: int = 0, timeout_s: float = WAIT_S
+        self, lease: Lease, num_blocks: int, *, cached: int = 0, timeout_s: float = WAIT_S
     ) -> Pulled:
-        return await self.pull_from(self.owner.handoff(lease), num_blocks, first_block, timeout_s)
+        """`cached`: blocks of the sequence that are in the reader's prefix cache already."""
+        root = root_hash(self.half.hello.model_id)
+        hashes = chain_hashes([7] * num_blocks, 1, root)
+        own = self.half.pool.allocate(cached) or []
+        for block_id, block_hash, parent in zip(own, hashes, [root, *hashes], strict=False):
+            self.half.pool.publish(block_id, block_hash, parent)
+        self.half.pool.release(own)
+        return await self.pull_from(self.owner.handoff(lease), num_blocks, hashes, timeout_s)
 
     async def pull_from(
-        self, handoff: Handoff, num_blocks: int, first_block: int = 0, timeout_s: float = WAIT_S
+        self,
+        handoff: Handoff,
+        num_blocks: int,
+        hashes: Sequence[BlockHash] = (),
+        timeout_s: float = WAIT_S,
     ) -> Pulled:
         return await self.reader.pull(
             PullRequest(
                 handoff=handoff,
                 sequence_id=SEQUENCE,
-                first_block=first_block,
+                hashes=hashes,
                 num_blocks=num_blocks,
                 timeout_s=timeout_s,
             )
         )
 
     def assert_arrived(self, pulled: Pulled, remote: Sequence[BlockId]) -> None:
-        here, there = list(pulled.blocks), list(remote)
+        """The blocks not cached before hold what the owner's blocks `remote` hold."""
+        here, there = list(pulled.blocks[pulled.cached_blocks :]), list(remote)
         assert torch.equal(self.half.arena.data[here], self.owner.arena.data[there])
         self.half.pool.release(pulled.blocks)
         self.assert_reader_holds_nothing()
@@ -189,7 +206,7 @@ class Pair:
     def assert_reader_holds_nothing(self) -> None:
         self.half.pool.check()
         counts = self.half.pool.counts()
-        assert counts.free == NUM_BLOCKS, counts
+        assert counts.free + counts.cached == NUM_BLOCKS, counts
 
     async def owner_holds_nothing(self) -> None:
         await until(lambda: self.owner.pool.counts().held == 0, "no lease left")
@@ -244,7 +261,8 @@ async def test_blocks_are_read_while_later_chunks_still_run() -> None:
 async def test_blocks_the_reader_has_already_are_not_read() -> None:
     async with pair() as p:
         lease, blocks = p.owner.whole(5)
-        pulled = await p.pull(lease, 5, first_block=3)
+        pulled = await p.pull(lease, 5, cached=3)
+        assert pulled.cached_blocks == 3
         assert pulled.nbytes == 2 * LAYOUT.block_bytes
         p.assert_arrived(pulled, blocks[3:])
 
@@ -252,8 +270,8 @@ async def test_blocks_the_reader_has_already_are_not_read() -> None:
 async def test_a_reader_that_has_everything_reads_nothing_and_still_asks() -> None:
     async with pair() as p:
         lease, _ = p.owner.whole(4)
-        pulled = await p.pull(lease, 4, first_block=4)
-        assert (pulled.blocks, pulled.first_token) == ((), 77)
+        pulled = await p.pull(lease, 4, cached=4)
+        assert (pulled.cached_blocks, pulled.nbytes, pulled.first_token) == (4, 0, 77)
         assert p.owner.table.counters.closed == 1
 
 
@@ -261,7 +279,7 @@ async def test_binding_before_the_wanted_blocks_exist_waits_for_them() -> None:
     async with pair() as p, asyncio.TaskGroup() as group:
         lease, blocks = p.owner.open(5)
         p.owner.owner.announce(lease, blocks[:2])
-        pulling = group.create_task(p.pull(lease, 5, first_block=3))
+        pulling = group.create_task(p.pull(lease, 5, cached=3))
         await until(lambda: lease.reader is not None, "the reader bound")
         p.owner.owner.announce(lease, blocks[2:4])
         p.owner.owner.finish(lease, blocks[4:], LAST)

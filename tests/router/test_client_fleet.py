@@ -331,5 +331,23 @@ async def test_a_broken_stream_to_a_registered_worker_is_opened_again() -> None:
         async with fleet_over(registry, MODEL) as fleet:
             await until(lambda: names(fleet) == ["w"])
             (link,) = fleet.links()
-            link._outbox.close()
+            link._outbox.overflowed.set()
             await until(lambda: worker.streams == 2 and names(fleet) == ["w"], "a second stream")
+
+
+async def test_a_link_that_is_cancelled_as_its_writer_fails_ends_as_cancelled() -> None:
+    async with scripted(HELLO, LOAD) as (_worker, record):
+        link = WorkerLink(record, "router", MODEL, 5.0)
+
+        async def fails_when_cancelled(_stream: object) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise asyncio.InvalidStateError("RPC already finished.")
+
+        link._write = fails_when_cancelled  # type: ignore[method-assign, assignment]
+        task = asyncio.create_task(link.run())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=10)
+        assert task.cancelled()
