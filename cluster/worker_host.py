@@ -27,6 +27,7 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
             prefill=config.prefill,
             decode=config.decode,
         ),
+        drain_s=config.drain_timeout_s,
         host=spec.host,
     )
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()

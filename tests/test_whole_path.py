@@ -207,3 +207,21 @@ async def test_a_worker_that_hangs_is_left_within_its_silence(
             four[2].process.send_signal(signal.SIGCONT)
         assert_clean(await wait_until_idle(four))
     assert [output_tokens(items) for items in results] == [oracle.answer(r) for r in requests]
+
+
+async def test_a_worker_told_to_stop_finishes_what_it_has(
+    roomy: Path, four: list[WorkerProcess]
+) -> None:
+    requests = [
+        make_request(f"s{i}", [(i * 19 + j) % VOCAB for j in range(100)], max_tokens=80)
+        for i in range(12)
+    ]
+    oracle = Oracle()
+    async with flow_over(roomy, four) as flow:
+        running = asyncio.gather(*(collect(flow, request) for request in requests))
+        await started(four[2])
+        four[2].process.terminate()
+        results = await running
+    assert await asyncio.to_thread(four[2].process.wait, 20) == 0
+    assert [output_tokens(items) for items in results] == [oracle.answer(r) for r in requests]
+    assert {items[-1].timings.attempts for items in results if items[-1].timings} == {1}

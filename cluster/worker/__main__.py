@@ -61,6 +61,7 @@ async def _serve(
             prefill=config.prefill,
             decode=config.decode,
         ),
+        drain_s=config.drain_timeout_s,
         host=arguments.host,
         port=arguments.port,
     )

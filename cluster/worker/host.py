@@ -40,6 +40,8 @@ class WorkerStart:
     role: Role
     model_path: Path
     settings: WorkerSettings
+    drain_s: float
+    """At a stop, open legs may end for so long."""
     host: str = "127.0.0.1"
     port: int = 0
 
@@ -92,6 +94,8 @@ async def serve_worker(
         on_ready(record)
         try:
             await _serve(registry, record, stop, engine_loop)
+            left = await worker.drain(start.drain_s)
+            log.info("worker_drained legs_left=%d", left)
         finally:
             await server.stop(_STOP_GRACE_S)
 
