@@ -90,7 +90,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(
         ("decode: {workers: 1.5}", "decode.workers is 1.5, but should be a whole number"),
         ("decode: 3", "decode is 3, but should be a section of keys"),
         ("router: {api_keys: abc}", "router.api_keys is 'abc', but should be a list"),
-        ("slo: {ttft_ms: .nan}", "slo.ttft_ms is nan, but should be greater than 0"),
+        ("slo: {ttft_ms: .nan}", "slo.ttft_ms is nan, but should be a finite number"),
         (
             "router: {port: 70000}",
             "router.port is 70000, but should be less than or equal to 65535",
