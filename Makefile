@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test check proto clean
+.PHONY: help demo test test-faults check proto clean
 
 help:
 	@echo "make demo    install into .venv, start a local cluster, send real chat requests, stop it"
 	@echo "make test    unit and multi-process tests"
+	@echo "make test-faults  every fault of the KV hand-off, 200 times each: about 15 minutes"
 	@echo "make check   format, lint, types, layers, generated code"
 	@echo "make proto   regenerate wire/ from proto/"
 	@echo "make clean   remove .venv and caches"
@@ -39,7 +40,7 @@ clean:
 
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
 	@echo "installing pinned dependencies into .venv: about 2 minutes, once"
-	$(PIP) --editable '.[demo]'
+	$(PIP) --editable '.[demo,bench]'
 	$(PIP) --no-deps nixl nixl-cu12
 	@touch $@
 

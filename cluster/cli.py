@@ -97,6 +97,7 @@ def down(
 def status(
     run: RunOption = None,
     leases: Annotated[bool, typer.Option(help="Who holds which blocks for how long.")] = False,
+    transfers: Annotated[bool, typer.Option(help="Who read how much KV from whom.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the workers of a running cluster, their load and their KV cache."""
@@ -108,7 +109,7 @@ def status(
     if as_json:
         print(status_json(seen))
     else:
-        show_status(seen, Console(), leases=leases)
+        show_status(seen, Console(), leases=leases, transfers=transfers)
 
 
 @app.command()
@@ -124,6 +125,32 @@ def demo(
             raise
         raise ConfigError("the demo needs the openai client: pip install 'baton[demo]'") from error
     raise typer.Exit(run_demo(config, model))
+
+
+@app.command()
+def bench(
+    name: Annotated[str | None, typer.Argument(help="Which one; without, list them.")] = None,
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats, under a minute.")] = False,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Only this part of it; may be given again.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON object alone.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON object and the plot.", file_okay=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file for the plot.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure on this machine what the design promises; the last line is one JSON object."""
+    from benchmarks.run import Options, describe_benches, run_bench  # noqa: PLC0415
+
+    if name is None:
+        print(describe_benches())
+        return
+    options = Options(quick=quick, parts=tuple(part or ()), only_json=as_json, out=out, plot=plot)
+    run_bench(name, options)
 
 
 @config_app.command()

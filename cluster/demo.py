@@ -45,7 +45,7 @@ def run_demo(config: Path | None, model: Path | None) -> int:
     if result is None:
         return _INTERRUPTED
     view.stages(result.exchanges, result.identical)
-    checks = _checks(result, settings)
+    checks = _checks(result)
     view.checks(checks)
     failed = sum(not check.held for check in checks)
     view.heading(
@@ -145,10 +145,14 @@ def _compare(checkpoint: Path, exchanges: Sequence[Exchange]) -> list[bool]:
     ]
 
 
-def _checks(result: _Result, config: ClusterConfig) -> list[Check]:
+def _checks(result: _Result) -> list[Check]:
     turns = result.exchanges[: len(CHAT)]
     moved = [exchange.times.transfer_bytes for exchange in result.exchanges]
     read = sum(worker.stats.transfer_bytes for worker in result.workers if worker.stats)
+    peers = [peer for worker in result.workers if worker.stats for peer in worker.stats.peers]
+    ways = {peer.transport for peer in peers if peer.handoffs}
+    fetched_bytes = sum(exchange.times.fetched_bytes for exchange in result.exchanges)
+    fetched = sum(exchange.times.fetched_tokens for exchange in turns)
     cached = [exchange.times.cached_tokens for exchange in turns]
     return [
         Check(
@@ -167,14 +171,15 @@ def _checks(result: _Result, config: ClusterConfig) -> list[Check]:
             detail=f"{sum(moved) / 1024:.0f} KiB of KV moved",
         ),
         Check(
-            promise=f"the bytes the workers read by {config.transfer.backend} are those bytes",
-            held=read == sum(moved),
+            promise=f"the bytes the workers read by {' and '.join(sorted(ways))} are those bytes",
+            held=read == sum(moved) + fetched_bytes,
             detail=f"{read / 1024:.0f} KiB read",
         ),
         Check(
             promise="the second and third turn found their prefix in the cache",
             held=all(cached[1:]),
-            detail=f"{', '.join(str(tokens) for tokens in cached)} tokens",
+            detail=f"{', '.join(str(tokens) for tokens in cached)} tokens, "
+            f"{fetched} of them read from another worker's cache",
         ),
         Check(
             promise="no KV block is held, and every pool adds up",

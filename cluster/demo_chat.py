@@ -36,6 +36,8 @@ class StageTimes(BaseModel):
     decode_s: float
     tpot_s: float
     cached_tokens: int
+    fetched_tokens: int = 0
+    fetched_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,24 @@ class BlockCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """What one worker, as a reader, has brought from one owner since it started."""
+
+    owner_id: str
+    transport: str
+    handoffs: int
+    reads: int
+    nbytes: int
+    blocks: int
+    descriptors: int
+    seconds: float
+    hidden_s: float
+    """Of `seconds`, the part that passed while the owner's prefill still ran."""
+    failures: dict[str, int]
+    """By cause."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStats:
     """What a worker says of itself."""
 
@@ -66,10 +84,13 @@ class WorkerStats:
     leases_closed: int
     leases_aborted: int
     leases_expired: int
-    transport: str
+    transports: tuple[str, ...]
+    """Ways to move blocks that it offers its peers, best first."""
     transfer_bytes: int
     transfer_blocks: int
     transfer_failures: int
+    peers: tuple[PeerStatus, ...]
+    preemptions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,9 @@ def status_json(status: ClusterStatus) -> str:
     return json.dumps(asdict(status))
 
 
-def show_status(status: ClusterStatus, console: Console, *, leases: bool) -> None:
+def show_status(
+    status: ClusterStatus, console: Console, *, leases: bool, transfers: bool = False
+) -> None:
     """Print it for people."""
     state = "[green]ready[/]" if status.ready else "[red]not ready[/]"
     console.print(
@@ -76,6 +78,8 @@ def show_status(status: ClusterStatus, console: Console, *, leases: bool) -> Non
             console.print(f"[red]{worker.worker_id}[/]: {worker.stats.pool_error}", highlight=False)
     if leases:
         print_table(console, _lease_table(status.workers))
+    if transfers:
+        print_table(console, _transfer_table(status.workers))
 
 
 def _worker_table(workers: Sequence[WorkerStatus]) -> Table:
@@ -124,6 +128,32 @@ def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
                 str(lease.blocks),
                 f"{lease.age_s:.1f} s",
                 expires,
+            )
+    if not table.row_count:
+        table.add_row("none")
+    return table
+
+
+def _transfer_table(workers: Sequence[WorkerStatus]) -> Table:
+    table = new_table(
+        ["reader", "owner", "by"],
+        ["hand-offs", "KV read", "descriptors", "GB/s", "hidden", "failures"],
+        title="KV transfers",
+    )
+    for worker in workers:
+        for peer in worker.stats.peers if worker.stats else ():
+            busy = peer.seconds > 0
+            failures = ", ".join(f"{n} {cause}" for cause, n in sorted(peer.failures.items()))
+            table.add_row(
+                worker.worker_id,
+                peer.owner_id,
+                peer.transport or "-",
+                str(peer.handoffs),
+                f"{peer.nbytes / 2**20:.1f} MiB",
+                str(peer.descriptors),
+                f"{peer.nbytes / peer.seconds / 1e9:.2f}" if busy else "-",
+                f"{100 * peer.hidden_s / peer.seconds:.0f} %" if busy else "-",
+                failures or "0",
             )
     if not table.row_count:
         table.add_row("none")

@@ -3,7 +3,7 @@
 import grpc
 
 from cluster.registry_codec import UnknownRole, role_from_wire
-from cluster.status import BlockCounts, LeaseStatus, WorkerStats
+from cluster.status import BlockCounts, LeaseStatus, PeerStatus, WorkerStats
 from core.channel import CHANNEL_OPTIONS
 from core.errors import Unavailable
 from kv_transfer.codec import sequence_id_from_wire
@@ -47,10 +47,27 @@ def _stats(reply: worker_pb2.StatsReply) -> WorkerStats:
         leases_closed=reply.leases_closed,
         leases_aborted=reply.leases_aborted,
         leases_expired=reply.leases_expired,
-        transport=reply.transport,
-        transfer_bytes=reply.transfer_bytes,
-        transfer_blocks=reply.transfer_blocks,
-        transfer_failures=reply.transfer_failures,
+        transports=tuple(reply.transports),
+        transfer_bytes=sum(peer.nbytes for peer in reply.peers),
+        transfer_blocks=sum(peer.blocks for peer in reply.peers),
+        transfer_failures=sum(sum(peer.failures.values()) for peer in reply.peers),
+        peers=tuple(_peer(peer) for peer in reply.peers),
+        preemptions=reply.preemptions,
+    )
+
+
+def _peer(peer: worker_pb2.PeerTransfers) -> PeerStatus:
+    return PeerStatus(
+        owner_id=peer.owner_id,
+        transport=peer.transport,
+        handoffs=peer.handoffs,
+        reads=peer.reads,
+        nbytes=peer.nbytes,
+        blocks=peer.blocks,
+        descriptors=peer.descriptors,
+        seconds=peer.seconds,
+        hidden_s=peer.hidden_s,
+        failures=dict(peer.failures),
     )
 
 

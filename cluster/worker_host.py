@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Callable
 
 from cluster.registry_client import RegistryClient
-from cluster.worker.host import WorkerStart, make_transport, serve_worker
+from cluster.worker.host import WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
 from cluster.worker_spec import StopSignal, WorkerSpec
 from core.clock import SystemClock
+from kv_transfer.transports import make_transports
 
 
 def host_worker(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
@@ -29,6 +30,7 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
         ),
         drain_s=config.drain_timeout_s,
         host=spec.host,
+        metrics_port=config.telemetry.worker_metrics_port,
     )
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
 
@@ -43,5 +45,5 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
                 clock=SystemClock(),
                 stop=stopped,
                 on_ready=lambda _record: ready(),
-                transport_of=make_transport,
+                transports_of=make_transports,
             )

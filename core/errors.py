@@ -23,6 +23,8 @@
 `retryable` says whether flow.py may try the same sequence on other workers.
 """
 
+from enum import StrEnum
+
 import grpc
 
 
@@ -139,10 +141,36 @@ class WorkerLost(Unavailable):
     code = "worker_lost"
 
 
+class TransferCause(StrEnum):
+    """Why a transfer failed; the label of its counter."""
+
+    NO_ANSWER = "no_answer"
+    OWNER_LOST = "owner_lost"
+    OWNER_SILENT = "owner_silent"
+    OWNER_RESTARTED = "owner_restarted"
+    OTHER_MODEL = "other_model"
+    OTHER_PROTOCOL = "other_protocol"
+    NO_TRANSPORT = "no_transport"
+    NO_PLAN = "no_plan"
+    OWNER_ENDED = "owner_ended"
+    NOT_HELD = "not_held"
+    EXPIRED = "expired"
+    NOT_CONFIRMED = "not_confirmed"
+    READ_FAILED = "read_failed"
+    READ_SLOW = "read_slow"
+    CHECKSUM = "checksum"
+    NO_MEMORY = "no_memory"
+    OTHER = "other"
+
+
 class TransferFailed(Unavailable):
     """The KV cache did not arrive, or arrived and may not be used."""
 
     code = "kv_transfer_failed"
+
+    def __init__(self, message: str, *, cause: TransferCause = TransferCause.OTHER) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class KvMismatch(TransferFailed):

@@ -17,6 +17,7 @@ LeaseId = NewType("LeaseId", int)
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)
 Incarnation = NewType("Incarnation", str)
+ShardId = NewType("ShardId", str)
 
 
 class Role(StrEnum):
@@ -36,6 +37,11 @@ class SequenceId:
 
     def __str__(self) -> str:
         return f"{self.request_id}/{self.choice}.{self.attempt}"
+
+
+def shard_id(incarnation: Incarnation, tp_rank: int) -> ShardId:
+    """The arena of one tensor-parallel rank of one life of a worker."""
+    return ShardId(f"{incarnation}/{tp_rank}")
 
 
 def new_request_id() -> RequestId:

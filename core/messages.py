@@ -4,12 +4,13 @@ One bidirectional stream per router-worker pair carries all sequences. A submit 
 by its `number`: counted up by the router per stream, so the worker's report "last submit seen: 41"
 tells which submits its load already holds, and token frames need no long ids.
 
-    router -> worker   PrefillSubmit | DecodeSubmit | Cancel | RenewLeases | SnapshotRequest
+    router -> worker   PrefillSubmit | DecodeSubmit | Offer | Cancel | RenewLeases | SnapshotRequest
     worker -> router   WorkerHello (first) | Accepted | Rejected | TokenFrame | LegFailed
-                       | LoadReport | KvEvents | KvSnapshot
+                       | Offered | Moved | LoadReport | KvEvents | KvSnapshot
 
 Of a leg the worker says Accepted or Rejected once, then TokenFrame entries, of which the last has a
-finish; or LegFailed, after which it says nothing more of it. A stream that ends ends all its legs.
+finish; or LegFailed or Moved, after which it says nothing more of it. A stream that ends ends all
+its legs.
 Durations travel, never absolute times.
 """
 
@@ -29,12 +30,26 @@ HEARTBEAT_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
-    """Where a decode leg finds its KV: a lease on a prefill worker, and that worker's door."""
+    """Where a decode leg finds its KV: a lease on another worker, and that worker's door.
+
+    `live`: the sequence runs there and goes on running until this leg has all but its last blocks.
+    """
 
     owner_id: WorkerId
     owner_address: str
     owner_incarnation: Incarnation
     lease_id: LeaseId
+    live: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixSource:
+    """A worker believed to hold the first `num_blocks` blocks of a prompt. A hint."""
+
+    worker_id: WorkerId
+    address: str
+    incarnation: Incarnation
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +57,7 @@ class PrefillSubmit:
     """Run `tokens` (prompt, plus the output so far of an earlier attempt), sample one token.
 
     `output_position` is the absolute output position of that token. `cache_salt` separates
-    tenants' prefix caches.
+    tenants' prefix caches. `source` may hold more of the prompt than this worker does.
     """
 
     number: int
@@ -52,14 +67,16 @@ class PrefillSubmit:
     sampling: SamplingParams
     deadline_s: float
     cache_salt: str = ""
+    source: PrefixSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSubmit:
     """Continue after `tokens`. Their KV comes from `handoff`, or is computed here when None.
 
-    With a hand-off the owner samples the token at `output_position` and passes it on with its
-    last announcement; this worker's frames begin with the one after it.
+    With a hand-off the owner samples the token at `output_position` (a running sequence: all up to
+    its stop) and passes it on with its last announcement; this worker's frames begin with the one
+    after it.
     """
 
     number: int
@@ -70,6 +87,13 @@ class DecodeSubmit:
     deadline_s: float
     handoff: Handoff | None
     cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Open a lease on the KV of a running decode leg, for another decode worker to take over."""
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +153,23 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Offered:
+    """Answer to Offer. `lease_id` None: the leg cannot move now, `message` says why."""
+
+    number: int
+    lease_id: LeaseId | None
+    lease_s: float = 0.0
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """The reader of an offered leg has taken it over; its last token here was sent before this."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LegTimes:
     """Where a leg's time went, sent with its first token. Seconds, counts of this leg only."""
 
@@ -137,7 +178,12 @@ class LegTimes:
     transfer_s: float = 0.0
     transfer_bytes: int = 0
     transfer_blocks: int = 0
+    transfer_descriptors: int = 0
+    transfer_hidden_s: float = 0.0
+    """Part of `transfer_s` that passed before the owner's last announcement."""
     cached_tokens: int = 0
+    fetched_tokens: int = 0
+    """Of `cached_tokens`, those pulled for this leg from another worker's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +266,16 @@ class KvSnapshot:
     last: bool = True
 
 
-RouterToWorker = PrefillSubmit | DecodeSubmit | Cancel | RenewLeases | SnapshotRequest
+RouterToWorker = PrefillSubmit | DecodeSubmit | Offer | Cancel | RenewLeases | SnapshotRequest
 WorkerToRouter = (
-    WorkerHello | Accepted | Rejected | TokenFrame | LegFailed | LoadReport | KvEvents | KvSnapshot
+    WorkerHello
+    | Accepted
+    | Rejected
+    | TokenFrame
+    | LegFailed
+    | Offered
+    | Moved
+    | LoadReport
+    | KvEvents
+    | KvSnapshot
 )

@@ -26,6 +26,24 @@ PREFILL = "baton_prefill_seconds"
 KV_TRANSFER = "baton_kv_transfer_seconds"
 KV_TRANSFER_BYTES = "baton_kv_transfer_bytes_total"
 KV_TRANSFER_BLOCKS = "baton_kv_transfer_blocks_total"
+KV_TRANSFER_DESCRIPTORS = "baton_kv_transfer_descriptors_total"
+KV_TRANSFER_HIDDEN = "baton_kv_transfer_hidden_seconds_total"
+MIGRATIONS = "baton_migrations_total"
+# Of one worker.
+LEASES_ENDED = "baton_kv_leases_ended_total"
+LEASES_OPEN = "baton_kv_leases_open"
+KV_BLOCKS = "baton_kv_blocks"
+KV_BLOCKS_HELD = "baton_kv_blocks_held"
+PREFIX_FETCHES = "baton_prefix_fetches_total"
+PREFIX_FETCHED_TOKENS = "baton_prefix_fetched_tokens_total"
+PREEMPTIONS = "baton_preemptions_total"
+# Of one worker as the reader of one owner.
+PAIR_HANDOFFS = "baton_kv_pair_handoffs_total"
+PAIR_BYTES = "baton_kv_pair_bytes_total"
+PAIR_DESCRIPTORS = "baton_kv_pair_descriptors_total"
+PAIR_SECONDS = "baton_kv_pair_seconds_total"
+PAIR_HIDDEN = "baton_kv_pair_hidden_seconds_total"
+PAIR_FAILURES = "baton_kv_pair_failures_total"
 WORKERS_CONNECTED = "baton_workers_connected"
 
 SPAN_REQUEST = "request"
@@ -41,6 +59,8 @@ ATTR_TRANSFER_BYTES = "baton.transfer_bytes"
 # Of the stages' spans.
 ATTR_WORKER_ID = "baton.worker_id"
 ATTR_ATTEMPT = "baton.attempt"
+ATTR_TRANSFER_DESCRIPTORS = "baton.transfer_descriptors"
+ATTR_TRANSFER_OVERLAP = "baton.transfer_overlap"
 
 
 def log_line(event: str, /, **fields: object) -> str:

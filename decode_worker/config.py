@@ -10,3 +10,5 @@ class DecodeConfig(Settings):
 
     max_sequences: int = Field(1024, gt=0)
     """Sequences held at once: pulling, waiting and running."""
+    migration_stop_s: float = Field(2.0, gt=0)
+    """A sequence stopped for its last blocks runs on here if no other worker has it by then."""

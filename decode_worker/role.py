@@ -1,4 +1,8 @@
-"""A worker as decode worker: submit -> pull the KV (or compute it) -> generate until the end."""
+"""A worker as decode worker: submit -> pull the KV (or compute it) -> generate until the end.
+
+A running leg may be offered to another decode worker, which pulls its KV while it runs here
+(migration.py); a leg with a live hand-off is the other end of that.
+"""
 
 import asyncio
 import logging
@@ -6,16 +10,28 @@ from types import TracebackType
 
 from core.clock import Clock
 from core.errors import BatonError, InternalError
-from core.messages import Accepted, DecodeSubmit, Handoff, LegFailed, LegTimes, LegTokens, Rejected
+from core.messages import (
+    Accepted,
+    DecodeSubmit,
+    Handoff,
+    LegFailed,
+    LegTimes,
+    LegTokens,
+    Moved,
+    Offered,
+    Rejected,
+)
 from core.sampling import FinishReason
 from core.sink import RouterSink
 from core.stages import Stage
 from decode_worker.config import DecodeConfig
+from decode_worker.migration import Migration, refuse_offer
 from decode_worker.policy import refuse_sequence
 from engine.pool import BlockPool
 from engine.runner import Runner
 from engine.sequence import Sequence
 from engine.types import EngineInfo, Sampled
+from kv_transfer.owner import Owner
 from kv_transfer.reader import Pulled, PullRequest, Reader
 
 log = logging.getLogger(__name__)
@@ -31,6 +47,7 @@ class DecodeRole:
         runner: Runner,
         pool: BlockPool,
         reader: Reader,
+        owner: Owner,
         config: DecodeConfig,
         clock: Clock,
     ) -> None:
@@ -38,6 +55,7 @@ class DecodeRole:
         self._runner = runner
         self._pool = pool
         self._reader = reader
+        self._owner = owner
         self._config = config
         self._clock = clock
         self._capacity_tokens = min(info.context_tokens, info.num_blocks * info.layout.block_size)
@@ -93,6 +111,7 @@ class DecodeRole:
         leg = self._legs.pop((id(sink), number), None)
         if leg is None:
             return
+        leg.drop_migration("the leg was cancelled")
         if leg.pull is not None:
             leg.pull.cancel()
         else:
@@ -103,6 +122,28 @@ class DecodeRole:
         for sink_id, number in list(self._legs):
             if sink_id == id(sink):
                 self.cancel(sink, number)
+
+    def offer(self, sink: RouterSink, number: int) -> None:
+        """Open a lease on a running leg's KV for another decode worker, or say why not.
+
+        An offer that nobody has taken yet is replaced: whoever asks again has given it up.
+        """
+        leg = self._legs.get((id(sink), number))
+        refusal = "no such leg runs here" if leg is None else refuse_offer(leg.sequence)
+        if leg is None or refusal:
+            sink.send(Offered(number=number, lease_id=None, message=refusal))
+            return
+        leg.drop_migration("it is offered anew")
+        leg.migration = Migration(
+            leg.sequence,
+            runner=self._runner,
+            owner=self._owner,
+            layout=self._info.layout,
+            stop_s=self._config.migration_stop_s,
+            on_over=leg.migration_over,
+        )
+        lease_id = leg.migration.lease.lease_id
+        sink.send(Offered(number=number, lease_id=lease_id, lease_s=self._owner.table.lease_s))
 
     # -- bringing the KV ------------------------------------------------------------------------
 
@@ -133,28 +174,34 @@ class DecodeRole:
                 handoff=handoff,
                 sequence_id=sequence.sequence_id,
                 hashes=sequence.block_hashes(sequence.context_tokens // size, size),
-                num_blocks=self._info.layout.num_blocks(sequence.context_tokens),
+                context_tokens=sequence.context_tokens,
                 timeout_s=max(0.0, sequence.deadline_at_s - self._clock.now_s()),
             )
         )
 
     def _start(self, leg: "_DecodeLeg", pulled: Pulled) -> None:
-        """Join the running batch, unless the answer ended with its first token."""
-        sequence = leg.sequence
-        finish = sequence.append(Sampled(token=pulled.first_token))
-        if pulled.ended or finish is not None:
+        """Join the running batch, unless the answer has ended with what was pulled.
+
+        Of a prefill one token follows the context, of a live hand-off all that its owner generated;
+        the blocks hold the KV of all but the last of them.
+        """
+        sequence, stats, size = leg.sequence, pulled.stats, self._info.layout.block_size
+        finishes = [sequence.append(Sampled(token=token)) for token in pulled.tokens]
+        if pulled.ended or any(finishes):
             self._legs.pop((id(leg.sink), leg.number), None)
             self._pool.release(pulled.blocks)
             return
         sequence.blocks = list(pulled.blocks)
-        sequence.computed = sequence.context_tokens
+        sequence.computed = len(sequence.tokens) - 1
         sequence.published = pulled.cached_blocks
-        sequence.publish(self._pool, self._info.layout.block_size)
-        sequence.cached_tokens = pulled.cached_blocks * self._info.layout.block_size
+        sequence.publish(self._pool, size)
+        sequence.cached_tokens = pulled.cached_blocks * size
         leg.times = LegTimes(
-            transfer_s=pulled.seconds,
-            transfer_bytes=pulled.nbytes,
-            transfer_blocks=len(pulled.blocks) - pulled.cached_blocks,
+            transfer_s=stats.seconds,
+            transfer_bytes=stats.nbytes,
+            transfer_blocks=stats.blocks,
+            transfer_descriptors=stats.descriptors,
+            transfer_hidden_s=stats.hidden_s,
             cached_tokens=sequence.cached_tokens,
         )
         self._runner.submit_ready(sequence, leg)
@@ -175,10 +222,19 @@ class DecodeRole:
         )
         if finish is not None:
             self._legs.pop((id(leg.sink), leg.number), None)
+            leg.drop_migration("the answer has ended")
+        elif leg.migration is not None:
+            leg.migration.advance()
+
+    def moved(self, leg: "_DecodeLeg") -> None:
+        """Another worker has the sequence; its last token here is in front of this."""
+        self._legs.pop((id(leg.sink), leg.number), None)
+        leg.sink.send(Moved(number=leg.number))
 
     def fail(self, leg: "_DecodeLeg", error: BatonError, stage: Stage) -> None:
         """The router hears why."""
         self._legs.pop((id(leg.sink), leg.number), None)
+        leg.drop_migration(error.message)
         leg.sink.send(
             LegFailed(number=leg.number, code=error.code, message=error.message, stage=stage)
         )
@@ -194,6 +250,17 @@ class _DecodeLeg:
         self.sequence = sequence
         self.pull: asyncio.Task[None] | None = None
         self.times: LegTimes | None = None
+        self.migration: Migration | None = None
+
+    def drop_migration(self, reason: str) -> None:
+        """Nobody else will have this sequence: it is about to end, or to be offered anew."""
+        if self.migration is not None:
+            self.migration.drop(reason)
+
+    def migration_over(self, moved: bool) -> None:
+        self.migration = None
+        if moved:
+            self.role.moved(self)
 
     def on_blocks(self, sequence: Sequence) -> None:
         """KV computed here is for nobody else."""

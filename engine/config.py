@@ -23,6 +23,9 @@ class TimedConfig(Settings):
     decode_per_context_token_ms: float = Field(4.21e-5, ge=0)
     kv_bytes_per_token: int = Field(256, ge=16, multiple_of=16)
     """KV bytes each token pretends to have; the real model's is 131,072."""
+    kv_marked_every_bytes: int = Field(8, ge=8, multiple_of=8)
+    """Of each so many KV bytes one 8-byte word is written and verified. More makes large KV cheap
+    to compute, and damage smaller than that can go unseen."""
     num_layers: int = Field(2, ge=1)
     context_tokens: int = Field(32_768, ge=16)
 

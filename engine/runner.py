@@ -5,7 +5,9 @@ a step is in flight nothing it reads or writes is freed: a sequence removed mean
 blocks back when the step has ended.
 
     submit -> waiting --admit (all blocks of its context, or it stays)--> running -> done
-                 ^------------ preempted: blocks back, KV recomputed later ----'
+                 ^------------ preempted: blocks back, KV recomputed later ----'| ^
+                                                                          hold  v | resume
+                                                                              held -> removed
 """
 
 import asyncio
@@ -17,6 +19,7 @@ from typing import Protocol
 
 from core.clock import Clock
 from core.errors import BatonError, DeadlineExceeded, InternalError
+from core.fit import PrefillCost
 from core.ids import BlockId
 from core.sampling import FinishReason
 from engine.planner import plan_step
@@ -35,7 +38,7 @@ class SequenceListener(Protocol):
 
     `on_blocks` after each step that made KV of its context, before `on_token`; its blocks are
     published and final. After `on_token` with a finish, or `on_failed`, the sequence is done; its
-    running references are released right after the call returns.
+    running references are released right after the call returns. `on_token` may hold its sequence.
     """
 
     def on_blocks(self, sequence: Sequence) -> None: ...
@@ -81,10 +84,13 @@ class Runner:
         self._block_size = engine.info.layout.block_size
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        self._held: list[Sequence] = []
         self._listeners: dict[int, SequenceListener] = {}
         self._in_flight: set[int] = set()
         self._late_release: list[list[BlockId]] = []
         self._wake = asyncio.Event()
+        self.prefill_cost = PrefillCost(step_tokens)
+        """What prefill takes here; learned from the steps that do nothing else."""
         self.steps = 0
         self.preemptions = 0
 
@@ -109,10 +115,27 @@ class Runner:
         """Stop a sequence without telling its listener; does nothing when it is done."""
         if sequence.done:
             return
-        queue = self._waiting if sequence.state is SequenceState.WAITING else self._running
-        queue.remove(sequence)
+        self._queue_of(sequence).remove(sequence)
         self._finish(sequence)
         self._wake.set()
+
+    def hold(self, sequence: Sequence) -> None:
+        """Take a running sequence out of the batch, between two of its steps; it keeps its blocks
+        and its deadline, and is not preempted. Call `resume` or `remove` soon.
+        """
+        if sequence.state is not SequenceState.RUNNING or id(sequence) in self._in_flight:
+            raise InternalError(f"sequence {sequence.sequence_id} cannot be held now")
+        self._running.remove(sequence)
+        sequence.state = SequenceState.HELD
+        self._held.append(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a held sequence go on where it stopped."""
+        if sequence.state is SequenceState.HELD:
+            self._held.remove(sequence)
+            sequence.state = SequenceState.RUNNING
+            self._running.append(sequence)
+            self._wake.set()
 
     def wake(self) -> None:
         """Blocks were freed elsewhere: a waiting sequence may start now."""
@@ -121,7 +144,8 @@ class Runner:
     @property
     def idle(self) -> bool:
         """Nothing waits or runs, and no step still holds blocks of what was removed."""
-        return not (self._waiting or self._running or self._in_flight or self._late_release)
+        open_ = self._waiting or self._running or self._held
+        return not (open_ or self._in_flight or self._late_release)
 
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
@@ -130,8 +154,8 @@ class Runner:
         return RunnerLoad(
             queued_tokens=queued,
             waiting=len(self._waiting),
-            running=len(self._running),
-            context_tokens=sum(len(s.tokens) for s in self._running),
+            running=len(self._running) + len(self._held),
+            context_tokens=sum(len(s.tokens) for s in [*self._running, *self._held]),
         )
 
     # -- the loop -------------------------------------------------------------------------------
@@ -150,12 +174,14 @@ class Runner:
                     continue
                 steps = [sequence.make_step(count) for sequence, count in batch]
                 self._in_flight = {id(sequence) for sequence, _ in batch}
+                began_s = self._clock.now_s()
                 step = loop.run_in_executor(thread, self._engine.step, steps)
                 try:
                     results = await self._in_time(step)
                 finally:
                     self._in_flight = set()
                     self._release_late()
+                self._learn(batch, self._clock.now_s() - began_s)
                 self.steps += 1
                 for (sequence, count), result in zip(batch, results, strict=True):
                     self._apply(sequence, count, result)
@@ -181,9 +207,14 @@ class Runner:
             if not step.done():
                 await asyncio.wait([step], timeout=_STEP_GRACE_S)
 
+    def _learn(self, batch: list[tuple[Sequence, int]], seconds: float) -> None:
+        """A step of prefill and decode mixed says nothing about either part: it is left out."""
+        if all(s.computed < s.context_tokens for s, _ in batch):
+            self.prefill_cost.add([(s.computed, s.computed + n) for s, n in batch], seconds)
+
     async def _rest(self) -> None:
         self._wake.clear()
-        timeout_s = _IDLE_SWEEP_S if self._waiting else None
+        timeout_s = _IDLE_SWEEP_S if self._waiting or self._held else None
         try:
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
@@ -251,6 +282,8 @@ class Runner:
     def _preempt(self, sequence: Sequence) -> None:
         """Give its blocks back and compute its KV again later; the text stays the same."""
         self.preemptions += 1
+        if sequence.on_preempted is not None:
+            sequence.on_preempted()  # ends a lease, which would keep the blocks
         self._running.remove(sequence)
         self._pool.release(sequence.blocks)
         sequence.blocks = []
@@ -285,7 +318,7 @@ class Runner:
 
     def _expire(self) -> None:
         now_s = self._clock.now_s()
-        for sequence in [*self._waiting, *self._running]:
+        for sequence in [*self._waiting, *self._running, *self._held]:
             if sequence.deadline_at_s <= now_s:
                 self._fail(sequence, DeadlineExceeded("the request's deadline passed"))
 
@@ -293,6 +326,15 @@ class Runner:
         listener = self._listeners[id(sequence)]
         listener.on_failed(sequence, error)
         self.remove(sequence)
+
+    def _queue_of(self, sequence: Sequence) -> list[Sequence]:
+        match sequence.state:
+            case SequenceState.WAITING:
+                return self._waiting
+            case SequenceState.HELD:
+                return self._held
+            case _:
+                return self._running
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.DONE

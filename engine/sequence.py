@@ -1,5 +1,6 @@
 """One sequence on one worker: its tokens, how far its KV reaches, and which blocks hold it."""
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Self
 
@@ -12,10 +13,11 @@ from engine.types import Sampled, SeqStep
 
 
 class SequenceState(Enum):
-    """WAITING -> RUNNING -> DONE; RUNNING -> WAITING when preempted."""
+    """WAITING -> RUNNING -> DONE; RUNNING -> WAITING when preempted; RUNNING <-> HELD -> DONE."""
 
     WAITING = "waiting"
     RUNNING = "running"
+    HELD = "held"
     DONE = "done"
 
 
@@ -50,6 +52,8 @@ class Sequence:
         self.cached_tokens = 0
         self.blocks: list[BlockId] = []
         self.published = 0
+        self.on_preempted: Callable[[], None] | None = None
+        """Set by whoever copies its blocks while it runs; called before they are given back."""
         self._root = root
         self._hashes: list[BlockHash] = []
 

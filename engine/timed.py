@@ -56,8 +56,9 @@ class TimedEngine:
         self._timed = config.timed
         self._sleep = sleep
         self._arena = Arena(layout, num_blocks)
-        self._words: U64 = self._arena.data.numpy().view(np.uint64)
-        self._lanes = _lane_constants(layout)
+        marked = slice(None, None, config.timed.kv_marked_every_bytes // 8)
+        self._words: U64 = self._arena.data.numpy().view(np.uint64)[..., marked]
+        self._lanes = _lane_constants(layout)[..., marked]
         self._known: dict[SequenceId, _Known] = {}
         self._positions = 0
         self._info = EngineInfo(
@@ -178,6 +179,7 @@ def timed_model_id(config: EngineConfig, vocab_size: int) -> ModelId:
     """Equal for equal KV: shape and vocabulary, not speed."""
     timed = config.timed
     text = f"timed-1,{timed.kv_bytes_per_token},{timed.num_layers},{vocab_size}"
+    text += f",{timed.kv_marked_every_bytes}"
     return ModelId("timed-" + blake2b(text.encode(), digest_size=8).hexdigest())
 
 

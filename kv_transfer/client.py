@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import grpc
 
 from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break, heed_cancel
-from core.errors import TransferFailed
-from core.ids import Incarnation, LeaseId
-from core.messages import PROTOCOL_MAJOR, Handoff
+from core.errors import TransferCause, TransferFailed
+from core.ids import BlockHash, BlockId, Incarnation, LeaseId, SequenceId, WorkerId, shard_id
+from core.messages import PROTOCOL_MAJOR
 from core.outbox import Outbox
 from kv_transfer.codec import UnknownMessage, from_owner_from_wire, from_reader_to_wire
 from kv_transfer.messages import (
@@ -19,13 +21,19 @@ from kv_transfer.messages import (
     Bind,
     Close,
     Closed,
+    Fetch,
+    Fetched,
+    FromOwner,
     FromReader,
     LeaseOutcome,
     PeerHello,
+    Ready,
     Renew,
     Renewed,
+    Shard,
 )
-from kv_transfer.transport import Transport
+from kv_transfer.plan import ArenaShape
+from kv_transfer.transports import Transports
 from wire import peer_pb2, peer_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -33,41 +41,74 @@ log = logging.getLogger(__name__)
 Stream = grpc.aio.StreamStreamCall[peer_pb2.FromReader, peer_pb2.FromOwner]
 
 _OUTBOX_MESSAGES = 65_536
-_ENDS: tuple[type[Exception], ...] = (*STREAM_ERRORS, TransferFailed, UnknownMessage)
 _LEASE_INBOX_MESSAGES = 65_536
+_CLOSE_ASKS = 4
+_BREAKS: tuple[type[Exception], ...] = (*STREAM_ERRORS, UnknownMessage)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerDoor:
+    """Where an owner is reached, and which life of it is meant."""
+
+    worker_id: WorkerId
+    address: str
+    incarnation: Incarnation
 
 
 class BoundLease:
-    """What arrives for one lease: announcements in order, then its end."""
+    """What arrives for one lease: announcements, then its end. `changed` wakes the one pull."""
 
-    def __init__(self) -> None:
-        self.announcements: Outbox[Announce] = Outbox(_LEASE_INBOX_MESSAGES)
-        self.closed: asyncio.Future[LeaseOutcome] = asyncio.get_running_loop().create_future()
+    def __init__(self, lease_id: LeaseId) -> None:
+        self.lease_id = lease_id
+        self.inbox: deque[Announce] = deque()
+        self.changed = asyncio.Event()
         self.failure: TransferFailed | None = None
+        self.closed: asyncio.Future[Closed] = asyncio.get_running_loop().create_future()
 
-    def fail(self, reason: str) -> None:
-        """No more announcements come; the closing question stays unanswered."""
-        self.failure = TransferFailed(reason)
-        self.announcements.close()
+    def hear(self, announce: Announce) -> None:
+        """More blocks are final."""
+        if len(self.inbox) >= _LEASE_INBOX_MESSAGES:
+            self.fail(TransferFailed("the pull fell behind its announcements"))
+            return
+        self.inbox.append(announce)
+        self.changed.set()
+
+    def fail(self, failure: TransferFailed) -> None:
+        """Nothing more comes; the closing question stays unanswered."""
+        self.failure = self.failure or failure
+        self.changed.set()
         if not self.closed.done():
-            self.closed.set_result(LeaseOutcome.ABORTED)
+            self.closed.set_result(Closed(lease_id=self.lease_id, outcome=LeaseOutcome.ABORTED))
+
+    def raise_failure(self) -> None:
+        """Raise what ended the lease, if anything did."""
+        if self.failure is not None:
+            raise self.failure
 
 
 class PeerConnection:
     """`run` is its only task and ends with the stream."""
 
     def __init__(
-        self, handoff: Handoff, hello: PeerHello, transport: Transport, renew_every_s: float
+        self,
+        door: OwnerDoor,
+        hello: Callable[[], PeerHello],
+        transports: Transports,
+        renew_every_s: float,
     ) -> None:
-        self._address = handoff.owner_address
-        self.owner: Incarnation = handoff.owner_incarnation
+        self.door = door
         self._hello = hello
-        self._transport = transport
+        self._transports = transports
         self._renew_every_s = renew_every_s
         self._outbox: Outbox[FromReader] = Outbox(_OUTBOX_MESSAGES)
         self._leases: dict[LeaseId, BoundLease] = {}
+        self._fetches: dict[int, asyncio.Future[Fetched]] = {}
+        self._next_fetch = 1
         self._lost: TransferFailed | None = None
         self._heard = 0
+        self._retired = asyncio.Event()
+        self.shapes: tuple[ArenaShape, ...] = ()
+        self.transport_name = ""
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # -- used by the reader ---------------------------------------------------------------------
@@ -76,74 +117,157 @@ class PeerConnection:
     def lost(self) -> bool:
         return self._lost is not None
 
+    def retire(self) -> None:
+        """A read failed: the next pull shall make contact anew."""
+        self._retired.set()
+
     @asynccontextmanager
-    async def bind(self, bind: Bind) -> AsyncIterator[BoundLease]:
+    async def bind(self, lease_id: LeaseId, sequence_id: SequenceId) -> AsyncIterator[BoundLease]:
         """Bound inside; on the way out the owner is told, unless the lease was closed."""
-        if self._lost is not None:
-            raise self._lost
-        lease = self._leases[bind.lease_id] = BoundLease()
+        async with self._hold(lease_id) as lease:
+            self.bind_again(lease_id, sequence_id, 0)
+            yield lease
+
+    def bind_again(self, lease_id: LeaseId, sequence_id: SequenceId, first_index: int) -> None:
+        """Ask for what was announced from `first_index` on, perhaps not for the first time."""
+        bind = Bind(lease_id=lease_id, sequence_id=sequence_id, first_index=first_index)
         self._outbox.send(bind)
+
+    @asynccontextmanager
+    async def fetch(
+        self, sequence_id: SequenceId, hashes: Sequence[BlockHash], first_index: int
+    ) -> AsyncIterator[tuple[BoundLease, tuple[BlockId, ...]]]:
+        """A lease on cached blocks from `first_index` on, and their ids; raises if there are none.
+
+        A late answer to a question given up is answered with an abort.
+        """
+        self._raise_lost()
+        number, self._next_fetch = self._next_fetch, self._next_fetch + 1
+        answer: asyncio.Future[Fetched] = asyncio.get_running_loop().create_future()
+        self._fetches[number] = answer
+        question = Fetch(
+            number=number,
+            sequence_id=sequence_id,
+            hashes=tuple(hashes),
+            first_index=first_index,
+        )
+        self._outbox.send(question)
+        try:
+            fetched = await answer
+        finally:
+            self._fetches.pop(number, None)
+        if not fetched.block_ids:
+            raise TransferFailed(
+                "the KV owner holds no more of the prefix", cause=TransferCause.NOT_HELD
+            )
+        async with self._hold(fetched.lease_id) as lease:
+            yield lease, fetched.block_ids
+
+    @asynccontextmanager
+    async def _hold(self, lease_id: LeaseId) -> AsyncIterator[BoundLease]:
+        self._raise_lost()
+        if lease_id in self._leases:
+            raise TransferFailed("the lease is bound already, by another pull of this worker")
+        lease = self._leases[lease_id] = BoundLease(lease_id)
         try:
             yield lease
         finally:
-            del self._leases[bind.lease_id]
+            del self._leases[lease_id]
             if not lease.closed.done():
-                self._outbox.send(Abort(lease_id=bind.lease_id, reason="the reader gave up"))
+                self._outbox.send(Abort(lease_id=lease_id, reason="the reader gave up"))
 
-    async def close_lease(self, lease_id: LeaseId, timeout_s: float) -> LeaseOutcome:
-        """Ask the closing question; silence is UNKNOWN."""
-        lease = self._leases[lease_id]
-        self._outbox.send(Close(lease_id=lease_id))
-        try:
-            async with asyncio.timeout(timeout_s):  # wait_for of 3.11 can swallow a cancel
-                return await asyncio.shield(lease.closed)
-        except TimeoutError:
-            return LeaseOutcome.UNKNOWN
+    def send_ready(self, lease_id: LeaseId) -> None:
+        """All that was announced of a running sequence is here."""
+        self._outbox.send(Ready(lease_id=lease_id))
+
+    async def close_lease(
+        self, lease: BoundLease, verify: tuple[BlockId, ...], timeout_s: float
+    ) -> Closed:
+        """Ask the closing question, again when the answer is late; silence is UNKNOWN."""
+        for _ in range(_CLOSE_ASKS):
+            self._outbox.send(Close(lease_id=lease.lease_id, verify=verify))
+            try:
+                async with asyncio.timeout(timeout_s / _CLOSE_ASKS):  # wait_for of 3.11 can
+                    return await asyncio.shield(lease.closed)  # swallow a cancel
+            except TimeoutError:
+                continue
+        return Closed(lease_id=lease.lease_id, outcome=LeaseOutcome.UNKNOWN)
+
+    def _raise_lost(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     # -- the stream -----------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Connect, say hello, serve until the stream ends; then every bound lease has failed."""
-        reason = "the stream to the KV owner ended"
+        failure = TransferFailed("the stream to the KV owner ended", cause=TransferCause.OWNER_LOST)
         try:
-            async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+            async with grpc.aio.insecure_channel(
+                self.door.address, options=CHANNEL_OPTIONS
+            ) as channel:
                 stream = peer_pb2_grpc.PeerStub(channel).PeerStream()
-                self._outbox.send(self._hello)
+                self._outbox.send(self._hello())
                 await self._serve(stream)
-        except* _ENDS as errors:
-            reason = f"the stream to the KV owner broke: {describe_break(errors)}"
+        except* _BREAKS as errors:
+            failure = TransferFailed(
+                f"the stream to the KV owner broke: {describe_break(errors)}",
+                cause=TransferCause.OWNER_LOST,
+            )
+        except* TransferFailed as errors:  # the reason, where the stream broke for it
+            failure = _first(errors)
         finally:
-            self._lose(TransferFailed(reason))
-            await self._transport.disconnect(self.owner)
+            self._lose(failure)
+            for rank in range(len(self.shapes)):
+                await self._transports.disconnect(shard_id(self.door.incarnation, rank))
         heed_cancel()
 
     async def _serve(self, stream: Stream) -> None:
         async with asyncio.TaskGroup() as group:
-            writer = group.create_task(self._write(stream))
-            renewer = group.create_task(self._renew())
-            overflow = group.create_task(self._end_overflow())
+            helpers = [
+                group.create_task(self._write(stream)),
+                group.create_task(self._renew()),
+                group.create_task(self._end_overflow()),
+                group.create_task(self._end_retired()),
+            ]
             await self._check_hello(await stream.read())
             self.ready.set_result(None)
             while isinstance(raw := await stream.read(), peer_pb2.FromOwner):
                 self._heard += 1
                 self._dispatch(raw)
-            writer.cancel()
-            renewer.cancel()
-            overflow.cancel()
+            for helper in helpers:
+                helper.cancel()
 
     async def _check_hello(self, raw: object) -> None:
+        mine = self._hello()
         hello = from_owner_from_wire(raw) if isinstance(raw, peer_pb2.FromOwner) else None
-        if not isinstance(hello, PeerHello):
-            raise TransferFailed("the KV owner said no hello")
+        if not isinstance(hello, PeerHello) or not hello.shards:
+            raise TransferFailed("the KV owner said no hello", cause=TransferCause.OTHER_PROTOCOL)
         if hello.protocol_major != PROTOCOL_MAJOR:
-            raise TransferFailed(f"the KV owner speaks protocol {hello.protocol_major}")
-        if hello.incarnation != self.owner:
-            raise TransferFailed("the KV owner was restarted: its blocks are gone")
-        if hello.model_id != self._hello.model_id:
-            raise TransferFailed(f"the KV owner serves another model, {hello.model_id}")
-        if hello.layout.layout_id != self._hello.layout.layout_id:
-            raise TransferFailed("the KV owner has another layout and no reshard plan exists")
-        await self._transport.connect(self.owner, hello.memory)
+            raise TransferFailed(
+                f"the KV owner speaks protocol {hello.protocol_major}",
+                cause=TransferCause.OTHER_PROTOCOL,
+            )
+        if hello.incarnation != self.door.incarnation:
+            raise TransferFailed(
+                "the KV owner was restarted: its blocks are gone",
+                cause=TransferCause.OWNER_RESTARTED,
+            )
+        if hello.model_id != mine.model_id:
+            raise TransferFailed(
+                f"the KV owner serves another model, {hello.model_id}",
+                cause=TransferCause.OTHER_MODEL,
+            )
+        for shard in hello.shards:
+            _check_shard(shard)
+        self.shapes = tuple(
+            ArenaShape(shard.layout, shard.memories[0].nbytes // shard.layout.block_bytes)
+            for shard in hello.shards
+        )
+        for rank, shard in enumerate(hello.shards):
+            self.transport_name = await self._transports.connect(
+                shard_id(hello.incarnation, rank), shard.memories
+            )
 
     def _dispatch(self, raw: peer_pb2.FromOwner) -> None:
         try:
@@ -151,19 +275,37 @@ class PeerConnection:
         except UnknownMessage as unknown:
             log.info("peer_message_skipped %s", unknown)
             return
-        if isinstance(message, PeerHello | Renewed):
-            return
+        self.hear(message)
+
+    def hear(self, message: FromOwner) -> None:
+        """One message of the owner, to whom it concerns."""
+        match message:
+            case PeerHello() | Renewed():
+                return
+            case Fetched():
+                self._answer_fetch(message)
+                return
         lease = self._leases.get(message.lease_id)
         if lease is None:
             return
         match message:
             case Announce():
-                lease.announcements.send(message)
+                lease.hear(message)
             case Closed():
                 if not lease.closed.done():
-                    lease.closed.set_result(message.outcome)
+                    lease.closed.set_result(message)
             case Abort():
-                lease.fail(f"the KV owner ended the lease: {message.reason}")
+                expired = message.outcome is LeaseOutcome.EXPIRED
+                cause = TransferCause.EXPIRED if expired else TransferCause.OWNER_ENDED
+                reason = f"the KV owner ended the lease: {message.reason}"
+                lease.fail(TransferFailed(reason, cause=cause))
+
+    def _answer_fetch(self, fetched: Fetched) -> None:
+        waiting = self._fetches.get(fetched.number)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(fetched)
+        elif fetched.block_ids:
+            self._outbox.send(Abort(lease_id=fetched.lease_id, reason="the fetch was given up"))
 
     async def _write(self, stream: Stream) -> None:
         async for message in self._outbox:
@@ -172,23 +314,57 @@ class PeerConnection:
     async def _end_overflow(self) -> None:
         """A writer stuck on an owner that does not read cannot end the stream itself."""
         await self._outbox.overflowed.wait()
-        raise TransferFailed("the KV owner does not read its stream")
+        raise TransferFailed(
+            "the KV owner does not read its stream", cause=TransferCause.OWNER_SILENT
+        )
+
+    async def _end_retired(self) -> None:
+        await self._retired.wait()
+        raise TransferFailed("a read from the KV owner failed", cause=TransferCause.READ_FAILED)
 
     async def _renew(self) -> None:
         """Keep the bound leases alive. The owner answers each renewal: silence is a lost owner."""
         while True:
-            asked, heard = bool(self._leases), self._heard
+            asked, heard = bool(self._leases or self._fetches), self._heard
             if asked:
                 self._outbox.send(Renew(lease_ids=tuple(self._leases)))
             for _ in range(2):  # a pause of this process is not one of the owner
                 await asyncio.sleep(self._renew_every_s / 2)
             if asked and heard == self._heard:
-                raise TransferFailed(f"the KV owner said nothing for {self._renew_every_s:.1f} s")
+                raise TransferFailed(
+                    f"the KV owner said nothing for {self._renew_every_s:.1f} s",
+                    cause=TransferCause.OWNER_SILENT,
+                )
 
     def _lose(self, failure: TransferFailed) -> None:
         self._lost = failure
         for lease in self._leases.values():
-            lease.fail(str(failure))
+            lease.fail(failure)
+        for answer in self._fetches.values():
+            if not answer.done():
+                answer.set_exception(failure)
         if not self.ready.done():
             self.ready.set_exception(failure)
             self.ready.exception()  # it may be that nobody waits for it
+
+
+def _check_shard(shard: Shard) -> None:
+    """Raises TransferFailed where the owner describes an arena that cannot be."""
+    try:
+        shard.layout.check()
+    except ValueError as error:
+        raise TransferFailed(
+            f"the KV owner's layout makes no sense: {error}", cause=TransferCause.NO_PLAN
+        ) from error
+    if not shard.memories:
+        raise TransferFailed(
+            "the KV owner offers no way to read it", cause=TransferCause.NO_TRANSPORT
+        )
+
+
+def _first(errors: BaseExceptionGroup[TransferFailed]) -> TransferFailed:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, TransferFailed)
+    return error

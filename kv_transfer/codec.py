@@ -1,22 +1,36 @@
 """Typed values to and from the wire: what all services share, and the PeerStream's messages."""
 
-from typing import cast
+from typing import cast, get_args
 
-from core.ids import BlockId, Incarnation, LeaseId, ModelId, RequestId, SequenceId, WorkerId
-from core.kv import DTYPE_BYTES, KvLayout
+from core.blocks import HASH_BYTES
+from core.ids import (
+    BlockHash,
+    BlockId,
+    Incarnation,
+    LeaseId,
+    ModelId,
+    RequestId,
+    SequenceId,
+    WorkerId,
+)
+from core.kv import BLOCK_FIRST, DTYPE_BYTES, Axis, KvLayout
 from kv_transfer.messages import (
     Abort,
     Announce,
     Bind,
     Close,
     Closed,
+    Fetch,
+    Fetched,
     FromOwner,
     FromReader,
     LeaseOutcome,
     Memory,
     PeerHello,
+    Ready,
     Renew,
     Renewed,
+    Shard,
 )
 from wire import common_pb2, peer_pb2
 
@@ -34,12 +48,18 @@ def layout_to_wire(layout: KvLayout) -> common_pb2.KvLayout:
         dtype=layout.dtype,
         tp_size=layout.tp_size,
         tp_rank=layout.tp_rank,
+        total_kv_heads=layout.total_kv_heads,
+        sides=layout.sides,
+        axes=",".join(layout.axes),
     )
 
 
 def layout_from_wire(layout: common_pb2.KvLayout) -> KvLayout:
     if layout.dtype not in DTYPE_BYTES:
         raise UnknownMessage(f"KV dtype {layout.dtype!r}")
+    axes = tuple(layout.axes.split(",")) if layout.axes else BLOCK_FIRST
+    if sorted(axes) != sorted(get_args(Axis)):
+        raise UnknownMessage(f"KV axes {layout.axes!r}")
     return KvLayout(
         block_size=layout.block_size,
         num_kv_heads=layout.num_kv_heads,
@@ -48,7 +68,14 @@ def layout_from_wire(layout: common_pb2.KvLayout) -> KvLayout:
         dtype=layout.dtype,
         tp_size=layout.tp_size or 1,
         tp_rank=layout.tp_rank,
+        total_kv_heads=layout.total_kv_heads,
+        sides=layout.sides or 2,
+        axes=cast(tuple[Axis, ...], axes),
     )
+
+
+def hashes_from_wire(data: bytes) -> tuple[BlockHash, ...]:
+    return tuple(BlockHash(data[i : i + HASH_BYTES]) for i in range(0, len(data), HASH_BYTES))
 
 
 def sequence_id_to_wire(sequence_id: SequenceId) -> common_pb2.SequenceId:
@@ -70,13 +97,26 @@ def from_reader_to_wire(message: FromReader) -> peer_pb2.FromReader:
                 bind=peer_pb2.Bind(
                     lease_id=message.lease_id,
                     sequence_id=sequence_id_to_wire(message.sequence_id),
-                    first_block=message.first_block,
+                    first_index=message.first_index,
                 )
             )
+        case Fetch():
+            return peer_pb2.FromReader(
+                fetch=peer_pb2.Fetch(
+                    number=message.number,
+                    sequence_id=sequence_id_to_wire(message.sequence_id),
+                    hashes=b"".join(message.hashes),
+                    first_index=message.first_index,
+                )
+            )
+        case Ready():
+            return peer_pb2.FromReader(ready=peer_pb2.Ready(lease_id=message.lease_id))
         case Renew():
             return peer_pb2.FromReader(renew=peer_pb2.Renew(lease_ids=message.lease_ids))
         case Close():
-            return peer_pb2.FromReader(close=peer_pb2.Close(lease_id=message.lease_id))
+            return peer_pb2.FromReader(
+                close=peer_pb2.Close(lease_id=message.lease_id, verify=message.verify)
+            )
         case Abort():
             return peer_pb2.FromReader(abort=_abort_to_wire(message))
 
@@ -89,12 +129,24 @@ def from_reader_from_wire(message: peer_pb2.FromReader) -> FromReader:
             return Bind(
                 lease_id=LeaseId(message.bind.lease_id),
                 sequence_id=sequence_id_from_wire(message.bind.sequence_id),
-                first_block=message.bind.first_block,
+                first_index=message.bind.first_index,
             )
+        case "fetch":
+            return Fetch(
+                number=message.fetch.number,
+                sequence_id=sequence_id_from_wire(message.fetch.sequence_id),
+                hashes=hashes_from_wire(message.fetch.hashes),
+                first_index=message.fetch.first_index,
+            )
+        case "ready":
+            return Ready(lease_id=LeaseId(message.ready.lease_id))
         case "renew":
             return Renew(lease_ids=tuple(LeaseId(i) for i in message.renew.lease_ids))
         case "close":
-            return Close(lease_id=LeaseId(message.close.lease_id))
+            return Close(
+                lease_id=LeaseId(message.close.lease_id),
+                verify=tuple(BlockId(i) for i in message.close.verify),
+            )
         case "abort":
             return _abort_from_wire(message.abort)
         case other:
@@ -113,8 +165,16 @@ def from_owner_to_wire(message: FromOwner) -> peer_pb2.FromOwner:
                     first_index=message.first_index,
                     block_ids=message.block_ids,
                     final=message.final,
-                    first_token=message.first_token,
+                    tokens=message.tokens,
                     ended=message.ended,
+                )
+            )
+        case Fetched():
+            return peer_pb2.FromOwner(
+                fetched=peer_pb2.Fetched(
+                    number=message.number,
+                    lease_id=message.lease_id,
+                    block_ids=message.block_ids,
                 )
             )
         case Renewed():
@@ -123,7 +183,8 @@ def from_owner_to_wire(message: FromOwner) -> peer_pb2.FromOwner:
             return peer_pb2.FromOwner(
                 closed=peer_pb2.Closed(
                     lease_id=message.lease_id,
-                    outcome=cast(peer_pb2.Outcome, int(message.outcome)),
+                    outcome=_outcome_to_wire(message.outcome),
+                    checksums=message.checksums,
                 )
             )
         case Abort():
@@ -142,15 +203,23 @@ def from_owner_from_wire(message: peer_pb2.FromOwner) -> FromOwner:
                 first_index=announce.first_index,
                 block_ids=tuple(BlockId(i) for i in announce.block_ids),
                 final=announce.final,
-                first_token=announce.first_token,
+                tokens=tuple(announce.tokens),
                 ended=announce.ended,
+            )
+        case "fetched":
+            return Fetched(
+                number=message.fetched.number,
+                lease_id=LeaseId(message.fetched.lease_id),
+                block_ids=tuple(BlockId(i) for i in message.fetched.block_ids),
             )
         case "renewed":
             return Renewed()
         case "closed":
-            known = {outcome.value for outcome in LeaseOutcome}
-            outcome = message.closed.outcome if message.closed.outcome in known else 0
-            return Closed(lease_id=LeaseId(message.closed.lease_id), outcome=LeaseOutcome(outcome))
+            return Closed(
+                lease_id=LeaseId(message.closed.lease_id),
+                outcome=_outcome_from_wire(message.closed.outcome),
+                checksums=tuple(message.closed.checksums),
+            )
         case "abort":
             return _abort_from_wire(message.abort)
         case other:
@@ -162,15 +231,8 @@ def _hello_to_wire(hello: PeerHello) -> peer_pb2.PeerHello:
         worker_id=hello.worker_id,
         incarnation=hello.incarnation,
         model_id=hello.model_id,
-        layout=layout_to_wire(hello.layout),
         protocol=common_pb2.Protocol(major=hello.protocol_major, minor=hello.protocol_minor),
-        memory=peer_pb2.Memory(
-            transport=hello.memory.transport,
-            metadata=hello.memory.metadata,
-            address=hello.memory.address,
-            nbytes=hello.memory.nbytes,
-            device=hello.memory.device,
-        ),
+        shards=[_shard_to_wire(shard) for shard in hello.shards],
     )
 
 
@@ -179,22 +241,58 @@ def _hello_from_wire(hello: peer_pb2.PeerHello) -> PeerHello:
         worker_id=WorkerId(hello.worker_id),
         incarnation=Incarnation(hello.incarnation),
         model_id=ModelId(hello.model_id),
-        layout=layout_from_wire(hello.layout),
-        memory=Memory(
-            transport=hello.memory.transport,
-            metadata=hello.memory.metadata,
-            address=hello.memory.address,
-            nbytes=hello.memory.nbytes,
-            device=hello.memory.device,
-        ),
+        shards=tuple(_shard_from_wire(shard) for shard in hello.shards),
         protocol_major=hello.protocol.major,
         protocol_minor=hello.protocol.minor,
     )
 
 
+def _shard_to_wire(shard: Shard) -> peer_pb2.Shard:
+    memories = [
+        peer_pb2.Memory(
+            transport=memory.transport,
+            metadata=memory.metadata,
+            address=memory.address,
+            nbytes=memory.nbytes,
+            device=memory.device,
+        )
+        for memory in shard.memories
+    ]
+    return peer_pb2.Shard(layout=layout_to_wire(shard.layout), memories=memories)
+
+
+def _shard_from_wire(shard: peer_pb2.Shard) -> Shard:
+    memories = tuple(
+        Memory(
+            transport=memory.transport,
+            metadata=memory.metadata,
+            address=memory.address,
+            nbytes=memory.nbytes,
+            device=memory.device,
+        )
+        for memory in shard.memories
+    )
+    return Shard(layout=layout_from_wire(shard.layout), memories=memories)
+
+
 def _abort_to_wire(abort: Abort) -> peer_pb2.Abort:
-    return peer_pb2.Abort(lease_id=abort.lease_id, reason=abort.reason)
+    return peer_pb2.Abort(
+        lease_id=abort.lease_id, reason=abort.reason, outcome=_outcome_to_wire(abort.outcome)
+    )
 
 
 def _abort_from_wire(abort: peer_pb2.Abort) -> Abort:
-    return Abort(lease_id=LeaseId(abort.lease_id), reason=abort.reason)
+    return Abort(
+        lease_id=LeaseId(abort.lease_id),
+        reason=abort.reason,
+        outcome=_outcome_from_wire(abort.outcome),
+    )
+
+
+def _outcome_to_wire(outcome: LeaseOutcome) -> peer_pb2.Outcome:
+    return cast(peer_pb2.Outcome, int(outcome))
+
+
+def _outcome_from_wire(outcome: int) -> LeaseOutcome:
+    known = {known.value for known in LeaseOutcome}
+    return LeaseOutcome(outcome) if outcome in known else LeaseOutcome.UNKNOWN

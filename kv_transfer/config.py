@@ -10,11 +10,17 @@ from core.config import Settings
 class TransferConfig(Settings):
     """Leases and the transport that moves blocks."""
 
-    backend: Literal["nixl", "loopback"] = "nixl"
-    """`loopback` works only between workers of one process (tests)."""
+    backend: Literal["auto", "nixl", "collective", "loopback"] = "auto"
+    """How blocks move. `auto` offers every way that works here and says which: nixl (RDMA, NVLink,
+    shared memory, TCP), then collective (torch.distributed: NCCL or Gloo); two workers use the
+    first they both have. `loopback` works only between workers of one process (tests)."""
+    verify: Literal["off", "sample", "all"] = "off"
+    """Compare checksums of the blocks read with their owner's: of none, of one in 16, of all."""
     lease_s: float = Field(10.0, gt=0)
     """A lease whose prefill has ended lives this long after its last renewal."""
     read_timeout_s: float = Field(10.0, gt=0)
     """A read not ended by then fails; its target blocks stay quarantined until it ends."""
     connect_timeout_s: float = Field(3.0, gt=0)
     """First contact with a peer: connect and hello."""
+    fetch: bool = True
+    """Pull a missing prefix from another worker when that is predicted to beat recomputing it."""

@@ -1,6 +1,6 @@
 """Leases: the promise that announced blocks stay what they are until the reader has them.
 
-    open --(prefill runs: cannot expire)--> finish --> close    HELD
+    open --(sequence runs: cannot expire)-> finish --> close    HELD
       |                                       |------> expired  no renewal for `lease_s`
       '---------------- abort, at any time ---'------> aborted
 
@@ -11,26 +11,33 @@ same answer. All times come from the clock passed in; one thread calls all of th
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from core.clock import Clock
-from core.ids import BlockId, LeaseId, SequenceId
+from core.ids import BlockHash, BlockId, LeaseId, SequenceId
 from engine.pool import BlockPool
 from kv_transfer.messages import LeaseOutcome
 
 NEVER_S = float("inf")
 
 
-@dataclass(frozen=True, slots=True)
-class FirstToken:
-    """What ends a prefill: the token it sampled, and whether the answer ends with it."""
+class LeaseListener(Protocol):
+    """Whoever opened a lease hears of it, on the event loop, from inside the call that did it."""
 
-    token: int
-    ended: bool
+    def on_ready(self, lease: "Lease") -> None:
+        """The reader has all that was announced of a running sequence."""
+        ...
+
+    def on_ended(self, lease: "Lease", outcome: LeaseOutcome) -> None:
+        """Said once. HELD: the reader owns a copy; else nobody does."""
+        ...
 
 
 @dataclass(slots=True)
 class Lease:
-    """One open lease. `reader` names who is bound to it."""
+    """One open lease. `reader` names who is bound to it; `tokens` is None until the final
+    announcement, then what follows the reader's submit.
+    """
 
     lease_id: LeaseId
     sequence_id: SequenceId
@@ -38,7 +45,9 @@ class Lease:
     expires_at_s: float = NEVER_S
     blocks: list[BlockId] = field(default_factory=list)
     reader: str | None = None
-    first_token: FirstToken | None = None
+    tokens: tuple[int, ...] | None = None
+    answer_ended: bool = False
+    listener: LeaseListener | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class _Ended:
 
     forget_at_s: float
     outcome: LeaseOutcome
+    reader: str | None
     unread: Lease | None
 
 
@@ -72,12 +82,26 @@ class LeaseTable:
         self._next_id = 1
         self.counters = LeaseCounters()
 
-    def open(self, sequence_id: SequenceId) -> Lease:
+    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease:
         """A new lease without blocks; cannot expire until its prefill is finished."""
-        lease = Lease(LeaseId(self._next_id), sequence_id, self._clock.now_s())
+        lease = Lease(LeaseId(self._next_id), sequence_id, self._clock.now_s(), listener=listener)
         self._next_id += 1
         self._open[lease.lease_id] = lease
         self.counters.opened += 1
+        return lease
+
+    def open_cached(
+        self, sequence_id: SequenceId, hashes: Sequence[BlockHash], reader: str
+    ) -> Lease:
+        """A lease of `reader` on the longest cached prefix of `hashes`; all of it is final.
+
+        The whole prefix is held, not only what the reader lacks: no cached block may have a
+        descendant in use.
+        """
+        lease = self.open(sequence_id)
+        self.extend(lease, self._pool.lookup(hashes))
+        self.finish(lease, (), answer_ended=False)
+        lease.reader = reader
         return lease
 
     def get(self, lease_id: LeaseId) -> Lease | None:
@@ -97,17 +121,17 @@ class LeaseTable:
             self._pool.lease(block_ids)
             lease.blocks.extend(block_ids)
 
-    def finish(self, lease: Lease, first_token: FirstToken) -> None:
-        """The prefill has ended; from now on the lease lives by renewal."""
-        lease.first_token = first_token
+    def finish(self, lease: Lease, tokens: tuple[int, ...], *, answer_ended: bool) -> None:
+        """All blocks are announced; from now on the lease lives by renewal."""
+        lease.tokens = tokens
+        lease.answer_ended = answer_ended
         lease.expires_at_s = self._clock.now_s() + self.lease_s
 
     def finish_unread(self, lease: Lease) -> None:
         """The prefill has ended, and the answer with it: there is nothing to hand off."""
         if lease.lease_id in self._open:
-            self._end(lease, LeaseOutcome.ABORTED, unread=lease)
-            lease.blocks.clear()
             self.counters.closed += 1
+            self._end(lease, LeaseOutcome.ABORTED, unread=lease)
 
     def ended_unread(self, lease_id: LeaseId) -> Lease | None:
         """A lease that `finish_unread` ended, while it is remembered, for a reader that is late."""
@@ -127,22 +151,24 @@ class LeaseTable:
         lease = self._open.get(lease_id)
         if lease is None:
             ended = self._ended.get(lease_id)
-            return LeaseOutcome.UNKNOWN if ended is None else ended.outcome
-        if lease.reader != reader or lease.first_token is None:
+            if ended is None or ended.reader != reader:
+                return LeaseOutcome.UNKNOWN
+            return ended.outcome
+        if lease.reader != reader or lease.tokens is None:
             return LeaseOutcome.UNKNOWN
         if lease.expires_at_s <= self._clock.now_s():
             self._expire(lease)
             return LeaseOutcome.EXPIRED
-        self._end(lease, LeaseOutcome.HELD)
         self.counters.closed += 1
+        self._end(lease, LeaseOutcome.HELD)
         return LeaseOutcome.HELD
 
     def abort(self, lease_id: LeaseId) -> Lease | None:
         """End a lease early; answers it if it was open."""
         lease = self._open.get(lease_id)
         if lease is not None:
-            self._end(lease, LeaseOutcome.ABORTED)
             self.counters.aborted += 1
+            self._end(lease, LeaseOutcome.ABORTED)
         return lease
 
     def sweep(self) -> list[Lease]:
@@ -155,8 +181,8 @@ class LeaseTable:
         return expired
 
     def _expire(self, lease: Lease) -> None:
-        self._end(lease, LeaseOutcome.EXPIRED)
         self.counters.expired += 1
+        self._end(lease, LeaseOutcome.EXPIRED)
 
     def _forget(self) -> None:
         now_s = self._clock.now_s()
@@ -171,5 +197,8 @@ class LeaseTable:
     def _end(self, lease: Lease, outcome: LeaseOutcome, unread: Lease | None = None) -> None:
         del self._open[lease.lease_id]
         forget_at_s = self._clock.now_s() + 2 * self.lease_s
-        self._ended[lease.lease_id] = _Ended(forget_at_s, outcome, unread)
-        self._pool.unlease(lease.blocks)
+        self._ended[lease.lease_id] = _Ended(forget_at_s, outcome, lease.reader, unread)
+        blocks, lease.blocks = lease.blocks, []
+        self._pool.unlease(blocks)
+        if lease.listener is not None:
+            lease.listener.on_ended(lease, outcome)

@@ -2,16 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
 
 import torch
 
-from core.errors import TransferFailed
-from core.ids import Incarnation
+from core.errors import TransferCause, TransferFailed
+from core.ids import ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
-from kv_transfer.plan import Descriptor
-from kv_transfer.transport import ReadStats, TransportCounters
+from kv_transfer.plan import ReadPlan
+from kv_transfer.transport import ReadStats
 
 
 class LoopbackHub:
@@ -22,7 +21,7 @@ class LoopbackHub:
 
 
 class LoopbackTransport:
-    """Implements kv_transfer.transport.Transport."""
+    """Implements kv_transfer.transport.Transport. A read has ended when `start_read` returns."""
 
     name = "loopback"
 
@@ -31,12 +30,7 @@ class LoopbackTransport:
         self._hub = hub
         self._bytes = _as_bytes(arena)
         self._hub.arenas[arena.address] = self._bytes
-        self._peers: dict[Incarnation, int] = {}
-        self._counters = TransportCounters()
-
-    @property
-    def counters(self) -> TransportCounters:
-        return self._counters
+        self._peers: dict[ShardId, int] = {}
 
     def memory(self) -> Memory:
         return Memory(
@@ -47,34 +41,28 @@ class LoopbackTransport:
             device=str(self._arena.data.device),
         )
 
-    async def connect(self, peer: Incarnation, memory: Memory) -> None:
-        if memory.transport != self.name or memory.address not in self._hub.arenas:
-            raise TransferFailed("the peer is not in this process: loopback cannot reach it")
+    async def connect(self, peer: ShardId, memory: Memory) -> None:
+        if memory.transport != self.name:
+            raise TransferFailed(
+                f"the peer moves KV by {memory.transport}, this worker by loopback",
+                cause=TransferCause.NO_TRANSPORT,
+            )
+        if memory.address not in self._hub.arenas:
+            raise TransferFailed(
+                "the peer is not in this process: loopback cannot reach it",
+                cause=TransferCause.NO_ANSWER,
+            )
         self._peers[peer] = memory.address
 
-    def start_read(
-        self, peer: Incarnation, plan: Sequence[Descriptor]
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
-        source = self._hub.arenas.get(self._peers.get(peer, -1))
-        if source is None:
-            self._counters.failures += 1
-            future.set_exception(TransferFailed("the peer's memory is gone"))
-            return future
-        started_s = time.perf_counter()
-        for part in plan:
-            remote = source[part.remote_offset_bytes : part.remote_offset_bytes + part.nbytes]
-            self._bytes[part.local_offset_bytes : part.local_offset_bytes + part.nbytes] = remote
-        stats = ReadStats(
-            nbytes=sum(part.nbytes for part in plan),
-            descriptors=len(plan),
-            seconds=time.perf_counter() - started_s,
-        )
-        self._counters.add(stats)
-        future.set_result(stats)
+        try:
+            future.set_result(self._copy(peer, plan))
+        except TransferFailed as failure:
+            future.set_exception(failure)
         return future
 
-    async def disconnect(self, peer: Incarnation) -> None:
+    async def disconnect(self, peer: ShardId) -> None:
         self._peers.pop(peer, None)
 
     async def failed(self) -> Exception:
@@ -83,6 +71,31 @@ class LoopbackTransport:
 
     async def close(self) -> None:
         self._hub.arenas.pop(self._arena.address, None)
+        self._peers.clear()
+
+    def _copy(self, peer: ShardId, plan: ReadPlan) -> ReadStats:
+        if peer not in self._peers:
+            raise TransferFailed(f"not connected to {peer}", cause=TransferCause.READ_FAILED)
+        source = self._hub.arenas.get(self._peers[peer])
+        if source is None:
+            raise TransferFailed("the peer's memory is gone", cause=TransferCause.READ_FAILED)
+        rows: list[tuple[int, int, int]] = plan.rows.tolist()
+        if any(remote + nbytes > len(source) for remote, _, nbytes in rows):
+            raise TransferFailed(
+                "the plan reads past the peer's arena", cause=TransferCause.READ_FAILED
+            )
+        if any(local + nbytes > len(self._bytes) for _, local, nbytes in rows):
+            raise TransferFailed(
+                "the plan writes past this worker's arena", cause=TransferCause.READ_FAILED
+            )
+        started_s = time.perf_counter()
+        for remote, local, nbytes in rows:
+            self._bytes[local : local + nbytes] = source[remote : remote + nbytes]
+        return ReadStats(
+            nbytes=plan.nbytes,
+            descriptors=plan.descriptors,
+            seconds=time.perf_counter() - started_s,
+        )
 
 
 def _as_bytes(arena: Arena) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The owner's side of a hand-off: leases towards readers.
 
-The prefill role opens, announces and finishes; readers bind, renew and close. A reader's stream
-that ends takes its leases with it at once: its reads, if any still run, can no longer be confirmed,
-so nobody will use what they bring.
+The roles open, announce and finish; readers bind or fetch, renew and close. A reader's stream that
+ends takes its leases with it at once: its reads, if any still run, can no longer be confirmed, so
+nobody will use what they bring.
 """
 
 import logging
@@ -10,16 +10,20 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from core.ids import BlockId, LeaseId, SequenceId
-from kv_transfer.leases import FirstToken, Lease, LeaseTable
+from kv_transfer.leases import Lease, LeaseListener, LeaseTable
 from kv_transfer.messages import (
     Abort,
     Announce,
     Bind,
     Close,
     Closed,
+    Fetch,
+    Fetched,
     FromOwner,
     FromReader,
+    LeaseOutcome,
     PeerHello,
+    Ready,
     Renew,
     Renewed,
 )
@@ -38,11 +42,11 @@ class Owner:
         self._readers: dict[str, Send] = {}
         self._numbers = count(1)
 
-    # -- prefill role ---------------------------------------------------------------------------
+    # -- roles ----------------------------------------------------------------------------------
 
-    def open(self, sequence_id: SequenceId) -> Lease:
-        """The prefill was accepted."""
-        return self.table.open(sequence_id)
+    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease:
+        """A prefill was accepted, or a running sequence is offered."""
+        return self.table.open(sequence_id, listener)
 
     def announce(self, lease: Lease, block_ids: Sequence[BlockId]) -> None:
         """More blocks of the sequence are final; the reader, if bound, hears of them now."""
@@ -50,13 +54,15 @@ class Owner:
         self.table.extend(lease, block_ids)
         self._tell(lease, first)
 
-    def finish(self, lease: Lease, block_ids: Sequence[BlockId], first_token: FirstToken) -> None:
-        """The last blocks, and the token the prefill ended with. An ended answer is not read."""
+    def finish(
+        self, lease: Lease, block_ids: Sequence[BlockId], tokens: tuple[int, ...], *, ended: bool
+    ) -> None:
+        """The last blocks, and the tokens that follow. An ended answer is not read."""
         first = len(lease.blocks)
         self.table.extend(lease, block_ids)
-        self.table.finish(lease, first_token)
+        self.table.finish(lease, tokens, answer_ended=ended)
         self._tell(lease, first)
-        if first_token.ended:
+        if ended:
             self.table.finish_unread(lease)
             self._on_freed()
 
@@ -71,7 +77,12 @@ class Owner:
         """Expire what nobody renewed. Called on a timer, also while the engine is idle."""
         for lease in self.table.sweep():
             log.warning("lease_expired lease_id=%s sequence=%s", lease.lease_id, lease.sequence_id)
-            self._send(lease.reader, Abort(lease_id=lease.lease_id, reason="the lease expired"))
+            expired = Abort(
+                lease_id=lease.lease_id,
+                reason="the lease expired",
+                outcome=LeaseOutcome.EXPIRED,
+            )
+            self._send(lease.reader, expired)
             self._on_freed()
 
     # -- readers --------------------------------------------------------------------------------
@@ -96,21 +107,40 @@ class Owner:
         match message:
             case Bind():
                 self._bind(reader, message)
+            case Fetch():
+                self._fetch(reader, message)
+            case Ready():
+                lease = self._bound(message.lease_id, reader)
+                if lease is not None and lease.listener is not None:
+                    lease.listener.on_ready(lease)
             case Renew():
                 self.table.renew(message.lease_ids, reader)
                 self._send(reader, Renewed())
             case Close():
-                self.sweep()
-                outcome = self.table.close(message.lease_id, reader)
-                self._send(reader, Closed(lease_id=message.lease_id, outcome=outcome))
-                self._on_freed()
+                self.close(reader, message, ())
             case Abort():
-                lease = self.table.get(message.lease_id)
-                if lease is not None and lease.reader == reader:
+                if self._bound(message.lease_id, reader) is not None:
                     self.table.abort(message.lease_id)
                     self._on_freed()
             case PeerHello():
                 log.warning("peer_hello_repeated reader=%s", reader)
+
+    def close(self, reader: str, question: Close, checksums: tuple[int, ...]) -> None:
+        """Answer the closing question. `checksums` are those it asked for."""
+        self.sweep()
+        outcome = self.table.close(question.lease_id, reader)
+        answer = Closed(lease_id=question.lease_id, outcome=outcome, checksums=checksums)
+        self._send(reader, answer)
+        self._on_freed()
+
+    def may_verify(self, reader: str, question: Close) -> bool:
+        """Whether the blocks named are those of the reader's own lease."""
+        lease = self._bound(question.lease_id, reader)
+        return lease is not None and set(question.verify) <= set(lease.blocks)
+
+    def _bound(self, lease_id: LeaseId, reader: str) -> Lease | None:
+        lease = self.table.get(lease_id)
+        return lease if lease is not None and lease.reader == reader else None
 
     def _bind(self, reader: str, bind: Bind) -> None:
         unread = self.table.ended_unread(bind.lease_id)
@@ -118,13 +148,21 @@ class Owner:
             self._send(reader, _announce(unread, 0))
             return
         lease = self.table.get(bind.lease_id)
-        if lease is None or lease.sequence_id != bind.sequence_id or lease.reader is not None:
+        bindable = lease is not None and lease.reader in (None, reader)
+        if lease is None or not bindable or lease.sequence_id != bind.sequence_id:
             reason = "no such lease, or it is of another sequence or reader"
             self._send(reader, Abort(lease_id=bind.lease_id, reason=reason))
             return
         lease.reader = reader
         self.table.renew([lease.lease_id], reader)
-        self._tell(lease, bind.first_block)
+        self._tell(lease, bind.first_index)
+
+    def _fetch(self, reader: str, fetch: Fetch) -> None:
+        lease = self.table.open_cached(fetch.sequence_id, fetch.hashes, reader)
+        blocks = tuple(lease.blocks[fetch.first_index :])
+        if not blocks:
+            self.table.abort(lease.lease_id)
+        self._send(reader, Fetched(number=fetch.number, lease_id=lease.lease_id, block_ids=blocks))
 
     def _tell(self, lease: Lease, first_index: int) -> None:
         if self.table.get(lease.lease_id) is not lease:
@@ -139,13 +177,12 @@ class Owner:
 
 
 def _announce(lease: Lease, first_index: int) -> Announce:
-    first_token = lease.first_token
     return Announce(
         lease_id=lease.lease_id,
         sequence_id=lease.sequence_id,
         first_index=min(first_index, len(lease.blocks)),
         block_ids=tuple(lease.blocks[first_index:]),
-        final=first_token is not None,
-        first_token=first_token.token if first_token else 0,
-        ended=first_token.ended if first_token else False,
+        final=lease.tokens is not None,
+        tokens=lease.tokens or (),
+        ended=lease.answer_ended,
     )

@@ -1,80 +1,112 @@
-"""The reader's side of a hand-off: reserve, read what is announced, ask, and only then use it.
+"""The reader's side of a hand-off: connections, and memory to read into.
 
-    connect -> bind -> (announce -> reserve once -> read)* -> last read ended -> close -> HELD
+    connect -> bind -> (announce -> reserve -> read)* -> last read ended -> close -> HELD -> usable
 
 Whatever goes wrong, the reserved blocks are given back: at once when no read targets them, else
-they are quarantined until the transport says that the read has ended.
+they are quarantined until the transport says that the read has ended. What a hand-off says and does
+in between is in pull.py.
 """
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
-from core.errors import DeadlineExceeded, InternalError, TransferFailed
-from core.ids import BlockHash, BlockId, Incarnation, SequenceId
-from core.messages import Handoff
+from core.errors import DeadlineExceeded, InternalError, TransferCause, TransferFailed
+from core.fit import LinearFit
+from core.ids import BlockHash, BlockId, Incarnation, SequenceId, WorkerId, shard_id
+from core.messages import Handoff, PrefixSource
+from engine.arena import Arena
 from engine.pool import BlockPool
-from kv_transfer.client import BoundLease, PeerConnection
+from kv_transfer.client import BoundLease, OwnerDoor, PeerConnection
 from kv_transfer.config import TransferConfig
-from kv_transfer.messages import Announce, Bind, LeaseOutcome, PeerHello
-from kv_transfer.plan import plan_read
-from kv_transfer.transport import ReadStats, Transport
+from kv_transfer.landing import Landing, Reserved
+from kv_transfer.messages import PeerHello
+from kv_transfer.metrics import PullStats, TransferMetrics
+from kv_transfer.plan import ArenaShape, plan_read
+from kv_transfer.pull import Fetching, Pulling
+from kv_transfer.transport import ReadStats
+from kv_transfer.transports import Transports
 
 log = logging.getLogger(__name__)
 
 _SPACE_RECHECK_S = 0.05
+_PRIOR_BASE_S = 0.002
+_PRIOR_BYTES_PER_S = 4e9  # hopeful, so that a first fetch is tried and the fit learns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullRequest:
-    """The first `num_blocks` blocks of a sequence, from the owner of a lease.
+    """The KV of a sequence up to its context, or of a running one as far as it has come.
 
-    `hashes` are those of its full blocks: what is cached here under them is not read again.
+    `hashes` are those of the context's full blocks: what is cached here under them is not read
+    again.
     """
 
     handoff: Handoff
     sequence_id: SequenceId
     hashes: Sequence[BlockHash]
-    num_blocks: int
+    context_tokens: int
     timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pulled:
-    """Usable blocks, one running reference each, and what the prefill ended with.
+    """Usable blocks, one running reference each, and the tokens that follow the context.
 
-    The first `cached_blocks` were here already.
+    The first `cached_blocks` were here already. The blocks hold the KV of all tokens but the last.
     """
 
     blocks: tuple[BlockId, ...]
     cached_blocks: int
-    first_token: int
+    tokens: tuple[int, ...]
     ended: bool
-    nbytes: int
-    seconds: float
+    stats: PullStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchRequest:
+    """The cached prefix `hashes`, from a worker that is believed to have it."""
+
+    source: PrefixSource
+    sequence_id: SequenceId
+    hashes: Sequence[BlockHash]
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchedPrefix:
+    """The first blocks of a prefix, one running reference each; `cached_blocks` were here."""
+
+    blocks: tuple[BlockId, ...]
+    cached_blocks: int
+    stats: PullStats
 
 
 class Reader:
-    """Entered once per worker (`async with`); pulls run inside."""
+    """Entered once per worker (`async with`); pulls and fetches run inside."""
 
     def __init__(
         self,
+        *,
         pool: BlockPool,
-        transport: Transport,
-        hello: PeerHello,
+        arena: Arena,
+        transports: Transports,
+        hello: Callable[[], PeerHello],
         config: TransferConfig,
         headroom: Callable[[], int],
     ) -> None:
-        self._pool = pool
-        self._transport = transport
+        self.pool = pool
+        self.arena = arena
+        self.config = config
+        self.metrics = TransferMetrics()
+        self._transports = transports
         self._hello = hello
-        self._config = config
         self._headroom = headroom
-        self._block_bytes = hello.layout.block_bytes
+        self._shape = ArenaShape(arena.layout, arena.num_blocks)
+        self._fit = LinearFit(_PRIOR_BASE_S, 1 / _PRIOR_BYTES_PER_S)
         self._tasks = asyncio.TaskGroup()
         self._connections: dict[Incarnation, tuple[PeerConnection, asyncio.Task[None]]] = {}
         self._space = asyncio.Event()
@@ -94,52 +126,126 @@ class Reader:
             task.cancel()
         await self._tasks.__aexit__(kind, error, trace)
 
-    def space_freed(self) -> None:
-        """Blocks were freed: a pull that waits for memory may look again."""
-        self._space.set()
+    # -- hand-offs ------------------------------------------------------------------------------
 
     async def pull(self, request: PullRequest) -> Pulled:
         """Bring the blocks here. Raises TransferFailed or DeadlineExceeded."""
-        try:
-            async with asyncio.timeout(request.timeout_s):
-                connection = await self._connect(request.handoff)
-                bind = Bind(
-                    lease_id=request.handoff.lease_id,
+        door = OwnerDoor(
+            worker_id=request.handoff.owner_id,
+            address=request.handoff.owner_address,
+            incarnation=request.handoff.owner_incarnation,
+        )
+        async with self._in_time(door.worker_id, request.timeout_s):
+            connection = await self._connect(door)
+            lease_id = request.handoff.lease_id
+            async with connection.bind(lease_id, request.sequence_id) as lease:
+                pulling = Pulling(
+                    self,
+                    connection,
+                    lease,
                     sequence_id=request.sequence_id,
-                    first_block=0,
+                    hashes=request.hashes,
+                    context_tokens=request.context_tokens,
+                    live=request.handoff.live,
                 )
-                async with connection.bind(bind) as lease:
-                    return await _Pull(self, connection, lease, request).run()
-        except TimeoutError as error:
-            raise DeadlineExceeded("the deadline passed while the KV was on its way") from error
+                final, landing = await pulling.run()
+        self._count(connection, landing.stats)
+        return Pulled(
+            blocks=landing.blocks,
+            cached_blocks=landing.num_cached,
+            tokens=final.tokens,
+            ended=final.ended,
+            stats=landing.stats,
+        )
 
-    async def _connect(self, handoff: Handoff) -> PeerConnection:
-        known = self._connections.get(handoff.owner_incarnation)
-        if known is None or known[0].lost:
-            connection = PeerConnection(
-                handoff, self._hello, self._transport, self._config.lease_s / 3
-            )
-            task = self._tasks.create_task(self._serve(connection))
-            known = self._connections[handoff.owner_incarnation] = (connection, task)
+    async def fetch(self, request: FetchRequest) -> FetchedPrefix:
+        """Bring what the source has of a prefix and this worker has not; the caller publishes it.
+
+        Never waits for memory. Raises TransferFailed or DeadlineExceeded.
+        """
+        door = OwnerDoor(
+            worker_id=request.source.worker_id,
+            address=request.source.address,
+            incarnation=request.source.incarnation,
+        )
+        async with self._in_time(door.worker_id, request.timeout_s):
+            connection = await self._connect(door)
+            fetching = Fetching(self, connection, request.sequence_id, request.hashes)
+            landing = await fetching.run()
+        self._count(connection, landing.stats)
+        return FetchedPrefix(
+            blocks=landing.blocks, cached_blocks=landing.num_cached, stats=landing.stats
+        )
+
+    def predict_s(self, nbytes: int) -> float:
+        """How long a hand-off of `nbytes` is likely to take, fitted to those that were."""
+        return self._fit.predict(nbytes)
+
+    def _count(self, connection: PeerConnection, stats: PullStats) -> None:
+        pair = self.metrics.pair(connection.door.worker_id)
+        pair.transport = connection.transport_name
+        pair.add(stats)
+        if stats.nbytes:
+            self._fit.add(stats.nbytes, stats.seconds)
+
+    @asynccontextmanager
+    async def _in_time(self, owner_id: WorkerId, timeout_s: float) -> AsyncIterator[None]:
+        """Bounds a hand-off, and counts why it failed."""
         try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    yield
+            except TimeoutError as error:
+                raise DeadlineExceeded("the deadline passed while the KV was on its way") from error
+        except BaseException as error:
+            self.metrics.failed(owner_id, error)
+            raise
+
+    # -- connections ----------------------------------------------------------------------------
+
+    async def _connect(self, door: OwnerDoor) -> PeerConnection:
+        """The connection to this life of the owner; one that ended is waited for and replaced."""
+        known = self._connections.get(door.incarnation)
+        try:
+            async with asyncio.timeout(self.config.connect_timeout_s):
+                while known is not None and known[0].lost:
+                    await asyncio.wait([known[1]])
+                    known = self._connections.get(door.incarnation)
+                known = known or self._open(door)
                 await asyncio.shield(known[0].ready)
         except TimeoutError as error:
-            known[1].cancel()
-            raise TransferFailed(f"no answer from the KV owner {handoff.owner_id}") from error
+            if known is not None:
+                known[1].cancel()
+            raise TransferFailed(
+                f"no answer from the KV owner {door.worker_id}", cause=TransferCause.NO_ANSWER
+            ) from error
         return known[0]
+
+    def _open(self, door: OwnerDoor) -> tuple[PeerConnection, "asyncio.Task[None]"]:
+        connection = PeerConnection(door, self._hello, self._transports, self.config.lease_s / 3)
+        task = self._tasks.create_task(self._serve(connection))
+        self._connections[door.incarnation] = (connection, task)
+        return connection, task
 
     async def _serve(self, connection: PeerConnection) -> None:
         try:
             await connection.run()
         except Exception:  # the root of the connection's task
-            log.exception("peer_connection_bug owner=%s", connection.owner)
+            log.exception("peer_connection_bug owner=%s", connection.door.worker_id)
         finally:
-            known = self._connections.get(connection.owner)
+            known = self._connections.get(connection.door.incarnation)
             if known is not None and known[0] is connection:
-                del self._connections[connection.owner]
+                del self._connections[connection.door.incarnation]
 
-    async def reserve(self, request: PullRequest, lease: BoundLease) -> "Reserved":
+    # -- memory ---------------------------------------------------------------------------------
+
+    def space_freed(self) -> None:
+        """Blocks were freed: a pull that waits for memory may look again."""
+        self._space.set()
+
+    async def reserve(
+        self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
+    ) -> Reserved:
         """Wait for memory beside the headroom that running sequences need to grow.
 
         Takes the cached prefix and the rest in one step: a pull that waits holds nothing, so no
@@ -147,42 +253,52 @@ class Reader:
         """
         async with self._turn:
             while True:
-                cached = self._pool.lookup(request.hashes)
-                missing = request.num_blocks - len(cached)
-                if self._pool.available_beside(cached) - missing >= self._headroom():
-                    self._pool.acquire(cached)
-                    fresh = self._pool.reserve(missing)
-                    if fresh is None:
-                        raise InternalError("reserving failed although the blocks were counted")
-                    return Reserved(cached, fresh)
+                reserved = self.try_reserve(self.pool.lookup(hashes), num_blocks)
+                if reserved is not None:
+                    return reserved
                 self._space.clear()
-                if lease.failure is not None:
-                    raise lease.failure
+                lease.raise_failure()
                 try:
                     async with asyncio.timeout(_SPACE_RECHECK_S):
                         await self._space.wait()
                 except TimeoutError:
                     continue
 
-    def start_read(
-        self, owner: Incarnation, remote: list[BlockId], local: list[BlockId]
-    ) -> "asyncio.Future[ReadStats]":
-        """Post one read; see Transport.start_read for what the future means."""
-        return self._transport.start_read(owner, plan_read(remote, local, self._block_bytes))
+    def try_reserve(self, cached: list[BlockId], num_blocks: int) -> Reserved | None:
+        """Take `cached`, and fresh blocks for the rest of `num_blocks`, now or not at all."""
+        missing = num_blocks - len(cached)
+        if self.pool.available_beside(cached) - missing < self._headroom():
+            return None
+        self.pool.acquire(cached)
+        fresh = self.pool.reserve(missing)
+        if fresh is None:
+            raise InternalError("reserving failed although the blocks were counted")
+        return Reserved(cached, fresh)
 
-    def finish(self, reserved: "Reserved", reads: "list[asyncio.Future[ReadStats]]") -> None:
-        """Give everything back after a failure, blocks under a running read when it ends."""
-        blocks = reserved.fresh
-        self._pool.release(reserved.cached)
-        running = [read for read in reads if not read.done()]
-        for read in reads:
+    def start_reads(
+        self, connection: PeerConnection, remote: list[BlockId], local: list[BlockId]
+    ) -> "list[asyncio.Future[ReadStats]]":
+        """Post the reads of these blocks, one per rank of the owner that has a part of them."""
+        plans = plan_read(connection.shapes, self._shape, remote, local)
+        incarnation = connection.door.incarnation
+        return [
+            self._transports.start_read(shard_id(incarnation, rank), plan)
+            for rank, plan in plans.items()
+        ]
+
+    def give_back(self, landing: Landing) -> None:
+        """Release everything after a failure, blocks under a running read when it ends."""
+        blocks = landing.fresh
+        self.pool.release(landing.cached)
+        running = [read for read in landing.reads if not read.done()]
+        for read in landing.reads:
             if read.done():
                 read.exception()  # one failure has been raised already; the others say the same
         if not running:
-            self._pool.abandon(blocks)
+            self.pool.abandon(blocks)
             self.space_freed()
             return
-        self._pool.quarantine(blocks)
+        self.pool.quarantine(blocks)
         left = len(running)
 
         def ended(read: "asyncio.Future[ReadStats]") -> None:
@@ -190,135 +306,8 @@ class Reader:
             read.exception()
             left -= 1
             if left == 0:
-                self._pool.release_quarantined(blocks)
+                self.pool.release_quarantined(blocks)
                 self.space_freed()
 
         for read in running:
             read.add_done_callback(ended)
-
-    def accept(self, blocks: list[BlockId]) -> None:
-        """The owner said HELD."""
-        self._pool.received(blocks)
-
-    @property
-    def read_timeout_s(self) -> float:
-        return self._config.read_timeout_s
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """The blocks of one pull: those cached here, and the targets of its reads, in order."""
-
-    cached: list[BlockId]
-    fresh: list[BlockId]
-
-
-class _Pull:
-    """One pull: its reserved blocks and its reads."""
-
-    def __init__(
-        self, reader: Reader, connection: PeerConnection, lease: BoundLease, request: PullRequest
-    ) -> None:
-        self._reader = reader
-        self._connection = connection
-        self._lease = lease
-        self._request = request
-        self._reserved: Reserved | None = None
-        self._reads: list[asyncio.Future[ReadStats]] = []
-
-    async def run(self) -> Pulled:
-        """Read everything, ask the closing question, answer usable blocks or raise."""
-        usable = False
-        try:
-            last = await self._read_all()
-            if last.ended:
-                return Pulled(
-                    blocks=(),
-                    cached_blocks=0,
-                    first_token=last.first_token,
-                    ended=True,
-                    nbytes=0,
-                    seconds=0.0,
-                )
-            reserved = await self._reserve()
-            stats = await self._all_reads_ended()
-            outcome = await self._connection.close_lease(
-                self._request.handoff.lease_id, self._reader.read_timeout_s
-            )
-            if outcome is not LeaseOutcome.HELD:
-                raise self._lease.failure or TransferFailed(
-                    f"the KV owner did not confirm the blocks: {outcome.name}"
-                )
-            self._reader.accept(reserved.fresh)
-            usable = True
-        finally:
-            if not usable and self._reserved is not None:
-                self._reader.finish(self._reserved, self._reads)
-        return Pulled(
-            blocks=(*reserved.cached, *reserved.fresh),
-            cached_blocks=len(reserved.cached),
-            first_token=last.first_token,
-            ended=False,
-            nbytes=sum(read.nbytes for read in stats),
-            seconds=sum(read.seconds for read in stats),
-        )
-
-    async def _read_all(self) -> Announce:
-        """Post a read per announcement; answers the final one."""
-        wanted = set(range(self._request.num_blocks))
-        final: Announce | None = None
-        async for announce in self._lease.announcements:
-            if announce.sequence_id != self._request.sequence_id:
-                raise TransferFailed("the KV owner announced blocks of another sequence")
-            final = announce if announce.final else final
-            if final is not None and final.ended:
-                return final
-            announced = [
-                (announce.first_index + i, block_id)
-                for i, block_id in enumerate(announce.block_ids)
-                if announce.first_index + i in wanted
-            ]
-            if announced:
-                await self._read(announced)
-                wanted -= {index for index, _ in announced}
-            if final is not None and not wanted:
-                return final
-        raise self._lease.failure or TransferFailed("the KV owner announced no more")
-
-    async def _reserve(self) -> Reserved:
-        if self._reserved is None:
-            self._reserved = await self._reader.reserve(self._request, self._lease)
-        return self._reserved
-
-    async def _read(self, announced: list[tuple[int, BlockId]]) -> None:
-        reserved = await self._reserve()
-        first = len(reserved.cached)
-        missing = [(index, block_id) for index, block_id in announced if index >= first]
-        if missing:
-            self._reads.append(
-                self._reader.start_read(
-                    self._connection.owner,
-                    [block_id for _, block_id in missing],
-                    [reserved.fresh[index - first] for index, _ in missing],
-                )
-            )
-
-    async def _all_reads_ended(self) -> list[ReadStats]:
-        """Wait for the posted reads; the end of the lease, or of patience, ends the waiting."""
-        give_up_s = time.monotonic() + self._reader.read_timeout_s
-        waiting: set[asyncio.Future[ReadStats]] = set(self._reads)
-        while waiting and self._lease.failure is None:
-            left_s = give_up_s - time.monotonic()
-            over: set[asyncio.Future[Any]] = {*waiting, self._lease.closed}
-            done, _ = await asyncio.wait(
-                over,
-                timeout=max(0.0, left_s),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if not done:
-                log.warning("kv_read_slow sequence=%s", self._request.sequence_id)
-                raise TransferFailed("a KV read did not end in time")
-            waiting = {read for read in waiting if not read.done()}
-        if self._lease.failure is not None:
-            raise self._lease.failure
-        return [read.result() for read in self._reads]

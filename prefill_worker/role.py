@@ -1,24 +1,43 @@
 """A worker as prefill worker: submit -> lease -> chunks announced -> first token -> lease lives on.
 
-The leg ends for the router with the first token; the lease ends with the reader's close, an abort,
-or its expiry. Until then a cancel of the leg still ends the lease.
+A prompt whose prefix another worker holds may wait for a copy of that first (prefix.py). The leg
+ends for the router with the first token; the lease ends with the reader's close, an abort, or its
+expiry. Until then a cancel of the leg still ends the lease.
 """
 
+import asyncio
+import logging
 from dataclasses import dataclass
+from types import TracebackType
 
+from core.blocks import root_hash
 from core.clock import Clock
 from core.errors import BatonError
-from core.messages import Accepted, LegFailed, LegTimes, LegTokens, PrefillSubmit, Rejected
+from core.messages import (
+    Accepted,
+    LegFailed,
+    LegTimes,
+    LegTokens,
+    PrefillSubmit,
+    PrefixSource,
+    Rejected,
+)
 from core.sampling import FinishReason
 from core.sink import RouterSink
 from core.stages import Stage
+from engine.pool import BlockPool
 from engine.runner import Runner
 from engine.sequence import Sequence
 from engine.types import EngineInfo, Sampled
-from kv_transfer.leases import FirstToken, Lease
+from kv_transfer.leases import Lease
+from kv_transfer.messages import LeaseOutcome
 from kv_transfer.owner import Owner
+from kv_transfer.reader import Reader
 from prefill_worker.config import PrefillConfig
 from prefill_worker.policy import refuse_prompt
+from prefill_worker.prefix import Brought, FetchCounters, PrefixFetcher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,61 +47,121 @@ class _LegKey:
 
 
 class PrefillRole:
-    """All prefill legs of one worker."""
+    """All prefill legs of one worker. Entered once (`async with`); it owns the fetch tasks."""
 
     def __init__(
-        self, info: EngineInfo, runner: Runner, owner: Owner, config: PrefillConfig, clock: Clock
+        self,
+        *,
+        info: EngineInfo,
+        runner: Runner,
+        owner: Owner,
+        config: PrefillConfig,
+        clock: Clock,
+        pool: BlockPool,
+        reader: Reader,
     ) -> None:
         self._info = info
         self._runner = runner
+        self._pool = pool
         self._owner = owner
         self._config = config
         self._clock = clock
         self._capacity_tokens = min(info.context_tokens, info.num_blocks * info.layout.block_size)
         self._legs: dict[_LegKey, _PrefillLeg] = {}
+        self._prefixes = PrefixFetcher(
+            info=info, pool=pool, reader=reader, cost=runner.prefill_cost, clock=clock
+        )
+        self.pulls = 0
+        """Fetches that run; a cancelled one counts until it has given everything back."""
+        self.pulling_tokens = 0
+        """Prompt tokens that will have to be computed after those fetches."""
+        self._tasks = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> "PrefillRole":
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for leg in self._legs.values():
+            if leg.fetch is not None:
+                leg.fetch.cancel()
+        await self._tasks.__aexit__(kind, error, trace)
 
     @property
     def open_legs(self) -> int:
         """Legs whose prefill runs or whose lease is open."""
         return len(self._legs)
 
+    @property
+    def fetches(self) -> FetchCounters:
+        """Prefixes fetched from other workers, and why others were not."""
+        return self._prefixes.counters
+
     def submit(self, submit: PrefillSubmit, sink: RouterSink) -> None:
         """Accept, with a lease, or reject with the true reason."""
+        queued_tokens = self._runner.load().queued_tokens + self.pulling_tokens
         refusal = refuse_prompt(
-            len(submit.tokens), self._capacity_tokens, self._runner.load(), self._config
+            len(submit.tokens), self._capacity_tokens, queued_tokens, self._config
         )
         if refusal is not None:
             rejected = Rejected(number=submit.number, code=refusal.code, message=refusal.message)
             sink.send(rejected)
             return
         sequence = Sequence.of(submit, self._info.model_id, self._clock.now_s())
-        lease = self._owner.open(submit.sequence_id)
-        leg = _PrefillLeg(self, sink, submit.number, sequence, lease)
-        self._legs[_LegKey(id(sink), submit.number)] = leg
+        leg = _PrefillLeg(self, sink, submit.number, sequence)
+        leg.lease = lease = self._owner.open(submit.sequence_id, leg)
+        self._legs[leg.key] = leg
         sink.send(
             Accepted(
                 number=submit.number, lease_id=lease.lease_id, lease_s=self._owner.table.lease_s
             )
         )
-        self._runner.submit(sequence, leg)
+        if submit.source is not None and self._prefixes.pays(sequence, submit.source):
+            fetch = self._fetch(leg, submit.source, submit.cache_salt)
+            leg.fetch = self._tasks.create_task(fetch)
+        else:
+            self._runner.submit(sequence, leg)
 
     def cancel(self, sink: RouterSink, number: int, reason: str) -> None:
         """Stop the prefill, or end the lease it left."""
         leg = self._legs.pop(_LegKey(id(sink), number), None)
-        if leg is not None:
+        if leg is None:
+            return
+        if leg.fetch is not None:
+            leg.fetch.cancel()
+        else:
             self._runner.remove(leg.sequence)
-            self._owner.abort(leg.lease.lease_id, reason)
+        self._owner.abort(leg.lease.lease_id, reason)
 
     def sink_lost(self, sink: RouterSink) -> None:
         """The router's stream ended: so do its legs."""
         for key in [key for key in self._legs if key.sink == id(sink)]:
             self.cancel(sink, key.number, "the router's stream ended")
 
-    def sweep(self) -> None:
-        """Forget legs whose lease has ended."""
-        for key, leg in list(self._legs.items()):
-            if leg.sequence.done and self._owner.table.get(leg.lease.lease_id) is None:
-                del self._legs[key]
+    # -- bringing a prefix ----------------------------------------------------------------------
+
+    async def _fetch(self, leg: "_PrefillLeg", source: PrefixSource, cache_salt: str) -> None:
+        """The fetch task of one leg; whatever it brings, the prompt is computed next."""
+        sequence, size = leg.sequence, self._info.layout.block_size
+        left_tokens = max(1, sequence.context_tokens - source.num_blocks * size)
+        self.pulls += 1
+        self.pulling_tokens += left_tokens
+        try:
+            root = root_hash(self._info.model_id, cache_salt)
+            leg.brought = await self._prefixes.bring(sequence, root, source)
+        except Exception:
+            log.exception("prefix_fetch_bug sequence=%s", sequence.sequence_id)
+        finally:
+            self.pulls -= 1
+            self.pulling_tokens -= left_tokens
+        leg.fetch = None
+        self._runner.submit(sequence, leg)
+        self._pool.release(leg.brought.blocks)
 
     # -- called by the legs ---------------------------------------------------------------------
 
@@ -97,27 +176,24 @@ class PrefillRole:
         self, leg: "_PrefillLeg", sequence: Sequence, sampled: Sampled, finish: FinishReason | None
     ) -> None:
         """The first token: to the router at once, to the reader with the last blocks."""
+        leg.answered = True
         rest = sequence.blocks[len(leg.lease.blocks) :]
-        self._owner.finish(leg.lease, rest, FirstToken(sampled.token, finish is not None))
+        self._owner.finish(leg.lease, rest, (sampled.token,), ended=finish is not None)
         self._runner.remove(sequence)
-        started_s = sequence.started_at_s or sequence.arrived_at_s
         leg.sink.tokens(
             LegTokens(
                 number=leg.number,
                 tokens=(sampled.token,),
                 finish=finish,
-                times=LegTimes(
-                    queue_s=started_s - sequence.arrived_at_s,
-                    prefill_s=self._clock.now_s() - started_s,
-                    cached_tokens=sequence.cached_tokens,
-                ),
+                times=self._times(leg),
                 logits=sampled.logits,
             )
         )
+        self.lease_ended(leg)
 
     def fail(self, leg: "_PrefillLeg", error: BatonError) -> None:
         """The router hears why; the reader that its lease has ended."""
-        self._legs.pop(_LegKey(id(leg.sink), leg.number), None)
+        self._legs.pop(leg.key, None)
         self._owner.abort(leg.lease.lease_id, error.message)
         leg.sink.send(
             LegFailed(
@@ -125,18 +201,44 @@ class PrefillRole:
             )
         )
 
+    def lease_ended(self, leg: "_PrefillLeg") -> None:
+        """Forget a leg of which nothing is left: neither a prefill nor a lease."""
+        if leg.answered and self._owner.table.get(leg.lease.lease_id) is None:
+            self._legs.pop(leg.key, None)
+
+    def _times(self, leg: "_PrefillLeg") -> LegTimes:
+        sequence, brought = leg.sequence, leg.brought
+        started_s = sequence.started_at_s or sequence.arrived_at_s
+        return LegTimes(
+            queue_s=started_s - sequence.arrived_at_s - brought.seconds,
+            prefill_s=self._clock.now_s() - started_s,
+            transfer_s=brought.seconds,
+            transfer_bytes=brought.stats.nbytes,
+            transfer_blocks=brought.stats.blocks,
+            transfer_descriptors=brought.stats.descriptors,
+            cached_tokens=sequence.cached_tokens,
+            fetched_tokens=max(0, min(sequence.cached_tokens, brought.end) - brought.start),
+        )
+
 
 class _PrefillLeg:
-    """One submit; hears of its sequence (engine.runner.SequenceListener)."""
+    """One submit. Hears of its sequence (engine.runner.SequenceListener) and of its lease
+    (kv_transfer.leases.LeaseListener).
+    """
+
+    lease: Lease
 
     def __init__(
-        self, role: PrefillRole, sink: RouterSink, number: int, sequence: Sequence, lease: Lease
+        self, role: PrefillRole, sink: RouterSink, number: int, sequence: Sequence
     ) -> None:
         self.role = role
         self.sink = sink
         self.number = number
         self.sequence = sequence
-        self.lease = lease
+        self.key = _LegKey(id(sink), number)
+        self.fetch: asyncio.Task[None] | None = None
+        self.brought = Brought()
+        self.answered = False
 
     def on_blocks(self, sequence: Sequence) -> None:
         self.role.announce(self, sequence)
@@ -146,3 +248,12 @@ class _PrefillLeg:
 
     def on_failed(self, sequence: Sequence, error: BatonError) -> None:
         self.role.fail(self, error)
+
+    def on_preempted(self, sequence: Sequence) -> None:
+        """What was announced stays leased, and final: the sequence finds it in the cache again."""
+
+    def on_ready(self, lease: Lease) -> None:
+        """Asked of running sequences only."""
+
+    def on_ended(self, lease: Lease, outcome: LeaseOutcome) -> None:
+        self.role.lease_ended(self)

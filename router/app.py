@@ -3,14 +3,16 @@
 POST /v1/chat/completions, /v1/completions   raw ASGI (http_edge.py): the hot path
 GET  /v1/models, /v1/models/{id}             what is served
 GET  /health, /ready, /metrics               alive; routable; Prometheus
+POST /control/migrate                        move a running sequence to another decode worker
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -23,6 +25,7 @@ from core.errors import (
     ModelNotFound,
     NoSuchRoute,
 )
+from core.ids import RequestId, WorkerId
 from core.openai import ChatCompletionRequest, CompletionRequest, OpenAiRequest
 from engine.build import ServedModel
 from router.config import RouterConfig
@@ -32,7 +35,7 @@ from router.metrics import EdgeMetrics
 from router.request_context import RequestContext, request_id_of
 from router.requests import Planner
 from router.tokenizer import Tokenizer
-from router.types import Generator
+from router.types import Generator, MigrationReport
 
 _GENERATING: tuple[tuple[str, type[OpenAiRequest], str], ...] = (
     ("/v1/chat/completions", ChatCompletionRequest, "chatcmpl"),
@@ -55,6 +58,19 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class MigrateBody(BaseModel):
+    """Which running sequence to move, and where to; without `worker_id` the router chooses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request_id: str
+    """As in the answer's id, after `chatcmpl-` or `cmpl-`."""
+    choice: int = Field(0, ge=0)
+    worker_id: str | None = None
+    timeout_s: float = Field(10.0, gt=0, le=600)
+    """A migration not done by then is given up; the sequence runs on where it is."""
+
+
 def create_app(
     generator: Generator,
     settings: RouterConfig,
@@ -72,6 +88,7 @@ def create_app(
     app.add_middleware(RequestContext, api_keys=settings.api_keys)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(BatonError, _on_baton_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(Exception, _on_bug)
     edge = Edge(
         generator=generator,
@@ -93,6 +110,7 @@ def create_app(
         app.router.routes.append(Route(path, endpoint, methods=["POST"]))
     _add_models(app, generator, model_names, created_s=int(clock.wall_s()))
     _add_probes(app, generator, metrics)
+    _add_control(app, generator)
     _describe(app)
     return app
 
@@ -130,6 +148,14 @@ def _add_probes(app: FastAPI, generator: Generator, metrics: EdgeMetrics) -> Non
     @app.get("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_control(app: FastAPI, generator: Generator) -> None:
+    @app.post("/control/migrate")
+    async def migrate(body: MigrateBody) -> MigrationReport:
+        """Answers when the new worker has spoken, or when the sequence stays where it is."""
+        to = None if body.worker_id is None else WorkerId(body.worker_id)
+        return await generator.migrate(RequestId(body.request_id), body.choice, to, body.timeout_s)
 
 
 def _why_not_ready(generator: Generator) -> str:
@@ -209,6 +235,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_baton_error(request: Request, error: Exception) -> Response:
     known = error if isinstance(error, BatonError) else InternalError(str(error))
     return _error_response(known)
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    """Of a control call."""
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    param = ".".join(str(part) for part in first.get("loc", ())[1:])
+    return _error_response(InvalidRequest(f"{param}: {first.get('msg', error)}", param=param))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -21,6 +21,8 @@ from core.messages import (
     LegFailed,
     LegTokens,
     LoadReport,
+    Moved,
+    Offered,
     PrefillSubmit,
     Rejected,
     RouterToWorker,
@@ -39,7 +41,7 @@ from wire import common_pb2, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-LegEvent = Accepted | Rejected | LegTokens | LegFailed
+LegEvent = Accepted | Rejected | LegTokens | LegFailed | Offered | Moved
 
 _Stream = grpc.aio.StreamStreamCall[worker_pb2.ToWorker, worker_pb2.ToRouter]
 _OUTBOX_MESSAGES = 65_536
@@ -195,9 +197,9 @@ class WorkerLink:
             case TokenFrame():
                 for entry in message.entries:
                     self._tell(entry.number, entry)
-            case Accepted():
+            case Accepted() | Offered():
                 self._tell(message.number, message)
-            case Rejected() | LegFailed():
+            case Rejected() | LegFailed() | Moved():
                 view.ended(message.number)
                 self._tell(message.number, message)
             case LoadReport():

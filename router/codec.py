@@ -1,6 +1,5 @@
 """The RouterStream's typed messages to and from the wire; used at both ends of the stream."""
 
-from core.blocks import HASH_BYTES
 from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, WorkerId
 from core.messages import (
     Accepted,
@@ -15,7 +14,11 @@ from core.messages import (
     LegTimes,
     LegTokens,
     LoadReport,
+    Moved,
+    Offer,
+    Offered,
     PrefillSubmit,
+    PrefixSource,
     Rejected,
     RenewLeases,
     RouterToWorker,
@@ -28,6 +31,7 @@ from core.sampling import FinishReason, SamplingParams
 from core.stages import Stage
 from kv_transfer.codec import (
     UnknownMessage,
+    hashes_from_wire,
     layout_from_wire,
     layout_to_wire,
     sequence_id_from_wire,
@@ -59,10 +63,13 @@ def to_worker(message: RouterToWorker) -> worker_pb2.ToWorker:
                 sampling=_sampling_to_wire(message.sampling),
                 deadline_s=message.deadline_s,
                 cache_salt=message.cache_salt,
+                source=_source_to_wire(message.source),
             )
             return worker_pb2.ToWorker(prefill=prefill)
         case DecodeSubmit():
             return worker_pb2.ToWorker(decode=_decode_to_wire(message))
+        case Offer():
+            return worker_pb2.ToWorker(offer=worker_pb2.Offer(number=message.number))
         case Cancel():
             cancel = worker_pb2.Cancel(number=message.number, reason=message.reason)
             return worker_pb2.ToWorker(cancel=cancel)
@@ -85,9 +92,12 @@ def from_router(message: worker_pb2.ToWorker) -> RouterToWorker:
                 sampling=_sampling_from_wire(prefill.sampling),
                 deadline_s=prefill.deadline_s,
                 cache_salt=prefill.cache_salt,
+                source=_source_from_wire(prefill),
             )
         case "decode":
             return _decode_from_wire(message.decode)
+        case "offer":
+            return Offer(number=message.offer.number)
         case "cancel":
             return Cancel(number=message.cancel.number, reason=message.cancel.reason)
         case "renew_leases":
@@ -98,6 +108,28 @@ def from_router(message: worker_pb2.ToWorker) -> RouterToWorker:
             raise UnknownMessage(f"from a router: {other}")
 
 
+def _source_to_wire(source: PrefixSource | None) -> worker_pb2.PrefixSource | None:
+    if source is None:
+        return None
+    return worker_pb2.PrefixSource(
+        worker_id=source.worker_id,
+        address=source.address,
+        incarnation=source.incarnation,
+        num_blocks=source.num_blocks,
+    )
+
+
+def _source_from_wire(prefill: worker_pb2.PrefillSubmit) -> PrefixSource | None:
+    if not prefill.HasField("source"):
+        return None
+    return PrefixSource(
+        worker_id=WorkerId(prefill.source.worker_id),
+        address=prefill.source.address,
+        incarnation=Incarnation(prefill.source.incarnation),
+        num_blocks=prefill.source.num_blocks,
+    )
+
+
 def _decode_to_wire(message: DecodeSubmit) -> worker_pb2.DecodeSubmit:
     handoff = None
     if message.handoff is not None:
@@ -106,6 +138,7 @@ def _decode_to_wire(message: DecodeSubmit) -> worker_pb2.DecodeSubmit:
             owner_address=message.handoff.owner_address,
             owner_incarnation=message.handoff.owner_incarnation,
             lease_id=message.handoff.lease_id,
+            live=message.handoff.live,
         )
     return worker_pb2.DecodeSubmit(
         number=message.number,
@@ -127,6 +160,7 @@ def _decode_from_wire(decode: worker_pb2.DecodeSubmit) -> DecodeSubmit:
             owner_address=decode.handoff.owner_address,
             owner_incarnation=Incarnation(decode.handoff.owner_incarnation),
             lease_id=LeaseId(decode.handoff.lease_id),
+            live=decode.handoff.live,
         )
     return DecodeSubmit(
         number=decode.number,
@@ -195,6 +229,16 @@ def to_router(message: WorkerToRouter) -> worker_pb2.ToRouter:
                 stage=int(message.stage),
             )
             return worker_pb2.ToRouter(failed=failed)
+        case Offered():
+            offered = worker_pb2.Offered(
+                number=message.number,
+                lease_id=message.lease_id or 0,
+                lease_s=message.lease_s,
+                message=message.message,
+            )
+            return worker_pb2.ToRouter(offered=offered)
+        case Moved():
+            return worker_pb2.ToRouter(moved=worker_pb2.Moved(number=message.number))
         case KvEvents():
             events = [_event_to_wire(event) for event in message.events]
             kv_events = worker_pb2.KvEvents(first_number=message.first_number, events=events)
@@ -234,13 +278,23 @@ def from_worker(message: worker_pb2.ToRouter) -> WorkerToRouter:
             return LegFailed(
                 number=failed.number, code=failed.code, message=failed.message, stage=stage
             )
+        case "offered":
+            offered = message.offered
+            return Offered(
+                number=offered.number,
+                lease_id=LeaseId(offered.lease_id) if offered.lease_id else None,
+                lease_s=offered.lease_s,
+                message=offered.message,
+            )
+        case "moved":
+            return Moved(number=message.moved.number)
         case "kv_events":
             events = tuple(_event_from_wire(event) for event in message.kv_events.events)
             return KvEvents(first_number=message.kv_events.first_number, events=events)
         case "kv_snapshot":
             return KvSnapshot(
                 next_number=message.kv_snapshot.next_number,
-                hashes=_hashes_from_wire(message.kv_snapshot.hashes),
+                hashes=hashes_from_wire(message.kv_snapshot.hashes),
                 last=message.kv_snapshot.last,
             )
         case "hello":
@@ -318,7 +372,10 @@ def _entry_to_wire(entry: LegTokens) -> worker_pb2.LegTokens:
             transfer_s=entry.times.transfer_s,
             transfer_bytes=entry.times.transfer_bytes,
             transfer_blocks=entry.times.transfer_blocks,
+            transfer_descriptors=entry.times.transfer_descriptors,
+            transfer_hidden_s=entry.times.transfer_hidden_s,
             cached_tokens=entry.times.cached_tokens,
+            fetched_tokens=entry.times.fetched_tokens,
         )
     return worker_pb2.LegTokens(
         number=entry.number,
@@ -338,7 +395,10 @@ def _entry_from_wire(entry: worker_pb2.LegTokens) -> LegTokens:
             transfer_s=entry.times.transfer_s,
             transfer_bytes=entry.times.transfer_bytes,
             transfer_blocks=entry.times.transfer_blocks,
+            transfer_descriptors=entry.times.transfer_descriptors,
+            transfer_hidden_s=entry.times.transfer_hidden_s,
             cached_tokens=entry.times.cached_tokens,
+            fetched_tokens=entry.times.fetched_tokens,
         )
     return LegTokens(
         number=entry.number,
@@ -361,13 +421,9 @@ def _event_from_wire(event: worker_pb2.KvEvent) -> KvStored | KvRemoved:
     match event.WhichOneof("event"):
         case "stored":
             return KvStored(
-                parent=BlockHash(event.stored.parent), hashes=_hashes_from_wire(event.stored.hashes)
+                parent=BlockHash(event.stored.parent), hashes=hashes_from_wire(event.stored.hashes)
             )
         case "removed":
-            return KvRemoved(hashes=_hashes_from_wire(event.removed.hashes))
+            return KvRemoved(hashes=hashes_from_wire(event.removed.hashes))
         case other:
             raise UnknownMessage(f"KV event {other}")
-
-
-def _hashes_from_wire(data: bytes) -> tuple[BlockHash, ...]:
-    return tuple(BlockHash(data[i : i + HASH_BYTES]) for i in range(0, len(data), HASH_BYTES))

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from core import telemetry
 from core.ids import Role
 from router.progress import SequenceEnd
-from router.types import WorkerView
+from router.types import WorkerStatus
 
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75),
@@ -72,7 +72,7 @@ class EdgeMetrics:
             telemetry.SLOW_CLIENTS, "Requests cancelled because their client did not read"
         )
 
-    def watch_workers(self, workers: Callable[[], Sequence[WorkerView]]) -> None:
+    def watch_workers(self, workers: Callable[[], Sequence[WorkerStatus]]) -> None:
         """Count them whenever the metrics are read."""
         connected = Gauge(
             telemetry.WORKERS_CONNECTED,
@@ -133,6 +133,21 @@ class FlowMetrics:
         self._transfer_blocks = Counter(
             telemetry.KV_TRANSFER_BLOCKS, "KV blocks decode workers pulled", registry=registry
         )
+        self._transfer_descriptors = Counter(
+            telemetry.KV_TRANSFER_DESCRIPTORS,
+            "Contiguous runs those blocks were read in",
+            registry=registry,
+        )
+        self._transfer_hidden_s = Counter(
+            telemetry.KV_TRANSFER_HIDDEN,
+            "Time of KV transfers that passed while their prefill still ran",
+            registry=registry,
+        )
+        self._migrations = Counter(
+            telemetry.MIGRATIONS,
+            "Moves of running sequences to another decode worker",
+            registry=registry,
+        )
 
     def ended(self, end: SequenceEnd) -> None:
         for outcome in end.attempts:
@@ -146,3 +161,6 @@ class FlowMetrics:
             self._transfer_s.observe(timings.transfer_s)
             self._transfer_bytes.inc(timings.transfer_bytes)
             self._transfer_blocks.inc(timings.transfer_blocks)
+            self._transfer_descriptors.inc(timings.transfer_descriptors)
+            self._transfer_hidden_s.inc(timings.transfer_hidden_s)
+        self._migrations.inc(timings.migrations)

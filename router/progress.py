@@ -65,6 +65,7 @@ class Progress:
         self.tokens: list[int] = []
         self.finished = False
         self.attempts = 0
+        self.migrations = 0
         self.outcomes: list[str] = []
         self.prefill_worker = self.decode_worker = ""
         self.prefill_times = LegTimes()
@@ -102,9 +103,14 @@ class Progress:
             transfer_s=self.decode_times.transfer_s,
             transfer_bytes=self.decode_times.transfer_bytes,
             transfer_blocks=self.decode_times.transfer_blocks,
+            transfer_descriptors=self.decode_times.transfer_descriptors,
+            transfer_hidden_s=self.decode_times.transfer_hidden_s,
             decode_s=decode_s,
             tpot_s=decode_s / gaps,
             cached_tokens=self.prefill_times.cached_tokens,
+            fetched_tokens=self.prefill_times.fetched_tokens,
+            fetched_bytes=self.prefill_times.transfer_bytes,
+            migrations=self.migrations,
         )
 
     def outcome(self, error: BaseException | None) -> str:

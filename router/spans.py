@@ -11,7 +11,8 @@ from opentelemetry.trace import Span, Status, StatusCode, Tracer, set_span_in_co
 from core import telemetry
 from core.clock import Clock
 from core.errors import Cancelled
-from router.progress import OK, SequenceEnd
+from core.stages import Stage
+from router.progress import OK, Mark, SequenceEnd
 
 
 class SpanRecorder:
@@ -43,20 +44,29 @@ class SpanRecorder:
         for mark, following in pairwise([*end.marks, None]):
             if mark is None:
                 break
-            attributes: dict[str, str | int] = {telemetry.ATTR_ATTEMPT: mark.attempt}
-            if mark.worker_id:
-                attributes[telemetry.ATTR_WORKER_ID] = mark.worker_id
             span = self._tracer.start_span(
                 telemetry.STAGE_SPANS[mark.stage],
                 context=context,
                 start_time=ns(mark.at_s),
-                attributes=attributes,
+                attributes=_attributes(mark, end),
             )
             if following is None or following.attempt != mark.attempt:
                 _set_status(span, end.attempts[mark.attempt])
             span.end(ns(end.ended_at_s if following is None else following.at_s))
         _set_status(root, end.outcome)
         root.end(ns(end.ended_at_s))
+
+
+def _attributes(mark: Mark, end: SequenceEnd) -> dict[str, str | int | float]:
+    attributes: dict[str, str | int | float] = {telemetry.ATTR_ATTEMPT: mark.attempt}
+    if mark.worker_id:
+        attributes[telemetry.ATTR_WORKER_ID] = mark.worker_id
+    if mark.stage is Stage.KV_TRANSFER and mark.attempt == len(end.attempts) - 1:
+        # The timings are those of the last attempt.
+        attributes[telemetry.ATTR_TRANSFER_BYTES] = end.timings.transfer_bytes
+        attributes[telemetry.ATTR_TRANSFER_DESCRIPTORS] = end.timings.transfer_descriptors
+        attributes[telemetry.ATTR_TRANSFER_OVERLAP] = end.timings.transfer_overlap
+    return attributes
 
 
 def _set_status(span: Span, outcome: str) -> None:

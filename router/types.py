@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.ids import RequestId
+from core.ids import RequestId, WorkerId
 from core.sampling import FinishReason, SamplingParams
 
 
@@ -33,9 +33,23 @@ class Timings:
     transfer_s: float = 0.0
     transfer_bytes: int = 0
     transfer_blocks: int = 0
+    transfer_descriptors: int = 0
+    transfer_hidden_s: float = 0.0
+    """Part of `transfer_s` that passed while the prefill still ran."""
     decode_s: float = 0.0
     tpot_s: float = 0.0
     cached_tokens: int = 0
+    fetched_tokens: int = 0
+    """Of `cached_tokens`, those the prefill worker pulled from another worker's cache."""
+    fetched_bytes: int = 0
+    """KV bytes read for them."""
+    migrations: int = 0
+    """Moves to another decode worker while running."""
+
+    @property
+    def transfer_overlap(self) -> float:
+        """Share of the transfer's time that was hidden behind the prefill."""
+        return self.transfer_hidden_s / self.transfer_s if self.transfer_s else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +67,27 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationReport:
+    """How the live migration of one running sequence went."""
+
+    moved: bool
+    """The destination has it. False: it runs on at the source, unless the request has ended."""
+    reason: str
+    """Why it did not move, or was lost just after; empty when all went well."""
+    source: WorkerId
+    destination: WorkerId
+    pause_s: float
+    """Between the last token from the source and the first one from the destination, here."""
+    total_s: float
+    """From the offer to the destination's first token, or to the end of the migration."""
+    tokens_meanwhile: int
+    """Tokens that reached the client during the copy."""
+    transfer_bytes: int
+    transfer_blocks: int
+    transfer_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingLimits:
     """What the connected workers can hold now."""
 
@@ -63,7 +98,7 @@ class ServingLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerView:
+class WorkerStatus:
     """One line of a status table."""
 
     worker_id: str
@@ -82,11 +117,17 @@ class Generator(Protocol):
     """What the HTTP edge needs of flow.py.
 
     `generate` yields at least once, the last item with a finish, or raises a BatonError. Closing
-    the generator early (aclose) cancels every leg at once.
+    the generator early (aclose) cancels every leg at once. `migrate` moves a sequence that
+    `generate` runs to another decode worker, `to` or any; it raises InvalidRequest or NoWorkers
+    when that cannot even be tried.
     """
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]: ...
 
+    async def migrate(
+        self, request_id: RequestId, choice: int, to: WorkerId | None, timeout_s: float
+    ) -> MigrationReport: ...
+
     def limits(self) -> ServingLimits: ...
 
-    def workers(self) -> tuple[WorkerView, ...]: ...
+    def workers(self) -> tuple[WorkerStatus, ...]: ...

@@ -43,6 +43,12 @@ class WorkerView:
         return len(self._own)
 
     @property
+    def sequences(self) -> int:
+        """Sequences that wait or run there, own unseen ones included."""
+        reported = self.load.running + self.load.waiting if self.load is not None else 0
+        return reported + self.unseen_submits
+
+    @property
     def capacity_tokens(self) -> int:
         """The longest sequence the worker can hold."""
         arena = self.hello.num_blocks * self.hello.layout.block_size
@@ -73,12 +79,15 @@ class WorkerView:
             self._cached, self._snapshot = self._snapshot, set()
             self._next_event = message.next_number
 
-    def cached_blocks(self, hashes: Sequence[BlockHash]) -> int:
-        """Length of the longest prefix of `hashes` held, in blocks.
+    def cached_blocks(self, hashes: Sequence[BlockHash], at_least: int = 0) -> int:
+        """Length of the longest prefix of `hashes` held, in blocks; 0 if less than `at_least`.
 
-        Holdings are closed under prefix (eviction is leaf first), so it can be bisected.
+        Holdings are closed under prefix (eviction is leaf first), so it can be bisected, and one
+        look tells whether it is as long as that.
         """
-        low, high = 0, len(hashes)
+        if at_least > len(hashes) or (at_least and hashes[at_least - 1] not in self._cached):
+            return 0
+        low, high = at_least, len(hashes)
         while low < high:
             middle = (low + high) // 2
             if hashes[middle] in self._cached:

@@ -49,6 +49,7 @@ from engine.types import Sampled, SeqStep
 from kv_transfer.config import TransferConfig
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
 from kv_transfer.server import add_peer_service
+from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from router.fleet import Fleet
@@ -329,14 +330,14 @@ async def served_worker(
     incarnation = new_incarnation()
     worker = Worker(
         engine=engine,
-        transport=LoopbackTransport(engine.arena, hub),
+        transports=Transports([LoopbackTransport(engine.arena, hub)]),
         identity=WorkerIdentity(worker_id=WorkerId(name), incarnation=incarnation, address=address),
         role=role,
         settings=chosen,
         clock=real_clock,
     )
     add_worker_service(server, worker, real_clock)
-    add_peer_service(server, worker.owner, worker.peer_hello)
+    add_peer_service(server, worker.owner, worker.peer_hello, worker.arena)
     record = WorkerRecord(
         worker_id=WorkerId(name),
         incarnation=incarnation,

@@ -5,48 +5,42 @@ FAULT is `zero` (the first block read arrives as zeros) or `swap` (first and las
 
 import asyncio
 import sys
-from collections.abc import Sequence
 
 import torch
 
 from cluster.worker.__main__ import main
-from cluster.worker.host import make_transport
-from core.ids import Incarnation
-from engine.types import Engine
+from core.ids import Incarnation, ShardId
+from engine.arena import Arena
 from kv_transfer.config import TransferConfig
 from kv_transfer.messages import Memory
-from kv_transfer.plan import Descriptor
-from kv_transfer.transport import ReadStats, Transport, TransportCounters
+from kv_transfer.nixl import NixlTransport
+from kv_transfer.plan import ReadPlan
+from kv_transfer.transport import ReadStats, Transport
+from kv_transfer.transports import Transports
 
 
 class DamagingTransport:
     """Wraps a transport; after each read, and before its future ends, damages the target."""
 
-    def __init__(self, inner: Transport, memory: torch.Tensor, block_bytes: int, fault: str):
+    def __init__(self, inner: Transport, arena: Arena, fault: str) -> None:
         self._inner = inner
-        self._memory = memory
-        self._block_bytes = block_bytes
+        self._memory = arena.data.view(-1).view(torch.uint8)
+        self._block_bytes = arena.layout.block_bytes
         self._fault = fault
         self.name = inner.name
-
-    @property
-    def counters(self) -> TransportCounters:
-        return self._inner.counters
 
     def memory(self) -> Memory:
         return self._inner.memory()
 
-    async def connect(self, peer: Incarnation, memory: Memory) -> None:
+    async def connect(self, peer: ShardId, memory: Memory) -> None:
         await self._inner.connect(peer, memory)
 
-    def start_read(
-        self, peer: Incarnation, plan: Sequence[Descriptor]
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         read = self._inner.start_read(peer, plan)
         read.add_done_callback(lambda _: self._damage(plan))
         return read
 
-    async def disconnect(self, peer: Incarnation) -> None:
+    async def disconnect(self, peer: ShardId) -> None:
         await self._inner.disconnect(peer)
 
     async def failed(self) -> Exception:
@@ -55,11 +49,11 @@ class DamagingTransport:
     async def close(self) -> None:
         await self._inner.close()
 
-    def _damage(self, plan: Sequence[Descriptor]) -> None:
+    def _damage(self, plan: ReadPlan) -> None:
         offsets = [
-            part.local_offset_bytes + i
-            for part in plan
-            for i in range(0, part.nbytes, self._block_bytes)
+            target + i
+            for _, target, nbytes in plan.rows.tolist()
+            for i in range(0, nbytes, self._block_bytes)
         ]
         blocks = [self._memory[at : at + self._block_bytes] for at in offsets]
         if self._fault == "zero":
@@ -72,10 +66,11 @@ class DamagingTransport:
             blocks[-1].copy_(first)
 
 
-def damaging(config: TransferConfig, engine: Engine, incarnation: Incarnation) -> Transport:
-    memory = engine.arena.data.view(-1).view(torch.uint8)
-    inner = make_transport(config, engine, incarnation)
-    return DamagingTransport(inner, memory, engine.info.layout.block_bytes, FAULT)
+def damaging(
+    config: TransferConfig, arena: Arena, incarnation: Incarnation, _host: str
+) -> Transports:
+    nixl = NixlTransport(arena, incarnation, config.read_timeout_s)
+    return Transports([DamagingTransport(nixl, arena, FAULT)])
 
 
 if __name__ == "__main__":

@@ -173,6 +173,11 @@ async def stats(worker: WorkerProcess) -> worker_pb2.StatsReply:
         return reply
 
 
+def bytes_read(reply: worker_pb2.StatsReply) -> int:
+    """KV bytes this worker has brought from its peers."""
+    return sum(peer.nbytes for peer in reply.peers)
+
+
 async def wait_until_idle(
     workers: Sequence[WorkerProcess], timeout_s: float = 10.0
 ) -> list[worker_pb2.StatsReply]:

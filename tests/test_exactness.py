@@ -18,6 +18,7 @@ from router.types import Generated
 from tests.models import write_checkpoint
 from tests.processes import (
     WorkerProcess,
+    bytes_read,
     collect,
     flow_over,
     make_request,
@@ -108,7 +109,7 @@ def assert_equal(items: list[Generated], expected: Expected) -> None:
 
 async def test_every_edge_is_exact_cold_then_with_a_prefix_hit(cluster: Cluster) -> None:
     async with flow_over(cluster.config, cluster.workers) as flow:
-        moved = (await stats(cluster.workers[1])).transfer_bytes
+        moved = bytes_read(await stats(cluster.workers[1]))
         for length in EDGES:
             prompt = random_prompt(length, seed=length)
             expected = reference_answer(cluster.reference, prompt, NEW_TOKENS)
@@ -126,7 +127,7 @@ async def test_every_edge_is_exact_cold_then_with_a_prefix_hit(cluster: Cluster)
     block_bytes = layout_from_wire(idle[1].who.layout).block_bytes
     # Cold, every block crosses; warm, all but the reader's own full cached ones.
     blocks = sum(-(-n // BLOCK) for n in EDGES) + sum(1 for n in EDGES if n % BLOCK)
-    assert idle[1].transfer_bytes - moved == blocks * block_bytes
+    assert bytes_read(idle[1]) - moved == blocks * block_bytes
     assert [reply.pool_error for reply in idle] == ["", ""]
 
 

@@ -35,7 +35,7 @@ class SequenceId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., choice: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class KvLayout(_message.Message):
-    __slots__ = ("block_size", "num_kv_heads", "num_layers", "head_dim", "dtype", "tp_size", "tp_rank")
+    __slots__ = ("block_size", "num_kv_heads", "num_layers", "head_dim", "dtype", "tp_size", "tp_rank", "total_kv_heads", "sides", "axes")
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,9 @@ class KvLayout(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     TP_SIZE_FIELD_NUMBER: _ClassVar[int]
     TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    SIDES_FIELD_NUMBER: _ClassVar[int]
+    AXES_FIELD_NUMBER: _ClassVar[int]
     block_size: int
     num_kv_heads: int
     num_layers: int
@@ -50,7 +53,10 @@ class KvLayout(_message.Message):
     dtype: str
     tp_size: int
     tp_rank: int
-    def __init__(self, block_size: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., tp_size: _Optional[int] = ..., tp_rank: _Optional[int] = ...) -> None: ...
+    total_kv_heads: int
+    sides: int
+    axes: str
+    def __init__(self, block_size: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., tp_size: _Optional[int] = ..., tp_rank: _Optional[int] = ..., total_kv_heads: _Optional[int] = ..., sides: _Optional[int] = ..., axes: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "seed", "temperature", "top_p", "top_k", "stop_token_ids", "return_logits")

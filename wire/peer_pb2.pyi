@@ -20,20 +20,26 @@ OUTCOME_EXPIRED: Outcome
 OUTCOME_ABORTED: Outcome
 
 class PeerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "model_id", "layout", "protocol", "memory")
+    __slots__ = ("worker_id", "incarnation", "model_id", "protocol", "shards")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
-    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     model_id: str
-    layout: _common_pb2.KvLayout
     protocol: _common_pb2.Protocol
-    memory: Memory
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ...) -> None: ...
+    shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., model_id: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...
+
+class Shard(_message.Message):
+    __slots__ = ("layout", "memories")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    MEMORIES_FIELD_NUMBER: _ClassVar[int]
+    layout: _common_pb2.KvLayout
+    memories: _containers.RepeatedCompositeFieldContainer[Memory]
+    def __init__(self, layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[Memory, _Mapping]]] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("transport", "metadata", "address", "nbytes", "device")
@@ -50,60 +56,94 @@ class Memory(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., metadata: _Optional[bytes] = ..., address: _Optional[int] = ..., nbytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class FromReader(_message.Message):
-    __slots__ = ("hello", "bind", "renew", "close", "abort")
+    __slots__ = ("hello", "bind", "renew", "close", "abort", "fetch", "ready")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     BIND_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
     hello: PeerHello
     bind: Bind
     renew: Renew
     close: Close
     abort: Abort
-    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    fetch: Fetch
+    ready: Ready
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ...) -> None: ...
 
 class FromOwner(_message.Message):
-    __slots__ = ("hello", "announce", "closed", "abort", "renewed")
+    __slots__ = ("hello", "announce", "closed", "abort", "renewed", "fetched")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RENEWED_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     hello: PeerHello
     announce: Announce
     closed: Closed
     abort: Abort
     renewed: Renewed
-    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ...) -> None: ...
+    fetched: Fetched
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
 
 class Bind(_message.Message):
-    __slots__ = ("lease_id", "sequence_id", "first_block")
+    __slots__ = ("lease_id", "sequence_id", "first_index")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
-    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     sequence_id: _common_pb2.SequenceId
-    first_block: int
-    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_block: _Optional[int] = ...) -> None: ...
+    first_index: int
+    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_index: _Optional[int] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("number", "sequence_id", "hashes", "first_index")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    sequence_id: _common_pb2.SequenceId
+    hashes: bytes
+    first_index: int
+    def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., hashes: _Optional[bytes] = ..., first_index: _Optional[int] = ...) -> None: ...
+
+class Fetched(_message.Message):
+    __slots__ = ("number", "lease_id", "block_ids")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    lease_id: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, number: _Optional[int] = ..., lease_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
 
 class Announce(_message.Message):
-    __slots__ = ("lease_id", "sequence_id", "first_index", "block_ids", "final", "first_token", "ended")
+    __slots__ = ("lease_id", "sequence_id", "first_index", "block_ids", "final", "tokens", "ended")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     sequence_id: _common_pb2.SequenceId
     first_index: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     final: bool
-    first_token: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
     ended: bool
-    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., final: _Optional[bool] = ..., first_token: _Optional[int] = ..., ended: _Optional[bool] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., final: _Optional[bool] = ..., tokens: _Optional[_Iterable[int]] = ..., ended: _Optional[bool] = ...) -> None: ...
 
 class Renew(_message.Message):
     __slots__ = ("lease_ids",)
@@ -116,23 +156,29 @@ class Renewed(_message.Message):
     def __init__(self) -> None: ...
 
 class Close(_message.Message):
-    __slots__ = ("lease_id",)
+    __slots__ = ("lease_id", "verify")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
-    def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
+    verify: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_id: _Optional[int] = ..., verify: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Closed(_message.Message):
-    __slots__ = ("lease_id", "outcome")
+    __slots__ = ("lease_id", "outcome", "checksums")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     outcome: Outcome
-    def __init__(self, lease_id: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ...) -> None: ...
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease_id: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Abort(_message.Message):
-    __slots__ = ("lease_id", "reason")
+    __slots__ = ("lease_id", "reason", "outcome")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     reason: str
-    def __init__(self, lease_id: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    outcome: Outcome
+    def __init__(self, lease_id: _Optional[int] = ..., reason: _Optional[str] = ..., outcome: _Optional[_Union[Outcome, str]] = ...) -> None: ...

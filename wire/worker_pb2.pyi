@@ -18,23 +18,25 @@ FINISH_STOP: Finish
 FINISH_LENGTH: Finish
 
 class ToWorker(_message.Message):
-    __slots__ = ("hello", "prefill", "decode", "cancel", "renew_leases", "snapshot_request")
+    __slots__ = ("hello", "prefill", "decode", "cancel", "renew_leases", "snapshot_request", "offer")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RENEW_LEASES_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     prefill: PrefillSubmit
     decode: DecodeSubmit
     cancel: Cancel
     renew_leases: RenewLeases
     snapshot_request: SnapshotRequest
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillSubmit, _Mapping]] = ..., decode: _Optional[_Union[DecodeSubmit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew_leases: _Optional[_Union[RenewLeases, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ...) -> None: ...
+    offer: Offer
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillSubmit, _Mapping]] = ..., decode: _Optional[_Union[DecodeSubmit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew_leases: _Optional[_Union[RenewLeases, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ...) -> None: ...
 
 class ToRouter(_message.Message):
-    __slots__ = ("hello", "accepted", "rejected", "tokens", "failed", "load", "kv_events", "kv_snapshot")
+    __slots__ = ("hello", "accepted", "rejected", "tokens", "failed", "load", "kv_events", "kv_snapshot", "offered", "moved")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +45,8 @@ class ToRouter(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
     KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    OFFERED_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     accepted: Accepted
     rejected: Rejected
@@ -51,7 +55,9 @@ class ToRouter(_message.Message):
     load: LoadReport
     kv_events: KvEvents
     kv_snapshot: KvSnapshot
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., tokens: _Optional[_Union[TokenFrame, _Mapping]] = ..., failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ...) -> None: ...
+    offered: Offered
+    moved: Moved
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., tokens: _Optional[_Union[TokenFrame, _Mapping]] = ..., failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "protocol")
@@ -62,7 +68,7 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ...) -> None: ...
 
 class PrefillSubmit(_message.Message):
-    __slots__ = ("number", "sequence_id", "tokens", "output_position", "sampling", "deadline_s", "cache_salt")
+    __slots__ = ("number", "sequence_id", "tokens", "output_position", "sampling", "deadline_s", "cache_salt", "source")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +76,7 @@ class PrefillSubmit(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     number: int
     sequence_id: _common_pb2.SequenceId
     tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -77,19 +84,34 @@ class PrefillSubmit(_message.Message):
     sampling: _common_pb2.Sampling
     deadline_s: float
     cache_salt: str
-    def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., output_position: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    source: PrefixSource
+    def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., output_position: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., source: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
+
+class PrefixSource(_message.Message):
+    __slots__ = ("worker_id", "address", "incarnation", "num_blocks")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    address: str
+    incarnation: str
+    num_blocks: int
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class Handoff(_message.Message):
-    __slots__ = ("owner_id", "owner_address", "owner_incarnation", "lease_id")
+    __slots__ = ("owner_id", "owner_address", "owner_incarnation", "lease_id", "live")
     OWNER_ID_FIELD_NUMBER: _ClassVar[int]
     OWNER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     OWNER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     owner_id: str
     owner_address: str
     owner_incarnation: str
     lease_id: int
-    def __init__(self, owner_id: _Optional[str] = ..., owner_address: _Optional[str] = ..., owner_incarnation: _Optional[str] = ..., lease_id: _Optional[int] = ...) -> None: ...
+    live: bool
+    def __init__(self, owner_id: _Optional[str] = ..., owner_address: _Optional[str] = ..., owner_incarnation: _Optional[str] = ..., lease_id: _Optional[int] = ..., live: _Optional[bool] = ...) -> None: ...
 
 class DecodeSubmit(_message.Message):
     __slots__ = ("number", "sequence_id", "tokens", "output_position", "sampling", "deadline_s", "cache_salt", "handoff")
@@ -110,6 +132,30 @@ class DecodeSubmit(_message.Message):
     cache_salt: str
     handoff: Handoff
     def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., output_position: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ...) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class Offered(_message.Message):
+    __slots__ = ("number", "lease_id", "lease_s", "message")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    lease_id: int
+    lease_s: float
+    message: str
+    def __init__(self, number: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_s: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("number", "reason")
@@ -176,20 +222,26 @@ class Rejected(_message.Message):
     def __init__(self, number: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class LegTimes(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transfer_blocks", "cached_tokens")
+    __slots__ = ("queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transfer_blocks", "cached_tokens", "transfer_descriptors", "transfer_hidden_s", "fetched_tokens")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     transfer_s: float
     transfer_bytes: int
     transfer_blocks: int
     cached_tokens: int
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transfer_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    transfer_descriptors: int
+    transfer_hidden_s: float
+    fetched_tokens: int
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transfer_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transfer_descriptors: _Optional[int] = ..., transfer_hidden_s: _Optional[float] = ..., fetched_tokens: _Optional[int] = ...) -> None: ...
 
 class LegTokens(_message.Message):
     __slots__ = ("number", "tokens", "finish", "times", "logits")
@@ -304,7 +356,7 @@ class Lease(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., reader: _Optional[str] = ..., blocks: _Optional[int] = ..., age_s: _Optional[float] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("who", "load", "blocks_free", "blocks_cached", "blocks_in_use", "blocks_receiving", "blocks_quarantined", "blocks_held", "pool_error", "leases", "leases_opened", "leases_closed", "leases_aborted", "leases_expired", "transfer_bytes", "transfer_blocks", "transfer_reads", "transfer_failures", "pid", "open_legs", "transport")
+    __slots__ = ("who", "load", "blocks_free", "blocks_cached", "blocks_in_use", "blocks_receiving", "blocks_quarantined", "blocks_held", "pool_error", "leases", "leases_opened", "leases_closed", "leases_aborted", "leases_expired", "pid", "open_legs", "transports", "peers", "preemptions", "prefix_fetches")
     WHO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -319,13 +371,12 @@ class StatsReply(_message.Message):
     LEASES_CLOSED_FIELD_NUMBER: _ClassVar[int]
     LEASES_ABORTED_FIELD_NUMBER: _ClassVar[int]
     LEASES_EXPIRED_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_READS_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_FAILURES_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     OPEN_LEGS_FIELD_NUMBER: _ClassVar[int]
-    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FETCHES_FIELD_NUMBER: _ClassVar[int]
     who: WorkerHello
     load: LoadReport
     blocks_free: int
@@ -340,14 +391,74 @@ class StatsReply(_message.Message):
     leases_closed: int
     leases_aborted: int
     leases_expired: int
-    transfer_bytes: int
-    transfer_blocks: int
-    transfer_reads: int
-    transfer_failures: int
     pid: int
     open_legs: int
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    peers: _containers.RepeatedCompositeFieldContainer[PeerTransfers]
+    preemptions: int
+    prefix_fetches: PrefixFetches
+    def __init__(self, who: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_receiving: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., blocks_held: _Optional[int] = ..., pool_error: _Optional[str] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., leases_opened: _Optional[int] = ..., leases_closed: _Optional[int] = ..., leases_aborted: _Optional[int] = ..., leases_expired: _Optional[int] = ..., pid: _Optional[int] = ..., open_legs: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., peers: _Optional[_Iterable[_Union[PeerTransfers, _Mapping]]] = ..., preemptions: _Optional[int] = ..., prefix_fetches: _Optional[_Union[PrefixFetches, _Mapping]] = ...) -> None: ...
+
+class PrefixFetches(_message.Message):
+    __slots__ = ("tried", "won", "tokens", "shared", "failed", "skipped")
+    class FailedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class SkippedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TRIED_FIELD_NUMBER: _ClassVar[int]
+    WON_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    tried: int
+    won: int
+    tokens: int
+    shared: int
+    failed: _containers.ScalarMap[str, int]
+    skipped: _containers.ScalarMap[str, int]
+    def __init__(self, tried: _Optional[int] = ..., won: _Optional[int] = ..., tokens: _Optional[int] = ..., shared: _Optional[int] = ..., failed: _Optional[_Mapping[str, int]] = ..., skipped: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class PeerTransfers(_message.Message):
+    __slots__ = ("owner_id", "transport", "handoffs", "reads", "nbytes", "blocks", "descriptors", "seconds", "hidden_s", "failures")
+    class FailuresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    OWNER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    HANDOFFS_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    owner_id: str
     transport: str
-    def __init__(self, who: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_receiving: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., blocks_held: _Optional[int] = ..., pool_error: _Optional[str] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., leases_opened: _Optional[int] = ..., leases_closed: _Optional[int] = ..., leases_aborted: _Optional[int] = ..., leases_expired: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_blocks: _Optional[int] = ..., transfer_reads: _Optional[int] = ..., transfer_failures: _Optional[int] = ..., pid: _Optional[int] = ..., open_legs: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
+    handoffs: int
+    reads: int
+    nbytes: int
+    blocks: int
+    descriptors: int
+    seconds: float
+    hidden_s: float
+    failures: _containers.ScalarMap[str, int]
+    def __init__(self, owner_id: _Optional[str] = ..., transport: _Optional[str] = ..., handoffs: _Optional[int] = ..., reads: _Optional[int] = ..., nbytes: _Optional[int] = ..., blocks: _Optional[int] = ..., descriptors: _Optional[int] = ..., seconds: _Optional[float] = ..., hidden_s: _Optional[float] = ..., failures: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

@@ -10,7 +10,6 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -18,26 +17,22 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
 from cluster.registry_client import RegistryClient
-from cluster.worker.host import WorkerStart, make_transport, serve_worker
+from cluster.worker.host import TransportsOf, WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
 from core.clock import SystemClock
 from core.errors import BatonError
-from core.ids import Incarnation, Role, WorkerId
+from core.ids import Role, WorkerId
 from core.registry import WorkerRecord
-from engine.types import Engine
-from kv_transfer.config import TransferConfig
-from kv_transfer.transport import Transport
-
-TransportOf = Callable[[TransferConfig, Engine, Incarnation], Transport]
+from kv_transfer.transports import make_transports
 
 
-def main(transport_of: TransportOf = make_transport) -> int:
+def main(transports_of: TransportsOf = make_transports) -> int:
     """Exit status: 0 after SIGTERM or SIGINT, 1 for a bad set-up, as Python's for a bug."""
     arguments = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     try:
         config = load_config(arguments.config)
-        asyncio.run(_serve(config, arguments, transport_of))
+        asyncio.run(_serve(config, arguments, transports_of))
     except BatonError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
@@ -45,7 +40,7 @@ def main(transport_of: TransportOf = make_transport) -> int:
 
 
 async def _serve(
-    config: ClusterConfig, arguments: argparse.Namespace, transport_of: TransportOf
+    config: ClusterConfig, arguments: argparse.Namespace, transports_of: TransportsOf
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -64,6 +59,7 @@ async def _serve(
         drain_s=config.drain_timeout_s,
         host=arguments.host,
         port=arguments.port,
+        metrics_port=config.telemetry.worker_metrics_port,
     )
     async with AsyncExitStack() as stack:
         registry = None
@@ -75,7 +71,7 @@ async def _serve(
             clock=SystemClock(),
             stop=stop,
             on_ready=_announce,
-            transport_of=transport_of,
+            transports_of=transports_of,
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 
+from cluster.worker.metrics import serving_metrics
 from cluster.worker.server import add_worker_service
 from cluster.worker.worker import Worker, WorkerIdentity, WorkerSettings
 from core.channel import SERVER_OPTIONS
@@ -16,20 +17,21 @@ from core.clock import Clock
 from core.errors import ConfigError, Unavailable
 from core.ids import Incarnation, Role, WorkerId, new_incarnation
 from core.registry import Registry, WorkerRecord
+from engine.arena import Arena
 from engine.build import build_engine
 from engine.sizing import describe_arena
-from engine.types import Engine
 from kv_transfer.config import TransferConfig
-from kv_transfer.loopback import LoopbackHub, LoopbackTransport
-from kv_transfer.nixl import NixlTransport
 from kv_transfer.server import add_peer_service
-from kv_transfer.transport import Transport
+from kv_transfer.transports import Transports
 
 log = logging.getLogger(__name__)
 
 _REGISTER_TTL_S = 10.0
 _REGISTER_TIMEOUT_S = 3.0
 _STOP_GRACE_S = 0.5
+
+
+TransportsOf = Callable[[TransferConfig, Arena, Incarnation, str], Transports]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,7 @@ class WorkerStart:
     """At a stop, open legs may end for so long."""
     host: str = "127.0.0.1"
     port: int = 0
+    metrics_port: int | None = None
 
 
 async def serve_worker(
@@ -53,7 +56,7 @@ async def serve_worker(
     clock: Clock,
     stop: asyncio.Event,
     on_ready: Callable[[WorkerRecord], None],
-    transport_of: Callable[[TransferConfig, Engine, Incarnation], Transport],
+    transports_of: TransportsOf,
 ) -> None:
     """Serve until `stop`. Raises what ended the engine loop, ConfigError for a bad set-up."""
     incarnation = new_incarnation()
@@ -71,14 +74,14 @@ async def serve_worker(
     )
     worker = Worker(
         engine=engine,
-        transport=transport_of(start.settings.transfer, engine, incarnation),
+        transports=transports_of(start.settings.transfer, engine.arena, incarnation, start.host),
         identity=identity,
         role=start.role,
         settings=start.settings,
         clock=clock,
     )
     add_worker_service(server, worker, clock)
-    add_peer_service(server, worker.owner, worker.peer_hello)
+    add_peer_service(server, worker.owner, worker.peer_hello, worker.arena)
     record = WorkerRecord(
         worker_id=start.worker_id,
         incarnation=incarnation,
@@ -90,11 +93,12 @@ async def serve_worker(
     )
     async with worker.running() as engine_loop:
         await server.start()
-        log.info("worker_ready worker_id=%s address=%s", start.worker_id, identity.address)
-        on_ready(record)
         try:
-            await _serve(registry, record, stop, engine_loop)
-            left = await worker.drain(start.drain_s)
+            with serving_metrics(worker, start.host, start.metrics_port):
+                log.info("worker_ready worker_id=%s address=%s", start.worker_id, identity.address)
+                on_ready(record)
+                await _serve(registry, record, stop, engine_loop)
+                left = await worker.drain(start.drain_s)
             log.info("worker_drained legs_left=%d", left)
         finally:
             await server.stop(_STOP_GRACE_S)
@@ -151,10 +155,3 @@ def _bind(server: grpc.aio.Server, start: WorkerStart) -> int:
             f"worker {start.worker_id} cannot listen on {start.host}:{start.port}; "
             "is the port in use?"
         ) from error
-
-
-def make_transport(config: TransferConfig, engine: Engine, incarnation: Incarnation) -> Transport:
-    """The configured way to move blocks. Loopback reaches nobody from a process of its own."""
-    if config.backend == "loopback":
-        return LoopbackTransport(engine.arena, LoopbackHub())
-    return NixlTransport(engine.arena, incarnation)

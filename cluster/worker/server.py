@@ -9,9 +9,12 @@ import grpc
 from cluster.worker.outlet import RouterOutlet
 from cluster.worker.worker import Worker
 from core.clock import Clock
+from core.ids import WorkerId
 from core.messages import PROTOCOL_MAJOR
 from kv_transfer.codec import UnknownMessage, sequence_id_to_wire
 from kv_transfer.leases import NEVER_S, Lease
+from kv_transfer.metrics import PairMetrics
+from prefill_worker.prefix import FetchCounters
 from router.codec import from_router, hello_to_wire, load_to_wire, to_router
 from wire import worker_pb2, worker_pb2_grpc
 
@@ -77,7 +80,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     ) -> worker_pb2.StatsReply:
         worker = self._worker
         counts, problem = worker.pool_counts()
-        leases, moved = worker.leases.counters, worker.transport.counters
+        leases = worker.leases.counters
         return worker_pb2.StatsReply(
             who=hello_to_wire(worker.hello()),
             load=load_to_wire(worker.load()),
@@ -93,13 +96,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             leases_closed=leases.closed,
             leases_aborted=leases.aborted,
             leases_expired=leases.expired,
-            transfer_bytes=moved.nbytes,
-            transfer_blocks=moved.nbytes // worker.hello().layout.block_bytes,
-            transfer_reads=moved.reads,
-            transfer_failures=moved.failures,
             pid=os.getpid(),
             open_legs=worker.open_legs,
-            transport=worker.transport.name,
+            transports=worker.transports.names,
+            peers=[
+                _peer_to_wire(owner_id, pair)
+                for owner_id, pair in worker.reader.metrics.pairs.items()
+            ],
+            preemptions=worker.runner.preemptions,
+            prefix_fetches=_fetches_to_wire(worker.prefill.fetches),
         )
 
     def _lease(self, lease: Lease) -> worker_pb2.Lease:
@@ -113,6 +118,32 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             age_s=now_s - lease.opened_at_s,
             expires_in_s=expires_in_s,
         )
+
+
+def _peer_to_wire(owner_id: WorkerId, pair: PairMetrics) -> worker_pb2.PeerTransfers:
+    return worker_pb2.PeerTransfers(
+        owner_id=owner_id,
+        transport=pair.transport,
+        handoffs=pair.handoffs,
+        reads=pair.reads,
+        nbytes=pair.nbytes,
+        blocks=pair.blocks,
+        descriptors=pair.descriptors,
+        seconds=pair.seconds,
+        hidden_s=pair.hidden_s,
+        failures=pair.failures,
+    )
+
+
+def _fetches_to_wire(counters: FetchCounters) -> worker_pb2.PrefixFetches:
+    return worker_pb2.PrefixFetches(
+        tried=counters.tried,
+        won=counters.won,
+        tokens=counters.tokens,
+        shared=counters.shared,
+        failed=counters.failed,
+        skipped=counters.skipped,
+    )
 
 
 async def _end_overflow(outlet: RouterOutlet, context: Context) -> None:

@@ -20,6 +20,7 @@ from core.messages import (
     KvEvents,
     KvSnapshot,
     LoadReport,
+    Offer,
     PrefillSubmit,
     Rejected,
     RenewLeases,
@@ -29,16 +30,17 @@ from core.messages import (
 )
 from decode_worker.config import DecodeConfig
 from decode_worker.role import DecodeRole
+from engine.arena import Arena
 from engine.config import EngineConfig
 from engine.pool import BlockPool, PoolCounts
 from engine.runner import Runner
 from engine.types import Engine
 from kv_transfer.config import TransferConfig
 from kv_transfer.leases import LeaseTable
-from kv_transfer.messages import PeerHello
+from kv_transfer.messages import PeerHello, Shard
 from kv_transfer.owner import Owner
 from kv_transfer.reader import Reader
-from kv_transfer.transport import Transport
+from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
 from prefill_worker.role import PrefillRole
 
@@ -76,7 +78,7 @@ class Worker:
         self,
         *,
         engine: Engine,
-        transport: Transport,
+        transports: Transports,
         identity: WorkerIdentity,
         role: Role,
         settings: WorkerSettings,
@@ -84,7 +86,7 @@ class Worker:
     ) -> None:
         info = engine.info
         self._engine = engine
-        self._transport = transport
+        self.transports = transports
         self._identity = identity
         self._clock = clock
         self._role, self._epoch = role, 1
@@ -92,7 +94,7 @@ class Worker:
         self._outlets: set[RouterOutlet] = set()
         self._next_event = 1
         self.pool = BlockPool(info.num_blocks)
-        self._runner = Runner(
+        self.runner = Runner(
             engine,
             self.pool,
             clock,
@@ -103,26 +105,29 @@ class Worker:
         )
         self.leases = LeaseTable(self.pool, clock, settings.transfer.lease_s)
         self.owner = Owner(self.leases, self._blocks_freed)
-        self.peer_hello = PeerHello(
-            worker_id=identity.worker_id,
-            incarnation=identity.incarnation,
-            model_id=info.model_id,
-            layout=info.layout,
-            memory=transport.memory(),
+        self.reader = Reader(
+            pool=self.pool,
+            arena=engine.arena,
+            transports=transports,
+            hello=self.peer_hello,
+            config=settings.transfer,
+            headroom=lambda: self.runner.load().running,
         )
-        self._reader = Reader(
-            self.pool,
-            transport,
-            self.peer_hello,
-            settings.transfer,
-            headroom=lambda: self._runner.load().running,
+        self.prefill = PrefillRole(
+            info=info,
+            runner=self.runner,
+            pool=self.pool,
+            owner=self.owner,
+            reader=self.reader,
+            config=settings.prefill,
+            clock=clock,
         )
-        self._prefill = PrefillRole(info, self._runner, self.owner, settings.prefill, clock)
         self._decode = DecodeRole(
             info=info,
-            runner=self._runner,
+            runner=self.runner,
             pool=self.pool,
-            reader=self._reader,
+            reader=self.reader,
+            owner=self.owner,
             config=settings.decode,
             clock=clock,
         )
@@ -133,7 +138,7 @@ class Worker:
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
         """Run the loops inside. The task given ends only by failure: then the worker must end."""
         try:
-            async with self._reader, self._decode:
+            async with self.reader, self.prefill, self._decode:
                 loop = asyncio.create_task(self._run(), name="engine-loop")
                 try:
                     yield loop
@@ -141,17 +146,17 @@ class Worker:
                     loop.cancel()
                     await asyncio.wait([loop], timeout=_STOP_S)
         finally:
-            await self._transport.close()
+            await self.transports.close()
             self._engine.close()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._runner.run())
+            group.create_task(self.runner.run())
             group.create_task(self._sweep())
             group.create_task(self._watch_transport())
 
     async def _watch_transport(self) -> None:
-        error = await self._transport.failed()
+        error = await self.transports.failed()
         raise InternalError(f"the KV transport failed: {error}") from error
 
     async def _sweep(self) -> None:
@@ -160,12 +165,11 @@ class Worker:
         while True:
             await asyncio.sleep(_SWEEP_S)
             self.owner.sweep()
-            self._prefill.sweep()
             self._step_ended()
             now_s = self._clock.now_s()
-            changed = self._runner.steps != checked_at_step
+            changed = self.runner.steps != checked_at_step
             if changed and self._idle and now_s - checked_at_s >= _CHECK_S:
-                checked_at_step, checked_at_s = self._runner.steps, now_s
+                checked_at_step, checked_at_s = self.runner.steps, now_s
                 self._check()
 
     async def drain(self, timeout_s: float) -> int:
@@ -192,7 +196,7 @@ class Worker:
     def detach(self, outlet: RouterOutlet) -> None:
         """The stream ended, and with it all its legs."""
         self._outlets.discard(outlet)
-        self._prefill.sink_lost(outlet)
+        self.prefill.sink_lost(outlet)
         self._decode.sink_lost(outlet)
         self._blocks_freed()
 
@@ -204,8 +208,10 @@ class Worker:
                     self._submit(outlet, message)
                 else:
                     log.error("submit_number_repeated number=%d", message.number)
+            case Offer():
+                self._decode.offer(outlet, message.number)
             case Cancel():
-                self._prefill.cancel(outlet, message.number, message.reason)
+                self.prefill.cancel(outlet, message.number, message.reason)
                 self._decode.cancel(outlet, message.number)
                 self._blocks_freed()
             case RenewLeases():
@@ -223,7 +229,7 @@ class Worker:
         if refusal is not None:
             outlet.send(Rejected(number=submit.number, code=refusal.code, message=refusal.message))
         elif isinstance(submit, PrefillSubmit):
-            self._prefill.submit(submit, outlet)
+            self.prefill.submit(submit, outlet)
         else:
             self._decode.submit(submit, outlet)
 
@@ -231,15 +237,29 @@ class Worker:
 
     @property
     def open_legs(self) -> int:
-        return self._prefill.open_legs + self._decode.open_legs
+        return self.prefill.open_legs + self._decode.open_legs
 
     @property
     def _idle(self) -> bool:
-        return self.open_legs == 0 and self._runner.idle and self._decode.pulls == 0
+        return (
+            self.open_legs == 0
+            and self.runner.idle
+            and not (self._decode.pulls or self.prefill.pulls)
+        )
 
     @property
-    def transport(self) -> Transport:
-        return self._transport
+    def arena(self) -> Arena:
+        return self._engine.arena
+
+    def peer_hello(self) -> PeerHello:
+        """What peers must know to read from here, as it is now."""
+        info = self._engine.info
+        return PeerHello(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            model_id=info.model_id,
+            shards=(Shard(layout=info.layout, memories=self.transports.memories()),),
+        )
 
     def hello(self) -> WorkerHello:
         info = self._engine.info
@@ -256,11 +276,11 @@ class Worker:
         )
 
     def load(self, last_submit: int = 0) -> LoadReport:
-        load = self._runner.load()
+        load = self.runner.load()
         return LoadReport(
             last_submit=last_submit,
-            queued_tokens=load.queued_tokens,
-            waiting=load.waiting + self._decode.pulls,
+            queued_tokens=load.queued_tokens + self.prefill.pulling_tokens,
+            waiting=load.waiting + self._decode.pulls + self.prefill.pulls,
             running=load.running,
             context_tokens=load.context_tokens + self._decode.pulling_tokens,
             free_blocks=self.pool.available,
@@ -289,8 +309,8 @@ class Worker:
             outlet.report(self.load(outlet.last_submit), self._clock.now_s())
 
     def _blocks_freed(self) -> None:
-        self._reader.space_freed()
-        self._runner.wake()
+        self.reader.space_freed()
+        self.runner.wake()
 
     def _broadcast_events(self) -> None:
         events = self.pool.take_events()

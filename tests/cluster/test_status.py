@@ -47,11 +47,23 @@ REPLY = worker_pb2.StatsReply(
     leases_closed=5,
     leases_aborted=1,
     leases_expired=0,
-    transfer_bytes=4096,
-    transfer_blocks=2,
-    transfer_failures=1,
     pid=77,
-    transport="nixl",
+    transports=["nixl", "collective"],
+    peers=[
+        worker_pb2.PeerTransfers(
+            owner_id="prefill-0",
+            transport="nixl",
+            handoffs=3,
+            reads=4,
+            nbytes=4096,
+            blocks=2,
+            descriptors=5,
+            seconds=0.5,
+            hidden_s=0.25,
+            failures={"expired": 1},
+        )
+    ],
+    preemptions=6,
 )
 
 
@@ -94,7 +106,8 @@ def read_stats() -> WorkerStats:
 
 def test_every_number_of_a_worker_arrives_where_it_belongs() -> None:
     stats = read_stats()
-    assert (stats.role, stats.pid, stats.transport) == ("prefill", 77, "nixl")
+    assert (stats.role, stats.pid, stats.preemptions) == ("prefill", 77, 6)
+    assert stats.transports == ("nixl", "collective")
     assert (stats.waiting, stats.running, stats.queued_tokens, stats.context_tokens) == (1, 2, 3, 4)
     assert stats.blocks == BlockCounts(
         free=10, cached=5, in_use=3, receiving=2, quarantined=1, held=4
@@ -102,6 +115,16 @@ def test_every_number_of_a_worker_arrives_where_it_belongs() -> None:
     assert stats.blocks.total == 21
     assert (stats.leases_opened, stats.leases_closed, stats.leases_aborted) == (8, 5, 1)
     assert (stats.transfer_bytes, stats.transfer_blocks, stats.transfer_failures) == (4096, 2, 1)
+    (peer,) = stats.peers
+    assert (peer.owner_id, peer.transport) == ("prefill-0", "nixl")
+    assert (peer.handoffs, peer.reads, peer.nbytes, peer.blocks, peer.descriptors) == (
+        3,
+        4,
+        4096,
+        2,
+        5,
+    )
+    assert (peer.seconds, peer.hidden_s, peer.failures) == (0.5, 0.25, {"expired": 1})
 
 
 def test_a_lease_tells_its_sequence_reader_and_times() -> None:
@@ -153,10 +176,18 @@ def cluster_status() -> ClusterStatus:
     )
 
 
-def shown(*, leases: bool) -> str:
+def shown(*, leases: bool, transfers: bool = False) -> str:
     stream = io.StringIO()
-    show_status(cluster_status(), Console(file=stream, width=140), leases=leases)
+    console = Console(file=stream, width=140)
+    show_status(cluster_status(), console, leases=leases, transfers=transfers)
     return stream.getvalue()
+
+
+def test_transfers_show_who_read_how_much_from_whom_and_why_some_failed() -> None:
+    text = shown(leases=False, transfers=True)
+    assert "KV transfers" in text
+    assert "1 expired" in text
+    assert "50 %" in text
 
 
 def test_the_table_shows_load_blocks_problems_and_absence() -> None:

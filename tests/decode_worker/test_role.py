@@ -171,7 +171,7 @@ async def pulling(pair: WorkerPair) -> None:
     handoff = await pair.start_prefill(1, PROMPT)
     await pair.start_decode(1, PROMPT, handoff)
     pair.prefill.gate.allow(1)
-    await until(lambda: pair.decode.worker.transport.counters.reads == 1, "a read")
+    await until(lambda: pair.decode.worker.pool.counts().receiving > 0, "a read")
 
 
 async def bound(pair: WorkerPair) -> None:

@@ -1,13 +1,17 @@
 """The engine loop: whatever is batched, cached, preempted or cancelled, the tokens are the same."""
 
 import asyncio
+from dataclasses import dataclass, field
 
 import pytest
 
 from core.clock import FakeClock
-from core.errors import DeadlineExceeded, KvMismatch
+from core.errors import DeadlineExceeded, InternalError, KvMismatch
 from core.sampling import FinishReason
 from engine.pool import PoolCounts
+from engine.runner import Runner
+from engine.sequence import Sequence
+from engine.types import Sampled
 from tests.builders import (
     BLOCK_SIZE,
     Heard,
@@ -240,6 +244,123 @@ async def test_damaged_kv_fails_its_sequence_and_no_other() -> None:
         parts.pool.check_idle()
     assert isinstance(bad.error, KvMismatch)
     assert good.tokens == expected_tokens(prompts[1], 6)
+
+
+# -- holding --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Holding(Heard):
+    """Holds its sequence with its third token."""
+
+    runner: Runner | None = None
+    held: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def on_token(self, sequence: Sequence, sampled: Sampled, finish: FinishReason | None) -> None:
+        super().on_token(sequence, sampled, finish)
+        if len(self.tokens) == 3 and self.runner is not None:
+            self.runner.hold(sequence)
+            self.held.set()
+
+
+async def test_a_held_sequence_waits_with_its_blocks_while_others_go_on() -> None:
+    prompts = [make_prompt(8, seed=i) for i in range(2)]
+    async with running_engine_loop(make_engine()) as parts:
+        held, sequence = Holding(runner=parts.runner), make_sequence(prompts[0], name="h")
+        parts.runner.submit(sequence, held)
+        await soon(held.held.wait())
+        other = parts.submit(make_sequence(prompts[1], name="o"))
+        await soon(other.ended.wait())
+        assert (len(held.tokens), len(sequence.blocks), sequence.computed) == (3, 3, 10)
+        assert not parts.runner.idle
+        load = parts.runner.load()
+        assert (load.running, load.context_tokens) == (1, 11)
+        parts.runner.resume(sequence)
+        await soon(held.ended.wait())
+        parts.pool.check_idle()
+    assert held.tokens == expected_tokens(prompts[0], 8)
+    assert other.tokens == expected_tokens(prompts[1], 8)
+
+
+async def test_a_held_sequence_can_be_removed_and_gives_its_blocks_back_at_once() -> None:
+    async with running_engine_loop(make_engine()) as parts:
+        held, sequence = Holding(runner=parts.runner), make_sequence(make_prompt(8))
+        parts.runner.submit(sequence, held)
+        await soon(held.held.wait())
+        parts.runner.remove(sequence)
+        parts.pool.check_idle()
+        parts.runner.resume(sequence)
+        assert parts.runner.idle
+    assert len(held.tokens) == 3
+
+
+async def test_a_held_sequence_ends_at_its_deadline_while_nothing_else_happens() -> None:
+    clock = FakeClock()
+    async with running_engine_loop(make_engine(), clock) as parts:
+        held = Holding(runner=parts.runner)
+        parts.runner.submit(make_sequence(make_prompt(8), deadline_at_s=5.0), held)
+        await soon(held.held.wait())
+        clock.advance(5.0)
+        await soon(held.ended.wait())
+        await until(lambda: parts.runner.idle)
+        parts.pool.check_idle()
+    assert isinstance(held.error, DeadlineExceeded)
+
+
+async def test_a_held_sequence_is_not_preempted_and_who_preempts_itself_goes_on_later() -> None:
+    old, young = make_prompt(8), make_prompt(8, seed=1)
+    async with running_engine_loop(make_engine(6)) as parts:
+        held = Holding(runner=parts.runner)
+        sequence = make_sequence(young, name="young", arrived_at_s=2.0)
+        parts.runner.submit(sequence, held)
+        await soon(held.held.wait())
+        other = parts.submit(make_sequence(old, name="old", max_tokens=16, arrived_at_s=1.0))
+        await until(lambda: parts.runner.preemptions > 0)
+        assert len(sequence.blocks) == 3
+        parts.runner.resume(sequence)
+        await soon(held.ended.wait())
+        await soon(other.ended.wait())
+        parts.pool.check_idle()
+    assert held.tokens == expected_tokens(young, 8)
+    assert other.tokens == expected_tokens(old, 16)
+
+
+async def test_a_sequence_in_a_step_cannot_be_held() -> None:
+    gate = StepGate()
+    async with running_engine_loop(make_engine(sleep=gate)) as parts:
+        sequence = make_sequence(make_prompt(8))
+        heard = parts.submit(sequence)
+        await until(gate.waiting.is_set, "a step in flight")
+        with pytest.raises(InternalError):
+            parts.runner.hold(sequence)
+        gate.open()
+        await soon(heard.ended.wait())
+
+
+async def test_a_preempted_sequence_is_told_while_it_still_has_its_blocks() -> None:
+    told: list[int] = []
+    async with running_engine_loop(make_engine(10)) as parts:
+        heard = []
+        for i in range(3):
+            sequence = make_sequence(
+                make_prompt(8, seed=i), name=str(i), max_tokens=24, arrived_at_s=float(i)
+            )
+            sequence.on_preempted = lambda sequence=sequence: told.append(len(sequence.blocks))
+            heard.append(parts.submit(sequence))
+        for each in heard:
+            await soon(each.ended.wait())
+        assert len(told) == parts.runner.preemptions > 0
+        assert all(told)
+
+
+async def test_what_prefill_costs_is_learned_from_steps_that_only_prefill() -> None:
+    async with running_engine_loop(make_engine(), step_tokens=16) as parts:
+        heard = parts.submit(make_sequence(make_prompt(40)))
+        await soon(heard.ended.wait())
+        assert parts.runner.prefill_cost.observed_steps == 3
+
+
+# -- load -----------------------------------------------------------------------------------------
 
 
 async def test_load_counts_what_is_to_do() -> None:

@@ -159,6 +159,29 @@ def test_a_step_sleeps_its_model_time_once() -> None:
     assert slept == [step_seconds(TimedConfig(), [step])]
 
 
+def sparse_engine() -> TimedEngine:
+    """Marks 1 in 64 KV bytes of 1 KiB per token: every 8th word of a row of 256 bytes."""
+    timed = TimedConfig(kv_bytes_per_token=1024, num_layers=2, kv_marked_every_bytes=64)
+    config = make_config().model_copy(update={"timed": timed, "kv_memory_mb": 0.1})
+    return make_engine(config=config)
+
+
+def test_sparse_marks_are_all_that_is_written() -> None:
+    engine = sparse_engine()
+    fill(engine, PROMPT, TABLE)
+    words = engine.arena.data.numpy().view("uint64")
+    assert (words[5, 0, :, :, :, ::8] != 0).all()
+    assert not words[5, 0, :, :, :, 1:8].any()
+
+
+@pytest.mark.parametrize("damage", [zero_a_block, swap_two_blocks])
+def test_damage_to_sparse_marks_is_seen(damage: Callable[[TimedEngine], None]) -> None:
+    engine = sparse_engine()
+    fill(engine, PROMPT, TABLE)
+    damage(engine)
+    assert isinstance(after(engine), KvMismatch)
+
+
 def test_kv_bytes_that_do_not_divide_into_words_are_refused() -> None:
     config = make_config()
     uneven = TimedConfig(kv_bytes_per_token=48, num_layers=2)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.ids import SequenceId
-from core.kv import DTYPE_BYTES, KvLayout
+from core.kv import BLOCK_FIRST, DTYPE_BYTES, KvLayout
 from kv_transfer.codec import (
     UnknownMessage,
     from_owner_from_wire,
@@ -19,12 +19,17 @@ from kv_transfer.messages import (
     Bind,
     Close,
     Closed,
+    Fetch,
+    Fetched,
     FromOwner,
     FromReader,
     LeaseOutcome,
     Memory,
     PeerHello,
+    Ready,
     Renew,
+    Renewed,
+    Shard,
 )
 from tests.builders import NEWER_FIELD, NEWER_MESSAGE, QUICK
 from wire import peer_pb2
@@ -42,30 +47,44 @@ LAYOUT = st.builds(
     dtype=st.sampled_from(sorted(DTYPE_BYTES)),
     tp_size=st.integers(1, 64),
     tp_rank=U32,
+    total_kv_heads=U32,
+    sides=st.integers(1, 2),
+    axes=st.permutations(BLOCK_FIRST).map(tuple),
+)
+MEMORY = st.builds(
+    Memory,
+    transport=TEXT,
+    metadata=st.binary(max_size=20),
+    address=U64,
+    nbytes=U64,
+    device=TEXT,
 )
 HELLO = st.builds(
     PeerHello,
     worker_id=TEXT,
     incarnation=TEXT,
     model_id=TEXT,
-    layout=LAYOUT,
-    memory=st.builds(
-        Memory,
-        transport=TEXT,
-        metadata=st.binary(max_size=20),
-        address=U64,
-        nbytes=U64,
-        device=TEXT,
-    ),
+    shards=st.lists(
+        st.builds(Shard, layout=LAYOUT, memories=st.lists(MEMORY, max_size=2).map(tuple)),
+        max_size=2,
+    ).map(tuple),
     protocol_major=U32,
     protocol_minor=U32,
 )
-ABORT = st.builds(Abort, lease_id=U64, reason=TEXT)
+ABORT = st.builds(Abort, lease_id=U64, reason=TEXT, outcome=st.sampled_from(LeaseOutcome))
 READER = st.one_of(
     HELLO,
-    st.builds(Bind, lease_id=U64, sequence_id=SEQUENCE, first_block=U32),
+    st.builds(Bind, lease_id=U64, sequence_id=SEQUENCE, first_index=U32),
     st.builds(Renew, lease_ids=st.lists(U64, max_size=4).map(tuple)),
-    st.builds(Close, lease_id=U64),
+    st.builds(
+        Fetch,
+        number=U64,
+        sequence_id=SEQUENCE,
+        hashes=st.lists(st.binary(min_size=16, max_size=16), max_size=4).map(tuple),
+        first_index=U32,
+    ),
+    st.builds(Ready, lease_id=U64),
+    st.builds(Close, lease_id=U64, verify=st.lists(U32, max_size=4).map(tuple)),
     ABORT,
 )
 OWNER = st.one_of(
@@ -77,10 +96,17 @@ OWNER = st.one_of(
         first_index=U32,
         block_ids=st.lists(U32, max_size=4).map(tuple),
         final=st.booleans(),
-        first_token=U32,
+        tokens=st.lists(U32, max_size=4).map(tuple),
         ended=st.booleans(),
     ),
-    st.builds(Closed, lease_id=U64, outcome=st.sampled_from(LeaseOutcome)),
+    st.builds(
+        Closed,
+        lease_id=U64,
+        outcome=st.sampled_from(LeaseOutcome),
+        checksums=st.lists(U32, max_size=4).map(tuple),
+    ),
+    st.builds(Fetched, number=U64, lease_id=U64, block_ids=st.lists(U32, max_size=4).map(tuple)),
+    st.just(Renewed()),
     ABORT,
 )
 
@@ -136,6 +162,6 @@ def test_an_outcome_of_a_newer_owner_does_not_make_blocks_usable() -> None:
 
 def test_a_kv_dtype_of_a_newer_peer_is_named_unknown() -> None:
     message = peer_pb2.FromOwner()
-    message.hello.layout.dtype = "float4"
+    message.hello.shards.add().layout.dtype = "float4"
     with pytest.raises(UnknownMessage, match="float4"):
         from_owner_from_wire(message)

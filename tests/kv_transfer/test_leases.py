@@ -16,7 +16,7 @@ from core.errors import InternalError
 from core.ids import BlockId, Incarnation, LeaseId, ModelId, RequestId, SequenceId, WorkerId
 from core.kv import KvLayout
 from engine.pool import BlockPool
-from kv_transfer.leases import FirstToken, Lease, LeaseTable
+from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.messages import (
     Abort,
     Announce,
@@ -28,6 +28,7 @@ from kv_transfer.messages import (
     Memory,
     PeerHello,
     Renew,
+    Shard,
 )
 from kv_transfer.owner import Owner
 from tests.builders import QUICK
@@ -35,7 +36,9 @@ from tests.builders import QUICK
 LEASE_S = 10.0
 READER, OTHER = "reader", "other"
 SEQUENCE = SequenceId(RequestId("r"))
-LAST = FirstToken(token=7, ended=False)
+LAYOUT = KvLayout(block_size=4, num_kv_heads=1, num_layers=1, head_dim=4, dtype="uint8")
+MEMORY = Memory(transport="loopback", metadata=b"", address=0, nbytes=0, device="cpu")
+LAST = (7,)
 
 
 class Table:
@@ -54,7 +57,7 @@ class Table:
         self.pool.release(taken)
         lease.reader = reader
         if finished:
-            self.table.finish(lease, LAST)
+            self.table.finish(lease, LAST, answer_ended=False)
         self.table.check()
         return lease
 
@@ -95,7 +98,7 @@ def test_a_lease_cannot_expire_while_its_prefill_runs() -> None:
     lease = t.open(finished=False)
     t.clock.advance(1000 * LEASE_S)
     assert t.table.sweep() == []
-    t.table.finish(lease, LAST)
+    t.table.finish(lease, LAST, answer_ended=False)
     t.clock.advance(LEASE_S - 0.1)
     assert t.table.sweep() == []
 
@@ -237,8 +240,7 @@ def hello(name: str) -> PeerHello:
         worker_id=WorkerId(name),
         incarnation=Incarnation(name),
         model_id=ModelId("m"),
-        layout=KvLayout(block_size=4, num_kv_heads=1, num_layers=1, head_dim=4, dtype="uint8"),
-        memory=Memory(transport="loopback", metadata=b"", address=0, nbytes=0, device="cpu"),
+        shards=(Shard(layout=LAYOUT, memories=(MEMORY,)),),
     )
 
 
@@ -331,7 +333,7 @@ class HandoffMachine(RuleBasedStateMachine):
         prefill = data.draw(st.sampled_from(self.prefills))
         self.prefills.remove(prefill)
         rest = prefill.blocks[prefill.announced :]
-        self.owner.finish(prefill.lease, rest, FirstToken(token=1, ended=ended))
+        self.owner.finish(prefill.lease, rest, (1,), ended=ended)
         self.pool.release(prefill.blocks)
 
     @precondition(lambda self: self.prefills)
@@ -343,10 +345,10 @@ class HandoffMachine(RuleBasedStateMachine):
         self.owner.abort(prefill.lease.lease_id, "cancelled")
 
     @precondition(lambda self: self.ids)
-    @rule(data=st.data(), reader=st.integers(0, 1), first_block=st.integers(0, 2))
-    def bind(self, data: st.DataObject, reader: int, first_block: int) -> None:
+    @rule(data=st.data(), reader=st.integers(0, 1), first_index=st.integers(0, 2))
+    def bind(self, data: st.DataObject, reader: int, first_index: int) -> None:
         lease_id = data.draw(st.sampled_from(self.ids[-4:]))
-        bind = Bind(lease_id=lease_id, sequence_id=SEQUENCE, first_block=first_block)
+        bind = Bind(lease_id=lease_id, sequence_id=SEQUENCE, first_index=first_index)
         if lease_id not in self.readers[reader].announced:
             self.owner.handle(self.readers[reader].name, bind)
 

@@ -1,143 +1,647 @@
-"""The real transport, two agents in one process: exact bytes, every failure a TransferFailed."""
+"""What the NIXL transport promises beyond the contract: its caches, and each way it can fail.
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+Where the library itself can be brought to fail, it is: stopped and killed owners over TCP, a
+protocol that UCX lacks. Elsewhere a fault is put under the calls of the reader's agent.
+"""
 
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
 import pytest
-import torch
+from nixl import _bindings
+from nixl._api import nixl_agent
 
-from core.errors import TransferFailed
-from core.ids import BlockId, Incarnation, new_incarnation
-from core.kv import KvLayout
+from core.errors import InternalError, TransferCause, TransferFailed
+from core.ids import new_incarnation
 from engine.arena import Arena
+from kv_transfer import nixl
+from kv_transfer import nixl_agent as agents
+from kv_transfer.loopback import LoopbackHub
 from kv_transfer.nixl import NixlTransport
-from kv_transfer.plan import Descriptor, plan_read
-from kv_transfer.transport import ReadStats
+from kv_transfer.nixl_agent import Agent
 from tests.builders import soon
+from tests.kv_transfer.transport_sides import (
+    BLOCK_BYTES,
+    LAYOUT,
+    Row,
+    Side,
+    make_plan,
+    owner_processes,
+    side,
+)
 
-LAYOUT = KvLayout(block_size=16, num_kv_heads=2, num_layers=2, head_dim=16, dtype="uint8")
-BLOCK_BYTES = LAYOUT.block_bytes
+ROW: Row = (3 * BLOCK_BYTES, 5 * BLOCK_BYTES, BLOCK_BYTES)
+TIMEOUT_S = 0.3
+BOUND_S = 10.0
+BACKEND, UNKNOWN, LOST = (
+    _bindings.nixlBackendError,
+    _bindings.nixlUnknownError,
+    _bindings.nixlRemoteDisconnectError,
+)
 
 
-@dataclass
-class Side:
-    """One agent and its arena of 16 blocks."""
-
-    incarnation: Incarnation
-    arena: Arena
-    transport: NixlTransport
-
-    def block(self, block_id: int) -> torch.Tensor:
-        return self.arena.data[block_id]
+def nixl_side(
+    seed: int, read_timeout_s: float = 10.0
+) -> "asynccontextmanager[AsyncIterator[Side]]":
+    return side("nixl", LoopbackHub(), seed=seed, read_timeout_s=read_timeout_s)
 
 
-@asynccontextmanager
-async def two_sides(connected: bool = True) -> AsyncIterator[tuple[Side, Side]]:
-    """A reader, its arena of zeros, and an owner, its arena of noise."""
-    async with AsyncExitStack() as stack:
-        sides = []
-        for _ in range(2):
-            incarnation, arena = new_incarnation(), Arena(LAYOUT, 16)
-            side = Side(incarnation, arena, NixlTransport(arena, incarnation))
-            stack.push_async_callback(side.transport.close)
-            sides.append(side)
-        reader, owner = sides
-        owner.arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
-        if connected:
-            await soon(reader.transport.connect(owner.incarnation, owner.transport.memory()))
+@pytest.fixture
+async def pair() -> AsyncIterator[tuple[Side, Side]]:
+    """A reader connected to an owner."""
+    async with nixl_side(1, TIMEOUT_S) as reader, nixl_side(2) as owner:
+        await reader.connect(owner)
         yield reader, owner
 
 
-async def read(reader: Side, owner: Side, remote: list[int], local: list[int]) -> ReadStats:
-    plan = plan_read([BlockId(b) for b in remote], [BlockId(b) for b in local], BLOCK_BYTES)
-    stats = await soon(reader.transport.start_read(owner.incarnation, plan))
-    assert isinstance(stats, ReadStats)
-    return stats
+async def cause_of(read: "asyncio.Future[object]") -> TransferCause:
+    with pytest.raises(TransferFailed) as failure:
+        async with asyncio.timeout(BOUND_S):
+            await read
+    return failure.value.cause
 
 
-async def test_blocks_arrive_exactly_and_nothing_else_changes() -> None:
-    async with two_sides() as (reader, owner):
-        remote, local = [3, 4, 9, 0], [7, 8, 2, 15]
-        await read(reader, owner, remote, local)
-        for there, here in zip(remote, local, strict=True):
-            assert torch.equal(reader.block(here), owner.block(there))
-        untouched = sorted(set(range(16)) - set(local))
-        assert not reader.arena.data[untouched].any()
+async def reads_exactly(reader: Side, owner: Side, rows: list[Row]) -> None:
+    expected = reader.data.copy()
+    for source, target, nbytes in rows:
+        expected[target : target + nbytes] = owner.data[source : source + nbytes]
+    await reader.read(owner, rows)
+    assert np.array_equal(reader.data, expected)
 
 
-async def test_neighbouring_blocks_are_one_descriptor() -> None:
-    async with two_sides() as (reader, owner):
-        stats = await read(reader, owner, [3, 4, 5, 9], [7, 8, 9, 11])
-        assert (stats.descriptors, stats.nbytes) == (2, 4 * BLOCK_BYTES)
+# -- a fault under the calls --------------------------------------------------------------------
+
+CALLS = (
+    "add_remote_agent",
+    "remove_remote_agent",
+    "prep_xfer_dlist",
+    "make_prepped_xfer",
+    "initialize_xfer",
+    "transfer",
+    "check_xfer_state",
+    "release_xfer_handle",
+    "release_dlist_handle",
+)
 
 
-async def test_reads_are_counted() -> None:
-    async with two_sides() as (reader, owner):
-        await read(reader, owner, [1], [1])
-        await read(reader, owner, [4, 6], [4, 6])
-        counters = reader.transport.counters
-        assert (counters.reads, counters.failures) == (2, 0)
-        assert (counters.nbytes, counters.descriptors) == (3 * BLOCK_BYTES, 3)
-        assert owner.transport.counters.reads == 0
+@dataclass
+class Faults:
+    """What the agents made from now on do at a call: an error is raised, a value answered.
+
+    The real call runs first, but for the making of things; so bytes may move all the same.
+    """
+
+    plan: dict[str, object] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    order: list[str] = field(default_factory=list)
+    broken_start: bool = False
+
+    def call(self, name: str, real: Callable[..., object], *arguments: object) -> object:
+        self.calls[name] += 1
+        self.order.append(name)
+        fault = self.plan.get(name)
+        if isinstance(fault, Exception):
+            if name.startswith(("release", "remove", "transfer", "check")):
+                real(*arguments)
+            raise type(fault)(*fault.args)  # a new one: kept frames would keep the agent
+        answer = real(*arguments)
+        return answer if fault is None else fault
 
 
-async def test_a_second_read_sees_what_the_owner_wrote_since() -> None:
-    async with two_sides() as (reader, owner):
-        await read(reader, owner, [1], [1])
-        owner.block(1)[...] = 42
-        await read(reader, owner, [1], [1])
-        assert (reader.block(1) == 42).all()
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    faults = Faults()
+
+    class FaultyAgent(nixl_agent):  # type: ignore[misc]
+        def __init__(self, *arguments: object) -> None:
+            if faults.broken_start:
+                raise BACKEND("injected")
+            super().__init__(*arguments)
+
+        def __getattribute__(self, name: str) -> object:
+            real = super().__getattribute__(name)
+            if name not in CALLS:
+                return real
+            return lambda *arguments: faults.call(name, real, *arguments)
+
+    monkeypatch.setattr(agents, "nixl_agent", FaultyAgent)
+    return faults
 
 
-async def test_metadata_that_is_none_is_refused() -> None:
-    async with two_sides(connected=False) as (reader, owner):
-        garbage = replace(owner.transport.memory(), metadata=b"not an agent")
-        with pytest.raises(TransferFailed):
-            await soon(reader.transport.connect(owner.incarnation, garbage))
-        await soon(reader.transport.connect(owner.incarnation, owner.transport.memory()))
-        await read(reader, owner, [1], [1])
+@pytest.fixture
+async def faulty(faults: Faults) -> AsyncIterator[tuple[Side, Side]]:
+    """A reader with faults at hand, connected to an owner that never uses those calls."""
+    async with nixl_side(1, TIMEOUT_S) as reader, nixl_side(2) as owner:
+        await reader.connect(owner)
+        yield reader, owner
 
 
-async def test_another_transport_is_refused() -> None:
-    async with two_sides(connected=False) as (reader, owner):
-        with pytest.raises(TransferFailed, match="moves KV by loopback"):
-            other = replace(owner.transport.memory(), transport="loopback")
-            await reader.transport.connect(owner.incarnation, other)
+STUCK: dict[str, object] = {"transfer": "PROC", "check_xfer_state": "PROC"}
 
 
-async def test_a_read_from_a_disconnected_peer_fails_and_is_counted() -> None:
-    async with two_sides() as (reader, owner):
-        await soon(reader.transport.disconnect(owner.incarnation))
-        with pytest.raises(TransferFailed, match="not connected"):
-            await read(reader, owner, [1], [1])
-        assert reader.transport.counters.failures == 1
+@pytest.mark.parametrize("error", [BACKEND, UNKNOWN, RuntimeError])
+@pytest.mark.parametrize(
+    ("call", "row", "rebuilt"),
+    [
+        ("prep_xfer_dlist", ROW, False),
+        ("make_prepped_xfer", ROW, False),
+        ("initialize_xfer", (0, 1, 99_999), False),
+        ("transfer", ROW, True),
+        ("check_xfer_state", ROW, True),
+    ],
+)
+async def test_an_error_at_a_read_fails_it_and_the_next_one_succeeds(
+    faulty: tuple[Side, Side],
+    faults: Faults,
+    *,
+    call: str,
+    row: Row,
+    rebuilt: bool,
+    error: type[Exception],
+) -> None:
+    reader, owner = faulty
+    before = reader.transport.memory()
+    if call == "check_xfer_state":
+        faults.plan["transfer"] = "PROC"
+    faults.plan[call] = error("injected")
+    assert await cause_of(reader.start(owner, [row])) is TransferCause.READ_FAILED
+    assert faults.calls[call] == 1
+    after = reader.transport.memory()
+    assert (after.metadata != before.metadata) == (rebuilt or error is BACKEND)
+    faults.plan.clear()
+    await reader.connect(owner)
+    await reads_exactly(reader, owner, [row])
 
 
-async def test_connecting_again_after_a_disconnect_reads_again() -> None:
-    async with two_sides() as (reader, owner):
-        for _ in range(2):
-            await soon(reader.transport.disconnect(owner.incarnation))
-            await soon(reader.transport.connect(owner.incarnation, owner.transport.memory()))
-        await read(reader, owner, [5], [5])
-        assert torch.equal(reader.block(5), owner.block(5))
+@pytest.mark.parametrize("status", ["ERR", "?"])
+@pytest.mark.parametrize("call", ["transfer", "check_xfer_state"])
+async def test_an_unknown_status_fails_the_read_and_costs_the_agent(
+    faulty: tuple[Side, Side], faults: Faults, call: str, status: str
+) -> None:
+    reader, owner = faulty
+    before = reader.transport.memory()
+    faults.plan = {"transfer": "PROC", call: status}
+    assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+    assert reader.transport.memory().metadata != before.metadata
+    faults.plan.clear()
+    await reader.connect(owner)
+    await reads_exactly(reader, owner, [ROW])
 
 
-async def test_connect_and_disconnect_may_repeat() -> None:
-    async with two_sides() as (reader, owner):
-        await soon(reader.transport.connect(owner.incarnation, owner.transport.memory()))
-        await soon(reader.transport.disconnect(owner.incarnation))
-        await soon(reader.transport.disconnect(owner.incarnation))
+@pytest.mark.parametrize("call", ["transfer", "check_xfer_state"])
+async def test_a_lost_peer_costs_its_reads_and_not_the_agent(
+    faulty: tuple[Side, Side], faults: Faults, call: str
+) -> None:
+    reader, owner = faulty
+    before = reader.transport.memory()
+    faults.plan = {"transfer": "PROC", call: LOST("injected")}
+    assert await cause_of(reader.start(owner, [ROW])) is TransferCause.OWNER_LOST
+    assert reader.transport.memory() == before
+    faults.plan.clear()
+    assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+    await reader.connect(owner)
+    await reads_exactly(reader, owner, [ROW])
 
 
-async def test_a_plan_past_the_peers_arena_is_refused() -> None:
-    async with two_sides() as (reader, owner):
-        past = [Descriptor(16 * BLOCK_BYTES, 0, BLOCK_BYTES)]
-        with pytest.raises(TransferFailed, match="past the peer's arena"):
-            await soon(reader.transport.start_read(owner.incarnation, past))
+@pytest.mark.parametrize("error", [BACKEND, UNKNOWN, RuntimeError])
+async def test_an_error_at_contact_refuses_the_peer_and_no_other(
+    faulty: tuple[Side, Side], faults: Faults, error: type[Exception]
+) -> None:
+    reader, owner = faulty
+    async with nixl_side(3) as other:
+        before = reader.transport.memory()
+        faults.plan["add_remote_agent"] = error("injected")
+        connecting = asyncio.ensure_future(reader.connect(other))
+        assert await cause_of(connecting) is TransferCause.NO_TRANSPORT
+        assert reader.transport.memory() == before
+        await reads_exactly(reader, owner, [ROW])
+        faults.plan.clear()
+        await reader.connect(other)
+        await reads_exactly(reader, other, [ROW])
 
 
-async def test_a_closed_transport_has_ended_its_thread() -> None:
-    async with two_sides() as (reader, _owner):
+@pytest.mark.parametrize("error", [BACKEND, UNKNOWN, RuntimeError])
+@pytest.mark.parametrize(
+    "call", ["release_xfer_handle", "release_dlist_handle", "remove_remote_agent"]
+)
+async def test_an_error_at_giving_back_is_logged_and_harms_nobody(
+    faulty: tuple[Side, Side],
+    faults: Faults,
+    call: str,
+    error: type[Exception],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reader, owner = faulty
+    before = reader.transport.memory()
+    faults.plan[call] = error("injected")
+    await reads_exactly(reader, owner, [ROW])
+    await soon(reader.transport.disconnect(owner.shard))
+    assert f"transfer_call_failed call={call} error=injected" in caplog.text
+    faults.plan.clear()
+    assert reader.transport.memory() == before
+    await reader.connect(owner)
+    await reads_exactly(reader, owner, [ROW])
+
+
+async def test_a_stuck_read_costs_the_agent_and_only_its_peer_must_be_connected_again(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    async with nixl_side(3) as other:
+        await reader.connect(other)
+        await reads_exactly(reader, other, [ROW])
+        before = reader.transport.memory()
+        faults.plan = dict(STUCK)
+        started_s = time.monotonic()
+        slow = reader.start(owner, [ROW])
+        await asyncio.sleep(TIMEOUT_S / 2)
+        young = reader.start(other, [ROW])
+        assert await cause_of(slow) is TransferCause.READ_SLOW
+        assert await cause_of(young) is TransferCause.READ_FAILED
+        assert TIMEOUT_S < time.monotonic() - started_s < TIMEOUT_S + 2
+        assert reader.transport.memory().metadata != before.metadata
+        faults.plan.clear()
+        await reads_exactly(reader, other, [ROW])
+        with pytest.raises(TransferFailed, match="connect again"):
+            await reader.read(owner, [ROW])
+        await reader.connect(owner)
+        await reads_exactly(reader, owner, [ROW])
+
+
+async def test_who_reads_from_a_rebuilt_agent_connects_by_its_new_metadata(
+    faults: Faults,
+) -> None:
+    async with nixl_side(1, TIMEOUT_S) as one, nixl_side(2) as two:
+        await one.connect(two)
+        await two.connect(one)
+        await reads_exactly(two, one, [ROW])
+        faults.plan = dict(STUCK)
+        assert await cause_of(one.start(two, [ROW])) is TransferCause.READ_SLOW
+        faults.plan.clear()
+        assert await cause_of(two.start(one, [ROW])) is TransferCause.OWNER_LOST
+        await two.connect(one)
+        await reads_exactly(two, one, [ROW])
+
+
+async def test_no_read_ends_while_its_agent_lives(
+    faulty: tuple[Side, Side], faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = faulty
+    gate, ended_before = threading.Event(), []
+    destroy = Agent.destroy
+
+    def slow_destroy(agent: Agent) -> None:
+        gate.wait(BOUND_S)
+        ended_before.append(stuck.done())
+        destroy(agent)
+
+    monkeypatch.setattr(Agent, "destroy", slow_destroy)
+    faults.plan = dict(STUCK)
+    stuck = reader.start(owner, [ROW])
+    await asyncio.sleep(2 * TIMEOUT_S)
+    assert not stuck.done()
+    gate.set()
+    assert await cause_of(stuck) is TransferCause.READ_SLOW
+    assert ended_before == [False]
+
+
+async def test_a_rebuild_that_fails_fails_the_transport(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    failed = asyncio.ensure_future(reader.transport.failed())
+    faults.plan, faults.broken_start = dict(STUCK), True
+    assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_SLOW
+    assert isinstance(await soon(failed), InternalError)
+    assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+    with pytest.raises(TransferFailed):
+        await reader.connect(owner)
+    await soon(reader.transport.disconnect(owner.shard))
+
+
+async def test_an_agent_that_cannot_be_destroyed_fails_the_transport_and_keeps_its_reads(
+    faulty: tuple[Side, Side], faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = faulty
+    kept: list[object] = []
+    real_post = Agent.post
+
+    def keep(agent: Agent, *arguments: object) -> object:
+        kept.append(agent._nixl.agent)
+        return real_post(agent, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Agent, "post", keep)
+    faults.plan = dict(STUCK)
+    stuck = reader.start(owner, [ROW])
+    failed = await soon(reader.transport.failed())
+    assert "could not be destroyed" in str(failed)
+    assert not stuck.done()
+
+
+async def test_a_call_that_never_returns_fails_the_transport(
+    faulty: tuple[Side, Side], faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = faulty
+    gate = threading.Event()
+    monkeypatch.setattr(nixl, "_WATCH_S", 0.05)
+    monkeypatch.setattr(nixl, "_STUCK_S", 0.2)
+    monkeypatch.setattr(Agent, "post", lambda *_arguments: gate.wait(BOUND_S) and None)
+    read = reader.start(owner, [ROW])
+    assert "took longer than" in str(await soon(reader.transport.failed()))
+    gate.set()
+    await soon(read)
+
+
+async def test_a_start_that_fails_says_why(faults: Faults) -> None:
+    faults.broken_start = True
+    with pytest.raises(InternalError, match="NIXL did not start: injected"):
+        NixlTransport(Arena(LAYOUT, 1), new_incarnation())
+
+
+async def test_a_peer_is_dropped_only_when_its_last_read_has_ended(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    faults.plan = dict(STUCK)
+    read = reader.start(owner, [ROW])
+    await soon(reader.transport.disconnect(owner.shard))
+    assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+    assert faults.calls["remove_remote_agent"] == 0
+    faults.plan.clear()
+    await soon(read)
+    await soon(reader.transport.disconnect(owner.shard))
+    assert faults.order[-3:] == ["release_dlist_handle"] * 2 + ["remove_remote_agent"]
+
+
+async def test_a_peer_that_comes_back_while_leaving_stays(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    faults.plan = dict(STUCK)
+    read = reader.start(owner, [ROW])
+    await soon(reader.transport.disconnect(owner.shard))
+    await reader.connect(owner)
+    faults.plan.clear()
+    await soon(read)
+    assert faults.calls["remove_remote_agent"] == 0
+    await reads_exactly(reader, owner, [ROW])
+
+
+async def test_memory_of_a_kind_unknown_here_is_refused(pair: tuple[Side, Side]) -> None:
+    reader, owner = pair
+    for device in ("DISK:0", "DRAM", "VRAM:x"):
+        memory = replace(owner.transport.memory(), device=device)
+        with pytest.raises(TransferFailed, match="unknown kind") as failure:
+            await soon(reader.transport.connect(owner.shard, memory))
+        assert failure.value.cause is TransferCause.NO_TRANSPORT
+    await reads_exactly(reader, owner, [ROW])
+
+
+async def test_metadata_that_is_none_is_refused(pair: tuple[Side, Side]) -> None:
+    reader, owner = pair
+    garbage = replace(owner.transport.memory(), metadata=b"not an agent")
+    with pytest.raises(TransferFailed) as failure:
+        await soon(reader.transport.connect(owner.shard, garbage))
+    assert failure.value.cause is TransferCause.NO_TRANSPORT
+    await reads_exactly(reader, owner, [ROW])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        (2**64 - BLOCK_BYTES, 0, 2 * BLOCK_BYTES),
+        (0, 2**64 - 1, 2),
+        (BLOCK_BYTES, 0, 2**64 - BLOCK_BYTES),
+    ],
+)
+async def test_offsets_that_wrap_around_are_refused(pair: tuple[Side, Side], row: Row) -> None:
+    reader, owner = pair
+    assert await cause_of(reader.start(owner, [row])) is TransferCause.READ_FAILED
+    await reads_exactly(reader, owner, [ROW])
+
+
+async def test_a_plan_of_nothing_has_ended(pair: tuple[Side, Side]) -> None:
+    reader, owner = pair
+    stats = await soon(reader.transport.start_read(owner.shard, make_plan([])))
+    assert (stats.nbytes, stats.descriptors) == (0, 0)
+
+
+# -- caches -------------------------------------------------------------------------------------
+
+
+async def test_lists_are_prepared_once_for_a_peer_and_again_for_smaller_parts(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    prepared = []
+    half = BLOCK_BYTES // 2
+    for rows in (
+        [ROW],
+        [(0, 0, 4 * BLOCK_BYTES), (9 * BLOCK_BYTES, 7 * BLOCK_BYTES, BLOCK_BYTES)],
+        [(half, 0, half)],
+        [(half, 3 * half, 7 * half), ROW],
+        [ROW],
+    ):
+        await reads_exactly(reader, owner, rows)
+        prepared.append(faults.calls["prep_xfer_dlist"])
+    assert prepared == [2, 2, 4, 4, 4]
+    assert faults.calls["release_dlist_handle"] == 2
+    assert faults.calls["initialize_xfer"] == 0
+    await soon(reader.transport.disconnect(owner.shard))
+    assert faults.calls["release_dlist_handle"] == 4
+    await reader.connect(owner)
+    await reads_exactly(reader, owner, [ROW])
+    assert faults.calls["prep_xfer_dlist"] == 6
+    assert faults.calls["add_remote_agent"] == 2
+
+
+async def test_other_memory_under_a_known_name_replaces_the_peer(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    async with nixl_side(3) as other:
+        await soon(reader.transport.connect(owner.shard, other.transport.memory()))
+        assert faults.calls["remove_remote_agent"] == 1
+        expected = other.data[ROW[0] : ROW[0] + ROW[2]].copy()
+        await reader.read(owner, [ROW])
+        assert np.array_equal(reader.data[ROW[1] : ROW[1] + ROW[2]], expected)
+
+
+@pytest.mark.parametrize("unit", [1, 24, 64, 4096, BLOCK_BYTES, 3 * BLOCK_BYTES])
+async def test_plans_of_any_unit_bring_exactly_their_bytes(
+    pair: tuple[Side, Side], unit: int
+) -> None:
+    reader, owner = pair
+    slots = owner.arena.nbytes // unit
+    random = np.random.default_rng(unit)
+    for length in (1, 2, 7):
+        count = min(64, slots // length)
+        sources = random.choice(slots // length, count, replace=False) * length * unit
+        targets = random.choice(slots // length, count, replace=False) * length * unit
+        rows = [(int(a), int(b), length * unit) for a, b in zip(sources, targets, strict=True)]
+        await reads_exactly(reader, owner, rows)
+
+
+# -- the library itself -------------------------------------------------------------------------
+
+
+async def test_a_backend_error_of_the_library_costs_the_agent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """UCX's older protocols have no reads over TCP: NIXL_ERR_BACKEND when one is posted."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_PROTO_ENABLE", "n")
+    async with nixl_side(1) as reader, nixl_side(2) as owner:
+        before = reader.transport.memory()
+        await reader.connect(owner)
+        monkeypatch.delenv("UCX_PROTO_ENABLE")
+        assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+        assert reader.transport.memory().metadata != before.metadata
+        assert "transfer_agent_broken" in caplog.text
+        assert "NIXL_ERR_BACKEND" in caplog.text
+    async with nixl_side(2) as other:
+        assert other.transport.memory().transport == "nixl"
+
+
+@pytest.mark.processes
+async def test_after_the_end_of_a_read_from_a_stopped_owner_no_byte_arrives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over TCP the owner sends by itself what was asked of it, as soon as it goes on."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    num_blocks = (64 << 20) // BLOCK_BYTES
+    async with (
+        owner_processes("nixl", num_blocks, seeds=[2, 3]) as (stopped, well),
+        side("nixl", LoopbackHub(), num_blocks=num_blocks, seed=1, read_timeout_s=1.0) as reader,
+    ):
+        for owner in (stopped, well):
+            await soon(reader.transport.connect(owner.shard, owner.memory))
+            await soon(reader.transport.start_read(owner.shard, make_plan([ROW])))
+        stopped.stop()
+        plan = make_plan([(0, 0, 64 << 20)])
+        reads = [reader.transport.start_read(stopped.shard, plan) for _ in range(2)]
+        for read in reads:
+            assert await cause_of(read) is TransferCause.READ_SLOW
+        reader.data[:] = 0
+        stopped.go_on()
+        await asyncio.sleep(0.5)
+        assert not reader.data.any()
+        await soon(reader.transport.start_read(well.shard, plan))
+        assert reader.data.any()
+
+
+@pytest.mark.processes
+async def test_an_owner_killed_before_the_read_is_lost_and_the_agent_lives_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with (
+        owner_processes("nixl", 256, seeds=[2, 3]) as (dead, living),
+        nixl_side(1) as reader,
+    ):
+        before = reader.transport.memory()
+        for owner in (dead, living):
+            await soon(reader.transport.connect(owner.shard, owner.memory))
+            await soon(reader.transport.start_read(owner.shard, make_plan([ROW])))
+        dead.kill()
+        causes = [
+            await cause_of(reader.transport.start_read(dead.shard, make_plan([ROW])))
+            for _ in range(2)
+        ]
+        assert causes == [TransferCause.OWNER_LOST, TransferCause.READ_FAILED]
+        with pytest.raises(TransferFailed) as failure:
+            await soon(reader.transport.connect(dead.shard, dead.memory))
+        assert failure.value.cause is TransferCause.NO_TRANSPORT
+        await soon(reader.transport.start_read(living.shard, make_plan([ROW])))
+        assert reader.transport.memory() == before
+
+
+@pytest.mark.processes
+async def test_an_owner_killed_in_mid_read_over_tcp_is_lost_and_the_agent_lives_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    num_blocks = (64 << 20) // BLOCK_BYTES
+    async with (
+        owner_processes("nixl", num_blocks, seeds=[2, 3]) as (dead, living),
+        side("nixl", LoopbackHub(), num_blocks=num_blocks, seed=1) as reader,
+    ):
+        before = reader.transport.memory()
+        for owner in (dead, living):
+            await soon(reader.transport.connect(owner.shard, owner.memory))
+            await soon(reader.transport.start_read(owner.shard, make_plan([ROW])))
+        whole = make_plan([(0, 0, 64 << 20)])
+        reads = [reader.transport.start_read(dead.shard, whole) for _ in range(4)]
+        await soon(reads[0])
+        dead.kill()
+        assert await cause_of(reads[-1]) is TransferCause.OWNER_LOST
+        for read in reads[1:-1]:
+            await asyncio.wait([read], timeout=BOUND_S)
+            assert read.done()
+            read.exception()
+        await soon(reader.transport.start_read(living.shard, whole))
+        assert reader.transport.memory() == before
+
+
+# -- what is left behind ------------------------------------------------------------------------
+
+
+async def test_a_closed_transport_has_ended_its_thread_and_refuses_work() -> None:
+    async with nixl_side(1) as reader, nixl_side(2) as owner:
+        await reader.connect(owner)
+        threads = threading.active_count()
         await soon(reader.transport.close())
-        assert not reader.transport._thread.is_alive()
+        assert threading.active_count() == threads - 1
+        assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+        await soon(reader.transport.close())
+
+
+def belongings() -> tuple[int, int, int]:
+    """Threads, open files and shared-memory entries of this process."""
+    process = psutil.Process()
+    return process.num_threads(), process.num_fds(), len(list(Path("/dev/shm").iterdir()))
+
+
+async def test_peers_that_come_and_go_leave_nothing_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def rounds(count: int) -> None:
+        for seed in range(count):
+            async with nixl_side(seed) as owner:
+                await reader.connect(owner)
+                await reader.read(owner, [ROW])
+                await soon(reader.transport.disconnect(owner.shard))
+
+    async with nixl_side(1) as reader:
+        await rounds(5)
+        before = belongings()
+        await rounds(15)
+        assert belongings() == before
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_agents_that_were_rebuilt_leave_nothing_behind(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+
+    async def rounds(count: int) -> None:
+        for _ in range(count):
+            faults.plan = {"transfer": BACKEND("injected")}
+            assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+            faults.plan.clear()
+            await reader.connect(owner)
+            await reader.read(owner, [ROW])
+
+    await rounds(3)
+    before = belongings()
+    await rounds(10)
+    assert belongings() == before

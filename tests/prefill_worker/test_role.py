@@ -64,7 +64,7 @@ async def test_the_lease_grows_with_every_chunk_and_ends_with_the_partial_block(
         for blocks in (2, 4, 6):
             pair.prefill.gate.allow(1)
             await until(lambda n=blocks: len(lease.blocks) == n)  # type: ignore[misc]
-            assert (lease.first_token is not None) == (blocks == 6)
+            assert (lease.tokens is not None) == (blocks == 6)
 
 
 async def test_an_answer_of_one_token_leaves_no_lease() -> None:

@@ -24,7 +24,7 @@ from router.app import create_app
 from router.config import RouterConfig
 from router.metrics import EdgeMetrics
 from router.serve import bind_listener, serve
-from router.types import Generated, GenerateRequest, ServingLimits, Timings, WorkerView
+from router.types import Generated, GenerateRequest, ServingLimits, Timings, WorkerStatus
 
 MODEL = "tiny"
 EOS = "<|end|>"
@@ -98,7 +98,7 @@ class ScriptedGenerator:
     script: Script
     context_tokens: int = 1000
     ready: bool = True
-    views: tuple[WorkerView, ...] = ()
+    views: tuple[WorkerStatus, ...] = ()
     requests: list[GenerateRequest] = field(default_factory=list)
     running: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -116,7 +116,7 @@ class ScriptedGenerator:
     def limits(self) -> ServingLimits:
         return ServingLimits(context_tokens=self.context_tokens, ready=self.ready)
 
-    def workers(self) -> tuple[WorkerView, ...]:
+    def workers(self) -> tuple[WorkerStatus, ...]:
         return self.views
 
     async def until_running(self, count: int) -> None:

@@ -227,6 +227,27 @@ async def test_damaged_kv_is_tried_again_elsewhere() -> None:
         assert items[-1].timings.attempts == 2
 
 
+async def test_kv_proven_wrong_is_not_fetched_from_the_same_prefill_worker_again() -> None:
+    async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
+        client = Reading(group, cluster, make_request(PROMPT, max_tokens=20))
+        await client.said(1)
+        (owner,) = (s for s in cluster.prefill if s.worker.leases.counters.opened)
+        (reader,) = busy(cluster.decode)
+        await until(reader.gate.waiting.is_set, "a step in flight")
+        reader.gate.allow(1)
+        await client.said(2)
+        reader.engine.arena.data[:] = 0
+        for served in cluster.decode:
+            served.gate.open()
+        assert await client.ended() == expected_tokens(PROMPT, 20)
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert timings.attempts == 2
+        assert timings.prefill_worker != owner.record.worker_id
+        assert timings.decode_worker != reader.record.worker_id
+        await until_idle(*cluster.workers)
+
+
 async def test_without_any_decode_worker_left_the_error_comes_soon() -> None:
     async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
         client = group.create_task(

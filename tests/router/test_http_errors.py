@@ -25,7 +25,7 @@ from core.errors import (
     Overloaded,
     WorkerLost,
 )
-from router.types import WorkerView
+from router.types import WorkerStatus
 
 CHAT = [{"role": "user", "content": "hello"}]
 GOOD = {"model": MODEL, "messages": CHAT}
@@ -266,7 +266,7 @@ async def test_model_endpoints(tmp_path):
 
 @in_loop
 async def test_ready_says_what_is_missing_while_health_is_fine(tmp_path):
-    views = (WorkerView(worker_id="p0", role="prefill", address="x", connected=True),)
+    views = (WorkerStatus(worker_id="p0", role="prefill", address="x", connected=True),)
     generator = ScriptedGenerator(saying("a"), ready=False, context_tokens=0, views=views)
     async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
         ready = await http.get(f"{server.url}/ready")

@@ -4,7 +4,7 @@ from prometheus_client import CollectorRegistry
 
 from router.metrics import EdgeMetrics, FlowMetrics
 from router.progress import SequenceEnd
-from router.types import Timings, WorkerView
+from router.types import Timings, WorkerStatus
 from tests.builders import make_request
 
 
@@ -23,6 +23,9 @@ def make_end(
             transfer_s=transfer_s,
             transfer_bytes=100 * transfer_blocks,
             transfer_blocks=transfer_blocks,
+            transfer_descriptors=2 * transfer_blocks,
+            transfer_hidden_s=transfer_s / 2,
+            migrations=1,
         ),
         output_tokens=output_tokens,
     )
@@ -56,6 +59,9 @@ def test_times_and_transfers_add_up() -> None:
     assert counted("kv_transfer_seconds_sum") == 0.5
     assert counted("kv_transfer_bytes_total") == 500
     assert counted("kv_transfer_blocks_total") == 5
+    assert counted("kv_transfer_descriptors_total") == 10
+    assert counted("kv_transfer_hidden_seconds_total") == 0.25
+    assert counted("migrations_total") == 2
 
 
 def test_what_did_not_happen_is_not_timed() -> None:
@@ -67,7 +73,7 @@ def test_what_did_not_happen_is_not_timed() -> None:
 
 def test_connected_workers_are_counted_when_the_metrics_are_read() -> None:
     metrics = EdgeMetrics()
-    views: list[WorkerView] = []
+    views: list[WorkerStatus] = []
     metrics.watch_workers(lambda: views)
 
     def connected() -> list[float | None]:
@@ -76,9 +82,9 @@ def test_connected_workers_are_counted_when_the_metrics_are_read() -> None:
 
     assert connected() == [0, 0]
     views += [
-        WorkerView(worker_id="p0", role="prefill", address="x", connected=True),
-        WorkerView(worker_id="p1", role="prefill", address="x", connected=False),
-        WorkerView(worker_id="d0", role="decode", address="x", connected=True),
+        WorkerStatus(worker_id="p0", role="prefill", address="x", connected=True),
+        WorkerStatus(worker_id="p1", role="prefill", address="x", connected=False),
+        WorkerStatus(worker_id="d0", role="decode", address="x", connected=True),
     ]
     assert connected() == [1, 1]
     assert b'baton_workers_connected{role="decode"} 1.0' in metrics.render()

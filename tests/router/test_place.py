@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from core.ids import BlockHash, Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
-from core.messages import KvSnapshot, LoadReport, WorkerHello
+from core.messages import KvSnapshot, LoadReport, PrefixSource, WorkerHello
 from core.registry import WorkerRecord
 from router.client import WorkerLink
 from router.place import place_decode, place_prefill
 from router.policies.base import Decision, DecodeCandidate, PrefillCandidate
 from router.view import WorkerView
+from tests.builders import QUICK
 
 CHAIN = [BlockHash(i.to_bytes(16, "big")) for i in range(8)]
 LOAD = LoadReport(
@@ -50,7 +54,7 @@ def make_link(
             layout=KvLayout(block_size=4, num_kv_heads=1, num_layers=1, head_dim=4, dtype="uint8"),
             num_blocks=100,
             context_tokens=1000,
-            peer_address="",
+            peer_address=f"{name}:1",
         )
     )
     link.view.load = load
@@ -113,3 +117,76 @@ def test_a_worker_that_drains_or_has_not_reported_is_no_candidate() -> None:
     ]
     place_prefill(links, 8, [], policy, Random(0))
     assert [candidate.worker_id for candidate in policy.seen] == ["ok"]
+
+
+# -- who else has the prefix --------------------------------------------------------------------
+
+
+def source_of(
+    chosen: WorkerLink, *others: WorkerLink, prompt_tokens: int = 32
+) -> tuple[str, int] | None:
+    """Worker and blocks of the source, when `chosen` is the only candidate."""
+    placed = place_prefill(
+        [chosen], prompt_tokens, CHAIN, TakeLast(), Random(0), holders=[*others, chosen]
+    )
+    return (placed.source.worker_id, placed.source.num_blocks) if placed.source else None
+
+
+def test_the_source_is_the_longest_holder_of_any_role() -> None:
+    others = [make_link("p", cached=3), make_link("d", cached=5, role=Role.DECODE)]
+    assert source_of(make_link("a", cached=2), *others) == ("d", 5)
+
+
+def test_a_source_says_where_and_which_life_it_is() -> None:
+    placed = place_prefill(
+        [make_link("a")], 32, CHAIN, TakeLast(), Random(0), holders=[make_link("p", cached=3)]
+    )
+    assert placed.source == PrefixSource(
+        worker_id=WorkerId("p"), address="p:1", incarnation=Incarnation("p"), num_blocks=3
+    )
+
+
+def test_nobody_is_a_source_who_holds_no_more_than_the_chosen_one() -> None:
+    assert source_of(make_link("a", cached=4), make_link("p", cached=4)) is None
+
+
+def test_the_block_of_the_last_token_counts_for_nobody() -> None:
+    full = make_link("p", cached=8)
+    assert source_of(make_link("a", cached=7), full, prompt_tokens=32) is None
+    assert source_of(make_link("a", cached=6), full, prompt_tokens=32) == ("p", 7)
+    assert source_of(make_link("a"), full, prompt_tokens=4) is None
+
+
+def test_of_equal_holders_the_least_busy_is_read_from_then_the_first_by_name() -> None:
+    busy = make_link("b", cached=5, load=replace(LOAD, running=9))
+    others = [busy, make_link("d", cached=5), make_link("c", cached=5)]
+    assert source_of(make_link("a"), *others) == ("c", 5)
+    assert source_of(make_link("a"), *reversed(others)) == ("c", 5)
+
+
+def test_a_longer_holder_is_the_source_however_busy_it_is() -> None:
+    busy = make_link("b", cached=6, load=replace(LOAD, running=900))
+    assert source_of(make_link("a"), make_link("c", cached=5), busy) == ("b", 6)
+
+
+def test_a_worker_that_drains_can_still_be_read_from() -> None:
+    leaving = make_link("b", cached=6, load=replace(LOAD, draining=True))
+    assert source_of(make_link("a"), leaving) == ("b", 6)
+
+
+def test_a_worker_whose_stream_has_ended_is_no_source() -> None:
+    gone = make_link("b", cached=6)
+    gone.view = None
+    assert source_of(make_link("a"), gone) is None
+
+
+@QUICK
+@given(st.integers(0, 8), st.lists(st.integers(0, 8), max_size=6), st.integers(1, 40))
+def test_the_source_holds_most_of_what_can_be_reused(
+    here: int, there: list[int], prompt_tokens: int
+) -> None:
+    others = [make_link(f"w{i}", cached=blocks) for i, blocks in enumerate(there)]
+    usable = (prompt_tokens - 1) // 4
+    most = max((min(blocks, usable) for blocks in there), default=0)
+    found = source_of(make_link("a", cached=here), *others, prompt_tokens=prompt_tokens)
+    assert (found[1] if found else None) == (most if most > min(here, usable) else None)

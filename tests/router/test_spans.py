@@ -64,7 +64,13 @@ def make_end(
             for stage, at_s, attempt in marks
         ),
         ended_at_s=9.0,
-        timings=Timings(cached_tokens=2, transfer_bytes=64),
+        timings=Timings(
+            cached_tokens=2,
+            transfer_bytes=64,
+            transfer_descriptors=3,
+            transfer_s=0.5,
+            transfer_hidden_s=0.4,
+        ),
         output_tokens=5,
     )
 
@@ -97,6 +103,23 @@ def test_stages_stand_in_order_inside_the_request_with_their_times() -> None:
     assert stages[2].attributes == {
         telemetry.ATTR_ATTEMPT: 0,
         telemetry.ATTR_WORKER_ID: "w-prefill",
+    }
+
+
+def test_the_transfer_says_what_it_moved_and_how_much_of_it_was_hidden() -> None:
+    recorded = Recorded(FakeClock(10.0))
+    again = [(stage, at_s + 3, 1) for stage, at_s, _ in ONCE[1:]]
+    recorded.recorder.ended(make_end(*ONCE[:4], *again, attempts=("kv_transfer_failed", "ok")))
+    _, stages = recorded.spans()
+    failed, done = (span for span in stages if span.name == "kv_transfer")
+    common = {telemetry.ATTR_WORKER_ID: "w-kv_transfer"}
+    assert failed.attributes == {**common, telemetry.ATTR_ATTEMPT: 0}
+    assert done.attributes == {
+        **common,
+        telemetry.ATTR_ATTEMPT: 1,
+        telemetry.ATTR_TRANSFER_BYTES: 64,
+        telemetry.ATTR_TRANSFER_DESCRIPTORS: 3,
+        telemetry.ATTR_TRANSFER_OVERLAP: 0.8,
     }
 
 

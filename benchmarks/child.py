@@ -1,0 +1,39 @@
+"""One process of a Pair: takes jobs from the bench until that closes its end."""
+
+import asyncio
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+from benchmarks.processes import ChildSide, Done, Failed, Job
+
+
+def main() -> None:
+    """`python -m benchmarks.child BENCH_FD OTHER_FD`."""
+    bench, other = (Connection(int(number)) for number in sys.argv[1:3])
+    side = ChildSide(bench, other)
+    while True:
+        try:
+            job = bench.recv()
+        except EOFError:
+            return
+        bench.send(_do(job, side))
+
+
+def _do(job: Job, side: ChildSide) -> Done | Failed:
+    try:
+        return Done(asyncio.run(_await(job, side)))
+    except Exception as error:  # noqa: BLE001 - the root of a job; the bench hears of it
+        return Failed(f"{type(error).__name__}: {error}", _indented(traceback.format_exc()))
+
+
+async def _await(job: Job, side: ChildSide) -> object:
+    return await job.work(side, job.task)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    main()

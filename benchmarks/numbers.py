@@ -1,0 +1,57 @@
+"""Samples and their summary. Comparisons interleave, so that what changes on the machine during a
+run changes all sides of it.
+"""
+
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Seconds of repeated measurements of one thing."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def p90_s(self) -> float:
+        return percentile(self.seconds, 0.9)
+
+    def gb_per_s(self, nbytes: int) -> float:
+        """10^9 bytes per second at the median."""
+        return nbytes / self.median_s / 1e9
+
+    def spread(self) -> str:
+        """Least and greatest, in ms."""
+        return f"{min(self.seconds) * 1e3:.2f}..{max(self.seconds) * 1e3:.2f}"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value at `share` (0 to 1) of the sorted values, interpolated between neighbours."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+async def interleave(
+    rounds: int,
+    ways: Mapping[str, Callable[[], Awaitable[float]]],
+    *,
+    warm_up: int = 1,
+    on_round: Callable[[int], None] = lambda _: None,
+) -> dict[str, Samples]:
+    """Measure each way once per round, in turn; answers seconds by way, without the warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(warm_up + rounds):
+        for name, way in ways.items():
+            taken_s = await way()
+            if i >= warm_up:
+                seconds[name].append(taken_s)
+        on_round(i + 1)
+    return {name: Samples(tuple(values)) for name, values in seconds.items()}

@@ -1,0 +1,1 @@
+"""`baton bench transfer`: what the KV hand-off costs over the bare copy, and what it hides."""

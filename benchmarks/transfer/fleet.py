@@ -1,0 +1,139 @@
+"""A small cluster of worker processes, and a router's flow over them in the bench's own process."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from random import Random
+
+import yaml
+from tokenizers import Tokenizer, models
+
+from benchmarks.types import BenchFailed
+from cluster.config_file import load_config
+from core.clock import SystemClock
+from core.ids import Incarnation, ModelId, Role, WorkerId
+from core.registry import MemoryRegistry, WorkerRecord
+from engine.build import describe_model
+from engine.config import EngineConfig
+from router.fleet import Fleet
+from router.flow import Flow, Policies
+from router.policies.cache_aware import CacheAware
+from router.policies.power_of_two import PowerOfTwo
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 10.0
+_REGISTERED_S = 3600.0
+_LOG_TAIL = 3000
+
+
+@contextmanager
+def workers(
+    engine: EngineConfig, vocab_size: int, roles: Sequence[Role], environment: Mapping[str, str]
+) -> Iterator[tuple[Path, list[WorkerRecord]]]:
+    """Run `python -m cluster.worker` once per role; answers their config file and records."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-")))
+        config = _write_model(folder, engine, vocab_size)
+        started = [
+            stack.enter_context(_worker(config, role, f"{role}-{i}", folder, environment))
+            for i, role in enumerate(roles)
+        ]
+        yield config, [_record(process, log) for process, log in started]
+
+
+def _write_model(folder: Path, engine: EngineConfig, vocab_size: int) -> Path:
+    """A tokenizer is all the timed engine needs of a checkpoint."""
+    vocab = {f"w{i}": i for i in range(vocab_size)}
+    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    tree = {"model": {"path": str(folder)}, "engine": engine.model_dump(mode="json")}
+    config = folder / "cluster.yaml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return config
+
+
+@contextmanager
+def _worker(
+    config: Path, role: Role, worker_id: str, folder: Path, environment: Mapping[str, str]
+) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
+    log = folder / f"{worker_id}.log"
+    command = [sys.executable, "-m", "cluster.child", str(os.getpid()), "cluster.worker"]
+    command += ["--config", str(config), "--role", role, "--worker-id", worker_id]
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C is the bench's to handle
+        )
+    try:
+        yield process, log
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def _record(process: "subprocess.Popen[str]", log: Path) -> WorkerRecord:
+    """What the worker prints when it serves."""
+    line = process.stdout.readline() if process.stdout is not None else ""
+    if not line:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
+        raise BenchFailed(
+            "a worker did not start\n" + "\n".join(f"  {x}" for x in tail.split("\n"))
+        )
+    fields = json.loads(line)
+    return WorkerRecord(
+        worker_id=WorkerId(fields["worker_id"]),
+        incarnation=Incarnation(fields["incarnation"]),
+        role=Role(fields["role"]),
+        epoch=fields["epoch"],
+        address=fields["address"],
+        model_id=ModelId(fields["model_id"]),
+        pid=fields["pid"],
+    )
+
+
+@asynccontextmanager
+async def flow_over(config_file: Path, records: Sequence[WorkerRecord]) -> AsyncIterator[Flow]:
+    """A router without HTTP, connected to all of them."""
+    config = load_config(config_file)
+    clock = SystemClock()
+    registry = MemoryRegistry(clock)
+    for record in records:
+        await registry.register(record, _REGISTERED_S)
+    fleet = Fleet(
+        registry,
+        router_id="bench",
+        model_id=describe_model(config.model.path, config.engine).model_id,
+        silence_s=config.router.worker_silence_s,
+    )
+    flow = Flow(
+        fleet=fleet,
+        policies=Policies(
+            prefill=CacheAware(config.router.prefill_queue_weight), decode=PowerOfTwo()
+        ),
+        config=config.router,
+        clock=clock,
+        random=Random(0),
+    )
+    task = asyncio.create_task(fleet.run())
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while sum(w.connected for w in flow.workers()) < len(records):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        yield flow
+    finally:
+        task.cancel()
+        await asyncio.wait([task])

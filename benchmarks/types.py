@@ -1,0 +1,83 @@
+"""What a bench is made of, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from core.errors import BatonError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+class BenchFailed(BatonError):
+    """A bench could not measure what it is for."""
+
+    code = "bench_failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultTable:
+    """Rows for people. The first `texts` of the columns are text, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    texts: int
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Something the design promises, and what was measured."""
+
+    promise: str
+    measured: str
+    held: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one part found: for the terminal, for the JSON object, and one panel of the plot."""
+
+    tables: tuple[ResultTable, ...]
+    targets: tuple[Target, ...] = ()
+    notes: tuple[str, ...] = ()
+    keys: Mapping[str, Json] = field(default_factory=dict)
+    draw: Callable[[Axes], None] | None = None
+
+
+class Progress(Protocol):
+    """Where a part says how far it is. Steps are counted within the part."""
+
+    def __call__(self, text: str, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """How a part shall measure. `device` is a torch device that holds the KV arenas."""
+
+    quick: bool
+    device: str
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One measurement that can run alone. `keys` are those it adds to the JSON object."""
+
+    name: str
+    what: str
+    keys: tuple[str, ...]
+    run: Callable[[Run], Finding]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """Parts, run in order; `keys` of parts left out are null in the JSON object."""
+
+    name: str
+    parts: tuple[Part, ...]

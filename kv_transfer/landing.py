@@ -1,0 +1,180 @@
+"""Blocks on their way: reserved here, read from the owner, usable once it says HELD."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.errors import TransferCause, TransferFailed
+from core.ids import BlockHash, BlockId
+from engine.arena import Arena
+from engine.pool import BlockPool
+from kv_transfer.checksum import checksum_blocks, pick_blocks
+from kv_transfer.client import BoundLease, PeerConnection
+from kv_transfer.config import TransferConfig
+from kv_transfer.messages import LeaseOutcome
+from kv_transfer.metrics import PullStats
+from kv_transfer.transport import ReadStats
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """The blocks of one hand-off: those cached here, and the targets of its reads, in order."""
+
+    cached: list[BlockId]
+    fresh: list[BlockId]
+
+
+class Room(Protocol):
+    """What a hand-off needs of the Reader, whose docstrings say what each does."""
+
+    pool: BlockPool
+    arena: Arena
+    config: TransferConfig
+
+    async def reserve(
+        self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
+    ) -> Reserved: ...
+
+    def try_reserve(self, cached: list[BlockId], num_blocks: int) -> Reserved | None: ...
+
+    def start_reads(
+        self, connection: PeerConnection, remote: list[BlockId], local: list[BlockId]
+    ) -> "list[asyncio.Future[ReadStats]]": ...
+
+    def give_back(self, landing: "Landing") -> None: ...
+
+
+class Landing:
+    """The reads of one hand-off. Whoever made it calls Room.give_back unless `confirm` returned."""
+
+    def __init__(
+        self, room: Room, connection: PeerConnection, lease: BoundLease, reserved: Reserved
+    ) -> None:
+        self._room = room
+        self._connection = connection
+        self._lease = lease
+        self.cached = reserved.cached
+        self.fresh = reserved.fresh
+        self.reads: list[asyncio.Future[ReadStats]] = []
+        self._remote: dict[int, BlockId] = {}
+        self._running = 0
+        self._since_s = 0.0
+        self._seconds = 0.0
+        self._hidden_s = 0.0
+
+    @property
+    def num_cached(self) -> int:
+        return len(self.cached)
+
+    @property
+    def blocks(self) -> tuple[BlockId, ...]:
+        """All blocks of the sequence, in order."""
+        return (*self.cached, *self.fresh)
+
+    @property
+    def all_here(self) -> bool:
+        """No posted read is under way."""
+        return self._running == 0
+
+    @property
+    def stats(self) -> PullStats:
+        """Of a hand-off whose reads have ended well."""
+        ended = [read.result() for read in self.reads]
+        return PullStats(
+            nbytes=sum(read.nbytes for read in ended),
+            blocks=len(self._remote),
+            descriptors=sum(read.descriptors for read in ended),
+            reads=len(ended),
+            seconds=self._seconds,
+            hidden_s=self._hidden_s,
+        )
+
+    def post(self, first_index: int, block_ids: Sequence[BlockId]) -> None:
+        """Read the owner's `block_ids` into the blocks of the sequence from `first_index` on."""
+        skip = max(0, len(self.cached) - first_index)
+        remote = list(block_ids[skip:])
+        if not remote:
+            return
+        start = first_index + skip - len(self.cached)
+        local = self.fresh[start : start + len(remote)]
+        self._remote.update(zip(range(start, start + len(remote)), remote, strict=True))
+        for read in self._room.start_reads(self._connection, remote, local):
+            self.reads.append(read)
+            if self._running == 0:
+                self._since_s = time.monotonic()
+            self._running += 1
+            read.add_done_callback(self._read_ended)
+
+    def _read_ended(self, _read: "asyncio.Future[ReadStats]") -> None:
+        self._running -= 1
+        if self._running == 0:
+            self._seconds += time.monotonic() - self._since_s
+        self._lease.changed.set()
+
+    def note_final(self) -> None:
+        """The owner has announced its last: what was read until now was hidden behind its work."""
+        running_s = time.monotonic() - self._since_s if self._running else 0.0
+        self._hidden_s = self._seconds + running_s
+
+    def raise_failed_read(self) -> None:
+        """Raise the first failure of a read that has ended; later pulls make contact anew."""
+        for read in self.reads:
+            error = read.exception() if read.done() else None
+            if error is not None:
+                self._connection.retire()
+                raise error
+
+    async def settle(self) -> None:
+        """Wait for the posted reads; the end of the lease, or of patience, ends the waiting."""
+        give_up_s = time.monotonic() + self._room.config.read_timeout_s
+        while True:
+            self._lease.changed.clear()
+            self.raise_failed_read()
+            self._lease.raise_failure()
+            if self.all_here:
+                return
+            try:
+                async with asyncio.timeout(give_up_s - time.monotonic()):
+                    await self._lease.changed.wait()
+            except TimeoutError:
+                raise TransferFailed(
+                    "a KV read did not end in time", cause=TransferCause.READ_SLOW
+                ) from None
+
+    async def confirm(self) -> None:
+        """Ask the closing question; on return the blocks are usable, one running reference each."""
+        picked = self._to_verify()
+        ask = self._connection.close_lease(
+            self._lease, tuple(self._remote[i] for i in picked), self._room.config.read_timeout_s
+        )
+        if picked:
+            mine, closed = await asyncio.gather(
+                checksum_blocks(self._room.arena, [self.fresh[i] for i in picked]), ask
+            )
+        else:
+            mine, closed = (), await ask
+        if closed.outcome is not LeaseOutcome.HELD:
+            self._lease.raise_failure()
+            expired = closed.outcome is LeaseOutcome.EXPIRED
+            raise TransferFailed(
+                f"the KV owner did not confirm the blocks: {closed.outcome.name}",
+                cause=TransferCause.EXPIRED if expired else TransferCause.NOT_CONFIRMED,
+            )
+        if mine != closed.checksums:
+            raise TransferFailed(
+                "the KV that arrived is not the owner's: its checksum differs",
+                cause=TransferCause.CHECKSUM,
+            )
+        self._room.pool.received(self.fresh)
+
+    def _to_verify(self) -> list[int]:
+        """Blocks to compare, by place in `fresh`; none where the two arenas lie differently."""
+        shapes = self._connection.shapes
+        mine = self._room.arena.layout.layout_id
+        if len(shapes) != 1 or shapes[0].layout.layout_id != mine:
+            return []
+        places = sorted(self._remote)
+        picked = pick_blocks(self._room.config.verify, len(places), self._lease.lease_id)
+        return [places[i] for i in picked]

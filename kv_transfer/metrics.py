@@ -1,0 +1,78 @@
+"""What a worker has brought from each of its peers, and why some of it failed."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from core.errors import BatonError, DeadlineExceeded, TransferCause, TransferFailed
+from core.ids import WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullStats:
+    """One hand-off's reads. `seconds` is the time some read was under way, `hidden_s` the part of
+    it before the owner's last announcement, while its prefill still ran.
+    """
+
+    nbytes: int = 0
+    blocks: int = 0
+    descriptors: int = 0
+    reads: int = 0
+    seconds: float = 0.0
+    hidden_s: float = 0.0
+
+
+@dataclass(slots=True)
+class PairMetrics:
+    """Totals of one owner-reader pair, at the reader. Failures are by cause; expiry is one."""
+
+    transport: str = ""
+    handoffs: int = 0
+    reads: int = 0
+    nbytes: int = 0
+    blocks: int = 0
+    descriptors: int = 0
+    seconds: float = 0.0
+    hidden_s: float = 0.0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def add(self, stats: PullStats) -> None:
+        """A hand-off whose blocks are usable."""
+        self.handoffs += 1
+        self.reads += stats.reads
+        self.nbytes += stats.nbytes
+        self.blocks += stats.blocks
+        self.descriptors += stats.descriptors
+        self.seconds += stats.seconds
+        self.hidden_s += stats.hidden_s
+
+
+class TransferMetrics:
+    """All pairs of one reader. Owners that are gone stay: `keep` bounds how many."""
+
+    def __init__(self, keep: int = 4096) -> None:
+        self._keep = keep
+        self.pairs: dict[WorkerId, PairMetrics] = {}
+
+    def pair(self, owner_id: WorkerId) -> PairMetrics:
+        """The totals of one pair; the oldest pair makes room for a new one."""
+        if owner_id not in self.pairs and len(self.pairs) >= self._keep:
+            del self.pairs[next(iter(self.pairs))]
+        return self.pairs.setdefault(owner_id, PairMetrics())
+
+    def failed(self, owner_id: WorkerId, error: BaseException) -> None:
+        """A hand-off that brought nothing usable."""
+        self.pair(owner_id).failures[_cause(error)] += 1
+
+
+def _cause(error: BaseException) -> str:
+    match error:
+        case TransferFailed():
+            return error.cause
+        case DeadlineExceeded():
+            return "deadline"
+        case BatonError():
+            return error.code
+        case Exception():
+            return TransferCause.OTHER
+        case _:
+            return "cancelled"

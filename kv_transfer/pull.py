@@ -1,0 +1,206 @@
+"""What a hand-off says and does, from the first announcement to the closing question.
+
+A pull follows a lease of a prefill, or of a running sequence; a fetch takes cached blocks.
+
+    prefill   announcements may come late, twice or out of order; memory for the whole context is
+              reserved at the first one
+    running   memory grows with the announcements, and never waits: without it the move is off.
+              When all that was announced is here, Ready asks the owner to stop for the rest
+              (Llumnix section 4.2: staged copy; PRE-ALLOC is the reservation, ACK is Bind, COMMIT
+              is HELD, ABORT is anything else)
+    cached    all at once
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from core.errors import TransferCause, TransferFailed
+from core.ids import BlockHash, BlockId, SequenceId
+from kv_transfer.client import BoundLease, PeerConnection
+from kv_transfer.landing import Landing, Reserved, Room
+from kv_transfer.messages import Announce
+
+
+class Pulling:
+    """One pull, bound to its lease."""
+
+    def __init__(
+        self,
+        room: Room,
+        connection: PeerConnection,
+        lease: BoundLease,
+        *,
+        sequence_id: SequenceId,
+        hashes: Sequence[BlockHash],
+        context_tokens: int,
+        live: bool,
+    ) -> None:
+        self._room = room
+        self._connection = connection
+        self._lease = lease
+        self._sequence_id = sequence_id
+        self._hashes = hashes
+        self._context_tokens = context_tokens
+        self._live = live
+        self._landing: Landing | None = None
+        self._final: Announce | None = None
+        self._announced: set[int] = set()
+        self._first_gap = 0
+        self._said_ready = False
+
+    async def run(self) -> tuple[Announce, Landing]:
+        """Read everything and ask; answers the final announcement and usable blocks, or raises."""
+        usable = False
+        try:
+            final = await self._follow()
+            if final.ended:
+                return final, self._nothing()
+            landing = await self._land(self._num_blocks(final))
+            await landing.settle()
+            await landing.confirm()
+            usable = True
+            return final, landing
+        finally:
+            if not usable and self._landing is not None:
+                self._room.give_back(self._landing)
+
+    async def _follow(self) -> Announce:
+        """Post a read per announcement until nothing is missing; answers the final one."""
+        while True:
+            self._lease.changed.clear()
+            while self._lease.inbox:
+                await self._take(self._lease.inbox.popleft())
+                if self._final is not None and self._final.ended:
+                    return self._final
+            if self._landing is not None:
+                self._landing.raise_failed_read()
+            if self._final is not None and self._first_gap >= self._num_blocks(self._final):
+                return self._final
+            self._lease.raise_failure()
+            self._ask_for_rest()
+            await self._hear()
+
+    async def _take(self, announce: Announce) -> None:
+        if announce.sequence_id != self._sequence_id:
+            raise TransferFailed(
+                "the KV owner announced blocks of another sequence",
+                cause=TransferCause.OTHER_PROTOCOL,
+            )
+        if announce.final and self._final is None:
+            self._final = announce
+            if self._landing is not None:
+                self._landing.note_final()
+        if announce.ended or not announce.block_ids:
+            return
+        landing = await self._land(announce.first_index + len(announce.block_ids))
+        limit = len(landing.blocks)
+        for start, block_ids in self._news(announce, limit):
+            landing.post(start, block_ids)
+        while self._first_gap in self._announced:
+            self._first_gap += 1
+
+    def _news(self, announce: Announce, limit: int) -> list[tuple[int, list[BlockId]]]:
+        """What an announcement says for the first time, as runs of consecutive blocks."""
+        runs: list[tuple[int, list[BlockId]]] = []
+        for index, block_id in enumerate(announce.block_ids, announce.first_index):
+            if index in self._announced or index >= limit:
+                continue
+            self._announced.add(index)
+            if runs and runs[-1][0] + len(runs[-1][1]) == index:
+                runs[-1][1].append(block_id)
+            else:
+                runs.append((index, [block_id]))
+        return runs
+
+    async def _land(self, num_blocks: int) -> Landing:
+        """Where the blocks go: of a prefill all of them at once, of a running sequence at need."""
+        if self._landing is None:
+            if self._live:
+                cached = self._room.pool.lookup(self._hashes)
+                reserved = self._at_once(cached, max(num_blocks, len(cached)))
+            else:
+                whole = self._room.arena.layout.num_blocks(self._context_tokens)
+                reserved = await self._room.reserve(self._hashes, whole, self._lease)
+            self._landing = Landing(self._room, self._connection, self._lease, reserved)
+        elif self._live and num_blocks > len(self._landing.blocks):
+            more = self._at_once([], num_blocks - len(self._landing.blocks))
+            self._landing.fresh += more.fresh
+        return self._landing
+
+    def _at_once(self, cached: list[BlockId], num_blocks: int) -> Reserved:
+        reserved = self._room.try_reserve(cached, num_blocks)
+        if reserved is None:
+            raise TransferFailed(
+                "no memory for a running sequence here", cause=TransferCause.NO_MEMORY
+            )
+        return reserved
+
+    def _num_blocks(self, final: Announce) -> int:
+        """Blocks of all tokens but the last, which is to be fed next."""
+        positions = self._context_tokens + len(final.tokens) - 1
+        return self._room.arena.layout.num_blocks(positions)
+
+    def _ask_for_rest(self) -> None:
+        here = self._landing is not None and self._landing.all_here
+        if self._live and here and self._final is None and not self._said_ready:
+            self._said_ready = True
+            self._connection.send_ready(self._lease.lease_id)
+
+    async def _hear(self) -> None:
+        """Wait for news; after a silence ask again, as a message may have been lost."""
+        try:
+            async with asyncio.timeout(self._room.config.lease_s / 3):
+                await self._lease.changed.wait()
+        except TimeoutError:
+            self._said_ready = False
+            self._connection.bind_again(self._lease.lease_id, self._sequence_id, self._first_gap)
+
+    def _nothing(self) -> Landing:
+        return Landing(self._room, self._connection, self._lease, Reserved([], []))
+
+
+class Fetching:
+    """One fetch of a cached prefix."""
+
+    def __init__(
+        self,
+        room: Room,
+        connection: PeerConnection,
+        sequence_id: SequenceId,
+        hashes: Sequence[BlockHash],
+    ) -> None:
+        self._room = room
+        self._connection = connection
+        self._sequence_id = sequence_id
+        self._hashes = hashes
+
+    async def run(self) -> Landing:
+        """Usable blocks, or raises; what is cached here is kept from eviction meanwhile."""
+        cached = self._room.pool.lookup(self._hashes)
+        self._room.pool.acquire(cached)
+        try:
+            async with self._connection.fetch(self._sequence_id, self._hashes, len(cached)) as (
+                lease,
+                block_ids,
+            ):
+                return await self._read(lease, cached, block_ids)
+        finally:
+            self._room.pool.release(cached)
+
+    async def _read(
+        self, lease: BoundLease, cached: list[BlockId], block_ids: tuple[BlockId, ...]
+    ) -> Landing:
+        reserved = self._room.try_reserve(cached, len(cached) + len(block_ids))
+        if reserved is None:
+            raise TransferFailed("no memory for a prefix here", cause=TransferCause.NO_MEMORY)
+        landing = Landing(self._room, self._connection, lease, reserved)
+        usable = False
+        try:
+            landing.post(len(cached), block_ids)
+            await landing.settle()
+            await landing.confirm()
+            usable = True
+            return landing
+        finally:
+            if not usable:
+                self._room.give_back(landing)

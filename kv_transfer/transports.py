@@ -1,0 +1,174 @@
+"""A worker's ways to move blocks, best first, and the choice of one for each peer.
+
+NIXL and torch.distributed are imported where they are started: a worker without one of them serves
+with what it has.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from core.errors import ConfigError, InternalError, TransferCause, TransferFailed
+from core.ids import Incarnation, ShardId
+from engine.arena import Arena
+from kv_transfer.config import TransferConfig
+from kv_transfer.loopback import LoopbackHub, LoopbackTransport
+from kv_transfer.messages import Memory
+from kv_transfer.plan import ReadPlan
+from kv_transfer.transport import ReadStats, Transport
+
+log = logging.getLogger(__name__)
+
+_AUTO = ("nixl", "collective")
+
+# What starting a transport raises where its package is absent, or cannot work on this machine.
+_NO_START = (ImportError, OSError, RuntimeError, InternalError)
+
+
+def common_way(mine: Sequence[str], theirs: Sequence[str]) -> str:
+    """The first of mine that the peer also offers. Raises TransferFailed where there is none."""
+    for name in mine:
+        if name in theirs:
+            return name
+    raise TransferFailed(
+        f"no common way to move KV: the peer offers {_listed(theirs)}, "
+        f"this worker {_listed(mine)}; set transfer.backend alike on both, or to auto",
+        cause=TransferCause.NO_TRANSPORT,
+    )
+
+
+class Transports:
+    """All of one worker, on its event loop. A peer is read by the way chosen at its `connect`."""
+
+    def __init__(self, ways: Sequence[Transport]) -> None:
+        self._ways = {way.name: way for way in ways}
+        self._routes: dict[ShardId, Transport] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The ways that work now, best first."""
+        return tuple(self._ways)
+
+    def memories(self) -> tuple[Memory, ...]:
+        """What peers must know to read from here by each way, best first."""
+        return tuple(way.memory() for way in self._ways.values())
+
+    async def connect(self, peer: ShardId, memories: Sequence[Memory]) -> str:
+        """Make ready to read from a shard that offers `memories`; answers the way's name.
+
+        Raises TransferFailed, with cause NO_TRANSPORT where the two have no way in common.
+        """
+        name = common_way(self.names, [memory.transport for memory in memories])
+        way = self._ways[name]
+        memory = next(memory for memory in memories if memory.transport == name)
+        known = self._routes.get(peer)
+        if known is not None and known is not way:
+            await self.disconnect(peer)
+        self._routes[peer] = way
+        await way.connect(peer, memory)
+        return name
+
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+        """As Transport.start_read, by the way of that peer."""
+        way = self._routes.get(peer)
+        if way is None:
+            future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
+            future.set_exception(
+                TransferFailed(f"not connected to {peer}", cause=TransferCause.READ_FAILED)
+            )
+            return future
+        return way.start_read(peer, plan)
+
+    async def disconnect(self, peer: ShardId) -> None:
+        """After the last read from that shard; may repeat."""
+        way = self._routes.pop(peer, None)
+        if way is not None:
+            await way.disconnect(peer)
+
+    async def failed(self) -> Exception:
+        """Wait until the last way has failed; mostly for ever.
+
+        A way that fails while another is left is only logged and no more offered: its peers
+        connect anew by the other one.
+        """
+        watches = {asyncio.create_task(way.failed()): way for way in self._ways.values()}
+        try:
+            while True:
+                done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+                for watch in done:
+                    way, error = watches.pop(watch), watch.result()
+                    if not watches:
+                        return error
+                    log.error("transport_failed name=%s error=%s", way.name, error)
+                    await self._drop(way)
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def close(self) -> None:
+        """End all reads, free what was registered."""
+        await asyncio.gather(*(way.close() for way in self._ways.values()))
+
+    async def _drop(self, way: Transport) -> None:
+        del self._ways[way.name]
+        for peer in [peer for peer, known in self._routes.items() if known is way]:
+            del self._routes[peer]
+        await way.close()
+
+
+def make_transports(
+    config: TransferConfig,
+    arena: Arena,
+    incarnation: Incarnation,
+    host: str,
+    *,
+    hub: LoopbackHub | None = None,
+) -> Transports:
+    """Start what `transfer.backend` asks for; called on the event loop.
+
+    `host` is where this worker's peers reach it. `hub` joins loopback transports of one process.
+    Raises ConfigError where nothing that was asked for starts here.
+    """
+    start: Mapping[str, Callable[[], Transport]] = {
+        "nixl": partial(_start_nixl, config, arena, incarnation),
+        "collective": partial(_start_collective, config, arena, host),
+        "loopback": partial(LoopbackTransport, arena, hub or LoopbackHub()),
+    }
+    ways, missing = [], []
+    for name in _AUTO if config.backend == "auto" else (config.backend,):
+        try:
+            ways.append(start[name]())
+        except _NO_START as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            missing.append(f"{name}: {reason}")
+            log.warning("transport_unavailable name=%s reason=%s", name, reason)
+        else:
+            log.info("transport_ready name=%s backend=%s", name, config.backend)
+    if not ways:
+        raise ConfigError(
+            f"transfer.backend is {config.backend}, and no such transport starts here; "
+            + "; ".join(missing)
+        )
+    return Transports(ways)
+
+
+def _start_nixl(config: TransferConfig, arena: Arena, incarnation: Incarnation) -> Transport:
+    from kv_transfer.nixl import NixlTransport  # noqa: PLC0415 - may be absent
+
+    return NixlTransport(arena, incarnation, read_timeout_s=config.read_timeout_s)
+
+
+def _start_collective(config: TransferConfig, arena: Arena, host: str) -> Transport:
+    from kv_transfer.collective import CollectiveTransport  # noqa: PLC0415 - may be absent
+
+    return CollectiveTransport(
+        arena,
+        host,
+        read_timeout_s=config.read_timeout_s,
+        connect_timeout_s=config.connect_timeout_s,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,320 @@
+"""One placement of one sequence: the order of its hops, from the prefill to the last token.
+
+    choose prefill -> PrefillSubmit -> accepted with a lease
+    choose decode  -> DecodeSubmit with that lease, while the prefill runs
+    first token    from the prefill worker, at once to the client
+    further tokens from the decode worker, once the KV is there
+    a migration    hands the running decode leg to another worker (move.py); the client sees a pause
+
+All legs' events meet in one inbox and are taken in order.
+"""
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Self
+
+from core.clock import Clock
+from core.errors import (
+    BatonError,
+    DeadlineExceeded,
+    InvalidRequest,
+    KvMismatch,
+    TransferFailed,
+    Unavailable,
+    from_code,
+)
+from core.ids import Incarnation, LeaseId, SequenceId, WorkerId
+from core.messages import (
+    Accepted,
+    DecodeSubmit,
+    Handoff,
+    LegFailed,
+    LegTimes,
+    LegTokens,
+    Moved,
+    Offered,
+    PrefillSubmit,
+    Rejected,
+    RenewLeases,
+)
+from core.stages import Stage
+from router.chooser import Chooser
+from router.client import Leg, LegEvent, WorkerLink
+from router.move import Move, handoff_to
+from router.progress import Progress
+from router.types import Generated, MigrationReport
+
+log = logging.getLogger(__name__)
+
+
+class Attempt:
+    """As a block: it begins with the prefill, and leaves no leg open however it ends."""
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        progress: Progress,
+        attempt: int,
+        failed: set[Incarnation],
+        clock: Clock,
+    ) -> None:
+        self._chooser = chooser
+        self._progress = progress
+        self._failed = failed
+        self._clock = clock
+        request = progress.request
+        self._sequence_id = SequenceId(request.request_id, request.choice, attempt)
+        self._context = (*request.prompt_tokens, *progress.tokens)
+        self._output_position = len(progress.tokens)
+        self._inbox: asyncio.Queue[tuple[Leg, LegEvent] | None] = asyncio.Queue()
+        self._prefill: Leg | None = None
+        self._decode: Leg | None = None
+        self._handoff: Handoff | None = None
+        self._lease_s = 0.0
+        self._early: list[LegTokens] = []
+        self._has_first = False
+        self._move: Move | None = None
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(progress.remaining_s, self._inbox.put_nowait, None)
+        self._renewal: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.outcomes.append(self._progress.outcome(error))
+        self._deadline.cancel()
+        self._stop_renewing()
+        if self._move is not None:
+            ended = "the request has ended"
+            self._move.end(error.message if isinstance(error, BatonError) else ended)
+        for open_leg in (self._prefill, self._decode):
+            if open_leg is not None:
+                open_leg.cancel("the request has ended")
+
+    def start(self) -> None:
+        """Place the prefill; all else follows from what the workers say. Raises Unavailable."""
+        request, progress = self._progress.request, self._progress
+        progress.attempts += 1
+        progress.mark(Stage.ROUTE)
+        placed = self._chooser.for_prefill(self._context, request.cache_salt, self._failed)
+        progress.prefill_worker = placed.link.record.worker_id
+        log.info("route_prefill request_id=%s %s", request.request_id, placed.decision.explain())
+        progress.mark(Stage.PREFILL, progress.prefill_worker)
+        self._prefill = placed.link.submit(
+            lambda number: PrefillSubmit(
+                number=number,
+                sequence_id=self._sequence_id,
+                tokens=self._context,
+                output_position=self._output_position,
+                sampling=request.sampling,
+                deadline_s=progress.remaining_s,
+                cache_salt=request.cache_salt,
+                source=placed.source,
+            ),
+            self._hear,
+            placed.load_tokens,
+        )
+
+    async def next(self) -> list[Generated]:
+        """What the next event lets go to the client; raises what ended a leg."""
+        heard = await self._inbox.get()
+        if heard is None:
+            limit_s = self._progress.request.deadline_s
+            raise DeadlineExceeded(f"the request did not finish within {limit_s:.1f} s")
+        return [self._emit(tokens) for tokens in self._take(*heard)]
+
+    # -- events ---------------------------------------------------------------------------------
+
+    def _take(self, leg: Leg, event: LegEvent) -> list[LegTokens]:
+        """The tokens that may now go to the client, in order."""
+        if leg is not self._prefill and leg is not self._decode:
+            if self._move is not None and leg is self._move.leg:
+                self._move.hear_destination(event)
+            return []  # or of a leg that was given up, or is needed no more
+        match event:
+            case Accepted():
+                if leg is self._prefill and event.lease_id is not None:
+                    self._lease_s = event.lease_s
+                    self._start_decode(leg, event.lease_id)
+                elif leg is self._decode:
+                    self._stop_renewing()  # from here on the reader renews
+            case Rejected():
+                self._rejected(leg, event)
+            case LegFailed():
+                self._fail(leg, event)
+            case LegTokens() if leg is self._prefill:
+                return self._first_token(event)
+            case LegTokens() if leg is self._decode:
+                if not self._has_first:
+                    self._early.append(event)
+                    return []
+                return self._decoded(event)
+            case Offered() if self._move is not None:
+                self._move.offered(event)
+            case Moved():
+                return self._moved(leg)
+        return []
+
+    def _first_token(self, event: LegTokens) -> list[LegTokens]:
+        self._has_first = True
+        self._progress.prefill_times = event.times or LegTimes()
+        if event.finish is None:
+            self._progress.mark(Stage.KV_TRANSFER, self._progress.decode_worker)
+        ready = [event]
+        for early in self._early:
+            ready += self._decoded(early)
+        return ready
+
+    def _decoded(self, event: LegTokens) -> list[LegTokens]:
+        progress, move = self._progress, self._move
+        if self._prefill is not None:
+            # The KV has arrived and its lease is closed: the prefill worker may go now.
+            self._prefill.link.finish(self._prefill)
+            self._prefill = None
+        if move is not None and move.moved:
+            move.end("", pause_s=self._clock.now_s() - progress.last_at_s, times=event.times)
+        elif event.times is not None:
+            progress.decode_times = event.times
+            progress.mark(Stage.DECODE, progress.decode_worker)
+        if move is not None and not move.moved:
+            move.hear_source(event)
+        if event.finish is not None and self._decode is not None:
+            self._decode.link.finish(self._decode)
+            if move is not None:
+                move.end("the answer ended first")
+        return [event]
+
+    def _rejected(self, leg: Leg, event: Rejected) -> None:
+        """A decode worker's no costs only another choice; a prefill worker's, another attempt."""
+        self._failed.add(leg.link.record.incarnation)
+        leg.link.finish(leg)
+        error = from_code(event.code, event.message)
+        others = leg is self._decode and self._chooser.has_decode(excluding=self._failed)
+        if not others or not error.retryable:
+            raise error
+        self._submit_decode()
+
+    def _fail(self, leg: Leg, event: LegFailed) -> None:
+        leg.link.finish(leg)
+        error = from_code(event.code, event.message)
+        if isinstance(error, Unavailable):
+            self._failed.add(leg.link.record.incarnation)
+        if isinstance(error, KvMismatch) and self._handoff is not None:
+            self._failed.add(self._handoff.owner_incarnation)  # it may be wrong there already
+        raise error
+
+    def _emit(self, tokens: LegTokens) -> Generated:
+        progress = self._progress
+        progress.emit(tokens.tokens)
+        progress.finished = tokens.finish is not None
+        return Generated(
+            tokens=tokens.tokens,
+            finish=tokens.finish,
+            cached_tokens=progress.prefill_times.cached_tokens,
+            timings=progress.timings() if tokens.finish is not None else None,
+            logits=tokens.logits,
+        )
+
+    # -- hops -----------------------------------------------------------------------------------
+
+    def _start_decode(self, prefill: Leg, lease_id: LeaseId) -> None:
+        self._handoff = handoff_to(prefill.link, lease_id)
+        if self._handoff is None:
+            return  # its loss is already in the inbox
+        self._renew_later()
+        if self._output_position + 1 < self._progress.request.sampling.max_tokens:
+            self._submit_decode()
+
+    def _submit_decode(self) -> None:
+        placed = self._chooser.for_decode(self._total_tokens, self._failed)
+        request_id = self._progress.request.request_id
+        self._progress.decode_worker = placed.link.record.worker_id
+        log.info("route_decode request_id=%s %s", request_id, placed.decision.explain())
+        self._decode = self._decode_leg(placed.link, self._handoff, placed.load_tokens)
+
+    def _decode_leg(self, link: WorkerLink, handoff: Handoff | None, load_tokens: int) -> Leg:
+        """Raises WorkerLost."""
+        request = self._progress.request
+        return link.submit(
+            lambda number: DecodeSubmit(
+                number=number,
+                sequence_id=self._sequence_id,
+                tokens=self._context,
+                output_position=self._output_position,
+                sampling=request.sampling,
+                deadline_s=self._progress.remaining_s,
+                handoff=handoff,
+                cache_salt=request.cache_salt,
+            ),
+            self._hear,
+            load_tokens,
+        )
+
+    @property
+    def _total_tokens(self) -> int:
+        """What the sequence may grow to."""
+        left = self._progress.request.sampling.max_tokens - self._output_position
+        return len(self._context) + left
+
+    def _hear(self, leg: Leg, event: LegEvent) -> None:
+        self._inbox.put_nowait((leg, event))
+
+    # -- a migration ----------------------------------------------------------------------------
+
+    async def migrate(self, to: WorkerId | None, timeout_s: float) -> MigrationReport:
+        """See router.types.Generator."""
+        source = self._decode
+        if source is None or self._progress.finished:
+            raise InvalidRequest("no decode worker runs this sequence now", param="request_id")
+        if self._move is not None and not self._move.over:
+            raise InvalidRequest("this sequence is on its way already", param="request_id")
+        incarnation = source.link.record.incarnation
+        placed = self._chooser.for_move(self._total_tokens, incarnation, to)
+        request_id = self._progress.request.request_id
+        log.info("route_migration request_id=%s %s", request_id, placed.decision.explain())
+        move = self._move = Move(source, placed, self._decode_leg, self._clock)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(move.report)
+        except TimeoutError:
+            move.end(f"it was not done within {timeout_s:g} s")
+            return await move.report
+        finally:
+            move.end("its caller went away")
+
+    def _moved(self, source: Leg) -> list[LegTokens]:
+        """The source has let go. Raises TransferFailed if nobody has caught."""
+        source.link.finish(source)
+        move, progress = self._move, self._progress
+        if move is None or move.leg is None or move.over:
+            raise TransferFailed("the sequence moved, but its new worker has lost it")
+        move.moved = True
+        self._decode = move.leg
+        progress.migrations += 1
+        progress.decode_worker = move.leg.link.record.worker_id
+        progress.mark(Stage.DECODE, progress.decode_worker)
+        return [tokens for early in move.early for tokens in self._take(move.leg, early)]
+
+    # -- the lease, while no reader is bound to it ------------------------------------------------
+
+    def _renew_later(self) -> None:
+        if self._lease_s > 0:
+            loop = asyncio.get_running_loop()
+            self._renewal = loop.call_later(self._lease_s / 3, self._renew)
+
+    def _renew(self) -> None:
+        if self._prefill is not None and self._handoff is not None:
+            self._prefill.link.send(RenewLeases(lease_ids=(self._handoff.lease_id,)))
+            self._renew_later()
+
+    def _stop_renewing(self) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None

@@ -1,0 +1,77 @@
+"""Two children of a bench: what they say, and that none outlives it."""
+
+import asyncio
+import os
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from benchmarks.processes import Pair, Side
+from benchmarks.types import BenchFailed
+
+pytestmark = pytest.mark.processes
+
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    value: int
+
+
+async def send_number(side: Side, number: int) -> None:
+    side.send(Number(number))
+
+
+async def double(side: Side, number: int) -> tuple[int, int]:
+    """What the owner sent, twice, and the task itself."""
+    side.progress("doubling", 1, 2)
+    return 2 * (await side.receive(Number)).value, number
+
+
+async def sleep(side: Side, seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
+
+async def fail(side: Side, text: str) -> None:
+    raise ValueError(text)
+
+
+async def exit_at_once(side: Side, status: int) -> None:
+    print("last words", flush=True)
+    os._exit(status)
+
+
+def quiet(text: str, done: int, total: int) -> None:
+    """Progress nobody looks at."""
+
+
+def test_the_sides_speak_to_each_other_and_the_reader_answers_every_job() -> None:
+    steps: list[tuple[str, int, int]] = []
+    with Pair() as pair:
+        for number in (3, 4):
+            answer = pair.run(
+                send_number,
+                double,
+                number,
+                progress=lambda *step: steps.append(step),
+                timeout_s=TIMEOUT_S,
+            )
+            assert answer == (2 * number, number)
+    assert steps == [("doubling", 1, 2)] * 2
+    assert psutil.Process().children() == []
+
+
+def test_a_side_that_fails_or_dies_ends_the_run_with_its_words() -> None:
+    with Pair() as pair, pytest.raises(BenchFailed, match="owner process failed: ValueError: no"):
+        pair.run(fail, sleep, "no", progress=quiet, timeout_s=TIMEOUT_S)
+    with Pair() as pair, pytest.raises(BenchFailed, match=r"reader process died\n  last words"):
+        pair.run(sleep, exit_at_once, 1, progress=quiet, timeout_s=TIMEOUT_S)
+    assert psutil.Process().children() == []
+
+
+def test_work_that_does_not_end_is_given_up_and_ended() -> None:
+    with Pair() as pair, pytest.raises(BenchFailed, match=r"did not end within 0\.2 s"):
+        pair.run(sleep, sleep, 60.0, progress=quiet, timeout_s=0.2)
+    assert psutil.Process().children() == []

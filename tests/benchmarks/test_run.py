@@ -1,0 +1,98 @@
+"""`baton bench`: names, parts, the files it writes, and what is left when it is interrupted."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner, Result
+
+from benchmarks.plot import draw_plot
+from benchmarks.run import find_bench
+from cluster.cli import app
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "ratio_to_raw_shm",
+    "ratio_to_raw_tcp",
+    "descriptors_block_first",
+    "descriptors_layer_first",
+    "control_ms_p50",
+    "overlap_share",
+    "migration_pause_ms",
+    "machine",
+}
+
+
+def baton_bench(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_without_a_name_the_benches_are_listed() -> None:
+    assert baton_bench().stdout.startswith("transfer  ")
+
+
+def test_an_unknown_bench_is_one_sentence_that_names_those_there_are() -> None:
+    result = baton_bench("transfr")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: there is no bench 'transfr'; there is: transfer\n"
+
+
+def test_an_unknown_part_is_one_sentence_that_names_those_there_are() -> None:
+    result = baton_bench("transfer", "--part", "control", "--part", "speed")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: bench transfer has no part 'speed'; it has: path, ")
+
+
+def test_every_part_of_the_transfer_bench_says_which_keys_it_adds() -> None:
+    keys = [key for part in find_bench("transfer").parts for key in part.keys]
+    assert len(keys) == len(set(keys))
+    assert {*keys, "machine"} >= KEYS
+
+
+@pytest.mark.processes
+def test_a_part_run_for_real_ends_with_one_json_object(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = baton_bench("transfer", "--part", "control", "--quick", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found.keys() >= KEYS
+    assert 0 < found["control_ms_p50"] < found["control_ms_p90"]
+    assert found["overlap_share"] is None
+    assert found["machine"]["cores"] >= 1
+    assert "read begun on the transfer thread" in result.stdout
+    assert json.loads((tmp_path / "transfer.json").read_text()) == found
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.processes
+def test_an_interrupted_bench_leaves_no_process() -> None:
+    command = [sys.executable, "-c", "from cluster.cli import main; main()", "bench", "transfer"]
+    bench = subprocess.Popen(
+        [*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    give_up_s = time.monotonic() + 30
+    while not (children := psutil.Process(bench.pid).children(recursive=True)):
+        assert bench.poll() is None and time.monotonic() < give_up_s
+        time.sleep(0.01)
+    bench.send_signal(signal.SIGINT)
+    out, _ = bench.communicate(timeout=20)
+    assert bench.returncode != 0
+    assert out == ""
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert alive == []
+
+
+def test_without_matplotlib_the_plot_is_left_out_with_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    said = draw_plot(tmp_path / "p.png", "t", {"part": lambda axes: None})
+    assert said == "no plot: matplotlib is not installed (pip install 'baton[bench]')"
+    assert list(tmp_path.iterdir()) == []

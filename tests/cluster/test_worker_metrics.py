@@ -1,0 +1,53 @@
+"""A worker's Prometheus metrics, asked for over HTTP as a scraper would."""
+
+import asyncio
+import logging
+import re
+import socket
+
+import httpx
+import pytest
+
+from cluster.worker.metrics import serving_metrics
+from core.errors import ConfigError, TransferCause, TransferFailed
+from core.ids import Role, WorkerId
+from kv_transfer.loopback import LoopbackHub
+from kv_transfer.metrics import PullStats
+from tests.builders import served_worker
+
+
+async def scrape(address: str) -> str:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return (await client.get(f"http://{address}/metrics")).text
+
+
+async def test_leases_blocks_and_pairs_are_served(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with served_worker("d", Role.DECODE, LoopbackHub()) as served:
+        worker = served.worker
+        pair = worker.reader.metrics.pair(WorkerId("p"))
+        pair.transport = "nixl"
+        pair.add(PullStats(nbytes=640, blocks=5, descriptors=2, reads=1, seconds=0.5, hidden_s=0.4))
+        expired = TransferFailed("late", cause=TransferCause.EXPIRED)
+        worker.reader.metrics.failed(WorkerId("p"), expired)
+        with serving_metrics(worker, "127.0.0.1", 0):
+            (address,) = re.findall(r"worker_metrics address=(\S+)", caplog.text)
+            text = await scrape(address)
+        assert 'baton_kv_pair_bytes_total{owner="p",transport="nixl"} 640.0' in text
+        assert 'baton_kv_pair_hidden_seconds_total{owner="p",transport="nixl"} 0.4' in text
+        assert 'baton_kv_pair_failures_total{cause="expired",owner="p"} 1.0' in text
+        assert 'baton_kv_leases_ended_total{outcome="expired"} 0.0' in text
+        assert f'baton_kv_blocks{{state="free"}} {worker.pool.num_blocks}.0' in text
+        with pytest.raises(httpx.ConnectError):
+            await scrape(address)
+
+
+async def test_a_port_in_use_is_named_with_the_setting() -> None:
+    async with served_worker("d", Role.DECODE, LoopbackHub()) as served:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with (
+                pytest.raises(ConfigError, match=r"worker_metrics_port"),
+                serving_metrics(served.worker, "127.0.0.1", port),
+            ):
+                await asyncio.sleep(0)

@@ -1,0 +1,1 @@
+"""Fault rows: real worker processes, real NIXL, and one fault injected on purpose."""

@@ -1,0 +1,70 @@
+"""The faults one worker process has been told to have, and the gates it stands at."""
+
+import asyncio
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextvars import ContextVar
+
+from tests.faults.fault import Fault
+
+_GATE_S = 30.0
+
+PULL: ContextVar[set[Fault]] = ContextVar("PULL")
+"""Inside a pull: the faults of its reads so far, of which each happens once in a pull."""
+
+
+class Board:
+    """Commands come on the event loop; faults happen there and on the engine's thread."""
+
+    def __init__(self, on_hit: Callable[[Fault], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_hit = on_hit
+        self._lock = threading.Lock()
+        self._armed: Counter[Fault] = Counter()
+        self._held: defaultdict[Fault, list[Callable[[], None]]] = defaultdict(list)
+
+    def arm(self, fault: Fault, times: int) -> None:
+        """It happens the next `times` times that it can."""
+        with self._lock:
+            self._armed[fault] = times
+
+    def armed(self, fault: Fault) -> bool:
+        """Whether it would happen now."""
+        return self._armed[fault] > 0 and fault not in PULL.get(set())
+
+    def go(self, fault: Fault) -> None:
+        """Open the gate for all who stand at it now."""
+        with self._lock:
+            openers, self._held[fault] = self._held[fault], []
+        for opener in openers:
+            opener()
+
+    def take(self, fault: Fault) -> bool:
+        """Whether it happens now; the test is told."""
+        return self._take(fault, None)
+
+    async def hold(self, fault: Fault) -> None:
+        """Stand at the gate if it is armed, until `go`."""
+        opened = asyncio.Event()
+        if self._take(fault, opened.set):
+            async with asyncio.timeout(_GATE_S):
+                await opened.wait()
+
+    def hold_thread(self, fault: Fault) -> None:
+        """As `hold`, from another thread than the event loop's."""
+        opened = threading.Event()
+        if self._take(fault, opened.set):
+            opened.wait(_GATE_S)
+
+    def _take(self, fault: Fault, opener: Callable[[], None] | None) -> bool:
+        had = PULL.get(set())
+        with self._lock:
+            if self._armed[fault] <= 0 or fault in had:
+                return False
+            self._armed[fault] -= 1
+            if opener is not None:
+                self._held[fault].append(opener)
+        had.add(fault)
+        self._loop.call_soon_threadsafe(self._on_hit, fault)
+        return True

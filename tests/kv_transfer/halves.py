@@ -1,0 +1,304 @@
+"""The two halves of a hand-off in one process: a real gRPC stream, a loopback transport."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import pytest
+import torch
+
+from core.blocks import chain_hashes, root_hash
+from core.channel import SERVER_OPTIONS
+from core.clock import FakeClock
+from core.errors import TransferFailed
+from core.ids import (
+    BlockHash,
+    BlockId,
+    ModelId,
+    RequestId,
+    SequenceId,
+    ShardId,
+    WorkerId,
+    new_incarnation,
+)
+from core.kv import KvLayout
+from core.messages import Handoff, PrefixSource
+from engine.arena import Arena
+from engine.pool import BlockPool
+from kv_transfer.checksum import VerifyMode
+from kv_transfer.config import TransferConfig
+from kv_transfer.leases import Lease, LeaseListener, LeaseTable
+from kv_transfer.loopback import LoopbackHub, LoopbackTransport
+from kv_transfer.messages import FromOwner, FromReader, Memory, PeerHello, Shard
+from kv_transfer.owner import Owner, Send
+from kv_transfer.plan import ReadPlan
+from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest, Reader
+from kv_transfer.server import add_peer_service
+from kv_transfer.transport import ReadStats
+from kv_transfer.transports import Transports
+from tests.builders import WAIT_S, until
+
+LAYOUT = KvLayout(block_size=4, num_kv_heads=1, num_layers=1, head_dim=4, dtype="uint8")
+NUM_BLOCKS = 16
+LEASE_S = 10.0
+SEQUENCE = SequenceId(RequestId("r"))
+LAST = (77,)
+
+
+class HoldingTransport:
+    """Loopback whose reads do not start until `let_go`: a slow or hanging network."""
+
+    name = "loopback"
+
+    def __init__(self, inner: LoopbackTransport) -> None:
+        self._inner = inner
+        self._held: list[tuple[ShardId, ReadPlan, asyncio.Future[ReadStats]]] = []
+        self.reads = 0
+        self.holds = True
+
+    @property
+    def waiting(self) -> int:
+        return len(self._held)
+
+    def memory(self) -> Memory:
+        return self._inner.memory()
+
+    async def connect(self, peer: ShardId, memory: Memory) -> None:
+        await self._inner.connect(peer, memory)
+
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+        self.reads += 1
+        if not self.holds:
+            return self._inner.start_read(peer, plan)
+        future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
+        self._held.append((peer, plan, future))
+        return future
+
+    async def disconnect(self, peer: ShardId) -> None:
+        await self._inner.disconnect(peer)
+
+    async def failed(self) -> Exception:
+        return await self._inner.failed()
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+    def let_go(self, count: int | None = None) -> None:
+        """Carry out the reads held so far, or the first `count` of them."""
+        going, self._held = self._held[:count], self._held[len(self._held[:count]) :]
+        for peer, plan, future in going:
+            done = self._inner.start_read(peer, plan)
+            error = done.exception()
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(done.result())
+
+
+class LossyOwner(Owner):
+    """An owner whose messages in both directions pass through hands that may change them."""
+
+    def __init__(self, table: LeaseTable) -> None:
+        super().__init__(table, lambda: None)
+        self.sent: list[FromOwner] = []
+        self.heard: list[FromReader] = []
+        self.says: Callable[[FromOwner], list[FromOwner]] = lambda message: [message]
+        self.hears: Callable[[FromReader], list[FromReader]] = lambda message: [message]
+
+    def attach(self, hello: PeerHello, send: Send) -> str:
+        def say(message: FromOwner) -> None:
+            self.sent.append(message)
+            for each in self.says(message):
+                send(each)
+
+        return super().attach(hello, say)
+
+    def handle(self, reader: str, message: FromReader) -> None:
+        self.heard.append(message)
+        for each in self.hears(message):
+            super().handle(reader, each)
+
+
+class Half:
+    """What both sides have: a pool, an arena, a transport, an identity."""
+
+    def __init__(self, name: str, hub: LoopbackHub, model: str = "m") -> None:
+        self.pool = BlockPool(NUM_BLOCKS)
+        self.arena = Arena(LAYOUT, NUM_BLOCKS)
+        self.transport = HoldingTransport(LoopbackTransport(self.arena, hub))
+        self.transport.holds = False
+        self.hello = PeerHello(
+            worker_id=WorkerId(name),
+            incarnation=new_incarnation(),
+            model_id=ModelId(model),
+            shards=(Shard(layout=LAYOUT, memories=(self.transport.memory(),)),),
+        )
+
+
+class OwnerHalf(Half):
+    """Leases behind a real door; its clock moves only when told."""
+
+    def __init__(self, hub: LoopbackHub) -> None:
+        super().__init__("owner", hub)
+        self.arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
+        self.clock = FakeClock()
+        self.table = LeaseTable(self.pool, self.clock, LEASE_S)
+        self.owner = LossyOwner(self.table)
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        add_peer_service(self.server, self.owner, lambda: self.hello, self.arena)
+
+    def open(
+        self, num_blocks: int, listener: LeaseListener | None = None
+    ) -> tuple[Lease, list[BlockId]]:
+        """A lease, and the blocks its prefill will announce."""
+        return self.owner.open(SEQUENCE, listener), self.pool.allocate(num_blocks) or []
+
+    def whole(self, num_blocks: int) -> tuple[Lease, list[BlockId]]:
+        """A lease whose prefill has ended."""
+        lease, blocks = self.open(num_blocks)
+        self.owner.finish(lease, blocks, LAST, ended=False)
+        return lease, blocks
+
+    def handoff(self, lease: Lease) -> Handoff:
+        return Handoff(
+            owner_id=self.hello.worker_id,
+            owner_address=self.address,
+            owner_incarnation=self.hello.incarnation,
+            lease_id=lease.lease_id,
+        )
+
+
+def hashes_of(num_blocks: int) -> list[BlockHash]:
+    """Of the first blocks of the one prompt these tests know."""
+    return chain_hashes([7] * num_blocks, 1, root_hash(ModelId("m")))
+
+
+def cache(pool: BlockPool, num_blocks: int) -> list[BlockId]:
+    """Put the first blocks of that prompt into a pool's prefix cache."""
+    blocks = pool.allocate(num_blocks) or []
+    hashes = hashes_of(num_blocks)
+    for block_id, block_hash, parent in zip(
+        blocks, hashes, [root_hash(ModelId("m")), *hashes], strict=False
+    ):
+        pool.publish(block_id, block_hash, parent)
+    pool.release(blocks)
+    return blocks
+
+
+@dataclass
+class Pair:
+    """An owner and a reader in it that may pull."""
+
+    owner: OwnerHalf
+    half: Half
+    reader: Reader
+    hub: LoopbackHub
+
+    @asynccontextmanager
+    async def another(self) -> AsyncIterator["Pair"]:
+        """A second reader of the same owner."""
+        half = Half("second", self.hub)
+        async with reading(half, TransferConfig()) as reader:
+            yield Pair(self.owner, half, reader, self.hub)
+
+    async def pull(
+        self, lease: Lease, num_blocks: int, *, cached: int = 0, timeout_s: float = WAIT_S
+    ) -> Pulled:
+        """`cached`: blocks of the sequence that are in the reader's prefix cache already."""
+        hashes = hashes_of(num_blocks)
+        cache(self.half.pool, cached)
+        return await self.pull_from(self.owner.handoff(lease), num_blocks, hashes, timeout_s)
+
+    async def pull_from(
+        self,
+        handoff: Handoff,
+        num_blocks: int,
+        hashes: Sequence[BlockHash] = (),
+        timeout_s: float = WAIT_S,
+        context_tokens: int | None = None,
+    ) -> Pulled:
+        return await self.reader.pull(
+            PullRequest(
+                handoff=handoff,
+                sequence_id=SEQUENCE,
+                hashes=hashes,
+                context_tokens=context_tokens or num_blocks * LAYOUT.block_size,
+                timeout_s=timeout_s,
+            )
+        )
+
+    async def fetch(self, num_blocks: int, timeout_s: float = WAIT_S) -> FetchedPrefix:
+        """The first blocks of the prompt, from the owner's cache."""
+        source = PrefixSource(
+            worker_id=self.owner.hello.worker_id,
+            address=self.owner.address,
+            incarnation=self.owner.hello.incarnation,
+            num_blocks=num_blocks,
+        )
+        return await self.reader.fetch(
+            FetchRequest(
+                source=source,
+                sequence_id=SEQUENCE,
+                hashes=hashes_of(num_blocks),
+                timeout_s=timeout_s,
+            )
+        )
+
+    def assert_arrived(self, pulled: Pulled | FetchedPrefix, remote: Sequence[BlockId]) -> None:
+        """The blocks not cached before hold what the owner's blocks `remote` hold."""
+        here, there = list(pulled.blocks[pulled.cached_blocks :]), list(remote)
+        assert torch.equal(self.half.arena.data[here], self.owner.arena.data[there])
+        self.half.pool.release(pulled.blocks)
+        self.assert_reader_holds_nothing()
+
+    def assert_reader_holds_nothing(self) -> None:
+        self.half.pool.check()
+        counts = self.half.pool.counts()
+        assert counts.free + counts.cached == NUM_BLOCKS, counts
+
+    async def owner_holds_nothing(self) -> None:
+        await until(lambda: self.owner.pool.counts().held == 0, "no lease left")
+        self.owner.pool.check()
+        self.owner.table.check()
+
+
+@asynccontextmanager
+async def reading(half: Half, config: TransferConfig) -> AsyncIterator[Reader]:
+    async with Reader(
+        pool=half.pool,
+        arena=half.arena,
+        transports=Transports([half.transport]),
+        hello=lambda: half.hello,
+        config=config,
+        headroom=lambda: 0,
+    ) as reader:
+        yield reader
+
+
+@asynccontextmanager
+async def pair(
+    *,
+    read_timeout_s: float = 10.0,
+    lease_s: float = LEASE_S,
+    model: str = "m",
+    verify: VerifyMode = "off",
+) -> AsyncIterator[Pair]:
+    """`lease_s` is what the reader believes: it renews every third of it."""
+    hub = LoopbackHub()
+    owner, half = OwnerHalf(hub), Half("reader", hub, model)
+    config = TransferConfig(lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify)
+    async with AsyncExitStack() as stack:
+        await owner.server.start()
+        stack.push_async_callback(owner.server.stop, None)
+        reader = await stack.enter_async_context(reading(half, config))
+        yield Pair(owner, half, reader, hub)
+
+
+async def failure(pulling: "asyncio.Future[Pulled] | object") -> str:
+    """The message of the TransferFailed that ends a pull."""
+    with pytest.raises(TransferFailed) as caught:
+        await pulling  # type: ignore[misc]
+    return caught.value.message
