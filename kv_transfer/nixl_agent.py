@@ -31,6 +31,7 @@ from kv_transfer.messages import Memory
 
 log = logging.getLogger(__name__)
 
+_PROGRESS_DELAY_US = 10_000
 _INDICES_PER_ROW = 8
 _INDICES_ALWAYS = 8192
 
@@ -83,17 +84,21 @@ class Remote:
 
 
 class Agent:
-    """Raises AgentBroken where NIXL says so, or says what it never should."""
+    """Raises AgentBroken where NIXL says so, or says what it never should.
+
+    It alone holds NIXL's handles: each of them keeps the agent inside NIXL alive.
+    """
 
     def __init__(self, name: str, arena: Arena) -> None:
         use_our_log()
         self.device = f"VRAM:{arena.data.get_device()}" if arena.data.is_cuda else "DRAM:0"
         self._arena = arena
         self._remotes: set[Remote] = set()
-        self._handles: set[Handle] = set()
-        self._destroyed = False
+        self._handles: dict[int, Handle] = {}
+        self._posted = 0
         try:
-            self._nixl = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+            self._nixl = start_agent(name)
+            self._inside = weakref.ref(self._nixl.agent)
             kind, index = _split(self.device)
             self._nixl.register_memory([(arena.address, arena.nbytes, index, "")], kind)
             self.metadata: bytes = self._nixl.get_agent_metadata()
@@ -124,10 +129,11 @@ class Agent:
 
     # -- reads ----------------------------------------------------------------------------------
 
-    def post(self, remote: Remote, rows: _Rows) -> Handle | None:
-        """Begin to read `rows` (see ReadPlan; never empty); None if it has ended already.
+    def post(self, remote: Remote, rows: _Rows) -> int | None:
+        """Begin to read `rows` (see ReadPlan; never empty). Answers a number to poll it by, or
+        None: it has ended, as over shared memory, where the copy happens in this call.
 
-        Over shared memory the copy happens in this call. Raises ReadRefused or PeerLost.
+        Raises ReadRefused or PeerLost.
         """
         self._check_rows(remote, rows)
         try:
@@ -138,12 +144,13 @@ class Agent:
             raise AgentBroken(f"making a read: {_text(error)}") from None
         except _ERRORS as error:
             raise ReadRefused(f"NIXL refused the read: {_text(error)}") from None
-        self._handles.add(handle)
-        return None if self._ended(handle, self._nixl.transfer, "posting") else handle
+        self._posted += 1
+        self._handles[self._posted] = handle
+        return None if self._ended(self._posted, self._nixl.transfer, "posting") else self._posted
 
-    def poll(self, handle: Handle) -> bool:
+    def poll(self, number: int) -> bool:
         """Whether the read has ended well. Raises PeerLost: it has ended badly."""
-        return self._ended(handle, self._nixl.check_xfer_state, "polling")
+        return self._ended(number, self._nixl.check_xfer_state, "polling")
 
     def destroy(self) -> None:
         """End everything. On return no byte of any read can arrive, whatever its peer does.
@@ -152,28 +159,24 @@ class Agent:
         owner went on nothing more was written. Releasing the handle or removing the peer does not
         do that: both answer well, and the rest of the read arrives all the same.
         """
-        if self._destroyed:
-            return
-        for handle in self._handles:
-            self._quietly("release_xfer_handle", self._nixl.release_xfer_handle, handle)
-        for remote in self._remotes:
-            self._release_lists(remote)
-        self._handles.clear()
-        inner = weakref.ref(self._nixl.agent)
-        del self._nixl
-        if inner() is not None:
+        if self._nixl is not None:
+            for number in list(self._handles):
+                self._release(number)
+            for remote in self._remotes:
+                self._release_lists(remote)
+            self._nixl = None
+        if self._inside() is not None:
             gc.collect()
-        if inner() is not None:
+        if self._inside() is not None:
             raise InternalError("the NIXL agent is still in use: it could not be destroyed")
-        self._destroyed = True
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _ended(self, handle: Handle, ask: Callable[[Handle], str], what: str) -> bool:
+    def _ended(self, number: int, ask: Callable[[Handle], str], what: str) -> bool:
         try:
-            status = ask(handle)
+            status = ask(self._handles[number])
         except _LOST as error:
-            self._release(handle)
+            self._release(number)
             raise PeerLost(_text(error)) from None
         except _ERRORS as error:
             raise AgentBroken(f"{what} a read: {_text(error)}") from None
@@ -181,11 +184,11 @@ class Agent:
             return False
         if status != "DONE":
             raise AgentBroken(f"{what} a read: status {status}")
-        self._release(handle)
+        self._release(number)
         return True
 
-    def _release(self, handle: Handle) -> None:
-        self._handles.discard(handle)
+    def _release(self, number: int) -> None:
+        handle = self._handles.pop(number)
         self._quietly("release_xfer_handle", self._nixl.release_xfer_handle, handle)
 
     def _check_rows(self, remote: Remote, rows: _Rows) -> None:
@@ -257,6 +260,22 @@ class Agent:
             call(*arguments)
         except _ERRORS as error:
             log.warning("transfer_call_failed call=%s error=%s", what, _text(error))
+
+
+def start_agent(name: str) -> nixl_agent:
+    """An agent over UCX whose progress thread sleeps until something happens.
+
+    The package's own constructor leaves that thread's delay at 0, with which it polls without a
+    pause: each idle agent takes a core (64 MB over TCP on two cores: 331 ms, with a delay 127).
+    """
+    agent = nixl_agent(name, nixl_agent_config(backends=[]))
+    config = _bindings.nixlAgentConfig()
+    config.useProgThread = True
+    config.syncMode = _bindings.NIXL_THREAD_SYNC_NONE
+    config.pthrDelay = _PROGRESS_DELAY_US
+    agent.agent = _bindings.nixlAgent(name, config)
+    agent.create_backend("UCX")
+    return agent
 
 
 def _units(rows: _Rows, unit: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

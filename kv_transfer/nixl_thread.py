@@ -24,7 +24,7 @@ from core.errors import InternalError, TransferCause, TransferFailed
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
-from kv_transfer.nixl_agent import Agent, AgentBroken, Handle, PeerLost, ReadRefused, Remote
+from kv_transfer.nixl_agent import Agent, AgentBroken, PeerLost, ReadRefused, Remote
 from kv_transfer.plan import ReadPlan
 from kv_transfer.transport import ReadStats
 
@@ -53,7 +53,7 @@ class _Reading:
     """A posted read."""
 
     peer: _Peer
-    handle: Handle
+    number: int
     plan: ReadPlan
     future: "asyncio.Future[ReadStats]"
     started_s: float
@@ -159,7 +159,7 @@ class TransferThread:
         started_s = time.monotonic()
         try:
             peer.remote = peer.remote or self._agent.add(peer.memory)
-            handle = self._agent.post(peer.remote, plan.rows)
+            number = self._agent.post(peer.remote, plan.rows)
         except PeerLost:
             self._forget(peer)
             raise
@@ -167,11 +167,11 @@ class TransferThread:
             del self._peers[shard]
             raise
         self._moved_s = time.monotonic()
-        if handle is None:
+        if number is None:
             self._resolve(future, _stats(plan, started_s))
         else:
             peer.reads += 1
-            self._readings.append(_Reading(peer, handle, plan, future, started_s))
+            self._readings.append(_Reading(peer, number, plan, future, started_s))
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class TransferThread:
         overdue = []
         for reading in list(self._readings):
             try:
-                done = self._agent.poll(reading.handle)
+                done = self._agent.poll(reading.number)
             except PeerLost as lost:
                 self._ended(reading)
                 self._forget(reading.peer)

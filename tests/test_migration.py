@@ -241,7 +241,7 @@ async def test_a_source_that_hangs_before_the_move_costs_an_attempt(
     async with scene(zygote) as s:
         await moment(s)
         with stopped_process(s.source):
-            for gate in (Fault.IN_READ, Fault.AFTER_READ):
+            for gate in (Fault.IN_READ, Fault.BEFORE_READ):
                 await s.destination.go(gate)
             assert not (await s.migrating).moved
             assert (await s.answer()).attempts == ("worker_lost", "ok")

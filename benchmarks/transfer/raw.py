@@ -1,6 +1,6 @@
 """NIXL without us: the same fragments read by a bare agent, polled without pause.
 
-The agents have the settings of kv_transfer/nixl.py. `prepared` means what NIXL means by it: both
+The agents are started as the transport starts its own. `prepared` means what NIXL means by it: both
 descriptor lists are built beforehand and a read only names their entries.
 """
 
@@ -10,10 +10,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from nixl._api import nixl_agent, nixl_agent_config
 
 from benchmarks.types import BenchFailed
 from engine.arena import Arena
+from kv_transfer.nixl_agent import start_agent
 from kv_transfer.plan import ReadPlan
 
 U64 = npt.NDArray[np.uint64]
@@ -39,7 +39,7 @@ class RawAgent:
     """One bare agent over one arena, on the thread that made it."""
 
     def __init__(self, arena: Arena, name: str) -> None:
-        self._agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
+        self._agent = start_agent(name)
         self._registered = self._agent.register_memory([arena.data.view(-1)])
         on_gpu = arena.data.is_cuda
         self.memory = RawMemory(

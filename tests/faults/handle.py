@@ -108,9 +108,15 @@ class WorkerHandle:
         signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     async def stats(self) -> worker_pb2.StatsReply:
-        reply: worker_pb2.StatsReply = await self._stub.Stats(
-            worker_pb2.StatsRequest(), timeout=WAIT_S
-        )
+        """What the worker says of itself."""
+        try:
+            reply: worker_pb2.StatsReply = await self._stub.Stats(
+                worker_pb2.StatsRequest(), timeout=WAIT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            await asyncio.sleep(0.1)  # for the news of its end
+            ended = "it has ended" if self.ended.is_set() else "it lives"
+            raise AssertionError(f"{self.name}: {error.code()}, {ended}:{self.tail()}") from None
         return reply
 
     # -- the control socket ---------------------------------------------------------------------

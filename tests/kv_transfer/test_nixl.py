@@ -579,14 +579,12 @@ async def test_an_owner_killed_in_mid_read_over_tcp_is_lost_and_the_agent_lives_
             await soon(reader.transport.connect(owner.shard, owner.memory))
             await soon(reader.transport.start_read(owner.shard, make_plan([ROW])))
         whole = make_plan([(0, 0, 64 << 20)])
-        reads = [reader.transport.start_read(dead.shard, whole) for _ in range(4)]
+        reads = [reader.transport.start_read(dead.shard, whole) for _ in range(32)]
         await soon(reads[0])
         dead.kill()
-        assert await cause_of(reads[-1]) is TransferCause.OWNER_LOST
-        for read in reads[1:-1]:
-            await asyncio.wait([read], timeout=BOUND_S)
-            assert read.done()
-            read.exception()
+        assert await cause_of(reads[-1]) is not TransferCause.READ_SLOW
+        ended = await soon(asyncio.gather(*reads, return_exceptions=True))
+        assert TransferCause.OWNER_LOST in {getattr(end, "cause", None) for end in ended}
         await soon(reader.transport.start_read(living.shard, whole))
         assert reader.transport.memory() == before
 
@@ -610,6 +608,13 @@ def belongings() -> tuple[int, int, int]:
     return process.num_threads(), process.num_fds(), len(list(Path("/dev/shm").iterdir()))
 
 
+async def none_was_added(before: tuple[int, int, int]) -> None:
+    """What is closed by another thread may take a moment."""
+    async with asyncio.timeout(BOUND_S):
+        while any(now > then for now, then in zip(belongings(), before, strict=True)):
+            await asyncio.sleep(0.01)
+
+
 async def test_peers_that_come_and_go_leave_nothing_behind(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -624,7 +629,7 @@ async def test_peers_that_come_and_go_leave_nothing_behind(
         await rounds(5)
         before = belongings()
         await rounds(15)
-        assert belongings() == before
+        await none_was_added(before)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -644,4 +649,4 @@ async def test_agents_that_were_rebuilt_leave_nothing_behind(
     await rounds(3)
     before = belongings()
     await rounds(10)
-    assert belongings() == before
+    await none_was_added(before)

@@ -1,0 +1,304 @@
+"""The order in which an attempt takes what its workers say, whatever order they say it in."""
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from core.clock import SystemClock
+from core.errors import TransferFailed
+from core.ids import Incarnation, LeaseId, ModelId, Role, WorkerId
+from core.messages import (
+    Accepted,
+    Cancel,
+    DecodeSubmit,
+    LegFailed,
+    LegTokens,
+    LoadReport,
+    Moved,
+    Offer,
+    Offered,
+    PrefillSubmit,
+    Rejected,
+    RouterToWorker,
+    WorkerHello,
+)
+from core.registry import WorkerRecord
+from core.sampling import FinishReason
+from core.stages import Stage
+from router.attempt import Attempt
+from router.chooser import Chooser
+from router.client import Leg, LegEvent, LegListener
+from router.policies.cache_aware import CacheAware
+from router.policies.power_of_two import PowerOfTwo
+from router.progress import Progress
+from router.types import MigrationReport
+from router.view import WorkerView
+from tests.builders import make_engine, make_prompt, make_request, soon
+
+PROMPT = make_prompt(9)
+FAILED = LegFailed(number=0, code="worker_lost", message="gone", stage=Stage.DECODE)
+
+
+class ScriptedLink:
+    """In place of router.client.WorkerLink: notes what it is told, says what the test wants."""
+
+    def __init__(self, name: str, role: Role) -> None:
+        info = make_engine(1).info
+        self.record = WorkerRecord(
+            worker_id=WorkerId(name),
+            incarnation=Incarnation(name),
+            role=role,
+            epoch=1,
+            address=name,
+            model_id=ModelId("m"),
+            pid=1,
+        )
+        hello = WorkerHello(
+            worker_id=self.record.worker_id,
+            incarnation=self.record.incarnation,
+            role=role,
+            epoch=1,
+            model_id=info.model_id,
+            layout=info.layout,
+            num_blocks=64,
+            context_tokens=256,
+            peer_address=name,
+        )
+        self.view = WorkerView(hello)
+        self.view.load = LoadReport(
+            last_submit=0,
+            queued_tokens=0,
+            waiting=0,
+            running=0,
+            context_tokens=0,
+            free_blocks=64,
+            total_blocks=64,
+        )
+        self.sent: list[RouterToWorker] = []
+        self.legs: list[Leg] = []
+        self.ended: list[Leg] = []
+
+    @property
+    def routable(self) -> WorkerView:
+        return self.view
+
+    def submit(
+        self,
+        build: Callable[[int], PrefillSubmit | DecodeSubmit],
+        listener: LegListener,
+        load_tokens: int,
+    ) -> Leg:
+        number = len(self.legs)
+        self.sent.append(build(number))
+        self.legs.append(Leg(self, number, listener))  # type: ignore[arg-type]
+        return self.legs[-1]
+
+    def cancel(self, leg: Leg, reason: str) -> None:
+        if leg not in self.ended:
+            self.ended.append(leg)
+            self.sent.append(Cancel(number=leg.number, reason=reason))
+
+    def finish(self, leg: Leg) -> None:
+        self.ended.append(leg)
+
+    def send(self, message: RouterToWorker) -> None:
+        self.sent.append(message)
+
+    def say(self, event: LegEvent) -> None:
+        """Of its newest leg."""
+        leg = self.legs[-1]
+        leg.listener(leg, replace(event, number=leg.number))
+
+
+class ScriptedFleet:
+    """In place of router.fleet.Fleet."""
+
+    def __init__(self, *links: ScriptedLink) -> None:
+        self._links = list(links)
+
+    def links(self) -> list[ScriptedLink]:
+        return self._links
+
+    def routable(self, role: Role, excluding: Collection[Incarnation] = ()) -> list[ScriptedLink]:
+        return [
+            link
+            for link in self._links
+            if link.record.role is role and link.record.incarnation not in excluding
+        ]
+
+
+class Scene:
+    """An attempt whose decode leg is at `source`; `destination` is the only other place."""
+
+    def __init__(self, max_tokens: int = 20) -> None:
+        self.prefill = ScriptedLink("p", Role.PREFILL)
+        self.source = ScriptedLink("d0", Role.DECODE)
+        self.destination = ScriptedLink("d1", Role.DECODE)
+        fleet = ScriptedFleet(self.prefill, self.source, self.destination)
+        chooser = Chooser(fleet, CacheAware(0.1), PowerOfTwo(), Random(0))  # type: ignore[arg-type]
+        self.progress = Progress(make_request(PROMPT, max_tokens=max_tokens), SystemClock())
+        # As long as the destination counts as failed, the source is chosen.
+        self.failed = {self.destination.record.incarnation}
+        self.attempt = Attempt(chooser, self.progress, 0, self.failed, SystemClock())
+        self.tokens: list[int] = []
+
+    def __enter__(self) -> "Scene":
+        self.attempt.__enter__()
+        self.attempt.start()
+        self.prefill.say(Accepted(number=0, lease_id=LeaseId(1), lease_s=10.0))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.attempt.__exit__(None, None, None)
+
+    async def take(self, events: int = 1) -> None:
+        for _ in range(events):
+            async with asyncio.timeout(5):
+                for item in await self.attempt.next():
+                    self.tokens += item.tokens
+
+    async def begin(self) -> None:
+        """The first token, and one of the source."""
+        await self.take()
+        self.prefill.say(tokens(0))
+        self.source.say(tokens(1))
+        await self.take(2)
+
+    async def offered(self) -> "asyncio.Task[MigrationReport]":
+        """A move on its way: the destination has the submit."""
+        migrating = asyncio.create_task(self.attempt.migrate(None, 5.0))
+        await asyncio.sleep(0)
+        assert isinstance(self.source.sent[-1], Offer)
+        self.source.say(Offered(number=0, lease_id=LeaseId(7)))
+        await self.take()
+        submit, first = self.destination.sent[-1], self.source.sent[0]
+        assert isinstance(submit, DecodeSubmit) and isinstance(first, DecodeSubmit)
+        assert submit.handoff is not None
+        assert (submit.handoff.lease_id, submit.handoff.live) == (7, True)
+        assert submit.handoff.owner_id == "d0"
+        assert (submit.tokens, submit.output_position) == (first.tokens, first.output_position)
+        assert submit.sequence_id == first.sequence_id
+        return migrating
+
+
+def tokens(*values: int, finish: FinishReason | None = None) -> LegTokens:
+    return LegTokens(number=0, tokens=values, finish=finish)
+
+
+async def test_what_the_destination_says_before_moved_waits_for_it() -> None:
+    with Scene() as s:
+        await s.begin()
+        migrating = await s.offered()
+        s.destination.say(tokens(3))
+        s.destination.say(tokens(4))
+        s.source.say(tokens(2))
+        await s.take(3)
+        assert s.tokens == [0, 1, 2]
+        s.source.say(Moved(number=0))
+        await s.take()
+        assert s.tokens == [0, 1, 2, 3, 4]
+        s.destination.say(tokens(5, finish=FinishReason.LENGTH))
+        await s.take()
+        report = await soon(migrating)
+        assert isinstance(report, MigrationReport)
+        assert (report.moved, report.reason, report.tokens_meanwhile) == (True, "", 1)
+        assert s.tokens == [0, 1, 2, 3, 4, 5]
+        assert s.progress.finished
+
+
+async def test_a_move_that_is_over_before_the_first_token_was_heard_keeps_the_order() -> None:
+    with Scene() as s:
+        await s.take()
+        s.source.say(tokens(1))
+        await s.take()
+        migrating = await s.offered()
+        s.destination.say(tokens(3))
+        s.source.say(tokens(2))
+        s.source.say(Moved(number=0))
+        s.destination.say(tokens(4))
+        await s.take(4)
+        assert s.tokens == []
+        s.prefill.say(tokens(0))
+        await s.take()
+        assert s.tokens == [0, 1, 2, 3, 4]
+        assert (await migrating).moved
+
+
+@pytest.mark.parametrize(
+    "last", [FAILED, Rejected(number=0, code="overloaded", message="full")], ids=["failed", "no"]
+)
+async def test_the_source_goes_on_when_the_destination_does_not(last: LegEvent) -> None:
+    with Scene() as s:
+        await s.begin()
+        migrating = await s.offered()
+        s.destination.say(tokens(99))
+        s.destination.say(last)
+        await s.take(2)
+        report = await migrating
+        assert (report.moved, report.reason) == (False, getattr(last, "message", None))
+        s.source.say(tokens(2))
+        await s.take()
+        assert s.tokens == [0, 1, 2]
+
+
+async def test_a_sequence_that_moved_to_nobody_costs_the_attempt() -> None:
+    with Scene() as s:
+        await s.begin()
+        migrating = await s.offered()
+        s.destination.say(FAILED)
+        await s.take()
+        assert not (await migrating).moved
+        s.source.say(Moved(number=0))
+        with pytest.raises(TransferFailed):
+            await s.take()
+
+
+async def test_a_move_given_up_too_late_costs_the_attempt() -> None:
+    with Scene() as s:
+        await s.begin()
+        migrating = await s.offered()
+        migrating.cancel()
+        await asyncio.wait([migrating])
+        assert isinstance(s.destination.sent[-1], Cancel)
+        s.destination.say(tokens(3))
+        s.source.say(Moved(number=0))
+        await s.take()
+        with pytest.raises(TransferFailed):
+            await s.take()
+
+
+async def test_an_offer_answered_too_late_is_not_taken_up() -> None:
+    with Scene() as s:
+        await s.begin()
+        report = await s.attempt.migrate(None, 0.01)
+        assert (report.moved, report.reason) == (False, "it was not done within 0.01 s")
+        s.source.say(Offered(number=0, lease_id=LeaseId(7)))
+        s.source.say(tokens(2))
+        await s.take(2)
+        assert s.destination.sent == []
+        assert s.tokens == [0, 1, 2]
+
+
+async def test_leaving_cancels_every_leg() -> None:
+    with Scene() as s:
+        await s.begin()
+        migrating = await s.offered()
+    assert isinstance(s.source.sent[-1], Cancel)
+    assert isinstance(s.destination.sent[-1], Cancel)
+    assert (await migrating).reason == "the request has ended"
+    assert s.prefill.ended and not isinstance(s.prefill.sent[-1], Cancel)
+
+
+async def test_leaving_after_a_move_cancels_only_the_leg_that_is_left() -> None:
+    with Scene() as s:
+        await s.begin()
+        migrating = await s.offered()
+        s.source.say(Moved(number=0))
+        await s.take()
+    assert not isinstance(s.source.sent[-1], Cancel)
+    assert isinstance(s.destination.sent[-1], Cancel)
+    report = await migrating
+    assert (report.moved, report.reason) == (True, "the request has ended")
