@@ -17,7 +17,10 @@ demo: .venv/installed
 	$(BIN)/baton demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/faults
+
+test-faults: .venv/installed-test
+	BATON_FAULT_REPEATS=200 $(BIN)/python -m pytest tests/faults
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

@@ -46,11 +46,16 @@ async def interleave(
     warm_up: int = 1,
     on_round: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Samples]:
-    """Measure each way once per round, in turn; answers seconds by way, without the warm-up."""
+    """Measure each way once per round; answers seconds by way, without the warm-up.
+
+    Each round begins with another way, as what ran before decides what is in the caches.
+    """
+    names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(warm_up + rounds):
-        for name, way in ways.items():
-            taken_s = await way()
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            taken_s = await ways[name]()
             if i >= warm_up:
                 seconds[name].append(taken_s)
         on_round(i + 1)

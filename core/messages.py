@@ -138,7 +138,6 @@ class Accepted:
     """The worker took the leg. A prefill names its lease and how long that lives unrenewed."""
 
     number: int
-    cached_tokens: int = 0
     lease_id: LeaseId | None = None
     lease_s: float = 0.0
 

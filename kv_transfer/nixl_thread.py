@@ -57,6 +57,7 @@ class _Reading:
     plan: ReadPlan
     future: "asyncio.Future[ReadStats]"
     started_s: float
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +256,7 @@ class TransferThread:
             self._fail(command.future, str(error), TransferCause.OTHER)
 
     def _poll(self) -> None:
-        overdue = []
+        overdue = 0
         for reading in list(self._readings):
             try:
                 done = self._agent.poll(reading.number)
@@ -271,11 +272,11 @@ class TransferThread:
                 self._ended(reading)
                 self._resolve(reading.future, _stats(reading.plan, reading.started_s))
             elif time.monotonic() - reading.started_s > self._read_timeout_s:
-                overdue.append(reading)
-        for reading in overdue:
-            self._peers.pop(reading.peer.shard, None)
+                overdue += 1
+                reading.overdue = True
+                self._peers.pop(reading.peer.shard, None)
         if overdue:
-            raise AgentBroken(f"{len(overdue)} reads did not end within {self._read_timeout_s:g} s")
+            raise AgentBroken(f"{overdue} reads did not end within {self._read_timeout_s:g} s")
 
     def _ended(self, reading: _Reading) -> None:
         self._readings.remove(reading)
@@ -316,8 +317,7 @@ class TransferThread:
 
     def _fail_readings(self, reason: str) -> None:
         for reading in self._readings:
-            slow = time.monotonic() - reading.started_s > self._read_timeout_s
-            cause = TransferCause.READ_SLOW if slow else TransferCause.READ_FAILED
+            cause = TransferCause.READ_SLOW if reading.overdue else TransferCause.READ_FAILED
             self._fail(reading.future, reason, cause)
         self._readings.clear()
 

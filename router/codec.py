@@ -213,7 +213,6 @@ def to_router(message: WorkerToRouter) -> worker_pb2.ToRouter:
                 number=message.number,
                 lease_id=message.lease_id or 0,
                 lease_s=message.lease_s,
-                cached_tokens=message.cached_tokens,
             )
             return worker_pb2.ToRouter(accepted=accepted)
         case Rejected():
@@ -267,7 +266,6 @@ def from_worker(message: worker_pb2.ToRouter) -> WorkerToRouter:
                 number=accepted.number,
                 lease_id=LeaseId(accepted.lease_id) if accepted.lease_id else None,
                 lease_s=accepted.lease_s,
-                cached_tokens=accepted.cached_tokens,
             )
         case "rejected":
             rejected = message.rejected

@@ -200,16 +200,14 @@ class WorkerHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("number", "lease_id", "lease_s", "cached_tokens")
+    __slots__ = ("number", "lease_id", "lease_s")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     number: int
     lease_id: int
     lease_s: float
-    cached_tokens: int
-    def __init__(self, number: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_s: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., lease_id: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("number", "code", "message")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.processes import Pair
@@ -12,7 +14,6 @@ from benchmarks.transfer.throughput import (
     PREPARED,
     UNPREPARED,
     SizeResult,
-    SizeTask,
     ThroughputTask,
     own,
     read,
@@ -43,43 +44,50 @@ def ucx_tls(way: str, device: str) -> dict[str, str]:
 
 def run(run: Run) -> Finding:
     """Shared memory and TCP by nixl with raw reads beside it, then the collective backend."""
-    results: dict[str, tuple[SizeResult, ...]] = {}
+    results: dict[str, list[SizeResult]] = {}
     for way in (SHM, TCP):
         with Pair(ucx_tls(way, run.device)) as pair:
-            results[way] = _measure(pair, run, "nixl", run.device, _sizes(quick=run.quick))
+            results[way] = [
+                _measure(pair, run, "nixl", run.device, size) for size in _sizes(quick=run.quick)
+            ]
             if way == TCP:
-                sizes = _collective_sizes(quick=run.quick)
-                results[COLLECTIVE] = _measure(pair, run, "collective", "cpu", sizes)
+                results[COLLECTIVE] = [
+                    _measure(pair, run, "collective", "cpu", size)
+                    for size in _collective_sizes(quick=run.quick)
+                ]
     return _finding(results)
 
 
-def _sizes(*, quick: bool) -> tuple[SizeTask, ...]:
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """How much to move how often."""
+
+    num_blocks: int
+    rounds: int
+
+
+def _sizes(*, quick: bool) -> tuple[_Size, ...]:
     return (
-        SizeTask(num_blocks=_BLOCKS_4MB, rounds=31 if quick else 101),
-        SizeTask(num_blocks=_BLOCKS_64MB, rounds=11 if quick else 31),
-        SizeTask(num_blocks=_BLOCKS_512MB, rounds=5 if quick else 11),
+        _Size(_BLOCKS_4MB, 31 if quick else 101),
+        _Size(_BLOCKS_64MB, 11 if quick else 31),
+        _Size(_BLOCKS_512MB, 5 if quick else 11),
     )
 
 
-def _collective_sizes(*, quick: bool) -> tuple[SizeTask, ...]:
+def _collective_sizes(*, quick: bool) -> tuple[_Size, ...]:
     return (
-        SizeTask(num_blocks=_BLOCKS_4MB, rounds=5 if quick else 31),
-        SizeTask(num_blocks=_BLOCKS_64MB, rounds=5 if quick else 11),
-        *(() if quick else (SizeTask(num_blocks=_BLOCKS_512MB, rounds=5),)),
+        _Size(_BLOCKS_4MB, 5 if quick else 31),
+        _Size(_BLOCKS_64MB, 5 if quick else 11),
+        *(() if quick else (_Size(_BLOCKS_512MB, 5),)),
     )
 
 
-def _measure(
-    pair: Pair, run: Run, backend: str, device: str, sizes: tuple[SizeTask, ...]
-) -> tuple[SizeResult, ...]:
+def _measure(pair: Pair, run: Run, backend: str, device: str, size: _Size) -> SizeResult:
     task = ThroughputTask(
         arena=ArenaTask(
-            layout=LLAMA_8B,
-            num_blocks=max(size.num_blocks for size in sizes),
-            device=device,
-            backend=backend,
+            layout=LLAMA_8B, num_blocks=size.num_blocks, device=device, backend=backend
         ),
-        sizes=sizes,
+        rounds=size.rounds,
         raw=backend == "nixl",
     )
     return pair.run(own, read, task, progress=run.progress, timeout_s=_TIMEOUT_S)
@@ -88,7 +96,7 @@ def _measure(
 # -- what it means ------------------------------------------------------------------------------
 
 
-def _finding(results: dict[str, tuple[SizeResult, ...]]) -> Finding:
+def _finding(results: Mapping[str, Sequence[SizeResult]]) -> Finding:
     small = {way: results[way][0] for way in (SHM, TCP)}
     large = {way: results[way][1:] for way in (SHM, TCP)}
     ratios = {way: min(size.ratio_to_raw for size in large[way]) for way in (SHM, TCP)}
@@ -125,7 +133,7 @@ def _finding(results: dict[str, tuple[SizeResult, ...]]) -> Finding:
     )
 
 
-def _table(results: dict[str, tuple[SizeResult, ...]]) -> ResultTable:
+def _table(results: Mapping[str, Sequence[SizeResult]]) -> ResultTable:
     rows = [_cells(way, size) for way, sizes in results.items() for size in sizes]
     return ResultTable(
         title="hand-off, from handle to usable blocks: medians, GB/s = 10^9 bytes per second",
@@ -181,7 +189,7 @@ def _row(way: str, size: SizeResult) -> Json:
     }
 
 
-def _draw(axes: Axes, results: dict[str, tuple[SizeResult, ...]]) -> None:
+def _draw(axes: Axes, results: Mapping[str, Sequence[SizeResult]]) -> None:
     """Bars of GB/s, grouped by way and size."""
     names = (PATH, PREPARED, UNPREPARED, MEMCPY)
     groups = [(way, size) for way, sizes in results.items() for size in sizes]

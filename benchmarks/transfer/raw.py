@@ -19,6 +19,7 @@ from kv_transfer.plan import ReadPlan
 U64 = npt.NDArray[np.uint64]
 
 _READ_TIMEOUT_S = 60.0
+_POLL_SHARE, _POLL_MIN_S, _POLL_MAX_S = 1 / 8, 0.00005, 0.001
 
 
 class _Opaque(Protocol):
@@ -90,9 +91,11 @@ class RawAgent:
 
     def _run(self, handle: _Opaque, started_s: float) -> float:
         status = self._agent.transfer(handle)
-        while status == "PROC" and time.perf_counter() - started_s < _READ_TIMEOUT_S:
-            status = self._agent.check_xfer_state(handle)
         taken_s = time.perf_counter() - started_s
+        while status == "PROC" and taken_s < _READ_TIMEOUT_S:
+            time.sleep(min(max(taken_s * _POLL_SHARE, _POLL_MIN_S), _POLL_MAX_S))
+            status = self._agent.check_xfer_state(handle)
+            taken_s = time.perf_counter() - started_s
         self._agent.release_xfer_handle(handle)
         if status != "DONE":
             raise BenchFailed(f"a raw NIXL read ended with {status} after {taken_s:.1f} s")

@@ -8,7 +8,6 @@ and memcpy of them within the reader, the limit of any way.
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,19 +34,13 @@ PATH, PREPARED, UNPREPARED, MEMCPY = "path", "raw prepared", "raw unprepared", "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SizeTask:
-    """How often to move how much."""
-
-    num_blocks: int
-    rounds: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputTask:
-    """`raw`: also measure NIXL alone, which makes sense only beside the nixl backend."""
+    """Move a whole arena at a time, so that every way reads and writes the same memory. `raw`:
+    measure NIXL alone as well, which makes sense only beside the nixl backend.
+    """
 
     arena: ArenaTask
-    sizes: tuple[SizeTask, ...]
+    rounds: int
     raw: bool
 
 
@@ -79,10 +72,9 @@ class SizeResult:
 
 @dataclass(frozen=True, slots=True)
 class _Want:
-    """Reader to owner: a finished lease on so many blocks; 0 ends the work."""
+    """Reader to owner: a finished lease on all blocks for hand-off `number`; 0 ends the work."""
 
     number: int
-    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +95,9 @@ async def own(side: Side, task: ThroughputTask) -> None:
 
             raw = RawAgent(rig.arena, "raw-owner")
             side.send(raw.memory)
-        while (want := await side.receive(_Want)).num_blocks:
+        while (want := await side.receive(_Want)).number:
             lease = rig.open(want.number)
-            rig.finish(lease, blocks[: want.num_blocks])
+            rig.finish(lease, blocks)
             side.send(_Ready(lease.lease_id, tuple(lease.blocks)))
         if task.raw:
             raw.close()
@@ -114,29 +106,46 @@ async def own(side: Side, task: ThroughputTask) -> None:
 # -- reader -------------------------------------------------------------------------------------
 
 
-async def read(side: Side, task: ThroughputTask) -> tuple[SizeResult, ...]:
-    """Measure every size."""
+async def read(side: Side, task: ThroughputTask) -> SizeResult:
+    """Measure every way, in turn."""
+    title = (
+        f"{task.arena.backend} {task.arena.num_blocks * task.arena.layout.block_bytes >> 20} MiB"
+    )
+
+    def on_round(i: int) -> None:
+        side.progress(title, i, task.rounds + 1)
+
     async with reader_rig(task.arena) as rig:
-        door = await side.receive(Door)
+        handoff = _Handoff(side, rig, await side.receive(Door))
         raw = await _connect_raw(side, rig) if task.raw else None
-        spare = torch.ones_like(block_bytes(rig.arena)).view(-1)
-        total = sum(size.rounds + 1 for size in task.sizes)
-        done = 0
-        results: list[SizeResult] = []
-        numbers = count(1)
-        for size in task.sizes:
-
-            def on_round(i: int, size: SizeTask = size, before: int = done) -> None:
-                mib = size.num_blocks * rig.arena.layout.block_bytes >> 20
-                side.progress(f"{task.arena.backend} {mib} MiB", before + i, total)
-
-            handoff = _Handoff(side, rig, door, size.num_blocks, numbers)
-            results.append(await _measure(handoff, raw, spare, size, on_round))
-            done += size.rounds + 1
-        side.send(_Want(0, 0))
+        samples = await interleave(task.rounds, _ways(handoff, raw), on_round=on_round)
+        side.send(_Want(0))
         if raw is not None:
             raw.close()
-        return tuple(results)
+        return SizeResult(
+            nbytes=rig.arena.nbytes, descriptors=handoff.plan.descriptors, ways=samples
+        )
+
+
+def _ways(handoff: "_Handoff", raw: "RawAgent | None") -> dict[str, Callable[[], Awaitable[float]]]:
+    target = block_bytes(handoff.rig.arena).view(-1)
+    spare = torch.ones_like(target)
+
+    async def memcpy_s() -> float:
+        return copy_rows_s(target, spare, handoff.plan)
+
+    ways: dict[str, Callable[[], Awaitable[float]]] = {PATH: handoff.measure_s}
+    if raw is not None:
+
+        async def prepared_s() -> float:
+            return raw.prepared_s(handoff.plan)
+
+        async def unprepared_s() -> float:
+            return raw.unprepared_s(handoff.plan)
+
+        ways[PREPARED], ways[UNPREPARED] = prepared_s, unprepared_s
+    ways[MEMCPY] = memcpy_s
+    return ways
 
 
 async def _connect_raw(side: Side, rig: ReaderRig) -> "RawAgent":
@@ -150,62 +159,31 @@ async def _connect_raw(side: Side, rig: ReaderRig) -> "RawAgent":
 class _Handoff:
     """The whole path, again and again. `plan` is what it posted last."""
 
-    def __init__(
-        self, side: Side, rig: ReaderRig, door: Door, num_blocks: int, numbers: "count[int]"
-    ) -> None:
+    plan: ReadPlan
+
+    def __init__(self, side: Side, rig: ReaderRig, door: Door) -> None:
         self._side = side
         self.rig = rig
         self._door = door
-        self._num_blocks = num_blocks
-        self._numbers = numbers
-        self._checked = False
+        self._number = 0
 
     async def measure_s(self) -> float:
-        number = next(self._numbers)
-        self._side.send(_Want(number, self._num_blocks))
+        self._number += 1
+        self._side.send(_Want(self._number))
         ready = await self._side.receive(_Ready)
         self.rig.watched.reads.clear()
+        blocks = self.rig.arena.num_blocks
         started_s = time.perf_counter()
-        pulled = await self.rig.pull(self._door, ready.lease_id, number, self._num_blocks)
+        pulled = await self.rig.pull(self._door, ready.lease_id, self._number, blocks)
         taken_s = time.perf_counter() - started_s
-        if not self._checked:
+        if self._number == 1:
             wrong = first_wrong(self.rig.arena, ready.block_ids, pulled.blocks)
             if wrong is not None:
-                raise BenchFailed(f"block {wrong} of hand-off {number} is not what the owner has")
-            self._checked = True
+                raise BenchFailed(f"block {wrong} of the hand-off is not what the owner has")
+        (read,) = self.rig.watched.reads
+        self.plan = read.plan
         self.rig.pool.release(pulled.blocks)
         return taken_s
-
-    def plan(self) -> ReadPlan:
-        (read,) = self.rig.watched.reads
-        return read.plan
-
-
-async def _measure(
-    handoff: _Handoff,
-    raw: "RawAgent | None",
-    spare: torch.Tensor,
-    size: SizeTask,
-    on_round: Callable[[int], None],
-) -> SizeResult:
-    nbytes = size.num_blocks * handoff.rig.arena.layout.block_bytes
-
-    async def memcpy_s() -> float:
-        return copy_rows_s(block_bytes(handoff.rig.arena).view(-1), spare, handoff.plan())
-
-    ways: dict[str, Callable[[], Awaitable[float]]] = {PATH: handoff.measure_s}
-    if raw is not None:
-
-        async def prepared_s() -> float:
-            return raw.prepared_s(handoff.plan())
-
-        async def unprepared_s() -> float:
-            return raw.unprepared_s(handoff.plan())
-
-        ways[PREPARED], ways[UNPREPARED] = prepared_s, unprepared_s
-    ways[MEMCPY] = memcpy_s
-    samples = await interleave(size.rounds, ways, on_round=on_round)
-    return SizeResult(nbytes=nbytes, descriptors=handoff.plan().descriptors, ways=samples)
 
 
 def copy_rows_s(target: torch.Tensor, source: torch.Tensor, plan: ReadPlan) -> float:

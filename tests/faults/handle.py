@@ -68,8 +68,7 @@ class WorkerHandle:
 
     async def close(self) -> None:
         """End the process, if it lives, and everything this end holds of it."""
-        if not self.ended.is_set():
-            await self.kill()
+        await self.kill()
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._loop.remove_reader(self._control)
@@ -96,7 +95,8 @@ class WorkerHandle:
 
     async def kill(self) -> None:
         """SIGKILL; returns when the process is gone."""
-        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        if not self.ended.is_set():
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         async with asyncio.timeout(WAIT_S):
             await self.ended.wait()
 

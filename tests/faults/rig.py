@@ -222,9 +222,17 @@ class Rig:
                 return link
         return None
 
-    async def connected(self, name: str) -> None:
-        """Wait until the router has found the way back to a worker that hung."""
-        await self.until(lambda: self.link(name) is not None, f"a route to {name}")
+    async def back(self, name: str, *, may_end: bool = False) -> None:
+        """Wait until the router has found the way back to a worker that hung.
+
+        `may_end`: it may also have ended meanwhile, then another takes its place.
+        """
+        ended = self.workers[name].ended.is_set
+        await self.until(lambda: self.link(name) is not None or ended(), f"a route to {name}")
+        if ended():
+            assert may_end, f"{name} has ended:{self.workers[name].tail()}"
+            await self.kill(name)
+            await self.start(name)
 
     async def stranger(self) -> WorkerRecord:
         """A prefill worker of another model, which the router does not know."""

@@ -109,27 +109,37 @@ async def reader_hangs(rig: Rig, count: int) -> None:
         finally:
             reader.resume()
         await reader.go(Fault.IN_READ)
-    await rig.connected("d0")
+    await rig.back("d0")
     await rig.free(VISIBLE_S)
     await rig.answers(1)
 
 
-async def owner_hangs(rig: Rig, count: int) -> None:
-    """In mid-read and past its lease. The reader is free while it still hangs."""
-    owner, reader = rig.workers["p0"], rig.workers["d0"]
-    await reader.arm(Fault.IN_READ, count)
-    async with rig.asking(count) as asked:
-        await reader.hit(Fault.IN_READ, count)
-        owner.stop()
-        try:
-            await reader.go(Fault.IN_READ)
-            await rig.holds(HIDDEN_S, [reader], is_free, "free")
-            await asyncio.wait([one.answer for one in asked])
-        finally:
-            owner.resume()
-    await rig.connected("p0")
-    await rig.free(VISIBLE_S)
-    await rig.answers(1)
+def owner_hangs(shape: Shape, *, may_end: bool = False) -> Row:
+    """In mid-read and past its lease. The reader is free while it still hangs.
+
+    Over TCP the owner's UCX answers each read itself. One that finds, when it goes on, that the
+    reader's end of many is gone ends its process ("ucp_request.inl: Fatal: unexpected error:
+    Endpoint timeout", UCX of NIXL 1.5.1), which is out of our hands.
+    """
+
+    async def run(rig: Rig, count: int) -> None:
+        owner, reader = rig.workers["p0"], rig.workers["d0"]
+        await reader.arm(Fault.IN_READ, count)
+        async with rig.asking(count) as asked:
+            await reader.hit(Fault.IN_READ, count)
+            owner.stop()
+            try:
+                await reader.go(Fault.IN_READ)
+                limit_s = HIDDEN_S + shape.read_timeout_s
+                await rig.holds(limit_s, [reader], is_free, "free")
+                await asyncio.wait([one.answer for one in asked])
+            finally:
+                owner.resume()
+        await rig.back("p0", may_end=may_end)
+        await rig.free(VISIBLE_S)
+        await rig.answers(1)
+
+    return Row(run=run, wave=20, shape=shape)
 
 
 ROWS = {
@@ -148,8 +158,8 @@ ROWS = {
         run=owner_killed_and_there_is_no_other, wave=10, shape=PAIR
     ),
     "reader_hangs": Row(run=reader_hangs, wave=20, shape=HANGING),
-    "owner_hangs": Row(run=owner_hangs, wave=20, shape=HANGING),
-    "owner_hangs_in_a_tcp_read": Row(run=owner_hangs, wave=20, shape=replace(HANGING, tcp=True)),
+    "owner_hangs": owner_hangs(HANGING),
+    "owner_hangs_in_a_tcp_read": owner_hangs(replace(HANGING, tcp=True), may_end=True),
 }
 
 

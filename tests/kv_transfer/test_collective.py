@@ -17,9 +17,10 @@ import pytest
 from core.errors import InternalError, TransferCause, TransferFailed
 from core.ids import ShardId
 from engine.arena import Arena
+from kv_transfer import collective_reader
 from kv_transfer.collective import CollectiveTransport
-from kv_transfer.collective_group import Gate
-from kv_transfer.collective_link import Link
+from kv_transfer.collective_group import Gate, Work
+from kv_transfer.collective_link import Link, wait
 from kv_transfer.loopback import LoopbackHub
 from tests.builders import soon, until
 from tests.kv_transfer.transport_sides import (
@@ -312,6 +313,29 @@ async def test_disconnect_in_the_middle_fails_the_reads_and_nothing_lands_after(
         assert isinstance(results[-1], TransferFailed)
         await until(lambda: threads("kv-reader") == 0, "the reader's thread has ended")
         assert (reader.data == 7).all()
+
+
+async def test_a_chunk_that_arrived_before_the_end_is_not_written_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def wait_and_pause(work: Work, until_s: float) -> None:
+        wait(work, until_s)
+        arrived.set()
+        go_on.wait(LATE_S)
+
+    async with pair() as (reader, owner):
+        monkeypatch.setattr(collective_reader, "wait", wait_and_pause)
+        read = reader.start(owner, ROW)
+        await asyncio.to_thread(arrived.wait, LATE_S)
+        before = reader.data.copy()
+        await soon(reader.transport.disconnect(owner.shard))
+        with pytest.raises(TransferFailed, match="disconnected"):
+            await soon(read)
+        go_on.set()
+        await until(lambda: threads("kv-reader") == 0, "the reader's thread has ended")
+        assert np.array_equal(reader.data, before)
 
 
 async def test_a_failed_pair_says_why_until_it_is_connected_again() -> None:

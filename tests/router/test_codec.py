@@ -22,7 +22,11 @@ from core.messages import (
     LegTimes,
     LegTokens,
     LoadReport,
+    Moved,
+    Offer,
+    Offered,
     PrefillSubmit,
+    PrefixSource,
     Rejected,
     RenewLeases,
     RouterToWorker,
@@ -65,11 +69,22 @@ SUBMIT = {
     "cache_salt": TEXT,
 }
 HANDOFF = st.builds(
-    Handoff, owner_id=TEXT, owner_address=TEXT, owner_incarnation=TEXT, lease_id=U64
+    Handoff,
+    owner_id=TEXT,
+    owner_address=TEXT,
+    owner_incarnation=TEXT,
+    lease_id=U64,
+    live=st.booleans(),
 )
 ROUTER = {
-    PrefillSubmit: st.builds(PrefillSubmit, **SUBMIT),
+    PrefillSubmit: st.builds(
+        PrefillSubmit,
+        source=st.none()
+        | st.builds(PrefixSource, worker_id=TEXT, address=TEXT, incarnation=TEXT, num_blocks=U32),
+        **SUBMIT,
+    ),
     DecodeSubmit: st.builds(DecodeSubmit, handoff=st.none() | HANDOFF, **SUBMIT),
+    Offer: st.builds(Offer, number=U64),
     Cancel: st.builds(Cancel, number=U64, reason=TEXT),
     RenewLeases: st.builds(RenewLeases, lease_ids=st.lists(U64, max_size=4).map(tuple)),
     SnapshotRequest: st.just(SnapshotRequest()),
@@ -91,7 +106,10 @@ TIMES = st.builds(
     transfer_s=SECONDS,
     transfer_bytes=U64,
     transfer_blocks=U32,
+    transfer_descriptors=U32,
+    transfer_hidden_s=SECONDS,
     cached_tokens=U32,
+    fetched_tokens=U32,
 )
 ENTRY = st.builds(
     LegTokens,
@@ -122,7 +140,6 @@ WORKER = {
     Accepted: st.builds(
         Accepted,
         number=U64,
-        cached_tokens=U32,
         lease_id=st.none() | st.integers(1, 2**64 - 1),
         lease_s=SECONDS,
     ),
@@ -131,6 +148,14 @@ WORKER = {
     LegFailed: st.builds(
         LegFailed, number=U64, code=TEXT, message=TEXT, stage=st.sampled_from(Stage)
     ),
+    Offered: st.builds(
+        Offered,
+        number=U64,
+        lease_id=st.none() | st.integers(1, 2**64 - 1),
+        lease_s=SECONDS,
+        message=TEXT,
+    ),
+    Moved: st.builds(Moved, number=U64),
     LoadReport: st.builds(
         LoadReport,
         last_submit=U64,
