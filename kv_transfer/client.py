@@ -11,7 +11,16 @@ import grpc
 
 from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break, heed_cancel
 from core.errors import TransferCause, TransferFailed
-from core.ids import BlockHash, BlockId, Incarnation, LeaseId, SequenceId, WorkerId, shard_id
+from core.ids import (
+    BlockHash,
+    BlockId,
+    Incarnation,
+    LeaseId,
+    SequenceId,
+    ShardId,
+    WorkerId,
+    shard_id,
+)
 from core.messages import PROTOCOL_MAJOR
 from core.outbox import Outbox
 from kv_transfer.codec import UnknownMessage, from_owner_from_wire, from_reader_to_wire
@@ -83,7 +92,7 @@ class BoundLease:
     def raise_failure(self) -> None:
         """Raise what ended the lease, if anything did."""
         if self.failure is not None:
-            raise self.failure
+            raise _afresh(self.failure)
 
 
 class PeerConnection:
@@ -112,6 +121,11 @@ class PeerConnection:
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # -- used by the reader ---------------------------------------------------------------------
+
+    @property
+    def shards(self) -> tuple[ShardId, ...]:
+        """What the transports were told to connect to. They stay so when the stream has ended."""
+        return tuple(shard_id(self.door.incarnation, rank) for rank in range(len(self.shapes)))
 
     @property
     def lost(self) -> bool:
@@ -195,7 +209,7 @@ class PeerConnection:
 
     def _raise_lost(self) -> None:
         if self._lost is not None:
-            raise self._lost
+            raise _afresh(self._lost)
 
     # -- the stream -----------------------------------------------------------------------------
 
@@ -218,8 +232,6 @@ class PeerConnection:
             failure = _first(errors)
         finally:
             self._lose(failure)
-            for rank in range(len(self.shapes)):
-                await self._transports.disconnect(shard_id(self.door.incarnation, rank))
         heed_cancel()
 
     async def _serve(self, stream: Stream) -> None:
@@ -342,9 +354,9 @@ class PeerConnection:
             lease.fail(failure)
         for answer in self._fetches.values():
             if not answer.done():
-                answer.set_exception(failure)
+                answer.set_exception(_afresh(failure))
         if not self.ready.done():
-            self.ready.set_exception(failure)
+            self.ready.set_exception(_afresh(failure))
             self.ready.exception()  # it may be that nobody waits for it
 
 
@@ -367,4 +379,9 @@ def _first(errors: BaseExceptionGroup[TransferFailed]) -> TransferFailed:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     assert isinstance(error, TransferFailed)
-    return error
+    return _afresh(error)
+
+
+def _afresh(failure: TransferFailed) -> TransferFailed:
+    """The same without a traceback: one that is kept would keep the stream's socket open."""
+    return TransferFailed(failure.message, cause=failure.cause)

@@ -9,14 +9,15 @@ in between is in pull.py.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
 from core.errors import DeadlineExceeded, InternalError, TransferCause, TransferFailed
 from core.fit import LinearFit
-from core.ids import BlockHash, BlockId, Incarnation, SequenceId, WorkerId, shard_id
+from core.ids import BlockHash, BlockId, Incarnation, SequenceId, ShardId, WorkerId, shard_id
 from core.messages import Handoff, PrefixSource
 from engine.arena import Arena
 from engine.pool import BlockPool
@@ -33,6 +34,7 @@ from kv_transfer.transports import Transports
 log = logging.getLogger(__name__)
 
 _SPACE_RECHECK_S = 0.05
+_KEEP_REACHABLE = 1024
 _PRIOR_BASE_S = 0.002
 _PRIOR_BYTES_PER_S = 4e9  # hopeful, so that a first fetch is tried and the fit learns
 
@@ -109,6 +111,7 @@ class Reader:
         self._fit = LinearFit(_PRIOR_BASE_S, 1 / _PRIOR_BYTES_PER_S)
         self._tasks = asyncio.TaskGroup()
         self._connections: dict[Incarnation, tuple[PeerConnection, asyncio.Task[None]]] = {}
+        self._reachable: OrderedDict[WorkerId, tuple[ShardId, ...]] = OrderedDict()
         self._space = asyncio.Event()
         self._turn = asyncio.Lock()  # first come, first served: a long prompt is not starved
 
@@ -213,6 +216,7 @@ class Reader:
                     known = self._connections.get(door.incarnation)
                 known = known or self._open(door)
                 await asyncio.shield(known[0].ready)
+                self._keep_reachable(known[0])
         except TimeoutError as error:
             if known is not None:
                 known[1].cancel()
@@ -236,6 +240,26 @@ class Reader:
             known = self._connections.get(connection.door.incarnation)
             if known is not None and known[0] is connection:
                 del self._connections[connection.door.incarnation]
+
+    def _keep_reachable(self, connection: PeerConnection) -> None:
+        """Keep what the transports know of this life of a worker, drop what they knew of others.
+
+        The end of a stream is not that of a peer: contact made anew for each adds up in NIXL.
+        """
+        shards, lives = connection.shards, self._reachable
+        stale = set(lives.pop(connection.door.worker_id, ())) - set(shards)
+        lives[connection.door.worker_id] = shards
+        for worker_id in list(lives)[: len(lives) - _KEEP_REACHABLE]:
+            stale |= set(lives.pop(worker_id))
+        if stale:
+            self._tasks.create_task(self._disconnect(stale))
+
+    async def _disconnect(self, shards: Iterable[ShardId]) -> None:
+        for shard in shards:
+            try:
+                await self._transports.disconnect(shard)
+            except TransferFailed as error:
+                log.warning("peer_not_forgotten shard=%s error=%s", shard, error.message)
 
     # -- memory ---------------------------------------------------------------------------------
 

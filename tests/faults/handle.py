@@ -91,6 +91,10 @@ class WorkerHandle:
         """Wait until the fault has happened so often since it was armed."""
         await self._until(lambda: self.hits[fault] >= times, WAIT_S, f"have {fault} {times} times")
 
+    async def collect(self) -> None:
+        """Let Python free what is in cycles: sockets of closed channels among it."""
+        await self._command({"collect": True})
+
     # -- signals --------------------------------------------------------------------------------
 
     async def kill(self) -> None:

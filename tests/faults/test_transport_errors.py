@@ -7,6 +7,8 @@ from tests.faults.rig import FOUR, VISIBLE_S, Rig, Shape, failures
 from tests.faults.soak import Row, soak
 from tests.faults.zygote import Zygote
 
+LONE_OWNER = Shape(workers=("p0", "d0", "d1"))
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
 
@@ -43,15 +45,14 @@ async def connect_fails(rig: Rig, count: int) -> None:
 
 
 async def disconnect_fails(rig: Rig, count: int) -> None:
-    """The stream breaks, and what was prepared for the peer cannot be given back in order."""
-    owner, reader = rig.workers["p0"], rig.workers["d0"]
-    await reader.arm(Fault.IN_READ, count)
+    """The owner has a new life, and what was prepared for the old one cannot be given back."""
+    reader = rig.workers["d0"]
+    await rig.answers(1)
     await reader.arm(Fault.DISCONNECT_FAILS, 1)
-    async with rig.asking(count):
-        await reader.hit(Fault.IN_READ, count)
-        await owner.arm(Fault.STREAM_BROKEN, 1)
-        await reader.hit(Fault.DISCONNECT_FAILS, 1)
-        await reader.go(Fault.IN_READ)
+    dead = await rig.kill("p0")
+    await rig.start("p0", port=dead.port)
+    await rig.answers(count)
+    await reader.hit(Fault.DISCONNECT_FAILS, 1)
     again = await rig.answers(1)
     assert again[0].attempts == ("ok",)
     await rig.free(VISIBLE_S)
@@ -76,11 +77,11 @@ async def read_stays_in_progress(rig: Rig, count: int) -> None:
 
 
 ROWS = {
-    "connect_fails": Row(run=connect_fails, wave=10),
+    "connect_fails": Row(run=connect_fails),
     "start_read_raises": read_fails(Fault.READ_RAISES),
     "read_fails_at_once": read_fails(Fault.READ_FAILS_AT_ONCE),
     "read_fails_later": read_fails(Fault.READ_FAILS_LATER),
-    "disconnect_fails": Row(run=disconnect_fails, wave=10),
+    "disconnect_fails": Row(run=disconnect_fails, shape=LONE_OWNER),
     "read_stays_in_progress": Row(run=read_stays_in_progress, wave=5),
     "byte_flipped": read_fails(Fault.BYTE_FLIPPED, cause="checksum", shape=Shape(verify="all")),
 }

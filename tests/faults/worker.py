@@ -1,11 +1,13 @@
 """A real worker whose seams do wrong what the test tells them to.
 
-The socket it is given carries JSON lines. The test sends `{"arm": FAULT, "times": n}` and
-`{"go": FAULT}`, each answered by `{"done": true}`; the worker says `{"ready": record}` when it
-serves and `{"hit": FAULT}` whenever an armed fault happens.
+The socket it is given carries JSON lines. The test sends `{"arm": FAULT, "times": n}`,
+`{"go": FAULT}`, or `{"collect": true}` to free what only Python's collector frees, each answered by
+`{"done": true}`. The worker says `{"ready": record}` when it serves and `{"hit": FAULT}` whenever an
+armed fault happens.
 """
 
 import asyncio
+import gc
 import json
 import logging
 import socket
@@ -119,6 +121,8 @@ async def _obey(
         command = json.loads(line)
         if "arm" in command:
             board.arm(Fault(command["arm"]), command["times"])
+        elif "collect" in command:
+            gc.collect()
         else:
             board.go(Fault(command["go"]))
         replies.write(b'{"done": true}\n')

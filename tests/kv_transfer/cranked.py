@@ -17,7 +17,6 @@ from kv_transfer.server import PeerService
 from wire import peer_pb2
 
 MAX_TURNS = 1_000
-OLD_STEPS = 8
 
 T = TypeVar("T")
 
@@ -137,8 +136,6 @@ class Link:
     def __init__(self, steps: Steps) -> None:
         self.to_owner: Pipe[peer_pb2.FromReader] = Pipe(steps)
         self.to_reader: Pipe[peer_pb2.FromOwner] = Pipe(steps)
-        self._steps = steps
-        self._opened_at_step = steps.number
         self.reader = ""
         self.door: asyncio.Task[None]
 
@@ -153,11 +150,6 @@ class Link:
         """Both ends will notice, each in its time."""
         self.to_owner.cut()
         self.to_reader.cut()
-
-    @property
-    def old(self) -> bool:
-        """It may be torn without that nothing is ever brought."""
-        return self._opened_at_step + OLD_STEPS <= self._steps.number
 
     @property
     def quiet(self) -> bool:
