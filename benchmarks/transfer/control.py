@@ -126,7 +126,7 @@ def run(run: Run) -> Finding:
     """Over shared memory; the way of the data does not matter to what is measured."""
     task = ControlTask(
         arena=ArenaTask(layout=LLAMA_8B, num_blocks=_ARENA_BLOCKS, device=run.device),
-        handoffs=100 if run.quick else 500,
+        handoffs=60 if run.quick else 500,
         warm_up=5,
     )
     with Pair(ucx_tls(SHM, run.device)) as pair:

@@ -171,7 +171,7 @@ def _words(arena: Arena) -> torch.Tensor:
 
 def run(run: Run) -> Finding:
     """Both arenas, equal TP and TP 2 to 4."""
-    blocks = 32 if run.quick else 64
+    blocks = 16 if run.quick else 64
     rounds = 5 if run.quick else 9
     results: list[tuple[LayoutTask, LayoutResult]] = []
     with Pair(ucx_tls(SHM, run.device)) as pair:

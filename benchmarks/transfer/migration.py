@@ -37,6 +37,7 @@ _ARENA_TOKENS = _LONGEST_TOKENS + 1024
 _ROLES = (Role.PREFILL, Role.DECODE, Role.DECODE)
 _DEADLINE_S = 60.0
 _TOKENS_BEFORE, _TOKENS_AFTER = 8, 8
+_FIRST_CONTACTS = 2
 _PREFILL_MS_PER_TOKEN = 0.01424
 """Llama-3-8B on an H100: recomputing is as quick as it gets."""
 
@@ -96,17 +97,15 @@ def run(run: Run) -> Finding:
 async def _measure_all(
     flow: Flow, contexts: tuple[int, ...], repeats: int, run: Run
 ) -> dict[int, list[Moved]]:
-    """Lengths in turn, after one round that does not count."""
+    """Lengths in turn, after a move each way that does not count: first contact."""
     moved: dict[int, list[Moved]] = {context: [] for context in contexts}
-    done, total = 0, (repeats + 1) * len(contexts)
-    for repeat in range(repeats + 1):
-        for context in contexts:
-            run.progress(f"{context} tokens", done, total)
-            done += 1
-            async with asyncio.timeout(_DEADLINE_S):
-                one = await _measure(flow, context, number=done)
-            if repeat:
-                moved[context].append(one)
+    turns = [min(contexts)] * _FIRST_CONTACTS + list(contexts) * repeats
+    for i, context in enumerate(turns):
+        run.progress(f"{context} tokens", i, len(turns))
+        async with asyncio.timeout(_DEADLINE_S):
+            one = await _measure(flow, context, number=i)
+        if i >= _FIRST_CONTACTS:
+            moved[context].append(one)
     return moved
 
 

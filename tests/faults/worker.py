@@ -1,9 +1,9 @@
 """A real worker whose seams do wrong what the test tells them to.
 
 The socket it is given carries JSON lines. The test sends `{"arm": FAULT, "times": n}`,
-`{"go": FAULT}`, or `{"collect": true}` to free what only Python's collector frees, each answered by
-`{"done": true}`. The worker says `{"ready": record}` when it serves and `{"hit": FAULT}` whenever an
-armed fault happens.
+`{"go": FAULT}`, or `{"collect": true}` to free what only Python's collector frees, each answered
+by `{"done": true}`. The worker says `{"ready": record}` when it serves and `{"hit": FAULT}`
+whenever an armed fault happens.
 """
 
 import asyncio

@@ -489,6 +489,7 @@ class ReaderLife:
         parts: Parts,
         writers: Iterator[int],
         owner: Callable[[], WatchedPool],
+        *,
         steps: Steps,
         headroom: int,
     ) -> None:

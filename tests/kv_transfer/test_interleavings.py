@@ -5,19 +5,17 @@ hand-off that returns brings exactly that, in order, and everything comes to res
 """
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import count
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from unittest.mock import patch
 
 import grpc
-import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -29,12 +27,11 @@ from hypothesis.stateful import (
 
 from core.clock import FakeClock
 from core.errors import DeadlineExceeded, TransferFailed
-from core.ids import BlockId, Incarnation, LeaseId, SequenceId
+from core.ids import Incarnation, LeaseId, SequenceId
 from core.messages import Handoff, PrefixSource
 from engine.sequence import Sequence as EngineSequence
 from kv_transfer import landing
 from kv_transfer.leases import Lease
-from kv_transfer.messages import LeaseOutcome
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest
 from tests.builders import QUICK
 from tests.kv_transfer.cranked import Fate, HandLoop, Network, Steps
@@ -52,7 +49,6 @@ from tests.kv_transfer.interleaved import (
     ReaderLife,
     Received,
     WatchedPool,
-    WatchedTable,
     next_token,
     sequence_of,
 )
@@ -131,7 +127,7 @@ class Interleavings(RuleBasedStateMachine):
     """One owner, which may restart, and two readers."""
 
     parts = Parts()
-    seen: Counter[str] = Counter()
+    seen: ClassVar[Counter[str]] = Counter()
     """Steps taken, and what happened in them; of all examples."""
 
     def __init__(self) -> None:
@@ -170,7 +166,14 @@ class Interleavings(RuleBasedStateMachine):
         return owner
 
     def _new_reader(self, name: str, headroom: int) -> ReaderLife:
-        return ReaderLife(name, self.parts, self._writers, self._memory, self.steps, headroom)
+        return ReaderLife(
+            name,
+            self.parts,
+            self._writers,
+            self._memory,
+            steps=self.steps,
+            headroom=headroom,
+        )
 
     def _memory(self) -> WatchedPool:
         return self.owner.pool
@@ -307,9 +310,7 @@ class Interleavings(RuleBasedStateMachine):
         self.message_steps, self.fate, self.read_steps = messages, fate, reads
 
     @step(engines=OFTEN, messages=LATENCY, fate=FATE, reads=LATENCY, turns=TURNS)
-    def pace(
-        self, engines: bool, messages: int, fate: Fate, reads: int, turns: int | None
-    ) -> None:
+    def pace(self, engines: bool, messages: int, fate: Fate, reads: int, turns: int | None) -> None:
         """What moves by itself from now on: sequences or not, messages and halves of reads after
         so many steps, every third message to its fate, the loop so many turns or until it rests.
         """
@@ -367,7 +368,8 @@ class Interleavings(RuleBasedStateMachine):
         if not stopped:
             for _ in range(ticks):
                 if renews:
-                    self.owner.table.renew([lease.lease_id for lease in self.owner.table.all()], None)
+                    leases = [lease.lease_id for lease in self.owner.table.all()]
+                    self.owner.table.renew(leases, None)
                 self._tick(sweeps=sweeps)
         elif stopped == "readers":
             self.loop.now_s += ticks * TICK_S
@@ -378,9 +380,7 @@ class Interleavings(RuleBasedStateMachine):
 
     # -- what follows by itself -----------------------------------------------------------------
 
-    def _offer(
-        self, lease: Lease, sequence: EngineSequence, to: int | None, *, live: bool
-    ) -> None:
+    def _offer(self, lease: Lease, sequence: EngineSequence, to: int | None, *, live: bool) -> None:
         handoff = Handoff(
             owner_id=self.owner.hello.worker_id,
             owner_address="",
@@ -484,9 +484,9 @@ class Interleavings(RuleBasedStateMachine):
         for i, kv in enumerate(came):
             assert kv.tokens == tuple(sequence.tokens[: min((i + 1) * SIZE, positions)]), (i, kv)
         fresh = slice(result.cached_blocks, len(came))
-        assert any(
-            lease.kv[fresh] == came[fresh] for lease in self._confirmed(bringing, result)
-        ), "nobody said HELD of these blocks"
+        assert any(lease.kv[fresh] == came[fresh] for lease in self._confirmed(bringing, result)), (
+            "nobody said HELD of these blocks"
+        )
         sequence.blocks = list(result.blocks)
         sequence.computed = positions
         sequence.published = result.cached_blocks
@@ -629,8 +629,7 @@ def interleave(world: type[Interleavings], *, examples: int, steps: int = 70) ->
 
 def test_whatever_happens_in_between_held_means_held_and_nothing_leaks() -> None:
     class World(Interleavings):
-        seen: Counter[str] = Counter()
+        seen: ClassVar[Counter[str]] = Counter()
 
-    seen = interleave(World, examples=80)
-    print(seen)
+    seen = interleave(World, examples=120)
     assert seen["steps"] >= 5_000
