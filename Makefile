@@ -20,7 +20,10 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest --ignore tests/faults
 
 test-faults: .venv/installed-test
-	BATON_FAULT_REPEATS=200 $(BIN)/python -m pytest tests/faults
+	@$(MAKE) --no-print-directory -j 2 faults-of-1 faults-of-2
+
+faults-of-%: .venv/installed-test
+	BATON_FAULT_REPEATS=200 BATON_FAULT_SHARD=$*/2 $(BIN)/python -m pytest tests/faults
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .
