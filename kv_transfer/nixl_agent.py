@@ -193,27 +193,27 @@ class Agent:
 
     def _check_rows(self, remote: Remote, rows: _Rows) -> None:
         """Offsets come from the peer's messages: nothing outside the two arenas is touched."""
-        for column, whose, nbytes in (
-            (0, "the peer's", remote.memory.nbytes),
-            (1, "this worker's", self._arena.nbytes),
-        ):
-            size = np.uint64(nbytes)
-            starts, lengths = rows[:, column], rows[:, 2]
-            if (lengths > size).any() or (starts > size - np.minimum(lengths, size)).any():
-                raise ReadRefused(f"the plan goes past {whose} arena")
+        ends = rows[:, :2] + rows[:, 2:]
+        wrapped = (ends < rows[:, :2]).any()
+        there, here = ends.max(axis=0).tolist()
+        if wrapped or there > remote.memory.nbytes or here > self._arena.nbytes:
+            whose = "this worker's" if here > self._arena.nbytes else "the peer's"
+            raise ReadRefused(f"the plan goes past {whose} arena")
 
     def _make(self, remote: Remote, rows: _Rows) -> Handle:
         unit = remote.unit
-        if (rows % np.uint64(unit)).any():
+        units, rest = np.divmod(rows, np.uint64(unit))
+        if rest.any():
             unit = int(np.gcd.reduce(rows, axis=None, initial=np.uint64(unit)))
+            units = rows // np.uint64(unit)
         limit = max(_INDICES_ALWAYS, _INDICES_PER_ROW * len(rows))
-        if int(rows[:, 2].sum()) // unit > limit:
+        if int(units[:, 2].sum()) > limit:
             return self._make_described(remote, rows)
         if unit != remote.unit or remote.lists is None:
             self._prepare(remote, unit)
         assert remote.lists is not None
         here, there = remote.lists
-        remote_units, local_units = _units(rows, unit)
+        remote_units, local_units = _indices(units)
         handle: Handle = self._nixl.make_prepped_xfer(
             "READ", here, local_units, there, remote_units
         )
@@ -278,15 +278,13 @@ def start_agent(name: str) -> nixl_agent:
     return agent
 
 
-def _units(rows: _Rows, unit: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Rows whose columns are multiples of `unit` as indices of units: remote, local."""
-    starts = (rows // np.uint64(unit)).astype(np.int64)
-    counts = starts[:, 2]
-    if (counts == 1).all():
-        return starts[:, 0].astype(np.int32), starts[:, 1].astype(np.int32)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    remote, local = (np.repeat(starts[:, column], counts) + within for column in (0, 1))
-    return remote.astype(np.int32), local.astype(np.int32)
+def _indices(units: _Rows) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Rows in units instead of bytes, as one index per unit: in the arena there, and here."""
+    there, here, counts = units.astype(np.int32).T
+    if len(units) < (total := int(counts.sum())):
+        within = np.arange(total, dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
+        there, here = np.repeat(there, counts) + within, np.repeat(here, counts) + within
+    return np.ascontiguousarray(there, np.int32), np.ascontiguousarray(here, np.int32)
 
 
 def _strided(address: int, nbytes: int, device: str, unit: int) -> _Rows:

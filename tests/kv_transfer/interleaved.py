@@ -1,258 +1,61 @@
 """An owner and its readers as test_interleavings.py drives them: real halves, watched.
 
-What a block holds is a `Kv`, not bytes. Of a worker only the engine and the roles' loops are not
-here: Prefill and Decoding do what those do with a sequence's blocks and its lease, in the same
-order.
+Of a worker only the engine and the roles' loops are not here: Prefill and Decoding do what those do
+with a sequence's blocks and its lease, in the same order.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 
-from core.blocks import chain_hashes, root_hash
 from core.clock import Clock
-from core.errors import TransferCause, TransferFailed
-from core.ids import (
-    BlockHash,
-    BlockId,
-    Incarnation,
-    LeaseId,
-    ModelId,
-    RequestId,
-    SequenceId,
-    ShardId,
-    WorkerId,
-)
-from core.kv import KvLayout
+from core.ids import BlockHash, BlockId, Incarnation, RequestId, SequenceId, WorkerId
 from core.sampling import SamplingParams
 from engine.arena import Arena
-from engine.pool import BlockPool, BlockState
 from engine.sequence import Sequence as EngineSequence
 from engine.types import Sampled
+from kv_transfer.client import BoundLease
 from kv_transfer.config import TransferConfig
-from kv_transfer.leases import Lease, LeaseListener, LeaseTable
-from kv_transfer.messages import LeaseOutcome, Memory, PeerHello, Shard
+from kv_transfer.landing import Reserved
+from kv_transfer.leases import Lease
+from kv_transfer.messages import Abort, Closed, FromOwner, LeaseOutcome, PeerHello, Renewed, Shard
 from kv_transfer.owner import Owner
-from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Reader
 from kv_transfer.server import PeerService
-from kv_transfer.transport import ReadStats
 from kv_transfer.transports import Transports
 from tests.kv_transfer.cranked import Steps
+from tests.kv_transfer.watched import (
+    LAYOUT,
+    MODEL,
+    ROOT,
+    SIZE,
+    ChosenTransport,
+    WatchedPool,
+    WatchedTable,
+    memory_of,
+)
 
-MODEL = ModelId("m")
-ROOT = root_hash(MODEL)
-SIZE = 2
-LAYOUT = KvLayout(block_size=SIZE, num_kv_heads=1, num_layers=1, head_dim=1, dtype="uint8")
 OWNER_BLOCKS, READER_BLOCKS = 9, 8
 RECEIVED_STEPS = 4
 LEASE_S, READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 6.0, 4.0, 3.0
 
 
-# -- what blocks hold ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Kv:
-    """KV of all `tokens`, the last of them in this block; `writer` is the allocation it is of."""
-
-    writer: int
-    tokens: tuple[int, ...] = ()
-
-
-@cache
-def hash_of(tokens: tuple[int, ...]) -> BlockHash:
-    """Of the last block of `tokens`, which are whole blocks."""
-    return chain_hashes(tokens, SIZE, ROOT)[-1] if tokens else ROOT
-
-
-class WatchedPool(BlockPool):
-    """Knows what each block holds. A block taken anew holds nothing of what it held."""
-
-    def __init__(self, num_blocks: int, writers: Iterator[int]) -> None:
-        super().__init__(num_blocks)
-        self._writers = writers
-        self.kv = [Kv(next(writers)) for _ in range(num_blocks)]
-
-    def allocate(self, count: int) -> list[BlockId] | None:
-        return self._wipe(super().allocate(count))
-
-    def reserve(self, count: int) -> list[BlockId] | None:
-        return self._wipe(super().reserve(count))
-
-    def _wipe(self, taken: list[BlockId] | None) -> list[BlockId] | None:
-        for block_id in taken or ():
-            self.kv[block_id] = Kv(next(self._writers))
-        return taken
-
-    def write(self, block_id: BlockId, tokens: tuple[int, ...]) -> None:
-        """The engine computes KV into a block of a running sequence."""
-        self.kv[block_id] = Kv(self.kv[block_id].writer, tokens)
-
-    def state(self, block_id: BlockId) -> BlockState:
-        return self._state[block_id]
-
-    def check_running(self, holders: Sequence[Sequence[BlockId]]) -> None:
-        """Running references are those of `holders`, no more and no fewer."""
-        expected = Counter(block_id for blocks in holders for block_id in blocks)
-        actual = Counter({BlockId(i): refs for i, refs in enumerate(self._running) if refs})
-        assert actual == expected, f"running references {actual}, of holders {expected}"
-
-    def check_published(self) -> None:
-        """No hash leads to KV of other tokens."""
-        for block_hash in self.hashes():
-            (block_id,) = self.lookup([block_hash])
-            tokens = self.kv[block_id].tokens
-            assert len(tokens) % SIZE == 0, f"block {block_id} is published, but partial"
-            assert hash_of(tokens) == block_hash, f"block {block_id} holds other tokens: {tokens}"
-
-
-@dataclass(slots=True)
-class Promise:
-    """A lease, and what its blocks held when they were announced."""
-
-    lease: Lease
-    kv: list[Kv] = field(default_factory=list)
-
-
-class WatchedTable(LeaseTable):
-    """Remembers what was promised under each lease, and to whom it said HELD."""
-
-    def __init__(self, pool: WatchedPool, clock: Clock, lease_s: float) -> None:
-        super().__init__(pool, clock, lease_s)
-        self._kv = pool.kv
-        self.promises: dict[LeaseId, Promise] = {}
-        self.confirmed: dict[LeaseId, str] = {}
-
-    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease:
-        lease = super().open(sequence_id, listener)
-        self.promises[lease.lease_id] = Promise(lease)
-        return lease
-
-    def extend(self, lease: Lease, block_ids: Sequence[BlockId]) -> None:
-        if self.get(lease.lease_id) is lease:
-            self.promises[lease.lease_id].kv += [self._kv[b] for b in block_ids]
-        super().extend(lease, block_ids)
-
-    def close(self, lease_id: LeaseId, reader: str) -> LeaseOutcome:
-        outcome = super().close(lease_id, reader)
-        if outcome is LeaseOutcome.HELD:
-            self.confirmed.setdefault(lease_id, reader)
-        return outcome
-
-    def sweep(self) -> list[Lease]:
-        expired = super().sweep()
-        assert all(lease.tokens is not None for lease in expired), "expired before its end"
-        return expired
-
-    def check_promises(self) -> None:
-        """What was announced under an open lease is what it was."""
-        for lease in self.all():
-            assert not lease.answer_ended, "nobody reads it, but it is held"
-            held = [self._kv[block_id] for block_id in lease.blocks]
-            assert held == self.promises[lease.lease_id].kv, f"lease {lease.lease_id} was broken"
-
-    def check_counters(self) -> None:
-        """Every lease is counted once."""
-        c, still_open = self.counters, len(self.all())
-        assert c.opened == c.closed + c.aborted + c.expired + still_open, c
-
-
-# -- reads --------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Read:
-    """Pairs of the owner's and the reader's blocks, of which the first `copied` have arrived."""
-
-    pairs: list[tuple[BlockId, BlockId]]
-    future: "asyncio.Future[ReadStats]"
-    at_step: int
-    copied: int = 0
-
-
-class ChosenTransport:
-    """A Transport whose reads copy and end when told, from whoever owns the memory then."""
-
-    name = "loopback"
-
-    def __init__(
-        self, arena: Arena, pool: WatchedPool, owner: Callable[[], WatchedPool], steps: Steps
-    ) -> None:
-        self._arena = arena
-        self._steps = steps
-        self._pool = pool
-        self._owner = owner
-        self.reads: list[Read] = []
-
-    def memory(self) -> Memory:
-        return memory_of(self._arena)
-
-    async def connect(self, peer: ShardId, memory: Memory) -> None:
-        pass
-
-    async def disconnect(self, peer: ShardId) -> None:
-        pass
-
-    async def failed(self) -> Exception:
-        raise NotImplementedError
-
-    async def close(self) -> None:
-        pass
-
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
-        size = LAYOUT.block_bytes
-        pairs = [
-            (BlockId(remote // size + i), BlockId(local // size + i))
-            for remote, local, nbytes in plan.rows.tolist()
-            for i in range(nbytes // size)
-        ]
-        future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
-        read = Read(pairs, future, self._steps.number)
-        self.reads.append(read)
-        return read.future
-
-    def due(self, latency: int) -> list[Read]:
-        """Those that last moved that many steps ago."""
-        return [read for read in self.reads if read.at_step + latency <= self._steps.number]
-
-    def move(self, read: Read) -> None:
-        """The first half of it arrives, or the rest, with which it ends."""
-        read.at_step = self._steps.number
-        half, whole = len(read.pairs) // 2, len(read.pairs)
-        upto = half if read.copied < half else whole
-        for remote, local in read.pairs[read.copied : upto]:
-            self._pool.kv[local] = self._owner().kv[remote]
-        read.copied = upto
-        if upto == whole:
-            self.reads.remove(read)
-            nbytes = whole * LAYOUT.block_bytes
-            read.future.set_result(ReadStats(nbytes=nbytes, descriptors=1, seconds=0.0))
-
-    def fail(self, read: Read) -> None:
-        """No more of it comes."""
-        self.reads.remove(read)
-        read.future.set_exception(TransferFailed("torn", cause=TransferCause.READ_FAILED))
-
-    def check_targets(self) -> None:
-        """Nobody else has a block that is the target of a read."""
-        for read in self.reads:
-            for _, local in read.pairs:
-                state = self._pool.state(local)
-                assert state in (BlockState.RECEIVING, BlockState.QUARANTINED), (
-                    f"block {local} is {state.name} under a read"
-                )
-
-
-def memory_of(arena: Arena) -> Memory:
-    return Memory(
-        transport=ChosenTransport.name, metadata=b"", address=0, nbytes=arena.nbytes, device="cpu"
-    )
-
-
 # -- the owner ----------------------------------------------------------------------------------
+
+
+class WatchedReader(Reader):
+    """Tells how many pulls wait for memory."""
+
+    waiting = 0
+
+    async def reserve(
+        self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
+    ) -> Reserved:
+        self.waiting += 1
+        try:
+            return await super().reserve(hashes, num_blocks, lease)
+        finally:
+            self.waiting -= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +66,7 @@ class Parts:
     reader_pool: type[WatchedPool] = WatchedPool
     table: type[WatchedTable] = WatchedTable
     owner: type[Owner] = Owner
-    reader: type[Reader] = Reader
+    reader: type[WatchedReader] = WatchedReader
 
 
 def hello_of(name: str, life: int, arena: Arena) -> PeerHello:
@@ -309,8 +112,17 @@ class OwnerLife:
         self.prefills: list[Prefill] = []
         self.decodings: list[Decoding] = []
         self.others: list[list[BlockId]] = []
+        self.said_to_stranger: list[FromOwner] = []
+        hello = hello_of("stranger", 0, arena)
+        self.stranger = self.owner.attach(hello, self.said_to_stranger.append)
+        """A reader to whom no lease is bound, whatever it says."""
 
     def check(self) -> None:
+        """What holds at any time."""
+        for said in self.said_to_stranger:
+            refused = isinstance(said, Closed) and said.outcome is LeaseOutcome.UNKNOWN
+            assert refused or isinstance(said, Abort | Renewed), said
+        self.said_to_stranger.clear()
         self.pool.check()
         self.pool.check_published()
         self.pool.check_running(
