@@ -198,7 +198,7 @@ async def test_a_destination_that_hangs_before_the_move_is_left_alone(
             assert not report.moved
             assert (await s.answer()).attempts == ("ok",)
             await s.rig.free(VISIBLE_S, ["p0", "d0"])
-        await s.rig.connected("d1")
+        await s.rig.back("d1")
         await s.go_on()
         await s.rig.free()
 
@@ -216,7 +216,7 @@ async def test_a_destination_that_hangs_after_the_move_costs_an_attempt(zygote: 
         await s.moved()
         with stopped_process(s.destination):
             assert (await s.answer()).attempts == ("worker_lost", "ok")
-        await s.rig.connected("d1")
+        await s.rig.back("d1")
         await s.go_on()
         await s.rig.free()
 
@@ -246,7 +246,7 @@ async def test_a_source_that_hangs_before_the_move_costs_an_attempt(
             assert not (await s.migrating).moved
             assert (await s.answer()).attempts == ("worker_lost", "ok")
             await s.rig.free(VISIBLE_S, ["p0", "d1"])
-        await s.rig.connected("d0")
+        await s.rig.back("d0")
         await s.go_on()
         await s.rig.free()
 
@@ -263,7 +263,7 @@ async def test_a_source_lost_after_the_move_is_not_missed(zygote: Zygote, how: s
             with stopped_process(s.source):
                 await s.destination.go(Fault.IN_STEP)
                 assert (await s.answer()).attempts == ("ok",)
-            await s.rig.connected("d0")
+            await s.rig.back("d0")
         await s.rig.free()
 
 

@@ -398,6 +398,7 @@ COMMON = (
 )
 
 
+@pytest.mark.timeout(600)
 def test_whatever_happens_in_between_held_means_held_and_nothing_leaks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
