@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -52,6 +52,7 @@ Stream = grpc.aio.StreamStreamCall[peer_pb2.FromReader, peer_pb2.FromOwner]
 _OUTBOX_MESSAGES = 65_536
 _LEASE_INBOX_MESSAGES = 65_536
 _CLOSE_ASKS = 4
+_LET_GO_LEASES = 4_096
 _BREAKS: tuple[type[Exception], ...] = (*STREAM_ERRORS, UnknownMessage)
 
 
@@ -111,6 +112,7 @@ class PeerConnection:
         self._renew_every_s = renew_every_s
         self._outbox: Outbox[FromReader] = Outbox(_OUTBOX_MESSAGES)
         self._leases: dict[LeaseId, BoundLease] = {}
+        self._let_go: OrderedDict[LeaseId, None] = OrderedDict()
         self._fetches: dict[int, asyncio.Future[Fetched]] = {}
         self._next_fetch = 1
         self._lost: TransferFailed | None = None
@@ -168,6 +170,10 @@ class PeerConnection:
         self._outbox.send(question)
         try:
             fetched = await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self._decline(answer.result())  # it came in the moment of giving up
+            raise
         finally:
             self._fetches.pop(number, None)
         if not fetched.block_ids:
@@ -180,13 +186,18 @@ class PeerConnection:
     @asynccontextmanager
     async def _hold(self, lease_id: LeaseId) -> AsyncIterator[BoundLease]:
         self._raise_lost()
-        if lease_id in self._leases:
-            raise TransferFailed("the lease is bound already, by another pull of this worker")
+        if lease_id in self._leases or lease_id in self._let_go:
+            raise TransferFailed(
+                "the lease is bound already, or was, by another pull of this worker"
+            )
         lease = self._leases[lease_id] = BoundLease(lease_id)
         try:
             yield lease
         finally:
             del self._leases[lease_id]
+            self._let_go[lease_id] = None  # a HELD still under way is the answer to this pull alone
+            if len(self._let_go) > _LET_GO_LEASES:
+                self._let_go.popitem(last=False)
             if not lease.closed.done():
                 self._outbox.send(Abort(lease_id=lease_id, reason="the reader gave up"))
 
@@ -316,7 +327,11 @@ class PeerConnection:
         waiting = self._fetches.get(fetched.number)
         if waiting is not None and not waiting.done():
             waiting.set_result(fetched)
-        elif fetched.block_ids:
+        else:
+            self._decline(fetched)
+
+    def _decline(self, fetched: Fetched) -> None:
+        if fetched.block_ids:
             self._outbox.send(Abort(lease_id=fetched.lease_id, reason="the fetch was given up"))
 
     async def _write(self, stream: Stream) -> None:
