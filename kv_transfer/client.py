@@ -52,7 +52,7 @@ Stream = grpc.aio.StreamStreamCall[peer_pb2.FromReader, peer_pb2.FromOwner]
 _OUTBOX_MESSAGES = 65_536
 _LEASE_INBOX_MESSAGES = 65_536
 _CLOSE_ASKS = 4
-_LET_GO_LEASES = 4_096
+_ASKED_LEASES = 4_096
 _BREAKS: tuple[type[Exception], ...] = (*STREAM_ERRORS, UnknownMessage)
 
 
@@ -66,13 +66,17 @@ class OwnerDoor:
 
 
 class BoundLease:
-    """What arrives for one lease: announcements, then its end. `changed` wakes the one pull."""
+    """What arrives for one lease: announcements, then its end. `changed` wakes the one pull.
+
+    `asked` is set once the closing question was sent: from then on a HELD may be under way.
+    """
 
     def __init__(self, lease_id: LeaseId) -> None:
         self.lease_id = lease_id
         self.inbox: deque[Announce] = deque()
         self.changed = asyncio.Event()
         self.failure: TransferFailed | None = None
+        self.asked = False
         self.closed: asyncio.Future[Closed] = asyncio.get_running_loop().create_future()
 
     def hear(self, announce: Announce) -> None:
@@ -112,7 +116,7 @@ class PeerConnection:
         self._renew_every_s = renew_every_s
         self._outbox: Outbox[FromReader] = Outbox(_OUTBOX_MESSAGES)
         self._leases: dict[LeaseId, BoundLease] = {}
-        self._let_go: OrderedDict[LeaseId, None] = OrderedDict()
+        self._asked: OrderedDict[LeaseId, None] = OrderedDict()
         self._fetches: dict[int, asyncio.Future[Fetched]] = {}
         self._next_fetch = 1
         self._lost: TransferFailed | None = None
@@ -186,18 +190,19 @@ class PeerConnection:
     @asynccontextmanager
     async def _hold(self, lease_id: LeaseId) -> AsyncIterator[BoundLease]:
         self._raise_lost()
-        if lease_id in self._leases or lease_id in self._let_go:
+        if lease_id in self._leases or lease_id in self._asked:
             raise TransferFailed(
-                "the lease is bound already, or was, by another pull of this worker"
+                "the lease is bound already, or was closed, by another pull of this worker"
             )
         lease = self._leases[lease_id] = BoundLease(lease_id)
         try:
             yield lease
         finally:
             del self._leases[lease_id]
-            self._let_go[lease_id] = None  # a HELD still under way is the answer to this pull alone
-            if len(self._let_go) > _LET_GO_LEASES:
-                self._let_go.popitem(last=False)
+            if lease.asked:
+                self._asked[lease_id] = None  # a HELD under way is the answer to this pull alone
+                if len(self._asked) > _ASKED_LEASES:
+                    self._asked.popitem(last=False)
             if not lease.closed.done():
                 self._outbox.send(Abort(lease_id=lease_id, reason="the reader gave up"))
 
@@ -209,6 +214,7 @@ class PeerConnection:
         self, lease: BoundLease, verify: tuple[BlockId, ...], timeout_s: float
     ) -> Closed:
         """Ask the closing question, again when the answer is late; silence is UNKNOWN."""
+        lease.asked = True
         for _ in range(_CLOSE_ASKS):
             self._outbox.send(Close(lease_id=lease.lease_id, verify=verify))
             try:
