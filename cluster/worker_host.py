@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
+import uvloop
+
 from cluster.registry_client import RegistryClient
 from cluster.worker.host import WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
@@ -13,7 +15,7 @@ from kv_transfer.transports import make_transports
 
 def host_worker(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
     """A WorkerHost."""
-    asyncio.run(_serve(spec, stop, ready))
+    uvloop.run(_serve(spec, stop, ready))
 
 
 async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The gRPC door of the reader's side: one PeerStream to one incarnation of one owner."""
+"""The reader's end of a PeerStream: one to one incarnation of one owner."""
 
 import asyncio
 import logging
@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import grpc
-
-from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break, heed_cancel
+from core.channel import describe_break, heed_cancel
 from core.errors import TransferCause, TransferFailed
 from core.ids import (
     BlockHash,
@@ -23,7 +21,12 @@ from core.ids import (
 )
 from core.messages import PROTOCOL_MAJOR
 from core.outbox import Outbox
-from kv_transfer.codec import UnknownMessage, from_owner_from_wire, from_reader_to_wire
+from kv_transfer.codec import (
+    UnknownMessage,
+    from_owner_from_wire,
+    from_reader_to_wire,
+    parse_from_owner,
+)
 from kv_transfer.messages import (
     Abort,
     Announce,
@@ -37,23 +40,25 @@ from kv_transfer.messages import (
     LeaseOutcome,
     PeerHello,
     Ready,
+    Refused,
     Renew,
     Renewed,
     Shard,
 )
 from kv_transfer.plan import ArenaShape
+from kv_transfer.stream import MessageStream, StreamBroken, dial
 from kv_transfer.transports import Transports
-from wire import peer_pb2, peer_pb2_grpc
+from wire import peer_pb2
 
 log = logging.getLogger(__name__)
 
-Stream = grpc.aio.StreamStreamCall[peer_pb2.FromReader, peer_pb2.FromOwner]
+Stream = MessageStream[peer_pb2.FromOwner]
 
 _OUTBOX_MESSAGES = 65_536
 _LEASE_INBOX_MESSAGES = 65_536
 _CLOSE_ASKS = 4
 _ASKED_LEASES = 4_096
-_BREAKS: tuple[type[Exception], ...] = (*STREAM_ERRORS, UnknownMessage)
+_BREAKS = (StreamBroken, UnknownMessage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,10 +239,7 @@ class PeerConnection:
         """Connect, say hello, serve until the stream ends; then every bound lease has failed."""
         failure = TransferFailed("the stream to the KV owner ended", cause=TransferCause.OWNER_LOST)
         try:
-            async with grpc.aio.insecure_channel(
-                self.door.address, options=CHANNEL_OPTIONS
-            ) as channel:
-                stream = peer_pb2_grpc.PeerStub(channel).PeerStream()
+            async with dial(self.door.address, parse_from_owner) as stream:
                 self._outbox.send(self._hello())
                 await self._serve(stream)
         except* _BREAKS as errors:
@@ -261,15 +263,15 @@ class PeerConnection:
             ]
             await self._check_hello(await stream.read())
             self.ready.set_result(None)
-            while isinstance(raw := await stream.read(), peer_pb2.FromOwner):
+            while (raw := await stream.read()) is not None:
                 self._heard += 1
                 self._dispatch(raw)
             for helper in helpers:
                 helper.cancel()
 
-    async def _check_hello(self, raw: object) -> None:
+    async def _check_hello(self, raw: peer_pb2.FromOwner | None) -> None:
         mine = self._hello()
-        hello = from_owner_from_wire(raw) if isinstance(raw, peer_pb2.FromOwner) else None
+        hello = from_owner_from_wire(raw) if raw is not None else None
         if not isinstance(hello, PeerHello) or not hello.shards:
             raise TransferFailed("the KV owner said no hello", cause=TransferCause.OTHER_PROTOCOL)
         if hello.protocol_major != PROTOCOL_MAJOR:
@@ -311,6 +313,10 @@ class PeerConnection:
         match message:
             case PeerHello() | Renewed():
                 return
+            case Refused():
+                raise TransferFailed(
+                    f"the KV owner refused: {message.reason}", cause=TransferCause.OTHER_PROTOCOL
+                )
             case Fetched():
                 self._answer_fetch(message)
                 return

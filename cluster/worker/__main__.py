@@ -14,6 +14,8 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import uvloop
+
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
 from cluster.registry_client import RegistryClient
@@ -32,7 +34,7 @@ def main(transports_of: TransportsOf = make_transports) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     try:
         config = load_config(arguments.config)
-        asyncio.run(_serve(config, arguments, transports_of))
+        uvloop.run(_serve(config, arguments, transports_of))
     except BatonError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
@@ -59,6 +61,7 @@ async def _serve(
         drain_s=config.drain_timeout_s,
         host=arguments.host,
         port=arguments.port,
+        peer_port=arguments.peer_port,
         metrics_port=config.telemetry.worker_metrics_port,
     )
     async with AsyncExitStack() as stack:
@@ -87,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--registry", help="host:port of the registry; none: serve unregistered")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument("--peer-port", type=int, default=0, help="of the door for other workers")
     return parser
 
 
