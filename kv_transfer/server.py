@@ -6,9 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from core.channel import describe_break, heed_cancel
 from core.messages import PROTOCOL_MAJOR
-from core.outbox import Outbox
 from engine.arena import Arena
 from kv_transfer.checksum import checksum_blocks
 from kv_transfer.codec import (
@@ -24,7 +22,6 @@ from wire import peer_pb2
 
 log = logging.getLogger(__name__)
 
-_OUTBOX_MESSAGES = 65_536
 _HELLO_TIMEOUT_S = 5.0
 
 Stream = MessageStream[peer_pb2.FromReader]
@@ -48,25 +45,22 @@ class PeerDoor:
         """One stream to its end; raises nothing."""
         try:
             await self._serve(stream)
-        except* (NotServed, StreamBroken, UnknownMessage, TimeoutError) as errors:
-            log.info("peer_stream_ended reason=%s", describe_break(errors))
-        except* Exception:  # the root of a stream's task
+        except (NotServed, StreamBroken, UnknownMessage) as error:
+            log.info("peer_stream_ended reason=%s", error)
+        except TimeoutError:
+            log.info("peer_stream_ended reason=no hello in time")
+        except Exception:  # the root of a stream's task
             log.exception("peer_stream_bug")
-        heed_cancel()
 
     async def _serve(self, stream: Stream) -> None:
+        def send(message: FromOwner) -> None:
+            stream.send(from_owner_to_wire(message))
+
         mine = self._hello()
-        await stream.write(from_owner_to_wire(mine))
-        hello = await self._admit(mine, stream)
-        outbox: Outbox[FromOwner] = Outbox(_OUTBOX_MESSAGES)
-        reader = self._owner.attach(hello, outbox.send)
+        send(mine)
+        reader = self._owner.attach(await self._admit(mine, stream), send)
         try:
-            async with asyncio.TaskGroup() as group:
-                writing = group.create_task(_write(outbox, stream))
-                watch = group.create_task(_end_overflow(outbox))
-                await self._read(reader, stream)
-                writing.cancel()
-                watch.cancel()
+            await self._read(reader, stream)
         finally:
             self._owner.detach(reader)
 
@@ -78,7 +72,8 @@ class PeerDoor:
                 hello = from_reader_from_wire(raw) if raw is not None else None
                 return _check_hello(mine, hello)
             except (NotServed, UnknownMessage) as error:
-                await stream.write(from_owner_to_wire(Refused(reason=str(error))))
+                stream.send(from_owner_to_wire(Refused(reason=str(error))))
+                stream.close()
                 raise NotServed(str(error)) from None
 
     async def _read(self, reader: str, stream: Stream) -> None:
@@ -111,17 +106,6 @@ def _check_hello(mine: PeerHello, hello: FromReader | None) -> PeerHello:
     if hello.model_id != mine.model_id:
         raise NotServed(f"reader's model {hello.model_id} is not this owner's {mine.model_id}")
     return hello
-
-
-async def _write(outbox: Outbox[FromOwner], stream: Stream) -> None:
-    async for message in outbox:
-        await stream.write(from_owner_to_wire(message))
-
-
-async def _end_overflow(outbox: Outbox[FromOwner]) -> None:
-    """A writer stuck on a reader that does not read cannot end the stream itself."""
-    await outbox.overflowed.wait()
-    raise StreamBroken("the reader fell behind")
 
 
 @asynccontextmanager

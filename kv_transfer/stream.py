@@ -20,6 +20,7 @@ from core.errors import ConfigError
 
 _LENGTH = struct.Struct(">I")
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_MAX_UNSENT_BYTES = 16 * 1024 * 1024
 _BACKLOG = 512
 
 
@@ -35,7 +36,7 @@ In = TypeVar("In")
 
 
 class MessageStream(Generic[In]):
-    """One end. One task reads, one writes; `abort` may be called at any time."""
+    """One end. One task reads; `send` and `abort` never wait and may be called at any time."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class MessageStream(Generic[In]):
         self._reader = reader
         self._writer = writer
         self._parse = parse
+        self._aborted = ""
 
     async def read(self) -> In | None:
         """The next message; None when the other end has closed.
@@ -59,6 +61,8 @@ class MessageStream(Generic[In]):
                 raise StreamBroken(f"a message of {length} bytes: not a PeerStream")
             body = await self._reader.readexactly(length)
         except asyncio.IncompleteReadError as error:
+            if self._aborted:
+                raise StreamBroken(self._aborted) from None
             if error.partial or error.expected != _LENGTH.size:
                 raise StreamBroken("it ended within a message") from None
             return None
@@ -66,17 +70,27 @@ class MessageStream(Generic[In]):
             raise StreamBroken(_text(error)) from None
         return self._parse(body)
 
-    async def write(self, message: Sendable) -> None:
-        """Returns when the other end keeps up. Raises StreamBroken."""
-        body = message.SerializeToString()
-        try:
-            self._writer.write(_LENGTH.pack(len(body)) + body)
-            await self._writer.drain()
-        except (OSError, RuntimeError) as error:  # RuntimeError: uvloop's word for a closed one
-            raise StreamBroken(_text(error)) from None
+    def send(self, message: Sendable) -> None:
+        """On its way, or dropped when the stream has ended, which the reading side says.
 
-    def abort(self) -> None:
-        """Close at once; what was not sent yet is lost."""
+        Another end that does not read for so long that too much is unsent is a lost one: a peer
+        that misses messages cannot be told from one that ignores them.
+        """
+        transport = self._writer.transport
+        if transport.is_closing():
+            return
+        body = message.SerializeToString()
+        transport.write(_LENGTH.pack(len(body)) + body)
+        if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            self.abort("the other end does not read its stream")
+
+    def close(self) -> None:
+        """Close once what was sent is out."""
+        self._writer.transport.close()
+
+    def abort(self, reason: str = "") -> None:
+        """Close at once; what was not sent yet is lost. With a reason, reading raises it."""
+        self._aborted = self._aborted or reason
         self._writer.transport.abort()
 
 
@@ -120,7 +134,7 @@ async def accepting(
 ) -> AsyncIterator[None]:
     """Inside, `serve` runs once per stream, which ends with it; on the way out all are aborted.
 
-    `serve` raises nothing. Closes `listener`.
+    `serve` raises nothing and may call `close` itself. Closes `listener`.
     """
     open_streams: set[MessageStream[In]] = set()
 
@@ -128,7 +142,7 @@ async def accepting(
         try:
             await serve(stream)
         finally:
-            stream.abort()
+            stream.close()
             open_streams.discard(stream)
 
     async with asyncio.TaskGroup() as group:

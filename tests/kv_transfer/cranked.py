@@ -166,7 +166,7 @@ class ReaderEnd:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def write(self, message: peer_pb2.FromReader) -> None:
+    def send(self, message: peer_pb2.FromReader) -> None:
         if message.WhichOneof("message") == "hello":
             self._link.reader = message.hello.worker_id
         self._link.to_owner.write(message)
@@ -184,8 +184,11 @@ class OwnerEnd:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def write(self, message: peer_pb2.FromOwner) -> None:
+    def send(self, message: peer_pb2.FromOwner) -> None:
         self._link.to_reader.write(message)
+
+    def close(self) -> None:
+        self._link.to_reader.write(None)
 
     async def read(self) -> peer_pb2.FromReader | None:
         return await self._link.to_owner.read()

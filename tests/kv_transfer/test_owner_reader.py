@@ -360,23 +360,23 @@ def hello(p: Pair, **changed: int) -> peer_pb2.FromReader:
 
 async def test_another_major_version_is_refused() -> None:
     async with pair() as p, bare_stream(p) as stream:
-        await stream.write(hello(p, protocol_major=PROTOCOL_MAJOR + 1))
+        stream.send(hello(p, protocol_major=PROTOCOL_MAJOR + 1))
         assert "protocol" in await refusal(stream)
 
 
 async def test_a_stream_without_a_hello_is_refused() -> None:
     async with pair() as p, bare_stream(p) as stream:
         bind = Bind(lease_id=LeaseId(1), sequence_id=SEQUENCE)
-        await stream.write(from_reader_to_wire(bind))
+        stream.send(from_reader_to_wire(bind))
         assert "hello must come first" in await refusal(stream)
 
 
 async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
     async with pair() as p, bare_stream(p) as stream:
         lease, blocks = p.owner.whole(2)
-        await stream.write(hello(p, protocol_minor=PROTOCOL_MINOR + 1))
-        await stream.write(peer_pb2.FromReader.FromString(NEWER_MESSAGE))
+        stream.send(hello(p, protocol_minor=PROTOCOL_MINOR + 1))
+        stream.send(peer_pb2.FromReader.FromString(NEWER_MESSAGE))
         bind = Bind(lease_id=lease.lease_id, sequence_id=SEQUENCE)
-        await stream.write(from_reader_to_wire(bind))
+        stream.send(from_reader_to_wire(bind))
         answer = await soon(stream.read())
         assert list(answer.announce.block_ids) == blocks  # type: ignore[attr-defined]

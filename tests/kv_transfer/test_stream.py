@@ -27,7 +27,7 @@ async def echo() -> AsyncIterator[str]:
 
     async def serve(stream: MessageStream[Raw]) -> None:
         while (message := await stream.read()) is not None:
-            await stream.write(message)
+            stream.send(message)
 
     listener = listen("127.0.0.1", 0)
     async with accepting(listener, Raw, serve):
@@ -40,7 +40,7 @@ def test_messages_arrive_whole_and_in_order(messages: list[bytes]) -> None:
     async def exchange() -> None:
         async with echo() as address, dial(address, Raw) as stream:
             for message in messages:
-                await stream.write(Raw(message))
+                stream.send(Raw(message))
             assert [await soon(stream.read()) for _ in messages] == messages
 
     asyncio.run(exchange())
@@ -99,3 +99,13 @@ async def test_a_port_in_use_names_what_it_was_for() -> None:
     listener = listen("127.0.0.1", 0)
     with listener, pytest.raises(ConfigError, match="other workers"):
         listen("127.0.0.1", listener.getsockname()[1])
+
+
+async def test_another_end_that_does_not_read_is_given_up() -> None:
+    listener = listen("127.0.0.1", 0)  # the kernel accepts; nobody reads
+    with listener:
+        async with dial(address_of(listener), Raw) as stream:
+            for _ in range(64):
+                stream.send(Raw(bytes(1024 * 1024)))
+            with pytest.raises(StreamBroken, match="does not read"):
+                await soon(stream.read())
