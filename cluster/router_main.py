@@ -20,7 +20,7 @@ import uvloop
 from opentelemetry import trace
 
 from cluster.config import ClusterConfig
-from cluster.registry_client import RegistryClient
+from cluster.registries import connect_registry
 from cluster.run_dir import RunDir
 from cluster.telemetry import setup_logging, tracing
 from core.clock import Clock, SystemClock
@@ -67,7 +67,7 @@ async def _main(config: ClusterConfig, registry_address: str, listen_fd: int) ->
         loop.add_signal_handler(number, stop.set)
     listener = socket.socket(fileno=listen_fd)
     listener.setblocking(False)
-    async with RegistryClient(registry_address) as registry:
+    async with connect_registry(config.registry, registry_address) as registry:
         await run_router(config, registry, listener, stop)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import uvloop
 
-from cluster.registry_client import RegistryClient
+from cluster.registries import connect_registry
 from cluster.worker.host import WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
 from cluster.worker_spec import StopSignal, WorkerSpec
@@ -40,7 +40,7 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
         loop.call_soon_threadsafe(stopped.set)
 
     with stop.wakes(wake):
-        async with RegistryClient(spec.registry_address) as registry:
+        async with connect_registry(config.registry, spec.registry_address) as registry:
             await serve_worker(
                 start,
                 registry=registry,

@@ -37,7 +37,7 @@ from core.messages import (
     TokenFrame,
     WorkerToRouter,
 )
-from core.registry import MemoryRegistry, WorkerRecord
+from core.registry import MemoryRegistry, Registry, WorkerRecord
 from core.sampling import FinishReason, SamplingParams
 from decode_worker.config import DecodeConfig
 from engine import runner as engine_runner
@@ -458,7 +458,7 @@ class Cluster:
     fleet: Fleet
     prefill: list[ServedWorker]
     decode: list[ServedWorker]
-    registry: MemoryRegistry
+    registry: Registry
     hub: LoopbackHub
 
     @property
@@ -477,9 +477,10 @@ async def running_cluster(
     decode_settings: WorkerSettings | None = None,
     router: RouterConfig | None = None,
     decode_policy: DecodePolicy | None = None,
+    registry: Registry | None = None,
 ) -> AsyncIterator[Cluster]:
     clock = SystemClock()
-    registry = MemoryRegistry(clock)
+    registry = registry or MemoryRegistry(clock)
     hub = LoopbackHub()
     config = router or RouterConfig(worker_wait_s=0)
     async with AsyncExitStack() as stack:
