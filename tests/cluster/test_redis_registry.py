@@ -66,8 +66,10 @@ def cluster(request: pytest.FixtureRequest) -> str:
     return str(request.node.name)[-64:]
 
 
-def registry_of(server: RedisServer, cluster: str = "test") -> RedisRegistry:
-    return RedisRegistry(server.url, cluster, call_timeout_s=0.5, reread_s=0.02)
+def registry_of(
+    server: RedisServer, cluster: str = "test", call_timeout_s: float = 5.0
+) -> RedisRegistry:
+    return RedisRegistry(server.url, cluster, call_timeout_s=call_timeout_s, reread_s=0.02)
 
 
 # -- leases and changes -------------------------------------------------------------------------
@@ -197,7 +199,7 @@ async def test_a_watch_ends_at_whatever_step_it_is_cancelled(
 
 
 async def test_a_redis_that_is_away_is_unavailable_in_bounded_time(server: RedisServer) -> None:
-    async with registry_of(server) as registry:
+    async with registry_of(server, call_timeout_s=0.3) as registry:
         await registry.register(record(), TTL_S)
         server.freeze()
         with pytest.raises(Unavailable, match="does not answer"):
@@ -221,7 +223,10 @@ async def test_a_watch_says_nothing_while_redis_is_frozen(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "cluster.redis_registry")
-    async with registry_of(server) as registry, aclosing(registry.watch()) as watch:
+    async with (
+        registry_of(server, call_timeout_s=0.3) as registry,
+        aclosing(registry.watch()) as watch,
+    ):
         await registry.register(record(), TTL_S)
         assert await soon(anext(watch)) == (record(),)
         server.freeze()
@@ -294,7 +299,7 @@ async def test_traffic_goes_on_without_redis_and_after_it_came_back(
     server: RedisServer, outage: str
 ) -> None:
     async with AsyncExitStack() as stack:
-        registry = await stack.enter_async_context(registry_of(server))
+        registry = await stack.enter_async_context(registry_of(server, call_timeout_s=1.0))
         cluster = await stack.enter_async_context(cluster_with(registry))
         numbers, everyone = count(), known(cluster.fleet)
         assert len(everyone) == 4
