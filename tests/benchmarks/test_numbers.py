@@ -23,7 +23,7 @@ def test_throughput_is_that_of_the_median() -> None:
     assert samples.spread() == "500.00..100000.00"
 
 
-async def test_every_round_has_every_way_in_an_order_of_its_own_and_the_warm_up_does_not_count() -> None:
+async def test_every_round_has_an_order_of_its_own_and_the_warm_up_does_not_count() -> None:
     calls: list[str] = []
 
     async def slow() -> float:
