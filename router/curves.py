@@ -9,10 +9,9 @@ are arithmetic on frozen coefficients, so that a decision may ask for a dozen of
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NewType
 
 from core.fit import CostFit
-from core.kv import KvLayout
 from core.messages import WorkerHello
 
 _QUEUE_PROMPT_TOKENS = 4096
@@ -30,15 +29,12 @@ _QUANTILES = 16
 _ENOUGH_OUTPUTS = 8
 
 
-class WorkerKind(NamedTuple):
-    """Workers that are taken to be equally fast: what a worker tells of its machine."""
-
-    layout: KvLayout
-    num_blocks: int
+WorkerKind = NewType("WorkerKind", str)
+"""Workers that are taken to be equally fast: what a worker tells of its machine."""
 
 
 def kind_of(hello: WorkerHello) -> WorkerKind:
-    return WorkerKind(hello.layout, hello.num_blocks)
+    return WorkerKind(f"{hello.layout} * {hello.num_blocks}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +48,10 @@ class PrefillCurve:
 
     def seconds(self, start: int, end: int) -> float:
         """To compute positions [start, end) of one prompt on an idle worker."""
-        steps, tokens, pairs = self.features(start, end)
-        return steps * self.step_s + tokens * self.token_s + pairs * self.pair_s
+        tokens = end - start
+        steps = -(-tokens // self.step_tokens)
+        pair_s = self.pair_s * (start + end + 1) / 2
+        return steps * self.step_s + tokens * (self.token_s + pair_s) if tokens > 0 else 0.0
 
     def features(self, start: int, end: int) -> tuple[int, int, float]:
         """Steps, tokens and pairs (of a token with itself or an earlier one) of [start, end)."""

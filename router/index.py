@@ -26,11 +26,11 @@ _BITS_PER_DIGIT = 30
 _INT_BYTES = 28
 
 
-class Held(NamedTuple):
-    """A worker and how many leading blocks of a prompt it holds."""
+class Level(NamedTuple):
+    """How many leading blocks of a prompt the slots of a mask hold."""
 
-    worker_id: WorkerId
     blocks: int
+    mask: int
 
 
 class PrefixIndex:
@@ -85,24 +85,28 @@ class PrefixIndex:
                 high = middle
         return low, mask
 
-    def holders(
-        self, hashes: Sequence[BlockHash], among: int, limit: int, start: int = 0
-    ) -> list[Held]:
-        """Up to `limit` workers of `among`, those with the longest prefixes first.
+    def levels(self, hashes: Sequence[BlockHash], among: int, enough: int) -> list[Level]:
+        """The longest prefixes that slots of `among` hold and their holders, longest first.
 
-        Of equal ones those are taken whose slots follow `start`, so that callers who vary it do
-        not all see the same few of many.
+        Each holder is in the one level of all it holds. Ends when `enough` holders are found, or
+        all; who is in none of them holds no more than the last level.
         """
-        found: list[Held] = []
+        found: list[Level] = []
         depth: int | None = None
-        while len(found) < limit and among:
+        while enough > 0 and among:
             depth, mask = self.longest(hashes, among, depth)
             if not mask:
                 break
+            found.append(Level(depth, mask))
             among &= ~mask
-            for slot in _slots(mask, limit - len(found), start):
-                found.append(Held(self._owners[slot], depth))
+            enough -= mask.bit_count()
         return found
+
+    def pick(self, mask: int, limit: int, start: int) -> list[WorkerId]:
+        """Up to `limit` workers of `mask`: those whose slots follow `start`, so that callers who
+        vary it do not all see the same few of many.
+        """
+        return [self._owners[slot] for slot in _slots(mask, limit, start)]
 
     # -- slots ----------------------------------------------------------------------------------
 

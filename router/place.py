@@ -7,7 +7,7 @@ from random import Random
 from core.ids import BlockHash, Incarnation, WorkerId
 from core.messages import PrefixSource
 from router.curves import Curves, peak_tokens
-from router.index import PrefixIndex
+from router.index import Level, PrefixIndex
 from router.policies.base import Slo
 from router.pool import Pool
 from router.view import WorkerView
@@ -69,24 +69,25 @@ class PrefillPoolQuery(PoolQuery):
         self._mask = pool.mask(known.index)
         for worker in closed:
             self._mask &= ~self._views[worker].holdings.bit
-        self._cached: dict[WorkerId, int] = {}
-        self._longest: int | None = None
+        self._levels: list[Level] | None = None
 
     def holders(self, limit: int) -> list[WorkerId]:
-        start = self.random.randrange(self._mask.bit_length() + 1)
-        found = self._known.index.holders(self.hashes, self._mask, limit, start)
-        for worker, blocks in found:
-            self._cached[worker] = self._usable(blocks)
-        self._longest = found[0].blocks if found else 0
-        return [worker for worker, _ in found]
+        index, found = self._known.index, list[WorkerId]()
+        self._levels = index.levels(self.hashes, self._mask, limit)
+        start = int(self.random.random() * self._mask.bit_length())
+        for level in self._levels:
+            found += index.pick(level.mask, limit - len(found), start)
+        return found
 
     def cached_tokens(self, worker: WorkerId) -> int:
-        cached = self._cached.get(worker)
-        if cached is None:
-            # Once the longest prefix that anybody holds is known, nobody's is longer.
-            depth = self._views[worker].holdings.depth(self.hashes, self._longest)
-            cached = self._cached[worker] = self._usable(depth)
-        return cached
+        holdings, blocks = self._views[worker].holdings, None
+        if self._levels is None:
+            self._levels = self._known.index.levels(self.hashes, self._mask, 1)
+        for level in self._levels:
+            blocks = level.blocks
+            if level.mask & holdings.bit:
+                return self._usable(blocks)
+        return self._usable(holdings.depth(self.hashes, blocks)) if blocks else 0
 
     def _usable(self, blocks: int) -> int:
         """The last token is always computed."""
@@ -115,17 +116,17 @@ class PrefillPoolQuery(PoolQuery):
         index, mask = self._known.index, everyone.mask(self._known.index)
         for worker in everyone.named(failed):
             mask &= ~everyone.views[worker].holdings.bit
-        start = self.random.randrange(mask.bit_length() + 1)
-        held = index.holders(wanted, mask, _SOURCES, start)
-        if not held or held[0].blocks * self.block_size <= here:
+        blocks, longest = index.longest(wanted, mask)
+        if blocks * self.block_size <= here:
             return None
-        longest = [everyone.views[w] for w, blocks in held if blocks == held[0].blocks]
-        best = min(longest, key=_busy).hello
+        start = int(self.random.random() * mask.bit_length())
+        some = index.pick(longest, _SOURCES, start)
+        best = min([everyone.views[worker] for worker in some], key=_busy).hello
         return PrefixSource(
             worker_id=best.worker_id,
             address=best.peer_address,
             incarnation=best.incarnation,
-            num_blocks=held[0].blocks,
+            num_blocks=blocks,
         )
 
 

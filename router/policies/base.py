@@ -172,16 +172,19 @@ def open_workers(query: Query) -> list[WorkerId]:
 
 
 def sample(query: Query, count: int, among: Sequence[WorkerId] | None = None) -> list[WorkerId]:
-    """Up to `count` different open workers, drawn evenly. Costs what it draws, not the pool.
-
-    Few are closed; when a draw meets only closed ones, the open ones are looked for.
+    """Up to `count` different open workers, drawn evenly. Costs what it draws, not the pool:
+    only where most draws meet the same or closed ones, in small pools, are all looked at.
     """
     pool = query.pool if among is None else among
-    drawn = query.random.sample(pool, min(2 * count, len(pool)))
-    found = [worker for worker in drawn if query.is_open(worker)][:count]
-    if found or among is not None:
-        return found
-    left = open_workers(query)
+    found: list[WorkerId] = []
+    draw, size = query.random.random, len(pool)
+    for _ in range(4 * count if size > count else 0):
+        worker = pool[int(draw() * size)]
+        if worker not in found and query.is_open(worker):
+            found.append(worker)
+            if len(found) == count:
+                return found
+    left = [worker for worker in pool if query.is_open(worker)]
     return query.random.sample(left, min(count, len(left)))
 
 

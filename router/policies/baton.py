@@ -12,7 +12,7 @@ the same one (M. Mitzenmacher, "The power of two choices in randomized load bala
 """
 
 from core.ids import WorkerId
-from router.policies.base import Decision, PrefillQuery, Scored, cheapest, sample
+from router.policies.base import Decision, PrefillQuery, Scored, sample
 from router.policies.hotness import HotnessTree
 from router.policies.ring import TwoRings
 
@@ -38,13 +38,13 @@ class Baton:
 
     def choose(self, query: PrefillQuery) -> Decision:
         scored = [self._score(query, worker) for worker in self.candidates_of(query)]
-        best = cheapest(scored, "cost")
-        if _ttft_s(query, best.worker_id) <= query.slo.ttft_s:
-            return best
-        keeping = [s for s in scored if _ttft_s(query, s.worker_id) <= query.slo.ttft_s]
+        best = min(scored, key=_cost)
+        if _ttft_s(best) <= query.slo.ttft_s:
+            return Decision(best.worker_id, scored, "cost")
+        keeping = [s for s in scored if _ttft_s(s) <= query.slo.ttft_s]
         if not keeping:
-            return best._replace(rule="cost, none keeps the target")
-        return Decision(cheapest(keeping).worker_id, scored, "target")
+            return Decision(best.worker_id, scored, "cost, none keeps the target")
+        return Decision(min(keeping, key=_cost).worker_id, scored, "target")
 
     def placed(self, query: PrefillQuery, decision: Decision) -> None:
         self._hotness.saw(query)
@@ -55,5 +55,9 @@ class Baton:
         return Scored(worker, self._queue_weight * queue_s + work_s, terms)
 
 
-def _ttft_s(query: PrefillQuery, worker: WorkerId) -> float:
-    return query.queue_s(worker) + query.work_s(worker)
+def _cost(candidate: Scored) -> float:
+    return candidate.cost
+
+
+def _ttft_s(candidate: Scored) -> float:
+    return sum(seconds for _, seconds in candidate.terms)

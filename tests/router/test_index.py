@@ -55,22 +55,25 @@ def test_a_lookup_probes_as_the_logarithm_of_the_prompt() -> None:
     assert asked.probes <= 13
 
 
-def test_holders_come_longest_first_and_each_once() -> None:
+def test_levels_come_longest_first_and_hold_each_worker_once() -> None:
     index, blocks = PrefixIndex(), chain(10)
-    for name, depth in (("a", 3), ("b", 9), ("c", 0), ("d", 6)):
+    for name, depth in (("a", 3), ("b", 9), ("c", 0), ("d", 6), ("e", 6)):
         joined(index, name, *blocks[:depth])
-    assert index.holders(blocks, index.live, 9) == [("b", 9), ("d", 6), ("a", 3)]
-    assert index.holders(blocks, index.live, 2) == [("b", 9), ("d", 6)]
+
+    def levels(enough: int) -> list[tuple[int, list[str]]]:
+        found = index.levels(blocks, index.live, enough)
+        return [(level.blocks, [str(w) for w in index.pick(level.mask, 9, 0)]) for level in found]
+
+    assert levels(9) == [(9, ["b"]), (6, ["d", "e"]), (3, ["a"])]
+    assert levels(2) == levels(3) == [(9, ["b"]), (6, ["d", "e"])]
 
 
-def test_of_many_equal_holders_another_start_finds_others() -> None:
-    index, blocks = PrefixIndex(), chain(4)
+def test_of_many_equal_holders_another_start_picks_others() -> None:
+    index = PrefixIndex()
     for i in range(8):
-        joined(index, str(i), *blocks)
-    found = {
-        holder.worker_id for start in range(8) for holder in index.holders(blocks, 255, 2, start)
-    }
-    assert found == set("01234567")
+        joined(index, str(i), *chain(4))
+    assert index.pick(0b10110101, 2, 3) == ["4", "5"]
+    assert index.pick(0b10110101, 3, 6) == ["7", "0", "2"]
 
 
 def test_workers_outside_the_mask_are_not_seen() -> None:
