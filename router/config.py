@@ -6,7 +6,18 @@ from pydantic import Field
 
 from core.config import Settings
 
-PrefillPolicyName = Literal["baton", "round_robin", "random", "least_load", "power_of_two"]
+PrefillPolicyName = Literal[
+    "baton",
+    "round_robin",
+    "random",
+    "least_load",
+    "power_of_two",
+    "prefix_affinity",
+    "dynamo_cost",
+    "mooncake_ttft",
+    "dualmap",
+    "preble",
+]
 DecodePolicyName = Literal["baton", "round_robin", "random", "least_load", "power_of_two"]
 
 

@@ -7,6 +7,11 @@ from router.config import RouterConfig
 from router.policies.base import DecodePolicy, PrefillPolicy, Slo
 from router.policies.baton import Baton
 from router.policies.decode import BatonDecode
+from router.policies.dualmap import DualMap
+from router.policies.dynamo_cost import DynamoCost
+from router.policies.mooncake_ttft import MooncakeTtft
+from router.policies.preble import Preble
+from router.policies.prefix_affinity import PrefixAffinity
 from router.policies.simple import (
     DecodeLeastLoad,
     DecodePowerOfTwo,
@@ -34,6 +39,11 @@ PREFILL: Mapping[str, Callable[[RouterConfig], PrefillPolicy]] = {
     "random": lambda config: Uniform(),
     "least_load": lambda config: LeastLoad(),
     "power_of_two": lambda config: PowerOfTwo(),
+    "prefix_affinity": lambda config: PrefixAffinity(),
+    "dynamo_cost": lambda config: DynamoCost(),
+    "mooncake_ttft": lambda config: MooncakeTtft(),
+    "dualmap": lambda config: DualMap(),
+    "preble": lambda config: Preble(),
 }
 DECODE: Mapping[str, Callable[[], DecodePolicy]] = {
     "baton": BatonDecode,
