@@ -34,10 +34,10 @@ from core.registry import Registry
 from engine.build import describe_model
 from router.app import create_app
 from router.fleet import Fleet
-from router.flow import Flow, Policies
+from router.flow import Flow
 from router.metrics import EdgeMetrics, FlowMetrics
-from router.policies.cache_aware import CacheAware
-from router.policies.power_of_two import PowerOfTwo
+from router.policies.base import Slo
+from router.policies.build import build_policies
 from router.progress import SequenceObserver
 from router.serve import bind_listener, serve
 from router.spans import SpanRecorder
@@ -122,6 +122,7 @@ async def run_router(
                 router_id=router_id,
                 model_id=model.model_id,
                 silence_s=config.router.worker_silence_s,
+                index_bytes=config.router.index_max_mb * 1024 * 1024,
             )
             app = create_app(
                 _flow(config, fleet, metrics, clock),
@@ -142,11 +143,10 @@ def _flow(config: ClusterConfig, fleet: Fleet, metrics: EdgeMetrics, clock: Cloc
     observers: list[SequenceObserver] = [FlowMetrics(metrics.registry)]
     if config.telemetry.spans_file is not None:
         observers.append(SpanRecorder(trace.get_tracer("baton.router"), clock))
+    slo = Slo(ttft_s=config.slo.ttft_ms / 1e3, tpot_s=config.slo.tpot_ms / 1e3)
     return Flow(
         fleet=fleet,
-        policies=Policies(
-            prefill=CacheAware(config.router.prefill_queue_weight), decode=PowerOfTwo()
-        ),
+        policies=build_policies(config.router, slo),
         config=config.router,
         clock=clock,
         random=Random(),

@@ -39,7 +39,7 @@ from core.messages import (
     RenewLeases,
 )
 from core.stages import Stage
-from router.chooser import Chooser
+from router.chooser import Chooser, Placement
 from router.client import Leg, LegEvent, WorkerLink
 from router.move import Move, handoff_to
 from router.progress import Progress
@@ -105,7 +105,7 @@ class Attempt:
         progress.mark(Stage.ROUTE)
         placed = self._chooser.for_prefill(self._context, request.cache_salt, self._failed)
         progress.prefill_worker = placed.link.record.worker_id
-        log.info("route_prefill request_id=%s %s", request.request_id, placed.decision.explain())
+        self._log_route("route_prefill", placed)
         progress.mark(Stage.PREFILL, progress.prefill_worker)
         self._prefill = placed.link.submit(
             lambda number: PrefillSubmit(
@@ -233,10 +233,12 @@ class Attempt:
             self._submit_decode()
 
     def _submit_decode(self) -> None:
-        placed = self._chooser.for_decode(self._total_tokens, self._failed)
-        request_id = self._progress.request.request_id
+        address = self._handoff.owner_address if self._handoff is not None else ""
+        placed = self._chooser.for_decode(
+            len(self._context), self._total_tokens, self._failed, kv_address=address
+        )
         self._progress.decode_worker = placed.link.record.worker_id
-        log.info("route_decode request_id=%s %s", request_id, placed.decision.explain())
+        self._log_route("route_decode", placed)
         self._decode = self._decode_leg(placed.link, self._handoff, placed.load_tokens)
 
     def _decode_leg(self, link: WorkerLink, handoff: Handoff | None, load_tokens: int) -> Leg:
@@ -263,6 +265,12 @@ class Attempt:
         left = self._progress.request.sampling.max_tokens - self._output_position
         return len(self._context) + left
 
+    def _log_route(self, event: str, placed: Placement) -> None:
+        """One line explains the choice, where it is asked for: it costs as much as the choice."""
+        if log.isEnabledFor(logging.DEBUG):
+            request_id = self._progress.request.request_id
+            log.debug("%s request_id=%s %s", event, request_id, placed.decision.explain())
+
     def _hear(self, leg: Leg, event: LegEvent) -> None:
         self._inbox.put_nowait((leg, event))
 
@@ -276,9 +284,9 @@ class Attempt:
         if self._move is not None and not self._move.over:
             raise InvalidRequest("this sequence is on its way already", param="request_id")
         incarnation = source.link.record.incarnation
-        placed = self._chooser.for_move(self._total_tokens, incarnation, to)
-        request_id = self._progress.request.request_id
-        log.info("route_migration request_id=%s %s", request_id, placed.decision.explain())
+        context_tokens = len(self._progress.request.prompt_tokens) + len(self._progress.tokens)
+        placed = self._chooser.for_move(context_tokens, self._total_tokens, incarnation, to)
+        self._log_route("route_migration", placed)
         move = self._move = Move(source, placed, self._decode_leg, self._clock)
         try:
             async with asyncio.timeout(timeout_s):

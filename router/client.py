@@ -36,6 +36,7 @@ from core.registry import WorkerRecord
 from core.stages import Stage
 from kv_transfer.codec import UnknownMessage
 from router.codec import from_worker, to_worker
+from router.index import PrefixIndex
 from router.view import WorkerView
 from wire import common_pb2, worker_pb2, worker_pb2_grpc
 
@@ -68,12 +69,24 @@ class Leg:
 
 
 class WorkerLink:
-    """The stream to one incarnation of one worker. `run` is its only task."""
+    """The stream to one incarnation of one worker. `run` is its only task.
+
+    `on_change` is called when what `routable` answers, or whose view it is, has changed.
+    """
 
     def __init__(
-        self, record: WorkerRecord, router_id: str, model_id: ModelId, silence_s: float
+        self,
+        record: WorkerRecord,
+        router_id: str,
+        model_id: ModelId,
+        silence_s: float,
+        *,
+        index: PrefixIndex,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.record = record
+        self._index = index
+        self._on_change = on_change
         self._silence_s = silence_s
         self._heard = 0
         self._router_id = router_id
@@ -150,6 +163,7 @@ class WorkerLink:
                 view = await self._read_hello(stream)
             self.view = view
             self.was_connected = True
+            self._on_change()
             log.info(
                 "worker_connected worker_id=%s role=%s", self.record.worker_id, view.hello.role
             )
@@ -182,7 +196,7 @@ class WorkerLink:
             raise WorkerLost(f"it speaks protocol {hello.protocol_major}, not {PROTOCOL_MAJOR}")
         if hello.model_id != self._model_id:
             raise WorkerLost(f"it serves model {hello.model_id}, not {self._model_id}")
-        return WorkerView(hello)
+        return WorkerView(hello, self._index.join(hello.worker_id))
 
     def _receive(self, view: WorkerView, raw: worker_pb2.ToRouter) -> None:
         try:
@@ -203,7 +217,10 @@ class WorkerLink:
                 view.ended(message.number)
                 self._tell(message.number, message)
             case LoadReport():
+                was_routable = self.routable is not None
                 view.reported(message)
+                if was_routable is message.draining:
+                    self._on_change()
             case KvEvents():
                 if not view.apply_events(message):
                     self.send(SnapshotRequest())
@@ -211,6 +228,7 @@ class WorkerLink:
                 view.apply_snapshot(message)
             case WorkerHello():
                 view.hello = message
+                self._on_change()
 
     def _tell(self, number: int, event: LegEvent) -> None:
         leg = self._legs.get(number)
@@ -229,7 +247,10 @@ class WorkerLink:
     def _lose(self, reason: str) -> None:
         level = logging.WARNING if self.view is not None else logging.DEBUG
         log.log(level, "worker_lost worker_id=%s reason=%s", self.record.worker_id, reason)
-        self.view = None
+        if self.view is not None:
+            self.view.holdings.leave()
+            self.view = None
+            self._on_change()
         self._outbox.close()
         legs, self._legs = self._legs, {}
         for leg in legs.values():

@@ -1,8 +1,24 @@
 """Settings of the router."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from core.config import Settings
+
+PrefillPolicyName = Literal[
+    "baton",
+    "round_robin",
+    "random",
+    "least_load",
+    "power_of_two",
+    "prefix_affinity",
+    "dynamo_cost",
+    "mooncake_ttft",
+    "dualmap",
+    "preble",
+]
+DecodePolicyName = Literal["baton", "round_robin", "random", "least_load", "power_of_two"]
 
 
 class RouterConfig(Settings):
@@ -27,5 +43,12 @@ class RouterConfig(Settings):
     """A request waits for so long, in all, while a pool has no routable worker: a restart."""
     max_attempts: int = Field(3, ge=1)
     """Placements tried for one sequence before its error reaches the client."""
+    prefill_policy: PrefillPolicyName = "baton"
+    """How a prefill worker is chosen; the others are for comparison. See router/policies/."""
+    decode_policy: DecodePolicyName = "baton"
+    """How a decode worker is chosen."""
     prefill_queue_weight: float = Field(0.1, ge=0)
-    """Weight of queued work against own uncached work in the prefill cost."""
+    """Weight of queued work against own uncached work in baton's prefill cost."""
+    index_max_mb: int = Field(1024, ge=1)
+    """Bound of the prefix index: about 5 million blocks, with few workers. When it is full, newly
+    cached blocks are not known to the router until workers have evicted others."""

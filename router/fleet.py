@@ -2,12 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from core.errors import Unavailable
-from core.ids import Incarnation, ModelId, Role
+from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.registry import Registry, WorkerRecord
 from router.client import WorkerLink
+from router.index import DEFAULT_MAX_BYTES, PrefixIndex
+from router.pool import Pool
+from router.types import ServingLimits
+from router.view import WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -25,28 +29,48 @@ class Fleet:
         router_id: str,
         model_id: ModelId,
         silence_s: float,
+        index_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
+        self.index = PrefixIndex(index_bytes)
+        """What all workers hold, whatever their role."""
         self._registry = registry
         self._router_id = router_id
         self._model_id = model_id
         self._silence_s = silence_s
         self._links: dict[Incarnation, WorkerLink] = {}
         self._wanted: dict[Incarnation, WorkerRecord] = {}
+        self._members: _Members | None = None
 
     def links(self) -> tuple[WorkerLink, ...]:
         """All links, connected or not."""
         return tuple(self._links.values())
 
-    def routable(self, role: Role, excluding: Collection[Incarnation] = ()) -> list[WorkerLink]:
-        """Links of this role that take requests now; of two lives of a worker, the later one."""
-        latest = {link.record.worker_id: link for link in self._links.values() if link.routable}
-        return [
-            link
-            for link in latest.values()
-            if (view := link.routable) is not None
-            and view.hello.role is role
-            and link.record.incarnation not in excluding
-        ]
+    def pool(self, role: Role) -> Pool:
+        """Workers of this role that take requests now; the same object until one comes or goes."""
+        return self._now.pools[role]
+
+    def link(self, role: Role, worker_id: WorkerId) -> WorkerLink:
+        """Of a member of that pool."""
+        return self._now.links[role][worker_id]
+
+    @property
+    def everyone(self) -> Pool:
+        """All connected workers, also those that take no requests: whose caches may be read."""
+        return self._now.everyone
+
+    @property
+    def limits(self) -> ServingLimits:
+        """What the connected workers can hold."""
+        return self._now.limits
+
+    @property
+    def _now(self) -> "_Members":
+        if self._members is None:
+            self._members = _Members(self.links())
+        return self._members
+
+    def _changed(self) -> None:
+        self._members = None
 
     async def run(self) -> None:
         """Follow the registry until cancelled."""
@@ -64,7 +88,14 @@ class Fleet:
                 await asyncio.sleep(_RECONNECT_S)
 
     def _link(self, record: WorkerRecord) -> WorkerLink:
-        link = WorkerLink(record, self._router_id, self._model_id, self._silence_s)
+        link = WorkerLink(
+            record,
+            self._router_id,
+            self._model_id,
+            self._silence_s,
+            index=self.index,
+            on_change=self._changed,
+        )
         self._links[record.incarnation] = link
         return link
 
@@ -84,3 +115,29 @@ class Fleet:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _RECONNECT_MAX_S)
             link = self._link(self._wanted.get(incarnation, link.record))
+
+
+class _Members:
+    """Who is there; of two lives of one worker, the later one."""
+
+    def __init__(self, links: Sequence[WorkerLink]) -> None:
+        routable: dict[WorkerId, WorkerLink] = {}
+        connected: dict[WorkerId, WorkerView] = {}
+        for link in links:
+            if link.view is not None:
+                connected[link.view.hello.worker_id] = link.view
+            if link.routable is not None:
+                routable[link.record.worker_id] = link
+        self.everyone = Pool(connected)
+        self.links: dict[Role, dict[WorkerId, WorkerLink]] = {role: {} for role in Role}
+        for worker_id, link in routable.items():
+            if link.view is not None:
+                self.links[link.view.hello.role][worker_id] = link
+        self.pools = {
+            role: Pool({w: link.view for w, link in members.items() if link.view is not None})
+            for role, members in self.links.items()
+        }
+        self.limits = ServingLimits(
+            context_tokens=min((view.capacity_tokens for view in connected.values()), default=0),
+            ready=all(pool.workers for pool in self.pools.values()),
+        )

@@ -10,19 +10,18 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from random import Random
 
 from core import telemetry
 from core.clock import Clock
 from core.errors import InvalidRequest, Unavailable
-from core.ids import Incarnation, RequestId, Role, WorkerId
+from core.ids import Incarnation, RequestId, WorkerId
 from router.attempt import Attempt
 from router.chooser import Chooser
 from router.client import WorkerLink
 from router.config import RouterConfig
 from router.fleet import Fleet
-from router.policies.base import DecodePolicy, PrefillPolicy
+from router.policies.build import Policies
 from router.progress import Observed, Progress, SequenceObserver
 from router.types import (
     Generated,
@@ -35,14 +34,6 @@ from router.types import (
 log = logging.getLogger(__name__)
 
 _RETRY_PAUSE_S = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policies:
-    """Who decides where a sequence goes."""
-
-    prefill: PrefillPolicy
-    decode: DecodePolicy
 
 
 class Flow:
@@ -59,10 +50,10 @@ class Flow:
         observers: Sequence[SequenceObserver] = (),
     ) -> None:
         self._fleet = fleet
-        self._chooser = Chooser(fleet, policies.prefill, policies.decode, random)
+        self._chooser = Chooser(fleet, policies, clock, random)
         self._config = config
         self._clock = clock
-        self._observers = tuple(observers)
+        self._observers = (self._chooser, *observers)
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
@@ -130,11 +121,7 @@ class Flow:
             raise error
 
     def limits(self) -> ServingLimits:
-        views = [link.view for link in self._fleet.links() if link.view is not None]
-        return ServingLimits(
-            context_tokens=min((view.capacity_tokens for view in views), default=0),
-            ready=all(self._fleet.routable(role) for role in Role),
-        )
+        return self._fleet.limits
 
     def workers(self) -> tuple[WorkerStatus, ...]:
         return tuple(_describe(link) for link in self._fleet.links())

@@ -1,126 +1,180 @@
-"""From links to candidates to a placement: what flow.py asks before it submits."""
+"""From pools and views to a placement: the queries the policies ask, and what a choice means."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from core.ids import BlockHash
+from core.ids import BlockHash, Incarnation, WorkerId
 from core.messages import PrefixSource
-from router.client import WorkerLink
-from router.policies.base import (
-    Decision,
-    DecodeCandidate,
-    DecodePolicy,
-    PrefillCandidate,
-    PrefillPolicy,
-)
+from router.curves import Curves, peak_tokens
+from router.index import Level, PrefixIndex
+from router.policies.base import Slo
+from router.pool import Pool
 from router.view import WorkerView
+
+_SOURCES = 4
+_RESERVE = 0.03
+"""Share of an arena that a predicted peak leaves free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """The link chosen, why, and the load the leg will be to it (tokens).
+class Knowledge:
+    """What all decisions of one router draw on."""
 
-    `source` is another worker that holds more of the prompt than the chosen one.
-    """
-
-    link: WorkerLink
-    decision: Decision
-    load_tokens: int
-    source: PrefixSource | None = None
+    index: PrefixIndex
+    curves: Curves
+    slo: Slo
+    random: Random
 
 
-def place_prefill(
-    links: Sequence[WorkerLink],
-    prompt_tokens: int,
-    hashes: Sequence[BlockHash],
-    policy: PrefillPolicy,
-    random: Random,
-    *,
-    holders: Sequence[WorkerLink] = (),
-) -> Placement:
-    """`links` are routable and not empty; `holders` are those whose caches may be read."""
-    candidates = [
-        _prefill_candidate(link, view, hashes) for link in links if (view := link.routable)
-    ]
-    decision = policy.choose(prompt_tokens, candidates, random)
-    chosen = next(c for c in candidates if c.worker_id == decision.worker_id)
-    link = next(link for link in links if link.record.worker_id == decision.worker_id)
-    return Placement(
-        link=link,
-        decision=decision,
-        load_tokens=prompt_tokens - chosen.cached_tokens,
-        source=find_source(link, prompt_tokens, hashes, holders),
-    )
+class PoolQuery:
+    """The part of router.policies.base.Query that both roles share."""
+
+    def __init__(
+        self, pool: Pool, known: Knowledge, now_s: float, closed: frozenset[WorkerId]
+    ) -> None:
+        self.pool = pool.workers
+        self.random = known.random
+        self.slo = known.slo
+        self.now_s = now_s
+        self._members = pool
+        self._views = pool.views
+        self._known = known
+        self._closed = closed
+
+    def is_open(self, worker: WorkerId) -> bool:
+        return worker not in self._closed
+
+    def sequences(self, worker: WorkerId) -> int:
+        return self._views[worker].sequences
 
 
-def find_source(
-    chosen: WorkerLink,
-    prompt_tokens: int,
-    hashes: Sequence[BlockHash],
-    holders: Sequence[WorkerLink],
-) -> PrefixSource | None:
-    """Who holds the longest prefix of the prompt, if it is longer than what `chosen` holds.
+class PrefillPoolQuery(PoolQuery):
+    """Implements router.policies.base.PrefillQuery."""
 
-    Of equals the one with the fewest sequences. The last token of a prompt is always computed, so
-    its block counts for nobody.
-    """
-    here = chosen.view
-    if here is None:
-        return None
-    wanted = hashes[: (prompt_tokens - 1) // here.hello.layout.block_size]
-    most = here.cached_blocks(wanted) + 1
-    best: WorkerView | None = None
-    for link in holders:
-        view = link.view
-        blocks = view.cached_blocks(wanted, at_least=most) if view is not None else 0
-        if view is None or blocks < most:
-            continue
-        if best is None or blocks > most or _less_busy(view, best):
-            best, most = view, blocks
-    if best is None:
-        return None
-    return PrefixSource(
-        worker_id=best.hello.worker_id,
-        address=best.hello.peer_address,
-        incarnation=best.hello.incarnation,
-        num_blocks=most,
-    )
+    def __init__(
+        self,
+        pool: Pool,
+        known: Knowledge,
+        now_s: float,
+        *,
+        tokens: int,
+        hashes: Sequence[BlockHash],
+        closed: frozenset[WorkerId] = frozenset(),
+    ) -> None:
+        super().__init__(pool, known, now_s, closed)
+        self.tokens = tokens
+        self.hashes = hashes
+        self.block_size = self._views[self.pool[0]].hello.layout.block_size
+        self._mask = pool.mask(known.index)
+        for worker in closed:
+            self._mask &= ~self._views[worker].holdings.bit
+        self._levels: list[Level] | None = None
+
+    def holders(self, limit: int) -> list[WorkerId]:
+        index, found = self._known.index, list[WorkerId]()
+        self._levels = index.levels(self.hashes, self._mask, limit)
+        start = int(self.random.random() * self._mask.bit_length())
+        for level in self._levels:
+            found += index.pick(level.mask, limit - len(found), start)
+        return found
+
+    def cached_tokens(self, worker: WorkerId) -> int:
+        holdings, blocks = self._views[worker].holdings, None
+        if self._levels is None:
+            self._levels = self._known.index.levels(self.hashes, self._mask, 1)
+        for level in self._levels:
+            blocks = level.blocks
+            if level.mask & holdings.bit:
+                return self._usable(blocks)
+        return self._usable(holdings.depth(self.hashes, blocks)) if blocks else 0
+
+    def _usable(self, blocks: int) -> int:
+        """The last token is always computed."""
+        return min(blocks * self.block_size, self.tokens - 1)
+
+    def queued_tokens(self, worker: WorkerId) -> int:
+        view = self._views[worker]
+        return view.unseen_tokens + (view.load.queued_tokens if view.load is not None else 0)
+
+    def queue_s(self, worker: WorkerId) -> float:
+        kind = self._views[worker].kind
+        return self.queued_tokens(worker) * self._known.curves.queue_token_s(kind)
+
+    def work_s(self, worker: WorkerId) -> float:
+        curve = self._known.curves.prefill(self._views[worker].kind)
+        return curve.seconds(self.cached_tokens(worker), self.tokens)
+
+    def source(
+        self, chosen: WorkerId, everyone: Pool, failed: Collection[Incarnation]
+    ) -> PrefixSource | None:
+        """Who of `everyone`, of any role, holds more of the prompt than `chosen`: the longest
+        prefix, of equals the one with the fewest sequences among a few.
+        """
+        here = self.cached_tokens(chosen)
+        wanted = self.hashes[: (self.tokens - 1) // self.block_size]
+        index, mask = self._known.index, everyone.mask(self._known.index)
+        for worker in everyone.named(failed):
+            mask &= ~everyone.views[worker].holdings.bit
+        blocks, longest = index.longest(wanted, mask)
+        if blocks * self.block_size <= here:
+            return None
+        start = int(self.random.random() * mask.bit_length())
+        some = index.pick(longest, _SOURCES, start)
+        best = min([everyone.views[worker] for worker in some], key=_busy).hello
+        return PrefixSource(
+            worker_id=best.worker_id,
+            address=best.peer_address,
+            incarnation=best.incarnation,
+            num_blocks=blocks,
+        )
 
 
-def _less_busy(view: WorkerView, other: WorkerView) -> bool:
-    mine, its = (view.sequences, view.hello.worker_id), (other.sequences, other.hello.worker_id)
-    return mine < its
+def _busy(view: WorkerView) -> tuple[int, WorkerId]:
+    return view.sequences, view.hello.worker_id
 
 
-def place_decode(
-    links: Sequence[WorkerLink], total_tokens: int, policy: DecodePolicy, random: Random
-) -> Placement:
-    """`links` are routable and not empty; `total_tokens` is context plus what may come."""
-    candidates = [_decode_candidate(link, view) for link in links if (view := link.routable)]
-    decision = policy.choose(total_tokens, candidates, random)
-    link = next(link for link in links if link.record.worker_id == decision.worker_id)
-    return Placement(link=link, decision=decision, load_tokens=total_tokens)
+class DecodePoolQuery(PoolQuery):
+    """Implements router.policies.base.DecodeQuery. `kv_address`: where the sequence's KV is now."""
 
+    def __init__(
+        self,
+        pool: Pool,
+        known: Knowledge,
+        now_s: float,
+        *,
+        tokens: int,
+        max_tokens: int,
+        kv_address: str = "",
+        closed: frozenset[WorkerId] = frozenset(),
+    ) -> None:
+        super().__init__(pool, known, now_s, closed)
+        self._tokens = tokens
+        self._max_tokens = max_tokens
+        self.near: tuple[WorkerId, ...] = pool.near(kv_address) if kv_address else ()
 
-def _prefill_candidate(
-    link: WorkerLink, view: WorkerView, hashes: Sequence[BlockHash]
-) -> PrefillCandidate:
-    reported = view.load.queued_tokens if view.load is not None else 0
-    return PrefillCandidate(
-        worker_id=link.record.worker_id,
-        cached_tokens=view.cached_blocks(hashes) * view.hello.layout.block_size,
-        queued_tokens=reported + view.unseen_tokens,
-    )
+    def context_tokens(self, worker: WorkerId) -> int:
+        view = self._views[worker]
+        return view.unseen_tokens + (view.load.context_tokens if view.load is not None else 0)
 
+    def free_tokens(self, worker: WorkerId) -> int:
+        view = self._views[worker]
+        free_blocks = view.load.free_blocks if view.load is not None else 0
+        return free_blocks * view.hello.layout.block_size - view.unseen_tokens
 
-def _decode_candidate(link: WorkerLink, view: WorkerView) -> DecodeCandidate:
-    load = view.load
-    free_blocks = load.free_blocks if load is not None else 0
-    free_tokens = free_blocks * view.hello.layout.block_size - view.unseen_tokens
-    return DecodeCandidate(
-        worker_id=link.record.worker_id,
-        sequences=view.sequences,
-        context_tokens=(load.context_tokens if load is not None else 0) + view.unseen_tokens,
-        free_tokens=free_tokens,
-    )
+    def fits(self, worker: WorkerId) -> bool:
+        """Before enough answers have ended to predict from, the worst case must fit."""
+        residuals = self._known.curves.residuals
+        if not residuals:
+            return self.free_tokens(worker) >= self._max_tokens
+        hello = self._views[worker].hello
+        arena_tokens = hello.num_blocks * hello.layout.block_size
+        peak = peak_tokens(
+            self.context_tokens(worker) + self._tokens, self.sequences(worker) + 1, residuals
+        )
+        return peak <= (1 - _RESERVE) * arena_tokens and self.free_tokens(worker) >= self._tokens
+
+    def tpot_s(self, worker: WorkerId) -> float:
+        curve = self._known.curves.decode(self._views[worker].kind)
+        context_tokens = self.context_tokens(worker) + self._tokens
+        return curve.seconds(self.sequences(worker) + 1, context_tokens)

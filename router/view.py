@@ -4,39 +4,40 @@ from collections.abc import Sequence
 
 from core.ids import BlockHash
 from core.messages import KvEvents, KvSnapshot, KvStored, LoadReport, WorkerHello
+from router.curves import WorkerKind, kind_of
+from router.index import Holdings
 
 
 class WorkerView:
     """Built from one stream's messages and this router's own submits; gone with the stream."""
 
-    def __init__(self, hello: WorkerHello) -> None:
+    def __init__(self, hello: WorkerHello, holdings: Holdings) -> None:
         self.hello = hello
+        self.kind: WorkerKind = kind_of(hello)
         self.load: LoadReport | None = None
+        self.holdings = holdings
+        self.unseen_tokens = 0
+        """Tokens of own submits that no report holds yet."""
         self._own: dict[int, int] = {}
-        self._cached: set[BlockHash] = set()
         self._next_event: int | None = None
-        self._snapshot: set[BlockHash] = set()
+        self._asked = True
 
     # -- load -----------------------------------------------------------------------------------
 
     def submitted(self, number: int, tokens: int) -> None:
-        """This router sent a submit that the worker's reports may not show yet."""
+        """This router sent a submit, numbered upwards, that no report shows yet."""
         self._own[number] = tokens
+        self.unseen_tokens += tokens
 
     def ended(self, number: int) -> None:
         """That leg is over."""
-        self._own.pop(number, None)
+        self.unseen_tokens -= self._own.pop(number, 0)
 
     def reported(self, load: LoadReport) -> None:
         """A report holds every submit up to the one it names."""
         self.load = load
-        for number in [number for number in self._own if number <= load.last_submit]:
-            del self._own[number]
-
-    @property
-    def unseen_tokens(self) -> int:
-        """Tokens of own submits that no report holds yet."""
-        return sum(self._own.values())
+        while self._own and (number := next(iter(self._own))) <= load.last_submit:
+            self.unseen_tokens -= self._own.pop(number)
 
     @property
     def unseen_submits(self) -> int:
@@ -57,41 +58,29 @@ class WorkerView:
     # -- cache ----------------------------------------------------------------------------------
 
     def apply_events(self, message: KvEvents) -> bool:
-        """False when events are missing: a snapshot must be asked for."""
+        """False when events are missing and a snapshot must be asked for: once per gap."""
         if self._next_event is None:
             return True  # before the first snapshot, which holds these
         if message.first_number > self._next_event:
-            return False
+            asked, self._asked = self._asked, True
+            return asked
         for number, event in enumerate(message.events, message.first_number):
             if number < self._next_event:
                 continue
             if isinstance(event, KvStored):
-                self._cached.update(event.hashes)
+                self.holdings.stored(event.hashes)
             else:
-                self._cached.difference_update(event.hashes)
+                self.holdings.removed(event.hashes)
             self._next_event = number + 1
         return True
 
     def apply_snapshot(self, message: KvSnapshot) -> None:
         """Chunks gather beside what is known and replace it with the last one."""
-        self._snapshot.update(message.hashes)
+        self.holdings.gather(message.hashes)
         if message.last:
-            self._cached, self._snapshot = self._snapshot, set()
-            self._next_event = message.next_number
+            self.holdings.swap()
+            self._next_event, self._asked = message.next_number, False
 
-    def cached_blocks(self, hashes: Sequence[BlockHash], at_least: int = 0) -> int:
-        """Length of the longest prefix of `hashes` held, in blocks; 0 if less than `at_least`.
-
-        Holdings are closed under prefix (eviction is leaf first), so it can be bisected, and one
-        look tells whether it is as long as that.
-        """
-        if at_least > len(hashes) or (at_least and hashes[at_least - 1] not in self._cached):
-            return 0
-        low, high = at_least, len(hashes)
-        while low < high:
-            middle = (low + high) // 2
-            if hashes[middle] in self._cached:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def cached_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """Length of the longest prefix of `hashes` held, in blocks."""
+        return self.holdings.depth(hashes)

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, TypeVar
 
@@ -54,10 +54,9 @@ from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from router.fleet import Fleet
-from router.flow import Flow, Policies
+from router.flow import Flow
 from router.policies.base import DecodePolicy
-from router.policies.cache_aware import CacheAware
-from router.policies.power_of_two import PowerOfTwo
+from router.policies.build import build_policies
 from router.types import GenerateRequest
 
 BLOCK_SIZE = 4
@@ -497,12 +496,12 @@ async def running_cluster(
                 await registry.register(served.record, 3600.0)
         model_id = make_engine(1).info.model_id
         fleet = Fleet(registry, router_id="test", model_id=model_id, silence_s=5.0)
+        policies = build_policies(config)
+        if decode_policy is not None:
+            policies = replace(policies, decode=decode_policy)
         flow = Flow(
             fleet=fleet,
-            policies=Policies(
-                prefill=CacheAware(config.prefill_queue_weight),
-                decode=decode_policy or PowerOfTwo(),
-            ),
+            policies=policies,
             config=config,
             clock=clock,
             random=Random(0),

@@ -23,9 +23,8 @@ from core.registry import MemoryRegistry, WorkerRecord
 from core.sampling import SamplingParams
 from engine.build import describe_model
 from router.fleet import Fleet
-from router.flow import Flow, Policies
-from router.policies.cache_aware import CacheAware
-from router.policies.power_of_two import PowerOfTwo
+from router.flow import Flow
+from router.policies.build import build_policies
 from router.types import Generated, GenerateRequest
 from wire import worker_pb2, worker_pb2_grpc
 
@@ -126,9 +125,7 @@ async def flow_over(config_path: Path, workers: Sequence[WorkerProcess]) -> Asyn
     )
     flow = Flow(
         fleet=fleet,
-        policies=Policies(
-            prefill=CacheAware(config.router.prefill_queue_weight), decode=PowerOfTwo()
-        ),
+        policies=build_policies(config.router),
         config=config.router,
         clock=clock,
         random=Random(0),

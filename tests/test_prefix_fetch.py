@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import grpc
 import pytest
@@ -23,7 +24,11 @@ from engine.config import EngineConfig
 from engine.timed import TimedEngine
 from engine.types import Sampled, SeqStep
 from router.client import Leg, LegEvent, WorkerLink
-from router.place import find_source
+from router.curves import Curves
+from router.index import PrefixIndex
+from router.place import Knowledge, PrefillPoolQuery
+from router.policies.build import DEFAULT_SLO
+from router.pool import Pool
 from router.types import Generated, Timings
 from tests.processes import (
     WorkerProcess,
@@ -114,8 +119,9 @@ class Answer:
 class Links:
     """Streams to some workers, as a router has them."""
 
-    def __init__(self, links: Sequence[WorkerLink]) -> None:
+    def __init__(self, links: Sequence[WorkerLink], index: PrefixIndex) -> None:
         self.links = links
+        self.known = Knowledge(index=index, curves=Curves(), slo=DEFAULT_SLO, random=Random(0))
 
     def hashes(self, prompt: Sequence[int]) -> list[BlockHash]:
         view = self.links[0].view
@@ -126,8 +132,12 @@ class Links:
         """Whom the router would name, once the KV events of `num_blocks` blocks have come."""
         async with asyncio.timeout(WAIT_S):
             while True:
-                link, hashes = self.links[chosen], self.hashes(prompt)
-                source = find_source(link, len(prompt), hashes, self.links)
+                views = {w.record.worker_id: w.view for w in self.links if w.view is not None}
+                everyone, hashes = Pool(views), self.hashes(prompt)
+                query = PrefillPoolQuery(
+                    everyone, self.known, 0.0, tokens=len(prompt), hashes=hashes
+                )
+                source = query.source(self.links[chosen].record.worker_id, everyone, ())
                 if source is not None and source.num_blocks >= num_blocks:
                     return source
                 await asyncio.sleep(0.005)
@@ -166,13 +176,14 @@ class Links:
 
 @asynccontextmanager
 async def linked(workers: Sequence[WorkerProcess]) -> AsyncIterator[Links]:
-    links = [WorkerLink(w.record, "test", w.record.model_id, 60.0) for w in workers]
+    index = PrefixIndex()
+    links = [WorkerLink(w.record, "test", w.record.model_id, 60.0, index=index) for w in workers]
     tasks = [asyncio.create_task(link.run()) for link in links]
     try:
         async with asyncio.timeout(WAIT_S):
             while not all(link.routable for link in links):
                 await asyncio.sleep(0.005)
-        yield Links(links)
+        yield Links(links, index)
     finally:
         for task in tasks:
             task.cancel()

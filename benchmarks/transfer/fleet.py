@@ -22,9 +22,8 @@ from core.registry import MemoryRegistry, WorkerRecord
 from engine.build import describe_model
 from engine.config import EngineConfig
 from router.fleet import Fleet
-from router.flow import Flow, Policies
-from router.policies.cache_aware import CacheAware
-from router.policies.power_of_two import PowerOfTwo
+from router.flow import Flow
+from router.policies.build import build_policies
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
@@ -121,9 +120,7 @@ async def flow_over(config_file: Path, records: Sequence[WorkerRecord]) -> Async
     )
     flow = Flow(
         fleet=fleet,
-        policies=Policies(
-            prefill=CacheAware(config.router.prefill_queue_weight), decode=PowerOfTwo()
-        ),
+        policies=build_policies(config.router),
         config=config.router,
         clock=clock,
         random=Random(0),

@@ -1,74 +1,199 @@
-"""The seam of placement: what a policy sees of workers, and what it answers.
+"""The seam of placement: what a policy may ask about a request and the workers, and its answer.
 
-Values in, value out; randomness is passed in. The simulator and the live router call the same
-policies. `choose` gets at least one worker and answers one of them.
+The router asks a policy to `choose`, which changes nothing, and tells it with `placed` once the
+request was submitted where it chose. A query answers lazily, so that a decision costs what it looks
+at, not what there is: `pool` is one object for as long as no worker comes or goes. Randomness and
+time come with the query; the live router and the replay ask the same policies the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from core.ids import WorkerId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillCandidate:
-    """A routable prefill worker, for one prompt."""
-
-    worker_id: WorkerId
-    cached_tokens: int
-    """Tokens of this prompt whose KV it holds, as far as the router knows."""
-    queued_tokens: int
-    """Uncached prompt tokens in front of this one."""
+from core.ids import BlockHash, WorkerId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeCandidate:
-    """A routable decode worker."""
+class Slo:
+    """Latency targets of a request's class."""
 
-    worker_id: WorkerId
-    sequences: int
-    context_tokens: int
-    free_tokens: int
-    """Tokens its free and evictable blocks hold."""
+    ttft_s: float
+    tpot_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """One candidate and its cost; lower is better."""
+class Query(Protocol):
+    """What both kinds of placement ask. All workers answered or taken as arguments are of `pool`.
+
+    At least one of them is open; a policy answers an open one.
+    """
+
+    @property
+    def pool(self) -> Sequence[WorkerId]:
+        """All routable workers of the role, in a stable order."""
+        ...
+
+    @property
+    def random(self) -> Random: ...
+
+    @property
+    def now_s(self) -> float:
+        """Monotonic."""
+        ...
+
+    @property
+    def slo(self) -> Slo: ...
+
+    def is_open(self, worker: WorkerId) -> bool:
+        """Whether it may be chosen: this request has not failed there."""
+        ...
+
+    def sequences(self, worker: WorkerId) -> int:
+        """Sequences that wait or run there."""
+        ...
+
+
+class PrefillQuery(Query, Protocol):
+    """One prompt that wants a prefill worker."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def hashes(self) -> Sequence[BlockHash]:
+        """Of its full blocks."""
+        ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    def holders(self, limit: int) -> Sequence[WorkerId]:
+        """A few open workers that hold the longest prefixes of it, longest first."""
+        ...
+
+    def cached_tokens(self, worker: WorkerId) -> int:
+        """Tokens of the prompt whose KV it holds, as far as the router knows; never all."""
+        ...
+
+    def queued_tokens(self, worker: WorkerId) -> int:
+        """Uncached prompt tokens in front of this one."""
+        ...
+
+    def queue_s(self, worker: WorkerId) -> float:
+        """Seconds those will take."""
+        ...
+
+    def work_s(self, worker: WorkerId) -> float:
+        """Seconds the prompt's own uncached tokens will take."""
+        ...
+
+
+class DecodeQuery(Query, Protocol):
+    """One sequence that wants a decode worker."""
+
+    @property
+    def near(self) -> Sequence[WorkerId]:
+        """Workers in the network domain of its KV; empty where that tells nothing."""
+        ...
+
+    def context_tokens(self, worker: WorkerId) -> int:
+        """Tokens of context of the sequences there."""
+        ...
+
+    def fits(self, worker: WorkerId) -> bool:
+        """Whether the predicted peak of its KV, this sequence included, stays within its arena."""
+        ...
+
+    def free_tokens(self, worker: WorkerId) -> int:
+        """Tokens its free and evictable blocks hold."""
+        ...
+
+    def tpot_s(self, worker: WorkerId) -> float:
+        """Predicted seconds per token there, this sequence included."""
+        ...
+
+
+class Scored(NamedTuple):
+    """One candidate and its cost; lower is better. `terms` are what the cost is made of."""
 
     worker_id: WorkerId
     cost: float
-    terms: str
+    terms: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """The choice, and everything it was chosen from."""
+class Decision(NamedTuple):
+    """The choice, what it was chosen from, and the rule that decided."""
 
     worker_id: WorkerId
-    candidates: tuple[Scored, ...]
+    candidates: Sequence[Scored]
+    rule: str = ""
 
     def explain(self) -> str:
-        """One line: the choice, then each candidate with its terms."""
-        parts = [f"{c.worker_id}={c.cost:.1f}({c.terms})" for c in self.candidates]
-        return f"{self.worker_id} of {' '.join(parts)}"
+        """One line: the choice, the rule, then each candidate with its cost and terms."""
+        parts = [self.worker_id, f"by {self.rule}:" if self.rule else "of"]
+        for candidate in self.candidates:
+            terms = " ".join(f"{name}={value:.6g}" for name, value in candidate.terms)
+            parts.append(f"{candidate.worker_id}={candidate.cost:.4g}({terms})")
+        return " ".join(parts)
 
 
 class PrefillPolicy(Protocol):
-    def choose(
-        self, prompt_tokens: int, workers: Sequence[PrefillCandidate], random: Random
-    ) -> Decision: ...
+    def choose(self, query: PrefillQuery) -> Decision: ...
+
+    def placed(self, query: PrefillQuery, decision: Decision) -> None:
+        """The prompt was submitted there."""
+        ...
 
 
 class DecodePolicy(Protocol):
-    def choose(
-        self, total_tokens: int, workers: Sequence[DecodeCandidate], random: Random
-    ) -> Decision: ...
+    def choose(self, query: DecodeQuery) -> Decision: ...
+
+    def placed(self, query: DecodeQuery, decision: Decision) -> None:
+        """The sequence was submitted there."""
+        ...
 
 
-def cheapest(candidates: Sequence[Scored]) -> Decision:
+class Stateless:
+    """For policies that remember nothing."""
+
+    def placed(self, query: Query, decision: Decision) -> None:
+        pass
+
+
+def cheapest(candidates: Sequence[Scored], rule: str = "") -> Decision:
     """The first of the lowest cost."""
-    best = min(candidates, key=lambda candidate: candidate.cost)
-    return Decision(worker_id=best.worker_id, candidates=tuple(candidates))
+    best = min(candidates, key=_cost)
+    return Decision(best.worker_id, candidates, rule)
+
+
+def open_workers(query: Query) -> list[WorkerId]:
+    """All open ones: O(pool)."""
+    return [worker for worker in query.pool if query.is_open(worker)]
+
+
+def sample(query: Query, count: int, among: Sequence[WorkerId] | None = None) -> list[WorkerId]:
+    """Up to `count` different open workers, drawn evenly. Costs what it draws, not the pool:
+    only where most draws meet the same or closed ones, in small pools, are all looked at.
+    """
+    pool = query.pool if among is None else among
+    found: list[WorkerId] = []
+    draw, size = query.random.random, len(pool)
+    for _ in range(4 * count if size > count else 0):
+        worker = pool[int(draw() * size)]
+        if worker not in found and query.is_open(worker):
+            found.append(worker)
+            if len(found) == count:
+                return found
+    left = [worker for worker in pool if query.is_open(worker)]
+    return query.random.sample(left, min(count, len(left)))
+
+
+def shuffled(query: Query, workers: Iterable[WorkerId]) -> list[WorkerId]:
+    """In random order, so that the first of equals is any of them."""
+    order = list(workers)
+    query.random.shuffle(order)
+    return order
+
+
+def _cost(candidate: Scored) -> float:
+    return candidate.cost

@@ -1,7 +1,7 @@
 """The order in which an attempt takes what its workers say, whatever order they say it in."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
@@ -31,8 +31,10 @@ from core.stages import Stage
 from router.attempt import Attempt
 from router.chooser import Chooser
 from router.client import Leg, LegEvent, LegListener
-from router.policies.cache_aware import CacheAware
-from router.policies.power_of_two import PowerOfTwo
+from router.config import RouterConfig
+from router.index import PrefixIndex
+from router.policies.build import build_policies
+from router.pool import Pool
 from router.progress import Progress
 from router.types import MigrationReport
 from router.view import WorkerView
@@ -67,7 +69,7 @@ class ScriptedLink:
             context_tokens=256,
             peer_address=name,
         )
-        self.view = WorkerView(hello)
+        self.view = WorkerView(hello, PrefixIndex().join(hello.worker_id))
         self.view.load = LoadReport(
             last_submit=0,
             queued_tokens=0,
@@ -80,10 +82,6 @@ class ScriptedLink:
         self.sent: list[RouterToWorker] = []
         self.legs: list[Leg] = []
         self.ended: list[Leg] = []
-
-    @property
-    def routable(self) -> WorkerView:
-        return self.view
 
     def submit(
         self,
@@ -117,17 +115,16 @@ class ScriptedFleet:
     """In place of router.fleet.Fleet."""
 
     def __init__(self, *links: ScriptedLink) -> None:
-        self._links = list(links)
+        self._links = {link.record.worker_id: link for link in links}
+        self.index = PrefixIndex()
+        self.everyone = Pool({name: link.view for name, link in self._links.items()})
 
-    def links(self) -> list[ScriptedLink]:
-        return self._links
+    def pool(self, role: Role) -> Pool:
+        views = self.everyone.views
+        return Pool({name: view for name, view in views.items() if view.hello.role is role})
 
-    def routable(self, role: Role, excluding: Collection[Incarnation] = ()) -> list[ScriptedLink]:
-        return [
-            link
-            for link in self._links
-            if link.record.role is role and link.record.incarnation not in excluding
-        ]
+    def link(self, role: Role, worker_id: WorkerId) -> ScriptedLink:
+        return self._links[worker_id]
 
 
 class Scene:
@@ -138,7 +135,8 @@ class Scene:
         self.source = ScriptedLink("d0", Role.DECODE)
         self.destination = ScriptedLink("d1", Role.DECODE)
         fleet = ScriptedFleet(self.prefill, self.source, self.destination)
-        chooser = Chooser(fleet, CacheAware(0.1), PowerOfTwo(), Random(0))  # type: ignore[arg-type]
+        policies = build_policies(RouterConfig())
+        chooser = Chooser(fleet, policies, SystemClock(), Random(0))  # type: ignore[arg-type]
         self.progress = Progress(make_request(PROMPT, max_tokens=max_tokens), SystemClock())
         # As long as the destination counts as failed, the source is chosen.
         self.failed = {self.destination.record.incarnation}

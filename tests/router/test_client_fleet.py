@@ -31,6 +31,7 @@ from kv_transfer.loopback import LoopbackHub
 from router.client import Leg, LegEvent, WorkerLink
 from router.codec import to_router
 from router.fleet import Fleet
+from router.index import PrefixIndex
 from tests.builders import (
     NEWER_MESSAGE,
     WAIT_S,
@@ -68,12 +69,12 @@ def one_prefill(max_tokens: int = 1) -> Callable[[int], PrefillSubmit]:
 
 
 def make_link(record: WorkerRecord, model: ModelId, silence_s: float = WAIT_S) -> WorkerLink:
-    return WorkerLink(record, "router", model, silence_s)
+    return WorkerLink(record, "router", model, silence_s, index=PrefixIndex())
 
 
 @asynccontextmanager
 async def linked(record: WorkerRecord, model: ModelId) -> AsyncIterator[WorkerLink]:
-    link = WorkerLink(record, "router", model, 5.0)
+    link = WorkerLink(record, "router", model, 5.0, index=PrefixIndex())
     task = asyncio.create_task(link.run())
     try:
         yield link
@@ -252,7 +253,7 @@ async def test_a_newer_minor_version_and_its_messages_are_understood() -> None:
 )
 async def test_a_worker_that_does_not_fit_is_not_routable(first: WorkerToRouter) -> None:
     async with scripted(first, LOAD) as (_, record):
-        link = WorkerLink(record, "router", MODEL, 5.0)
+        link = WorkerLink(record, "router", MODEL, 5.0, index=PrefixIndex())
         await soon(link.run())
         assert link.routable is None
 
@@ -292,10 +293,10 @@ async def fleet_over(registry: MemoryRegistry, model: ModelId) -> AsyncIterator[
 
 
 def names(fleet: Fleet, role: Role = Role.PREFILL) -> list[str]:
-    return sorted(link.record.worker_id for link in fleet.routable(role))
+    return list(fleet.pool(role).workers)
 
 
-async def test_workers_are_routable_by_role_and_may_be_excluded() -> None:
+async def test_workers_are_routable_by_role() -> None:
     registry, hub = MemoryRegistry(SystemClock()), LoopbackHub()
     async with AsyncExitStack() as stack:
         served = [
@@ -307,8 +308,8 @@ async def test_workers_are_routable_by_role_and_may_be_excluded() -> None:
         model = served[0].engine.info.model_id
         fleet = await stack.enter_async_context(fleet_over(registry, model))
         await until(lambda: names(fleet) == ["a", "b"] and names(fleet, Role.DECODE) == ["c"])
-        (left,) = fleet.routable(Role.PREFILL, excluding={served[0].record.incarnation})
-        assert left.record.worker_id == "b"
+        assert fleet.link(Role.PREFILL, WorkerId("b")).record == served[1].record
+        assert fleet.everyone.workers == ("a", "b", "c")
 
 
 async def test_a_worker_missing_from_the_registry_stays_while_its_stream_lives() -> None:
@@ -337,7 +338,7 @@ async def test_a_broken_stream_to_a_registered_worker_is_opened_again() -> None:
 
 async def test_a_link_that_is_cancelled_as_its_writer_fails_ends_as_cancelled() -> None:
     async with scripted(HELLO, LOAD) as (_worker, record):
-        link = WorkerLink(record, "router", MODEL, 5.0)
+        link = WorkerLink(record, "router", MODEL, 5.0, index=PrefixIndex())
 
         async def fails_when_cancelled(_stream: object) -> None:
             try:

@@ -1,9 +1,8 @@
 """The whole way of a request over real gRPC, 2 + 2 workers in this process; faults at every hop."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from random import Random
 
 import pytest
 
@@ -12,7 +11,7 @@ from core.errors import DeadlineExceeded, InvalidRequest, NoWorkers, Unavailable
 from core.ids import Role
 from core.sampling import FinishReason
 from router.config import RouterConfig
-from router.policies.base import Decision, DecodeCandidate
+from router.policies.base import Decision, DecodeQuery, Stateless
 from router.types import Generated, GenerateRequest
 from tests.builders import (
     BLOCK_BYTES,
@@ -204,7 +203,7 @@ async def test_a_prefill_worker_lost_after_the_hand_off_is_not_missed() -> None:
         await client.said(6)
         owner = next(s for s in cluster.prefill if s.worker.leases.counters.opened)
         await owner.stop_serving()
-        await until(lambda: len(cluster.fleet.routable(Role.PREFILL)) == 1, "the loss noticed")
+        await until(lambda: len(cluster.fleet.pool(Role.PREFILL).workers) == 1, "the loss noticed")
         for served in cluster.decode:
             served.gate.open()
         assert await client.ended() == expected_tokens(PROMPT, 20)
@@ -287,18 +286,16 @@ async def test_without_prefill_workers_nothing_is_tried() -> None:
 # -- workers that say no ------------------------------------------------------------------------
 
 
-class InOrder:
+class InOrder(Stateless):
     """A policy that takes the first worker by name, however full it is."""
 
     def __init__(self) -> None:
         self.chosen: list[str] = []
 
-    def choose(
-        self, total_tokens: int, workers: Sequence[DecodeCandidate], random: Random
-    ) -> Decision:
-        first = min(worker.worker_id for worker in workers)
+    def choose(self, query: DecodeQuery) -> Decision:
+        first = min(worker for worker in query.pool if query.is_open(worker))
         self.chosen.append(first)
-        return Decision(worker_id=first, candidates=())
+        return Decision(first, ())
 
 
 async def test_a_decode_workers_no_costs_another_choice_and_not_an_attempt() -> None:

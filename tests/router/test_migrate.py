@@ -139,7 +139,7 @@ async def test_an_answer_that_moved_away_takes_nothing_with_it_when_its_first_wo
     async with scene() as s:
         await s.over_there(s.migrate())
         await s.other.stop_serving()
-        await until(lambda: len(s.cluster.fleet.routable(Role.DECODE)) == 1, "the loss noticed")
+        await until(lambda: len(s.cluster.fleet.pool(Role.DECODE).workers) == 1, "the loss noticed")
         await s.right_to_the_end(attempts=1, migrations=1)
 
 

@@ -15,9 +15,8 @@ from core.clock import Clock, FakeClock, SystemClock
 from core.errors import DeadlineExceeded, NoWorkers
 from core.stages import Stage
 from router.config import RouterConfig
-from router.flow import Flow, Policies
-from router.policies.cache_aware import CacheAware
-from router.policies.power_of_two import PowerOfTwo
+from router.flow import Flow
+from router.policies.build import build_policies
 from router.progress import Mark, SequenceEnd
 from router.spans import SpanRecorder
 from router.types import Timings
@@ -173,7 +172,7 @@ def recorded_flow(cluster: Cluster, config: RouterConfig | None = None) -> tuple
     recorded = Recorded(clock)
     flow = Flow(
         fleet=cluster.fleet,
-        policies=Policies(prefill=CacheAware(0.1), decode=PowerOfTwo()),
+        policies=build_policies(config or RouterConfig()),
         config=config or RouterConfig(),
         clock=clock,
         random=Random(0),

@@ -1,0 +1,202 @@
+"""What prefill and decode take on each kind of worker, learned from the answers' own times.
+
+    prefill   seconds = steps * a + tokens * b + pairs * c        (as core/fit.py)
+    decode    seconds of a step = a + sequences * b + context * c
+
+The second is the form DistServe and xLLM fit (OSDI'24, section 4.2; arXiv 2510.14686). Predictions
+are arithmetic on frozen coefficients, so that a decision may ask for a dozen of them.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NewType
+
+from core.fit import CostFit
+from core.messages import WorkerHello
+
+_QUEUE_PROMPT_TOKENS = 4096
+"""A queue of tokens is priced as prompts of this length."""
+_STEP_TOKENS = 512
+_PREFILL_PRIOR = (3.91e-3, 1.424e-5, 1.5e-9)
+_DECODE_PRIOR = (
+    6.12e-3,
+    9.1e-6,
+    4.21e-8,
+)  # both: Llama-3-8B on an H100; of it only the shape lasts
+_LEARN_EVERY_S = 0.25
+_OUTPUTS = 512
+_QUANTILES = 16
+_ENOUGH_OUTPUTS = 8
+
+
+WorkerKind = NewType("WorkerKind", str)
+"""Workers that are taken to be equally fast: what a worker tells of its machine."""
+
+
+def kind_of(hello: WorkerHello) -> WorkerKind:
+    return WorkerKind(f"{hello.layout} * {hello.num_blocks}")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCurve:
+    """Seconds per step, token and pair; see core.fit.PrefillCost."""
+
+    step_s: float
+    token_s: float
+    pair_s: float
+    step_tokens: int = _STEP_TOKENS
+
+    def seconds(self, start: int, end: int) -> float:
+        """To compute positions [start, end) of one prompt on an idle worker."""
+        tokens = end - start
+        steps = -(-tokens // self.step_tokens)
+        pair_s = self.pair_s * (start + end + 1) / 2
+        return steps * self.step_s + tokens * (self.token_s + pair_s) if tokens > 0 else 0.0
+
+    def features(self, start: int, end: int) -> tuple[int, int, float]:
+        """Steps, tokens and pairs (of a token with itself or an earlier one) of [start, end)."""
+        tokens = max(0, end - start)
+        return -(-tokens // self.step_tokens), tokens, tokens * (start + end + 1) / 2
+
+    @property
+    def queue_token_s(self) -> float:
+        """Of one token that waits with others."""
+        return self.seconds(0, _QUEUE_PROMPT_TOKENS) / _QUEUE_PROMPT_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCurve:
+    """Seconds of a decode step: fixed, per sequence, per token of context."""
+
+    step_s: float
+    sequence_s: float
+    context_token_s: float
+
+    def seconds(self, sequences: int, context_tokens: int) -> float:
+        return (
+            self.step_s
+            + sequences * self.sequence_s
+            + max(0, context_tokens) * self.context_token_s
+        )
+
+
+class _Kind:
+    """The fits of one kind of worker, and the curves made of them."""
+
+    def __init__(self) -> None:
+        self.prefill_fit = CostFit(_PREFILL_PRIOR, weight=0.1)
+        self.decode_fit = CostFit(_DECODE_PRIOR, weight=0.1)
+        self.prefill = PrefillCurve(*_PREFILL_PRIOR)
+        self.decode = DecodeCurve(*_DECODE_PRIOR)
+        self.queue_token_s = self.prefill.queue_token_s
+        self.prefill_at_s = self.decode_at_s = -_LEARN_EVERY_S
+
+
+class Curves:
+    """Fits per kind of worker, and the lengths of recent answers. Learning is rationed: a fit takes
+    at most one observation per 0.25 s, as each costs tens of microseconds.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[WorkerKind, _Kind] = {}
+        self._outputs: deque[int] = deque(maxlen=_OUTPUTS)
+        self._residuals: tuple[int, ...] = ()
+        self._fresh = 0
+
+    def prefill(self, kind: WorkerKind) -> PrefillCurve:
+        return self._of(kind).prefill
+
+    def queue_token_s(self, kind: WorkerKind) -> float:
+        """Seconds that one queued token stands for."""
+        return self._of(kind).queue_token_s
+
+    def decode(self, kind: WorkerKind) -> DecodeCurve:
+        return self._of(kind).decode
+
+    def saw_prefill(
+        self, kind: WorkerKind, cached_tokens: int, tokens: int, seconds: float, now_s: float
+    ) -> None:
+        """One prompt took `seconds` from its first chunk to its first token.
+
+        Prompts are computed in order, so at most the first and last step were shared with others.
+        """
+        known = self._of(kind)
+        if now_s - known.prefill_at_s < _LEARN_EVERY_S or cached_tokens >= tokens:
+            return
+        known.prefill_at_s = now_s
+        known.prefill_fit.add(known.prefill.features(cached_tokens, tokens), seconds)
+        step_s, token_s, pair_s = known.prefill_fit.coefficients
+        self.set_prefill(kind, PrefillCurve(step_s, token_s, pair_s))
+
+    def set_prefill(self, kind: WorkerKind, curve: PrefillCurve) -> None:
+        """Take a curve as given, until observations replace it."""
+        known = self._of(kind)
+        known.prefill, known.queue_token_s = curve, curve.queue_token_s
+
+    def saw_decode(
+        self, kind: WorkerKind, sequences: int, context_tokens: int, step_s: float, now_s: float
+    ) -> None:
+        """Steps took `step_s` each with about so many sequences and tokens of context."""
+        known = self._of(kind)
+        if now_s - known.decode_at_s < _LEARN_EVERY_S:
+            return
+        known.decode_at_s = now_s
+        known.decode_fit.add((1.0, sequences, context_tokens), step_s)
+        step_s, sequence_s, context_token_s = known.decode_fit.coefficients
+        known.decode = DecodeCurve(step_s, sequence_s, context_token_s)
+
+    def saw_output(self, tokens: int) -> None:
+        """An answer ended after so many."""
+        self._outputs.append(tokens)
+        self._fresh += 1
+        if self._fresh >= max(_ENOUGH_OUTPUTS, len(self._outputs) // 8):
+            self._fresh = 0
+            self._residuals = residual_quantiles(tuple(self._outputs))
+
+    @property
+    def residuals(self) -> tuple[int, ...]:
+        """See residual_quantiles; empty before enough answers have ended."""
+        return self._residuals
+
+    def _of(self, kind: WorkerKind) -> _Kind:
+        known = self._kinds.get(kind)
+        if known is None:
+            known = self._kinds[kind] = _Kind()
+        return known
+
+
+def residual_quantiles(lengths: tuple[int, ...], count: int = _QUANTILES) -> tuple[int, ...]:
+    """What running answers still have to go: the k-th value is reached by k of `count` of them.
+
+    Of answers with these lengths, seen at a random moment, the share with more than r to go is
+    sum(max(0, length - r)) / sum(lengths) (renewal theory's residual life). Descending.
+    """
+    total = sum(lengths)
+    if not total:
+        return (0,) * count
+    quantiles: list[int] = []
+    for k in range(1, count + 1):
+        low, high = 0, max(lengths)
+        while low < high:
+            r = (low + high) // 2
+            if sum(length - r for length in lengths if length > r) * count > total * k:
+                low = r + 1
+            else:
+                high = r
+        quantiles.append(low)
+    return tuple(quantiles)
+
+
+def peak_tokens(context_tokens: int, sequences: int, residuals: tuple[int, ...]) -> float:
+    """The most KV that `sequences` running sequences will need, in tokens.
+
+    Past-Future's M* = max_i (sum of the i longest-lived contexts + i * r_i), r_i the i-th longest
+    time to go (ASPLOS'25), with what a router knows: contexts of equal length, and residuals from
+    recent answers instead of a sample per sequence.
+    """
+    count = len(residuals)
+    if not count:
+        return float(context_tokens)
+    return max(
+        (context_tokens + sequences * to_go) * k / count for k, to_go in enumerate(residuals, 1)
+    )

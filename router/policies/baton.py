@@ -1,0 +1,63 @@
+"""Baton's prefill choice: a small candidate set, then one cost in seconds.
+
+    candidates   the two homes of the prompt's key (ring.py, hotness.py), the few workers that hold
+                 its longest cached prefixes, and two random ones
+    cost         w * seconds of its queue + seconds of the prompt's own uncached tokens
+
+The lowest cost wins. If queue + own work there break the TTFT target, the lowest cost among the
+candidates that keep it wins instead. A small w holds a prompt to its cache while the queue there is
+short; the homes give prompts of one key a place to build a cache in; the random ones keep a hot
+prefix from drawing all traffic to a few workers, and routers with stale views from all choosing
+the same one (M. Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
+"""
+
+from core.ids import WorkerId
+from router.policies.base import Decision, PrefillQuery, Scored, sample
+from router.policies.hotness import HotnessTree
+from router.policies.ring import TwoRings
+
+_HOLDERS = 4
+_RANDOM = 2
+
+
+class Baton:
+    """Implements router.policies.base.PrefillPolicy."""
+
+    def __init__(self, queue_weight: float) -> None:
+        self._queue_weight = queue_weight
+        self._rings = TwoRings()
+        self._hotness = HotnessTree()
+
+    def candidates_of(self, query: PrefillQuery) -> list[WorkerId]:
+        """Where the prompt may go, and to whose queue it may move from another's; homes first."""
+        self._rings.follow(query.pool)
+        key = self._hotness.key(query)
+        homes = self._rings.homes(key, query.is_open) if key is not None else ()
+        drawn = sample(query, _RANDOM if homes else 2 * _RANDOM)
+        return list(dict.fromkeys((*homes, *query.holders(_HOLDERS), *drawn)))
+
+    def choose(self, query: PrefillQuery) -> Decision:
+        scored = [self._score(query, worker) for worker in self.candidates_of(query)]
+        best = min(scored, key=_cost)
+        if _ttft_s(best) <= query.slo.ttft_s:
+            return Decision(best.worker_id, scored, "cost")
+        keeping = [s for s in scored if _ttft_s(s) <= query.slo.ttft_s]
+        if not keeping:
+            return Decision(best.worker_id, scored, "cost, none keeps the target")
+        return Decision(min(keeping, key=_cost).worker_id, scored, "target")
+
+    def placed(self, query: PrefillQuery, decision: Decision) -> None:
+        self._hotness.saw(query)
+
+    def _score(self, query: PrefillQuery, worker: WorkerId) -> Scored:
+        queue_s, work_s = query.queue_s(worker), query.work_s(worker)
+        terms = (("queue_s", queue_s), ("work_s", work_s))
+        return Scored(worker, self._queue_weight * queue_s + work_s, terms)
+
+
+def _cost(candidate: Scored) -> float:
+    return candidate.cost
+
+
+def _ttft_s(candidate: Scored) -> float:
+    return sum(seconds for _, seconds in candidate.terms)

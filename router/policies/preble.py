@@ -1,0 +1,65 @@
+"""Preble's E2, exploit or explore (ICLR'25), without what only its own engine knows.
+
+    exploit   more of the prompt is cached than not: the least loaded of its longest holders
+    explore   otherwise: the least L + P, the load of the last 3 minutes and the prefill here
+
+L sums the prefill seconds of the requests placed on a worker in that window. When the most loaded
+worker has 1.5 times the load of the least loaded one (after 50 requests per worker), what would be
+exploited there goes to the least loaded. The published cost also has M, recomputing what must be
+evicted: no router sees that, and in full caches it grows with P on every worker alike.
+"""
+
+from collections import defaultdict, deque
+
+from core.ids import WorkerId
+from router.policies.base import (
+    Decision,
+    PrefillQuery,
+    Scored,
+    cheapest,
+    open_workers,
+    shuffled,
+)
+
+_WINDOW_S = 180.0
+_WINDOW_PROMPTS = 65_536
+_IMBALANCE = 1.5
+_PROMPTS_PER_WORKER = 50
+_HOLDERS = 8
+
+
+class Preble:
+    """Implements router.policies.base.PrefillPolicy. Looks at every worker."""
+
+    def __init__(self) -> None:
+        self._window: deque[tuple[float, WorkerId, float]] = deque()
+        self._load_s: dict[WorkerId, float] = defaultdict(float)
+
+    def choose(self, query: PrefillQuery) -> Decision:
+        load_s, workers = self._load_s, shuffled(query, open_workers(query))
+        loads = [Scored(w, load_s[w], (("load_s", load_s[w]),)) for w in workers]
+        holders = query.holders(_HOLDERS)
+        matched = query.cached_tokens(holders[0]) if holders else 0
+        if matched <= query.tokens - matched:
+            return cheapest([_explore(query, load) for load in loads], "explore")
+        equals = {w for w in holders if query.cached_tokens(w) == matched}
+        best = cheapest([load for load in loads if load.worker_id in equals], "exploit")
+        least, most = min(loads, key=lambda s: s.cost), max(loads, key=lambda s: s.cost)
+        enough = len(self._window) >= _PROMPTS_PER_WORKER * len(loads)
+        if enough and best.worker_id == most.worker_id and most.cost > _IMBALANCE * least.cost:
+            return Decision(least.worker_id, loads, "exploit, redirected")
+        return best
+
+    def placed(self, query: PrefillQuery, decision: Decision) -> None:
+        old_s = query.now_s - _WINDOW_S
+        while self._window and (self._window[0][0] < old_s or len(self._window) >= _WINDOW_PROMPTS):
+            _, worker, work_s = self._window.popleft()
+            self._load_s[worker] -= work_s
+        work_s = query.work_s(decision.worker_id)
+        self._window.append((query.now_s, decision.worker_id, work_s))
+        self._load_s[decision.worker_id] += work_s
+
+
+def _explore(query: PrefillQuery, load: Scored) -> Scored:
+    work_s = query.work_s(load.worker_id)
+    return Scored(load.worker_id, load.cost + work_s, (*load.terms, ("work_s", work_s)))

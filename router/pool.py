@@ -1,0 +1,45 @@
+"""The routable workers of one role, as decisions see them: built anew when one comes or goes."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+from core.ids import Incarnation, WorkerId
+from router.index import PrefixIndex
+from router.view import WorkerView
+
+
+class Pool:
+    """Fixed in its members; their views go on changing. `workers` is in order of id."""
+
+    def __init__(self, views: Mapping[WorkerId, WorkerView]) -> None:
+        self.views = dict(sorted(views.items()))
+        self.workers = tuple(self.views)
+        self._incarnations = {view.hello.incarnation: w for w, view in self.views.items()}
+        self._domains: dict[str, list[WorkerId]] = defaultdict(list)
+        for worker_id, view in self.views.items():
+            self._domains[domain_of(view.hello.peer_address)].append(worker_id)
+        self._mask = 0
+        self._mask_of = -1
+
+    def mask(self, index: PrefixIndex) -> int:
+        """The members' slots in the one index their views write to."""
+        if self._mask_of != index.version:
+            self._mask_of, self._mask = index.version, 0
+            for view in self.views.values():
+                self._mask |= view.holdings.bit
+        return self._mask
+
+    def named(self, incarnations: Collection[Incarnation]) -> frozenset[WorkerId]:
+        """The members among these."""
+        known = self._incarnations
+        return frozenset(known[i] for i in incarnations if i in known)
+
+    def near(self, address: str) -> tuple[WorkerId, ...]:
+        """Members in the network domain of this address; empty if all are or none is."""
+        members = self._domains.get(domain_of(address), ())
+        return () if len(members) == len(self.workers) else tuple(members)
+
+
+def domain_of(address: str) -> str:
+    """The host: the one domain an address tells, within which KV moves by shared memory."""
+    return address.rpartition(":")[0]

@@ -1,0 +1,116 @@
+"""Baton's prefill rule: a second per token, so costs are in tokens too."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.ids import WorkerId
+from router.policies.base import Slo
+from router.policies.baton import Baton
+from tests.builders import QUICK
+from tests.router.views import CHAIN, Workers
+
+
+def choose(workers: Workers, weight: float = 0.1) -> str:
+    return Baton(weight).choose(workers.prefill()).worker_id
+
+
+def test_the_holder_of_the_prefix_wins_while_its_queue_is_short() -> None:
+    workers = Workers()
+    workers.add("a")
+    workers.add("b", cached=8, queued=300)
+    assert choose(workers) == "b"
+
+
+def test_a_long_queue_outweighs_the_cache() -> None:
+    workers = Workers()
+    workers.add("a")
+    workers.add("b", cached=8, queued=330)
+    assert choose(workers) == "a"
+
+
+def test_the_target_outweighs_the_cost() -> None:
+    """33 tokens of work: `b` costs 1 + 0.1 * 50 = 6, but would take 51 s."""
+    workers = Workers(slo=Slo(ttft_s=40.0, tpot_s=1.0))
+    workers.add("a")
+    workers.add("b", cached=8, queued=50)
+    decision = Baton(0.1).choose(workers.prefill())
+    assert (decision.worker_id, decision.rule) == ("a", "target")
+
+
+def test_when_no_candidate_keeps_the_target_the_lowest_cost_wins() -> None:
+    workers = Workers(slo=Slo(ttft_s=30.0, tpot_s=1.0))
+    workers.add("a", queued=10)
+    workers.add("b", cached=8, queued=50)
+    decision = Baton(0.1).choose(workers.prefill())
+    assert (decision.worker_id, decision.rule) == ("b", "cost, none keeps the target")
+
+
+def test_a_few_workers_are_looked_at_however_many_there_are() -> None:
+    workers = Workers()
+    for i in range(200):
+        workers.add(f"w{i}", cached=i % 9)
+    policy = Baton(0.1)
+    query = workers.prefill()
+    candidates = policy.candidates_of(query)
+    assert 4 <= len(candidates) <= 8
+    assert sum(query.cached_tokens(w) == 32 for w in candidates) >= 4
+    decision = policy.choose(workers.prefill())
+    assert len(decision.candidates) <= 8
+    assert decision.worker_id in {candidate.worker_id for candidate in decision.candidates}
+
+
+def test_prompts_of_one_key_have_the_same_two_homes() -> None:
+    workers = Workers()
+    for i in range(50):
+        workers.add(f"w{i}")
+    policy = Baton(0.1)
+    homes = {tuple(policy.candidates_of(workers.prefill())[:2]) for _ in range(10)}
+    assert len(homes) == 1
+
+
+def test_a_crowd_of_holders_does_not_hide_the_idle_workers() -> None:
+    chosen = set()
+    for seed in range(20):
+        workers = Workers(seed=seed)
+        for i in range(4):
+            workers.add(f"hot{i}", cached=8, queued=5000)
+        for i in range(4):
+            workers.add(f"idle{i}")
+        chosen.add(choose(workers))
+    assert chosen <= {f"idle{i}" for i in range(4)}
+
+
+def test_a_prompt_without_a_full_block_goes_to_a_short_queue() -> None:
+    workers = Workers()
+    workers.add("a", queued=50)
+    workers.add("b", queued=20)
+    assert Baton(0.1).choose(workers.prefill(tokens=3, hashes=())).worker_id == "b"
+
+
+@QUICK
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 9999)), min_size=2, max_size=9),
+    st.integers(0, 8),
+)
+def test_the_choice_is_open_and_the_cheapest_of_those_looked_at(
+    loads: list[tuple[int, int]], closed: int
+) -> None:
+    workers = Workers()
+    for i, (cached, queued) in enumerate(loads):
+        workers.add(str(i), cached=cached, queued=queued)
+    shut = str(closed % len(loads))
+    decision = Baton(0.1).choose(workers.prefill(closed=[shut]))
+    cost = {scored.worker_id: scored.cost for scored in decision.candidates}
+    assert WorkerId(shut) not in cost
+    assert cost[decision.worker_id] == min(cost.values())
+
+
+def test_choosing_changes_nothing() -> None:
+    workers = Workers()
+    for i in range(9):
+        workers.add(f"w{i}")
+    policy, asked = Baton(0.1), Baton(0.1)
+    for i in range(100):
+        asked.choose(workers.prefill(now_s=i / 10))
+    first = policy.candidates_of(workers.prefill(hashes=CHAIN))[:2]
+    assert asked.candidates_of(workers.prefill(hashes=CHAIN))[:2] == first

@@ -1,0 +1,77 @@
+from random import Random
+
+import pytest
+
+from router.curves import Curves, PrefillCurve, kind_of, peak_tokens, residual_quantiles
+from tests.router.views import HELLO
+
+KIND = kind_of(HELLO)
+
+
+def test_a_prompt_takes_steps_tokens_and_pairs() -> None:
+    curve = PrefillCurve(10.0, 1.0, 0.5, step_tokens=4)
+    assert curve.seconds(2, 7) == 2 * 10 + 5 + 0.5 * (3 + 4 + 5 + 6 + 7)
+    assert curve.seconds(7, 7) == 0
+
+
+def test_the_prefill_curve_is_learned_from_prompts() -> None:
+    curves, true, random = Curves(), PrefillCurve(0.02, 3e-4, 1e-8), Random(0)
+    for second in range(100):
+        tokens = random.randrange(100, 9000)
+        cached = random.randrange(tokens)
+        curves.saw_prefill(KIND, cached, tokens, true.seconds(cached, tokens), float(second))
+    learned = curves.prefill(KIND)
+    for start, end in ((0, 500), (0, 6000), (4000, 6000)):
+        assert learned.seconds(start, end) == pytest.approx(true.seconds(start, end), rel=0.1)
+    assert curves.queue_token_s(KIND) == learned.queue_token_s
+
+
+def test_the_decode_curve_is_learned_from_steps() -> None:
+    curves, random = Curves(), Random(0)
+    for second in range(100):
+        sequences, context = random.randrange(1, 64), random.randrange(100, 50_000)
+        step_s = 0.02 + 5e-5 * sequences + 1e-7 * context
+        curves.saw_decode(KIND, sequences, context, step_s, float(second))
+    learned = curves.decode(KIND)
+    assert learned.seconds(8, 8000) == pytest.approx(0.0212, rel=0.1)
+    assert learned.seconds(60, 40_000) == pytest.approx(0.027, rel=0.1)
+
+
+def test_a_flood_of_observations_is_rationed() -> None:
+    curves = Curves()
+    curves.saw_prefill(KIND, 0, 1000, 1.0, 0.0)
+    before = curves.prefill(KIND)
+    curves.saw_prefill(KIND, 0, 1000, 9.0, 0.1)
+    assert curves.prefill(KIND) == before
+    curves.saw_prefill(KIND, 0, 1000, 9.0, 0.3)
+    assert curves.prefill(KIND) != before
+
+
+# -- peak memory --------------------------------------------------------------------------------
+
+
+def test_of_answers_of_one_length_what_is_left_is_even_between_it_and_nothing() -> None:
+    assert residual_quantiles((100,) * 5, count=4) == (75, 50, 25, 0)
+
+
+def test_long_answers_are_met_more_often_than_they_begin() -> None:
+    quantiles = residual_quantiles((10, 990), count=10)
+    assert quantiles[4] > 400
+
+
+def test_the_peak_counts_those_that_last_longest_with_what_they_have_yet_to_grow() -> None:
+    # 2 of 10 tokens: after 0 more both, after 60 more one alone.
+    assert peak_tokens(20, 2, (60, 0)) == max((20 + 2 * 60) / 2, 20)
+
+
+def test_without_any_history_the_peak_is_what_is_there() -> None:
+    assert peak_tokens(20, 2, ()) == 20
+
+
+def test_output_lengths_are_known_after_a_few() -> None:
+    curves = Curves()
+    for _ in range(7):
+        curves.saw_output(100)
+    assert curves.residuals == ()
+    curves.saw_output(100)
+    assert len(curves.residuals) == 16
