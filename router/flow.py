@@ -24,11 +24,13 @@ from router.config import RouterConfig
 from router.fleet import Fleet
 from router.policies.base import DecodePolicy, PrefillPolicy
 from router.progress import Observed, Progress, SequenceObserver
+from router.pulled import pulled
 from router.types import (
     Generated,
     GenerateRequest,
     MigrationReport,
     ServingLimits,
+    TokenSink,
     WorkerStatus,
 )
 
@@ -65,8 +67,12 @@ class Flow:
         self._observers = tuple(observers)
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
-        """Yield tokens until the finish; see router.types.Generator."""
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
+        """`run`, for those who would rather pull."""
+        return pulled(self, request)
+
+    async def run(self, request: GenerateRequest, sink: TokenSink) -> None:
+        """Give `sink` tokens until the finish; see router.types.Generator."""
         progress = Progress(request, self._clock)
         failed: set[Incarnation] = set()
         patience_s = self._config.worker_wait_s
@@ -74,12 +80,10 @@ class Flow:
             for attempt in range(self._config.max_attempts):
                 patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
                 try:
-                    hops = Attempt(self._chooser, progress, attempt, failed, self._clock)
+                    hops = Attempt(self._chooser, progress, attempt, failed, self._clock, sink=sink)
                     with hops, self._known(request, hops):
                         hops.start()
-                        while not progress.finished:
-                            for item in await hops.next():
-                                yield item
+                        await hops.end()
                     return
                 except Unavailable as error:
                     self._consider_retry(progress, attempt, error)
