@@ -11,7 +11,7 @@ from router.types import Generated, Timings
 
 
 class Answer:
-    """Feed what the generator yields; stop when `finish` is set.
+    """Feed what the generator gives; stop when `finish` is set.
 
     A token that ends the answer has no text. A stop string ends it before the generator does.
     """
@@ -54,6 +54,17 @@ class Answer:
     def index(self) -> int:
         return self.planned.request.choice
 
+    def push(self, token: int) -> str:
+        """The text that one more token, not the first and not the last, makes certain."""
+        self.num_tokens += 1
+        piece = self._detokenizer.push(token)
+        matcher = self._matcher
+        if matcher is not None:
+            piece = matcher.push(piece)
+            if matcher.matched:
+                self._end(FinishReason.STOP, None)
+        return piece
+
     def feed(self, item: Generated) -> list[str]:
         """The pieces of text that `item` makes certain, at most one a token; none is empty."""
         if not self.num_tokens:
@@ -66,14 +77,10 @@ class Answer:
             spoken -= tokens[-1] in self.planned.request.sampling.stop_token_ids
         pieces = []
         for token in tokens[:spoken]:
-            self.num_tokens += 1
-            piece = self._detokenizer.push(token)
-            if self._matcher is not None:
-                piece = self._matcher.push(piece)
+            piece = self.push(token)
             if piece:
                 pieces.append(piece)
-            if self._matcher is not None and self._matcher.matched:
-                self._end(FinishReason.STOP, None)
+            if self.finish is not None:
                 return pieces
         self.num_tokens += len(tokens) - spoken
         if item.finish is not None:

@@ -6,7 +6,9 @@
     further tokens from the decode worker, once the KV is there
     a migration    hands the running decode leg to another worker (move.py); the client sees a pause
 
-All legs' events meet in one inbox and are taken in order.
+Events are taken as they are heard, in the task that reads the worker's stream: from there to the
+client's connection a token meets no queue and wakes no task. The request's own task waits for the
+end only.
 """
 
 import asyncio
@@ -43,7 +45,7 @@ from router.chooser import Chooser, Placement
 from router.client import Leg, LegEvent, WorkerLink
 from router.move import Move, handoff_to
 from router.progress import Progress
-from router.types import Generated, MigrationReport
+from router.types import Generated, MigrationReport, TokenSink
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +60,21 @@ class Attempt:
         attempt: int,
         failed: set[Incarnation],
         clock: Clock,
+        *,
+        sink: TokenSink,
     ) -> None:
         self._chooser = chooser
         self._progress = progress
+        self._sink = sink
         self._failed = failed
         self._clock = clock
         request = progress.request
         self._sequence_id = SequenceId(request.request_id, request.choice, attempt)
         self._context = (*request.prompt_tokens, *progress.tokens)
         self._output_position = len(progress.tokens)
-        self._inbox: asyncio.Queue[tuple[Leg, LegEvent] | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[None] = loop.create_future()
+        self._error: Exception | None = None
         self._prefill: Leg | None = None
         self._decode: Leg | None = None
         self._handoff: Handoff | None = None
@@ -75,8 +82,7 @@ class Attempt:
         self._early: list[LegTokens] = []
         self._has_first = False
         self._move: Move | None = None
-        loop = asyncio.get_running_loop()
-        self._deadline = loop.call_later(progress.remaining_s, self._inbox.put_nowait, None)
+        self._deadline = loop.call_later(progress.remaining_s, self._expire)
         self._renewal: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -88,6 +94,7 @@ class Attempt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end(None)
         self._progress.outcomes.append(self._progress.outcome(error))
         self._deadline.cancel()
         self._stop_renewing()
@@ -122,15 +129,52 @@ class Attempt:
             placed.load_tokens,
         )
 
-    async def next(self) -> list[Generated]:
-        """What the next event lets go to the client; raises what ended a leg."""
-        heard = await self._inbox.get()
-        if heard is None:
-            limit_s = self._progress.request.deadline_s
-            raise DeadlineExceeded(f"the request did not finish within {limit_s:.1f} s")
-        return [self._emit(tokens) for tokens in self._take(*heard)]
+    async def end(self) -> None:
+        """Wait for the last token; raises what ended a leg, or the sink."""
+        await self._over
+        if self._error is not None:
+            raise self._error
 
     # -- events ---------------------------------------------------------------------------------
+
+    def _hear(self, leg: Leg, event: LegEvent) -> None:
+        """The stream's task is not to suffer from what goes wrong with one sequence."""
+        if self._over.done():
+            return
+        try:
+            for tokens in self._take(leg, event):
+                self._emit(tokens)
+            if leg is self._decode:
+                self._hear_tokens()
+        except Exception as error:  # noqa: BLE001 - raised in the request's task, by `end`
+            self._end(error)
+
+    def _hear_token(self, token: int) -> None:
+        """One more token of the decode leg, when there is nothing else to see to."""
+        try:
+            self._progress.emit_one(token)
+            self._sink.token(token)
+        except Exception as error:  # noqa: BLE001 - raised in the request's task, by `end`
+            self._end(error)
+
+    def _hear_tokens(self) -> None:
+        """From here on plain tokens of the decode leg need no look at the state of the hops."""
+        moving = self._move is not None and not self._move.over
+        plain = not moving and not self._over.done() and self._has_first and self._prefill is None
+        if self._decode is not None and not self._progress.request.sampling.return_logits:
+            self._decode.on_token = self._hear_token if plain else None
+
+    def _end(self, error: Exception | None) -> None:
+        """The first end counts; nothing is heard after it."""
+        if not self._over.done():
+            self._error = error
+            self._over.set_result(None)
+        if self._decode is not None:
+            self._decode.on_token = None
+
+    def _expire(self) -> None:
+        limit_s = self._progress.request.deadline_s
+        self._end(DeadlineExceeded(f"the request did not finish within {limit_s:.1f} s"))
 
     def _take(self, leg: Leg, event: LegEvent) -> list[LegTokens]:
         """The tokens that may now go to the client, in order."""
@@ -210,24 +254,28 @@ class Attempt:
             self._failed.add(self._handoff.owner_incarnation)  # it may be wrong there already
         raise error
 
-    def _emit(self, tokens: LegTokens) -> Generated:
+    def _emit(self, tokens: LegTokens) -> None:
         progress = self._progress
         progress.emit(tokens.tokens)
         progress.finished = tokens.finish is not None
-        return Generated(
-            tokens=tokens.tokens,
-            finish=tokens.finish,
-            cached_tokens=progress.prefill_times.cached_tokens,
-            timings=progress.timings() if tokens.finish is not None else None,
-            logits=tokens.logits,
+        self._sink.take(
+            Generated(
+                tokens=tokens.tokens,
+                finish=tokens.finish,
+                cached_tokens=progress.prefill_times.cached_tokens,
+                timings=progress.timings() if tokens.finish is not None else None,
+                logits=tokens.logits,
+            )
         )
+        if progress.finished:
+            self._end(None)
 
     # -- hops -----------------------------------------------------------------------------------
 
     def _start_decode(self, prefill: Leg, lease_id: LeaseId) -> None:
         self._handoff = handoff_to(prefill.link, lease_id)
         if self._handoff is None:
-            return  # its loss is already in the inbox
+            return  # its loss has ended this attempt, or is about to
         self._renew_later()
         if self._output_position + 1 < self._progress.request.sampling.max_tokens:
             self._submit_decode()
@@ -271,9 +319,6 @@ class Attempt:
             request_id = self._progress.request.request_id
             log.debug("%s request_id=%s %s", event, request_id, placed.decision.explain())
 
-    def _hear(self, leg: Leg, event: LegEvent) -> None:
-        self._inbox.put_nowait((leg, event))
-
     # -- a migration ----------------------------------------------------------------------------
 
     async def migrate(self, to: WorkerId | None, timeout_s: float) -> MigrationReport:
@@ -288,6 +333,7 @@ class Attempt:
         placed = self._chooser.for_move(context_tokens, self._total_tokens, incarnation, to)
         self._log_route("route_migration", placed)
         move = self._move = Move(source, placed, self._decode_leg, self._clock)
+        source.on_token = None
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(move.report)

@@ -27,7 +27,6 @@ from core.messages import (
     Rejected,
     RouterToWorker,
     SnapshotRequest,
-    TokenFrame,
     WorkerHello,
     WorkerToRouter,
 )
@@ -35,7 +34,7 @@ from core.outbox import Outbox
 from core.registry import WorkerRecord
 from core.stages import Stage
 from kv_transfer.codec import UnknownMessage
-from router.codec import from_worker, to_worker
+from router.codec import entry_from_wire, from_worker, to_worker
 from router.index import PrefixIndex
 from router.view import WorkerView
 from wire import common_pb2, worker_pb2, worker_pb2_grpc
@@ -57,12 +56,19 @@ class LegListener(Protocol):
 
 
 class Leg:
-    """One submit on one stream. `cancel` may be called at any time, also when it is over."""
+    """One submit on one stream. `cancel` may be called at any time, also when it is over.
+
+    While `on_token` is set it hears of single tokens that end nothing, instead of the listener;
+    like that it must neither wait nor raise.
+    """
+
+    __slots__ = ("link", "listener", "number", "on_token")
 
     def __init__(self, link: "WorkerLink", number: int, listener: LegListener) -> None:
         self.link = link
         self.number = number
         self.listener = listener
+        self.on_token: Callable[[int], None] | None = None
 
     def cancel(self, reason: str) -> None:
         self.link.cancel(self, reason)
@@ -199,6 +205,9 @@ class WorkerLink:
         return WorkerView(hello, self._index.join(hello.worker_id))
 
     def _receive(self, view: WorkerView, raw: worker_pb2.ToRouter) -> None:
+        if raw.HasField("tokens"):
+            self._receive_tokens(raw.tokens)
+            return
         try:
             message = from_worker(raw)
         except UnknownMessage as unknown:
@@ -208,9 +217,6 @@ class WorkerLink:
 
     def _dispatch(self, view: WorkerView, message: WorkerToRouter) -> None:
         match message:
-            case TokenFrame():
-                for entry in message.entries:
-                    self._tell(entry.number, entry)
             case Accepted() | Offered():
                 self._tell(message.number, message)
             case Rejected() | LegFailed() | Moved():
@@ -229,6 +235,19 @@ class WorkerLink:
             case WorkerHello():
                 view.hello = message
                 self._on_change()
+
+    def _receive_tokens(self, frame: worker_pb2.TokenFrame) -> None:
+        """Nearly all entries are one token of a running answer: no typed value is made of them."""
+        legs = self._legs
+        for entry in frame.entries:
+            leg = legs.get(entry.number)
+            if leg is None:
+                continue
+            tokens = entry.tokens
+            if leg.on_token is not None and len(tokens) == 1 and not entry.finish:
+                leg.on_token(tokens[0])
+            else:
+                leg.listener(leg, entry_from_wire(entry))
 
     def _tell(self, number: int, event: LegEvent) -> None:
         leg = self._legs.get(number)

@@ -256,7 +256,7 @@ def to_router(message: WorkerToRouter) -> worker_pb2.ToRouter:
 def from_worker(message: worker_pb2.ToRouter) -> WorkerToRouter:
     match message.WhichOneof("message"):
         case "tokens":
-            entries = tuple(_entry_from_wire(entry) for entry in message.tokens.entries)
+            entries = tuple(entry_from_wire(entry) for entry in message.tokens.entries)
             return TokenFrame(entries=entries)
         case "load":
             return load_from_wire(message.load)
@@ -384,7 +384,8 @@ def _entry_to_wire(entry: LegTokens) -> worker_pb2.LegTokens:
     )
 
 
-def _entry_from_wire(entry: worker_pb2.LegTokens) -> LegTokens:
+def entry_from_wire(entry: worker_pb2.LegTokens) -> LegTokens:
+    """One entry of a TokenFrame."""
     times = None
     if entry.HasField("times"):
         times = LegTimes(

@@ -23,11 +23,13 @@ from router.config import RouterConfig
 from router.fleet import Fleet
 from router.policies.build import Policies
 from router.progress import Observed, Progress, SequenceObserver
+from router.pulled import pulled
 from router.types import (
     Generated,
     GenerateRequest,
     MigrationReport,
     ServingLimits,
+    TokenSink,
     WorkerStatus,
 )
 
@@ -56,8 +58,12 @@ class Flow:
         self._observers = (self._chooser, *observers)
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
-        """Yield tokens until the finish; see router.types.Generator."""
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
+        """`run`, for those who would rather pull."""
+        return pulled(self, request)
+
+    async def run(self, request: GenerateRequest, sink: TokenSink) -> None:
+        """Give `sink` tokens until the finish; see router.types.Generator."""
         progress = Progress(request, self._clock)
         failed: set[Incarnation] = set()
         patience_s = self._config.worker_wait_s
@@ -65,12 +71,10 @@ class Flow:
             for attempt in range(self._config.max_attempts):
                 patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
                 try:
-                    hops = Attempt(self._chooser, progress, attempt, failed, self._clock)
+                    hops = Attempt(self._chooser, progress, attempt, failed, self._clock, sink=sink)
                     with hops, self._known(request, hops):
                         hops.start()
-                        while not progress.finished:
-                            for item in await hops.next():
-                                yield item
+                        await hops.end()
                     return
                 except Unavailable as error:
                     self._consider_retry(progress, attempt, error)

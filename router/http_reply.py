@@ -1,5 +1,7 @@
 """One HTTP response: what was already sent, and the two ways to send: a JSON body or SSE."""
 
+from typing import Protocol
+
 from starlette.types import Scope, Send
 
 from core.errors import BatonError
@@ -10,6 +12,27 @@ ABORT_EXTENSION = "baton.abort"
 connection without waiting for what is unsent. The app then waits for `http.disconnect`, or the
 server takes its response for incomplete.
 """
+
+
+LINE_EXTENSION = "baton.line"
+"""ASGI extension of our server: `scope["extensions"][LINE_EXTENSION]["line"]` is the Line of the
+request's connection, for chunks of a body whose head was sent.
+"""
+
+
+class Line(Protocol):
+    """A connection that takes chunks without a coroutine per chunk; the server's side of a stream.
+
+    `write` never waits and never raises: while `paused`, or once the client has gone, it is for the
+    caller not to pile up more. `drain` returns when the connection is not paused.
+    """
+
+    @property
+    def paused(self) -> bool: ...
+
+    def write(self, chunk: bytes) -> None: ...
+
+    async def drain(self) -> None: ...
 
 
 class Reply:
@@ -36,8 +59,8 @@ class Reply:
         """The whole response, in OpenAI's error shape."""
         await self.json(error.http_status, error_body(error), error_headers(error))
 
-    async def start_stream(self) -> None:
-        """Status 200 and the head of an event stream."""
+    async def start_stream(self) -> Line:
+        """Status 200 and the head of an event stream; its events go to the line."""
         await self._start(
             200,
             [
@@ -47,10 +70,8 @@ class Reply:
                 (b"x-accel-buffering", b"no"),
             ],
         )
-
-    async def write(self, chunk: bytes) -> None:
-        """A part of the body; waits while the client's connection is full."""
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        line: Line = self._scope["extensions"][LINE_EXTENSION]["line"]
+        return line
 
     async def end(self, chunk: bytes) -> None:
         await self._send({"type": "http.response.body", "body": chunk, "more_body": False})

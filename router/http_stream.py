@@ -1,89 +1,195 @@
 """The streaming path: tokens of a request's choices to SSE events to the client.
 
-    generator --- pump (one a choice) ---> EventBuffer ---> writer ---> send
+    worker's stream -> flow -> Voice (one a choice) -> Outflow -> the connection
 
-The pump never waits for the client, so other requests do not either; the buffer between them is
-bounded. Each token's text is one event; events that wait together leave in one write.
+All of this happens in the task that reads the worker's stream: no token wakes a task of its
+request, and none waits for the client. While the connection is full events are held, in bounds, and
+leave together when it has room. Each token's text is one event.
 """
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Coroutine, Sequence
+from typing import TypeVar
 
 from core.errors import BatonError, InternalError
+from core.sampling import FinishReason
 from router.answer import Answer
 from router.chunks import DONE, AnswerHead, ChunkEncoder, usage_event
 from router.config import RouterConfig
 from router.http_errors import ClientTooSlow
-from router.http_reply import Reply
+from router.http_reply import Line, Reply
 from router.metrics import EdgeMetrics
-from router.types import Generator
+from router.types import Enough, Generated, Generator, TokenSink
+
+T = TypeVar("T")
+
+MAX_HELD_BYTES = 16 * 1024 * 1024
+"""Of one answer's events, whatever the time: a worker could say much within the grace."""
 
 
-class EventBuffer:
-    """Events of all choices, in order, between their pumps and the one writer.
+class Outflow:
+    """Events of all choices, in order, to the one connection; held until `run` has opened it.
 
-    A full buffer has `grace_s` to be taken by the writer: a burst of tokens is no slow client.
+    When `max_events` are held, the client has `grace_s` to take them: a burst of tokens is no slow
+    client.
     """
 
-    __slots__ = ("_error", "_events", "_grace_s", "_max_events", "_open", "_taken", "_wake")
+    __slots__ = (
+        *("_error", "_grace_s", "_held", "_held_bytes", "_limit", "_line", "_max_events", "_open"),
+        *("_wake", "events", "writes"),
+    )
 
     def __init__(self, *, max_events: int, grace_s: float, producers: int) -> None:
-        self._events: list[bytes] = []
+        self._held: list[bytes] = []
+        self._held_bytes = 0
         self._max_events = max_events
         self._grace_s = grace_s
         self._open = producers
         self._error: BatonError | None = None
+        self._line: Line | None = None
         self._wake: asyncio.Future[None] | None = None
-        self._taken = asyncio.Event()
-
-    @property
-    def full(self) -> bool:
-        return len(self._events) >= self._max_events
+        self._limit: asyncio.Timeout | None = None
+        self.events = 0
+        self.writes = 0
 
     def put(self, event: bytes) -> None:
-        self._events.append(event)
-        self._wake_writer()
+        """Take an event; never waits."""
+        self.events += 1
+        line = self._line
+        if line is None or self._held or line.paused:
+            self._hold(event)
+        else:
+            self.writes += 1
+            line.write(event)
 
     def close(self) -> None:
         """One producer has put its last event."""
         self._open -= 1
-        self._wake_writer()
+        self._wake_up()
 
     def fail(self, error: BatonError) -> None:
-        """The answer cannot be completed: the writer sees `error` after the events so far."""
+        """The answer cannot be completed: `run` raises `error` after the events so far."""
         if self._error is None:
             self._error = error
-        self._wake_writer()
+        self._wake_up()
 
-    async def room(self) -> None:
-        """Wait until the writer has taken what is here. Raises ClientTooSlow."""
-        self._taken.clear()
-        try:
-            async with asyncio.timeout(self._grace_s):
-                await self._taken.wait()
-        except TimeoutError:
-            lag = len(self._events)
-            raise ClientTooSlow(f"the client is {lag} events behind") from None
+    async def run(self, reply: Reply) -> None:
+        """Start the response with the first event, and return when all producers have closed.
 
-    async def take(self) -> list[bytes]:
-        """All waiting events; none when all producers have closed. Raises what was failed with."""
-        while not self._events:
+        An error before any event is raised with nothing sent. Raises ClientTooSlow.
+        """
+        await self._something()
+        line = await self._bounded(reply.start_stream())
+        while self._held:
+            await self._bounded(line.drain())
+            self._line = line
+            self._release(line)
+            await self._something()
+
+    async def _something(self) -> None:
+        """Wait until events are held, or all producers have closed. Raises what it failed with."""
+        while not self._held:
             if self._error is not None:
                 raise self._error
             if self._open == 0:
-                return []
+                return
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
-        events, self._events = self._events, []
-        self._taken.set()
-        return events
 
-    def _wake_writer(self) -> None:
+    async def _bounded(self, client: Coroutine[object, object, T]) -> T:
+        """Wait for the client, but not for ever once too much is held."""
+        try:
+            async with asyncio.timeout(None) as self._limit:
+                self._bound()
+                return await client
+        except TimeoutError:
+            raise ClientTooSlow(f"the client is {len(self._held)} events behind") from None
+        finally:
+            self._limit = None
+
+    def _bound(self) -> None:
+        """A wait for the client that is under way gets an end when too much is held."""
+        if self._limit is None or self._limit.expired():
+            return
+        now_s = asyncio.get_running_loop().time()
+        if self._held_bytes > MAX_HELD_BYTES:
+            self._limit.reschedule(now_s)
+        elif len(self._held) >= self._max_events and self._limit.when() is None:
+            self._limit.reschedule(now_s + self._grace_s)
+
+    def _hold(self, event: bytes) -> None:
+        self._held.append(event)
+        self._held_bytes += len(event)
+        self._bound()
+        self._wake_up()
+
+    def _release(self, line: Line) -> None:
+        self.writes += 1
+        line.write(b"".join(self._held))
+        self._held.clear()
+        self._held_bytes = 0
+
+    def _wake_up(self) -> None:
         if self._wake is not None:
             if not self._wake.done():
                 self._wake.set_result(None)
             self._wake = None
+
+
+class Voice:
+    """Implements router.types.TokenSink: one choice's tokens as events."""
+
+    __slots__ = ("_answer", "_encoder", "_first", "_outflow")
+
+    def __init__(self, answer: Answer, encoder: ChunkEncoder, outflow: Outflow) -> None:
+        self._answer = answer
+        self._encoder = encoder
+        self._outflow = outflow
+        self._first = encoder.first()
+
+    def token(self, token: int) -> None:
+        answer = self._answer
+        piece = answer.push(token)
+        if piece:
+            self._outflow.put(self._encoder.text(piece))
+        if answer.finish is not None:
+            self._finish(answer.finish)
+            raise Enough("a stop string matched")
+
+    def take(self, item: Generated) -> None:
+        answer, outflow = self._answer, self._outflow
+        if self._first:
+            outflow.put(self._first)
+            self._first = b""
+        for piece in answer.feed(item):
+            outflow.put(self._encoder.text(piece))
+        if answer.finish is not None:
+            self._finish(answer.finish)
+            if item.finish is None:
+                raise Enough("a stop string matched")
+
+    def _finish(self, reason: FinishReason) -> None:
+        self._outflow.put(self._encoder.finish(reason, self._answer.timings))
+
+
+class Text:
+    """Implements router.types.TokenSink: the whole text of one answer."""
+
+    __slots__ = ("_answer", "pieces")
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.pieces: list[str] = []
+
+    def token(self, token: int) -> None:
+        self.pieces.append(self._answer.push(token))
+        if self._answer.finish is not None:
+            raise Enough("a stop string matched")
+
+    def take(self, item: Generated) -> None:
+        self.pieces.extend(self._answer.feed(item))
+        if self._answer.finish is not None and item.finish is None:
+            raise Enough("a stop string matched")
 
 
 async def stream_answers(
@@ -99,66 +205,45 @@ async def stream_answers(
     """Send all but the last bytes, which are returned: the caller ends the response with them.
 
     The response starts with the first item of any choice; an error before that is raised with
-    nothing sent. Pumps run in `group`; a client that is too slow fails the group with
-    ClientTooSlow, as the writer may be stuck in a write then.
+    nothing sent. The choices run in `group`.
     """
-    buffer = EventBuffer(
+    outflow = Outflow(
         max_events=settings.stream_buffer_events,
         grace_s=settings.slow_client_grace_s,
         producers=len(answers),
     )
     for answer in answers:
-        group.create_task(_pump(generator, answer, ChunkEncoder(head, answer.index), buffer))
-    events = await buffer.take()
-    await reply.start_stream()
-    sent = writes = 0
+        group.create_task(_speak(generator, answer, ChunkEncoder(head, answer.index), outflow))
     try:
-        while events:
-            sent += len(events)
-            writes += 1
-            await reply.write(b"".join(events))
-            events = await buffer.take()
+        await outflow.run(reply)
     finally:
-        metrics.stream_events.inc(sent)
-        metrics.coalesced_events.inc(sent - writes)
+        metrics.stream_events.inc(outflow.events)
+        metrics.coalesced_events.inc(outflow.events - outflow.writes)
     return usage_event(head, answers) + DONE if head.usage_chunk else DONE
 
 
-async def _pump(
-    generator: Generator, answer: Answer, encoder: ChunkEncoder, buffer: EventBuffer
+async def _speak(
+    generator: Generator, answer: Answer, encoder: ChunkEncoder, outflow: Outflow
 ) -> None:
     try:
-        async with aclosing(generator.generate(answer.planned.request)) as items:
-            first = encoder.first()
-            async for item in items:
-                if first:
-                    buffer.put(first)
-                    first = b""
-                for piece in answer.feed(item):
-                    buffer.put(encoder.text(piece))
-                if answer.finish is not None:
-                    buffer.put(encoder.finish(answer.finish, answer.timings))
-                    break
-                if buffer.full:
-                    await buffer.room()
-    except ClientTooSlow:
-        raise
+        await _to_the_end(generator, answer, Voice(answer, encoder, outflow))
     except BatonError as error:
-        buffer.fail(error)
-        return
-    if answer.finish is None:
-        buffer.fail(InternalError("the generator ended without a finish"))
-    buffer.close()
+        outflow.fail(error)
+    else:
+        outflow.close()
 
 
 async def collect_answer(generator: Generator, answer: Answer) -> str:
     """The whole text of one answer, for a request that does not stream."""
-    pieces: list[str] = []
-    async with aclosing(generator.generate(answer.planned.request)) as items:
-        async for item in items:
-            pieces.extend(answer.feed(item))
-            if answer.finish is not None:
-                break
+    text = Text(answer)
+    await _to_the_end(generator, answer, text)
+    return "".join(text.pieces)
+
+
+async def _to_the_end(generator: Generator, answer: Answer, sink: TokenSink) -> None:
+    try:
+        await generator.run(answer.planned.request, sink)
+    except Enough:
+        return
     if answer.finish is None:
         raise InternalError("the generator ended without a finish")
-    return "".join(pieces)

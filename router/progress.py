@@ -89,6 +89,11 @@ class Progress:
             self.first_at_s = self.last_at_s
         self.tokens.extend(tokens)
 
+    def emit_one(self, token: int) -> None:
+        """As `emit`, for one that is not the first."""
+        self.last_at_s = self._clock.now_s()
+        self.tokens.append(token)
+
     def timings(self) -> Timings:
         """Up to now; complete once the last token is out."""
         gaps = max(1, len(self.tokens) - 1)

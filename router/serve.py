@@ -13,10 +13,11 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from core.errors import ConfigError
-from router.http_reply import ABORT_EXTENSION
+from router.http_reply import ABORT_EXTENSION, LINE_EXTENSION
 
 BACKLOG = 2048
 SEND_BUFFER_BYTES = 256 * 1024
@@ -115,4 +116,31 @@ class _Server(uvicorn.Server):
 class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
+        self.scope["extensions"] = {
+            ABORT_EXTENSION: {"abort": self.transport.abort},
+            LINE_EXTENSION: {"line": _Line(self.transport, self.flow)},
+        }
+
+
+class _Line:
+    """Implements router.http_reply.Line: writes HTTP/1.1 chunks past uvicorn's own `send`.
+
+    uvicorn has sent a head without a length, which makes it chunked, and ends the body itself.
+    """
+
+    __slots__ = ("_flow", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._transport = transport
+        self._flow = flow
+
+    @property
+    def paused(self) -> bool:
+        return self._flow.write_paused
+
+    def write(self, chunk: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+
+    async def drain(self) -> None:
+        await self._flow.drain()

@@ -1,9 +1,9 @@
 """The seam between the HTTP edge and flow.py."""
 
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from core.errors import Cancelled
 from core.ids import RequestId, WorkerId
 from core.sampling import FinishReason, SamplingParams
 
@@ -113,16 +113,36 @@ class WorkerStatus:
     total_blocks: int = 0
 
 
+class TokenSink(Protocol):
+    """Takes one sequence's tokens in order, on the event loop, as the worker's frame is read.
+
+    Neither call waits. What one raises ends the sequence with that error; a sink that has had
+    enough raises Enough.
+    """
+
+    def token(self, token: int) -> None:
+        """One more token of a running answer, and nothing else to say: nearly all calls."""
+        ...
+
+    def take(self, item: Generated) -> None:
+        """Anything else: the first item, several tokens, the last one."""
+        ...
+
+
+class Enough(Cancelled):
+    """The sink needs no more tokens: a stop string matched."""
+
+
 class Generator(Protocol):
     """What the HTTP edge needs of flow.py.
 
-    `generate` yields at least once, the last item with a finish, or raises a BatonError. Closing
-    the generator early (aclose) cancels every leg at once. `migrate` moves a sequence that
-    `generate` runs to another decode worker, `to` or any; it raises InvalidRequest or NoWorkers
-    when that cannot even be tried.
+    `run` gives the sink at least one item, the last one with a finish, and then returns; or it
+    raises a BatonError. Cancelling it cancels every leg at once. `migrate` moves a sequence that
+    runs to another decode worker, `to` or any; it raises InvalidRequest or NoWorkers when that
+    cannot even be tried.
     """
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]: ...
+    async def run(self, request: GenerateRequest, sink: TokenSink) -> None: ...
 
     async def migrate(
         self, request_id: RequestId, choice: int, to: WorkerId | None, timeout_s: float

@@ -24,7 +24,7 @@ from router.app import create_app
 from router.config import RouterConfig
 from router.metrics import EdgeMetrics
 from router.serve import bind_listener, serve
-from router.types import Generated, GenerateRequest, ServingLimits, Timings, WorkerStatus
+from router.types import Generated, GenerateRequest, ServingLimits, Timings, TokenSink, WorkerStatus
 
 MODEL = "tiny"
 EOS = "<|end|>"
@@ -93,7 +93,7 @@ def served_model(eos_token_ids: Iterable[int] = (0,), **sampling: float) -> Serv
 
 @dataclass
 class ScriptedGenerator:
-    """In place of flow.py: yields what its script yields, and knows what was closed."""
+    """In place of flow.py: gives what its script yields, and knows what was closed."""
 
     script: Script
     context_tokens: int = 1000
@@ -103,13 +103,13 @@ class ScriptedGenerator:
     running: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
+    async def run(self, request: GenerateRequest, sink: TokenSink) -> None:
         self.requests.append(request)
         self._count(+1)
         try:
             async with aclosing(self.script(request)) as items:
                 async for item in items:
-                    yield item
+                    sink.take(item)
         finally:
             self._count(-1)
 

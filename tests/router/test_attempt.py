@@ -36,7 +36,7 @@ from router.index import PrefixIndex
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Progress
-from router.types import MigrationReport
+from router.types import Generated, MigrationReport
 from router.view import WorkerView
 from tests.builders import make_engine, make_prompt, make_request, soon
 
@@ -106,9 +106,13 @@ class ScriptedLink:
         self.sent.append(message)
 
     def say(self, event: LegEvent) -> None:
-        """Of its newest leg."""
+        """Of its newest leg, to whom the link tells it."""
         leg = self.legs[-1]
-        leg.listener(leg, replace(event, number=leg.number))
+        match event:
+            case LegTokens(tokens=(token,), finish=None) if leg.on_token is not None:
+                leg.on_token(token)
+            case _:
+                leg.listener(leg, replace(event, number=leg.number))
 
 
 class ScriptedFleet:
@@ -140,7 +144,7 @@ class Scene:
         self.progress = Progress(make_request(PROMPT, max_tokens=max_tokens), SystemClock())
         # As long as the destination counts as failed, the source is chosen.
         self.failed = {self.destination.record.incarnation}
-        self.attempt = Attempt(chooser, self.progress, 0, self.failed, SystemClock())
+        self.attempt = Attempt(chooser, self.progress, 0, self.failed, SystemClock(), sink=self)
         self.tokens: list[int] = []
 
     def __enter__(self) -> "Scene":
@@ -152,18 +156,16 @@ class Scene:
     def __exit__(self, *error: object) -> None:
         self.attempt.__exit__(None, None, None)
 
-    async def take(self, events: int = 1) -> None:
-        for _ in range(events):
-            async with asyncio.timeout(5):
-                for item in await self.attempt.next():
-                    self.tokens += item.tokens
+    def token(self, token: int) -> None:
+        self.tokens.append(token)
 
-    async def begin(self) -> None:
+    def take(self, item: Generated) -> None:
+        self.tokens += item.tokens
+
+    def begin(self) -> None:
         """The first token, and one of the source."""
-        await self.take()
         self.prefill.say(tokens(0))
         self.source.say(tokens(1))
-        await self.take(2)
 
     async def offered(self) -> "asyncio.Task[MigrationReport]":
         """A move on its way: the destination has the submit."""
@@ -171,7 +173,6 @@ class Scene:
         await asyncio.sleep(0)
         assert isinstance(self.source.sent[-1], Offer)
         self.source.say(Offered(number=0, lease_id=LeaseId(7)))
-        await self.take()
         submit, first = self.destination.sent[-1], self.source.sent[0]
         assert isinstance(submit, DecodeSubmit) and isinstance(first, DecodeSubmit)
         assert submit.handoff is not None
@@ -188,18 +189,15 @@ def tokens(*values: int, finish: FinishReason | None = None) -> LegTokens:
 
 async def test_what_the_destination_says_before_moved_waits_for_it() -> None:
     with Scene() as s:
-        await s.begin()
+        s.begin()
         migrating = await s.offered()
         s.destination.say(tokens(3))
         s.destination.say(tokens(4))
         s.source.say(tokens(2))
-        await s.take(3)
         assert s.tokens == [0, 1, 2]
         s.source.say(Moved(number=0))
-        await s.take()
         assert s.tokens == [0, 1, 2, 3, 4]
         s.destination.say(tokens(5, finish=FinishReason.LENGTH))
-        await s.take()
         report = await soon(migrating)
         assert isinstance(report, MigrationReport)
         assert (report.moved, report.reason, report.tokens_meanwhile) == (True, "", 1)
@@ -209,18 +207,14 @@ async def test_what_the_destination_says_before_moved_waits_for_it() -> None:
 
 async def test_a_move_that_is_over_before_the_first_token_was_heard_keeps_the_order() -> None:
     with Scene() as s:
-        await s.take()
         s.source.say(tokens(1))
-        await s.take()
         migrating = await s.offered()
         s.destination.say(tokens(3))
         s.source.say(tokens(2))
         s.source.say(Moved(number=0))
         s.destination.say(tokens(4))
-        await s.take(4)
         assert s.tokens == []
         s.prefill.say(tokens(0))
-        await s.take()
         assert s.tokens == [0, 1, 2, 3, 4]
         assert (await migrating).moved
 
@@ -230,59 +224,54 @@ async def test_a_move_that_is_over_before_the_first_token_was_heard_keeps_the_or
 )
 async def test_the_source_goes_on_when_the_destination_does_not(last: LegEvent) -> None:
     with Scene() as s:
-        await s.begin()
+        s.begin()
         migrating = await s.offered()
         s.destination.say(tokens(99))
         s.destination.say(last)
-        await s.take(2)
         report = await migrating
         assert (report.moved, report.reason) == (False, getattr(last, "message", None))
         s.source.say(tokens(2))
-        await s.take()
         assert s.tokens == [0, 1, 2]
 
 
 async def test_a_sequence_that_moved_to_nobody_costs_the_attempt() -> None:
     with Scene() as s:
-        await s.begin()
+        s.begin()
         migrating = await s.offered()
         s.destination.say(FAILED)
-        await s.take()
         assert not (await migrating).moved
         s.source.say(Moved(number=0))
         with pytest.raises(TransferFailed):
-            await s.take()
+            await soon(s.attempt.end())
 
 
 async def test_a_move_given_up_too_late_costs_the_attempt() -> None:
     with Scene() as s:
-        await s.begin()
+        s.begin()
         migrating = await s.offered()
         migrating.cancel()
         await asyncio.wait([migrating])
         assert isinstance(s.destination.sent[-1], Cancel)
         s.destination.say(tokens(3))
         s.source.say(Moved(number=0))
-        await s.take()
         with pytest.raises(TransferFailed):
-            await s.take()
+            await soon(s.attempt.end())
 
 
 async def test_an_offer_answered_too_late_is_not_taken_up() -> None:
     with Scene() as s:
-        await s.begin()
+        s.begin()
         report = await s.attempt.migrate(None, 0.01)
         assert (report.moved, report.reason) == (False, "it was not done within 0.01 s")
         s.source.say(Offered(number=0, lease_id=LeaseId(7)))
         s.source.say(tokens(2))
-        await s.take(2)
         assert s.destination.sent == []
         assert s.tokens == [0, 1, 2]
 
 
 async def test_leaving_cancels_every_leg() -> None:
     with Scene() as s:
-        await s.begin()
+        s.begin()
         migrating = await s.offered()
     assert isinstance(s.source.sent[-1], Cancel)
     assert isinstance(s.destination.sent[-1], Cancel)
@@ -292,11 +281,66 @@ async def test_leaving_cancels_every_leg() -> None:
 
 async def test_leaving_after_a_move_cancels_only_the_leg_that_is_left() -> None:
     with Scene() as s:
-        await s.begin()
+        s.begin()
         migrating = await s.offered()
         s.source.say(Moved(number=0))
-        await s.take()
     assert not isinstance(s.source.sent[-1], Cancel)
     assert isinstance(s.destination.sent[-1], Cancel)
     report = await migrating
     assert (report.moved, report.reason) == (True, "the request has ended")
+
+
+# -- how tokens reach the sink --------------------------------------------------------------------
+
+
+async def test_single_tokens_of_a_running_answer_pass_the_hops_by() -> None:
+    with Scene() as s:
+        assert s.source.legs[0].on_token is None
+        s.begin()
+        assert s.source.legs[0].on_token is not None
+        s.source.say(tokens(2))
+        s.source.say(tokens(3, 4))
+        s.source.say(tokens(5))
+        assert s.tokens == s.progress.tokens == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_move_that_stays_gives_single_tokens_their_way_back() -> None:
+    with Scene() as s:
+        s.begin()
+        migrating = await s.offered()
+        assert s.source.legs[0].on_token is None
+        s.destination.say(FAILED)
+        await migrating
+        s.source.say(tokens(2))
+        assert s.source.legs[0].on_token is not None
+        assert s.tokens == [0, 1, 2]
+
+
+async def test_the_end_comes_with_the_last_token() -> None:
+    with Scene() as s:
+        s.begin()
+        s.source.say(tokens(2, finish=FinishReason.LENGTH))
+        await soon(s.attempt.end())
+        assert s.source.ended == s.source.legs
+
+
+@pytest.mark.parametrize("values", [(2,), (2, 3)], ids=["one token", "several"])
+async def test_what_the_sink_raises_ends_the_attempt_and_nothing_more_is_given(
+    values: tuple[int, ...],
+) -> None:
+    class Full(Exception):
+        pass
+
+    def refuse(_: object) -> None:
+        raise Full
+
+    with Scene() as s:
+        s.begin()
+        s.token = s.take = refuse  # type: ignore[method-assign]
+        s.source.say(tokens(*values))
+        del s.token, s.take
+        s.source.say(tokens(9))
+        with pytest.raises(Full):
+            await soon(s.attempt.end())
+        assert s.tokens == [0, 1]
+    assert isinstance(s.source.sent[-1], Cancel)

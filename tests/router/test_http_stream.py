@@ -19,7 +19,7 @@ from http_builders import (
 
 from core.errors import ConfigError
 from router.http_errors import ClientTooSlow
-from router.http_stream import EventBuffer
+from router.http_stream import MAX_HELD_BYTES, Outflow
 from router.serve import bind_listener
 from router.types import Generated
 
@@ -155,35 +155,130 @@ async def test_tokens_of_one_item_are_one_event_each(tmp_path):
     assert all(event.startswith("data: {") for event in events[:-2])
 
 
+class Client:
+    """A connection that takes chunks while it is open, and the reply that starts it."""
+
+    def __init__(self, *, reads=True):
+        self.chunks = []
+        self.started = False
+        self._open = asyncio.Event()
+        if reads:
+            self._open.set()
+
+    @property
+    def paused(self):
+        return not self._open.is_set()
+
+    def write(self, chunk):
+        self.chunks.append(chunk)
+
+    async def drain(self):
+        await self._open.wait()
+
+    async def start_stream(self):
+        self.started = True
+        return self
+
+    def stop_reading(self):
+        self._open.clear()
+
+    def read_again(self):
+        self._open.set()
+
+
+def outflow(producers=1, max_events=4, grace_s=1.0):
+    return Outflow(max_events=max_events, grace_s=grace_s, producers=producers)
+
+
+async def begun(flow, client):
+    """An outflow that writes through: its first event is out."""
+    task = asyncio.ensure_future(flow.run(client))
+    flow.put(b"first")
+    while not client.chunks:
+        await asyncio.sleep(0)
+    client.chunks.clear()
+    return task
+
+
 @in_loop
-async def test_buffer_gives_the_error_after_the_events_before_it():
-    buffer = EventBuffer(max_events=4, grace_s=1.0, producers=2)
-    buffer.put(b"a")
-    buffer.fail(ConfigError("first"))
-    buffer.fail(ConfigError("second"))
-    assert await buffer.take() == [b"a"]
+async def test_outflow_raises_the_first_error_after_the_events_before_it():
+    flow, client = outflow(producers=2), Client()
+    flow.put(b"a")
+    flow.fail(ConfigError("first"))
+    flow.fail(ConfigError("second"))
     with pytest.raises(ConfigError, match="first"):
-        await buffer.take()
+        await flow.run(client)
+    assert client.chunks == [b"a"]
 
 
 @in_loop
-async def test_buffer_ends_when_every_producer_has_closed():
-    buffer = EventBuffer(max_events=4, grace_s=1.0, producers=2)
-    buffer.close()
-    waiting = asyncio.ensure_future(buffer.take())
+async def test_outflow_that_fails_before_any_event_starts_no_response():
+    flow, client = outflow(), Client()
+    flow.fail(ConfigError("first"))
+    with pytest.raises(ConfigError, match="first"):
+        await flow.run(client)
+    assert not client.started
+
+
+@in_loop
+async def test_outflow_ends_when_every_producer_has_closed():
+    flow, client = outflow(producers=2), Client()
+    running = await begun(flow, client)
+    flow.close()
     await asyncio.sleep(0)
-    assert not waiting.done()
-    buffer.close()
-    assert await waiting == []
+    assert not running.done()
+    flow.close()
+    await running
 
 
 @in_loop
-async def test_buffer_that_nobody_takes_raises_after_its_grace():
-    buffer = EventBuffer(max_events=1, grace_s=0.01, producers=1)
-    buffer.put(b"a")
-    assert buffer.full
+async def test_event_is_written_where_it_is_put():
+    flow, client = outflow(), Client()
+    running = await begun(flow, client)
+    flow.put(b"a")
+    flow.put(b"b")
+    assert client.chunks == [b"a", b"b"]
+    flow.close()
+    await running
+    assert (flow.events, flow.writes) == (3, 3)
+
+
+@in_loop
+async def test_events_held_for_a_full_connection_leave_in_one_write_and_in_order():
+    flow, client = outflow(), Client()
+    running = await begun(flow, client)
+    client.stop_reading()
+    flow.put(b"a")
+    flow.put(b"b")
+    await asyncio.sleep(0)
+    client.read_again()
+    flow.put(b"c")  # not past those that are held
+    flow.close()
+    await running
+    assert client.chunks == [b"abc"]
+    assert (flow.events, flow.writes) == (4, 2)
+
+
+@in_loop
+async def test_outflow_that_nobody_takes_raises_after_its_grace():
+    flow = outflow(max_events=2, grace_s=0.01)
+    flow.put(b"a")
+    flow.put(b"b")
+    with pytest.raises(ClientTooSlow, match="2 events behind"):
+        await flow.run(Client(reads=False))
+
+
+@in_loop
+async def test_outflow_that_holds_too_many_bytes_raises_without_grace():
+    flow, client = outflow(max_events=1000, grace_s=1000.0), Client()
+    running = await begun(flow, client)
+    client.stop_reading()
+    flow.put(bytes(MAX_HELD_BYTES))
+    await asyncio.sleep(0)
+    assert not running.done()
+    flow.put(b"a")
     with pytest.raises(ClientTooSlow):
-        await buffer.room()
+        await running
 
 
 @in_loop
