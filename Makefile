@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-faults check proto clean
+.PHONY: help demo test test-faults check proto clean redis-server
 
 help:
 	@echo "make demo    install into .venv, start a local cluster, send real chat requests, stop it"
@@ -16,8 +16,21 @@ help:
 demo: .venv/installed
 	$(BIN)/baton demo
 
-test: .venv/installed-test
+test: .venv/installed-test redis-server
 	$(BIN)/python -m pytest --ignore tests/faults
+
+# Tests of the Redis registry start their own; the service that Debian's package brings stays off.
+redis-server:
+	@if ! command -v redis-server >/dev/null; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        echo "installing redis-server"; \
+	        apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	            apt-get install -qq -y --no-install-recommends redis-server >/dev/null; \
+	    fi; \
+	    command -v redis-server >/dev/null || \
+	        echo "tests that need Redis will be skipped, or fail where CI is set:" \
+	            "apt-get install redis-server, or on macOS: brew install redis"; \
+	fi
 
 test-faults: .venv/installed-test
 	@$(MAKE) --no-print-directory -j 2 faults-of-1 faults-of-2

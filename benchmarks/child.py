@@ -1,9 +1,10 @@
 """One process of a Pair: takes jobs from the bench until that closes its end."""
 
-import asyncio
 import sys
 import traceback
 from multiprocessing.connection import Connection
+
+import uvloop
 
 from benchmarks.processes import ChildSide, Done, Failed, Job
 
@@ -22,7 +23,7 @@ def main() -> None:
 
 def _do(job: Job, side: ChildSide) -> Done | Failed:
     try:
-        return Done(asyncio.run(_await(job, side)))
+        return Done(uvloop.run(_await(job, side)))
     except Exception as error:  # noqa: BLE001 - the root of a job; the bench hears of it
         return Failed(f"{type(error).__name__}: {error}", _indented(traceback.format_exc()))
 

@@ -5,6 +5,9 @@ run changes all sides of it.
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
+
+_ORDER_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,16 @@ async def interleave(
 ) -> dict[str, Samples]:
     """Measure each way once per round; answers seconds by way, without the warm-up.
 
-    Each round begins with another way, as what ran before decides what is in the caches.
+    Each round has an order of its own, as what ran before decides what is in the caches: rotated,
+    one way would always follow the same other one. The warm-up keeps the order given.
     """
     names = list(ways)
+    orders = Random(_ORDER_SEED)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(warm_up + rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        if i >= warm_up:
+            orders.shuffle(names)
+        for name in names:
             taken_s = await ways[name]()
             if i >= warm_up:
                 seconds[name].append(taken_s)

@@ -157,11 +157,15 @@ def bench(
 def show(
     config: ConfigOption = None, model: ModelOption = None, as_json: JsonOption = False
 ) -> None:
-    """Print all settings, defaults filled in; API keys are masked."""
+    """Print all settings, defaults filled in; API keys and passwords are masked."""
+    from cluster.redis_registry import without_password  # noqa: PLC0415 - imports the client
+
     without_model = config is None and model is None
     settings = _settings(config, Path() if without_model else model, None)
     tree = settings.model_dump(mode="json")
     tree["router"]["api_keys"] = ["***" for _ in settings.router.api_keys]
+    if settings.registry.url is not None:
+        tree["registry"]["url"] = without_password(settings.registry.url)
     if without_model:
         tree["model"]["path"] = None
     print(json.dumps(tree) if as_json else yaml.safe_dump(tree, sort_keys=False), end="")
@@ -173,7 +177,7 @@ def show(
 def check(
     config: ConfigOption = None, model: ModelOption = None, as_json: JsonOption = False
 ) -> None:
-    """Check config, checkpoint, port and GPUs; status 1 and one sentence per problem."""
+    """Check config, checkpoint, port, registry and GPUs; status 1 and one sentence per problem."""
     from cluster.config_file import BadConfig  # noqa: PLC0415
     from cluster.preflight import find_problems, port_problems  # noqa: PLC0415
 

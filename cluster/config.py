@@ -4,9 +4,11 @@ One YAML file holds them; what it leaves out takes the defaults. `load_config` i
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.config import Settings
 from decode_worker.config import DecodeConfig
@@ -23,6 +25,20 @@ def _from_base(path: Path, info: ValidationInfo) -> Path:
 
 ConfigPath = Annotated[Path, AfterValidator(_from_base)]
 """A path; a relative one starts at the folder of the config file."""
+
+
+def _redis_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"redis", "rediss"} and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise PydanticCustomError("redis_url", "a URL such as redis://host:6379/0")
+    return url
+
+
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 
 
 class ModelConfig(Settings):
@@ -51,6 +67,25 @@ class DecodePool(DecodeConfig):
 
     workers: int = Field(2, ge=1, le=1024)
     """Processes that start in this role."""
+
+
+class RegistryConfig(Settings):
+    """Where workers say that they are there, and routers look for them."""
+
+    kind: Literal["embedded", "redis"] = "embedded"
+    """embedded: within `baton up`, for one machine; redis: at `url`, for several."""
+    url: RedisUrl | None = None
+    """redis://[user:password@]host:port/db, or rediss:// for TLS."""
+    cluster: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """Clusters of different names share a Redis; two of one name must not run at once."""
+
+    @model_validator(mode="after")
+    def _url_if_redis(self) -> Self:
+        if self.kind == "redis" and self.url is None:
+            raise PydanticCustomError("no_url", "given a url, as its kind is redis")
+        if self.kind != "redis" and self.url is not None:
+            raise PydanticCustomError("other_kind", "of kind redis, as it has a url")
+        return self
 
 
 class SloConfig(Settings):
@@ -91,6 +126,7 @@ class ClusterConfig(Settings):
     decode: DecodePool = DecodePool()
     engine: EngineConfig = EngineConfig()
     transfer: TransferConfig = TransferConfig()
+    registry: RegistryConfig = RegistryConfig()
     resources: WorkerResources = WorkerResources()
     slo: SloConfig = SloConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -175,10 +175,11 @@ class _Cluster:
                 self._report(Starting(step="Ray"))
                 await self._ray.start(self._config)
                 # Not before Ray: Ray forks this process, and gRPC's threads do not survive that.
-                registry = MemoryRegistry(SystemClock())
-                await stack.enter_async_context(
-                    serve_registry(registry, self._run.registry_address)
-                )
+                if self._config.registry.kind == "embedded":
+                    registry = MemoryRegistry(SystemClock())
+                    await stack.enter_async_context(
+                        serve_registry(registry, self._run.registry_address)
+                    )
                 self._report(Starting(step=f"{self._config.num_workers} workers"))
                 group.create_task(self._pools.supervise())
         except BaseExceptionGroup as errors:

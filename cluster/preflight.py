@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 from cluster.config import ClusterConfig
+from cluster.ray_pools import worker_ids
+from cluster.registries import registry_problems
 from core.errors import ConfigError
 from router.serve import bind_listener
 
@@ -20,6 +22,7 @@ def find_problems(config: ClusterConfig) -> list[str]:
             *_checkpoint_problems(config),
             *_transfer_problems(config),
             *_gpu_problems(config),
+            *registry_problems(config.registry, worker_ids(config)),
         ]
 
 

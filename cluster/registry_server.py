@@ -12,12 +12,11 @@ from cluster.registry_codec import UnknownRole, record_from_wire, records_to_wir
 from core.channel import SERVER_OPTIONS
 from core.errors import InternalError
 from core.ids import Incarnation, WorkerId
-from core.registry import Registry
+from core.registry import MAX_TTL_S, Registry
 from wire import registry_pb2, registry_pb2_grpc
 
 Context = grpc.aio.ServicerContext[object, object]
 
-_MAX_TTL_S = 3600.0
 _STOP_GRACE_S = 0.5
 
 
@@ -50,9 +49,9 @@ class _Servicer(registry_pb2_grpc.RegistryServicer):
     async def Register(  # noqa: N802
         self, request: registry_pb2.RegisterRequest, context: Context
     ) -> registry_pb2.RegisterReply:
-        if not 0 < request.ttl_s <= _MAX_TTL_S:
+        if not 0 < request.ttl_s <= MAX_TTL_S:
             await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"ttl_s must be in (0, {_MAX_TTL_S:g}]"
+                grpc.StatusCode.INVALID_ARGUMENT, f"ttl_s must be in (0, {MAX_TTL_S:g}]"
             )
         try:
             record = record_from_wire(request.record)

@@ -1,13 +1,16 @@
-"""The router process: `python -m cluster.router_main --run-dir DIR --listen-fd N`.
+"""The router process. Any number of them serve the workers of one registry.
 
-The controller starts it with a socket that listens already, so clients never see a closed port
-while it restarts. Its settings and the registry's address are in the run's folder.
+    python -m cluster.router_main --run-dir DIR --listen-fd N     started by the controller
+    python -m cluster.router_main --config FILE [--port N]        by hand: another router
+
+The controller gives it a socket that listens already, so clients never see a closed port while it
+restarts. Its settings and the registry's address are in the run's folder. By hand it finds workers
+in the Redis of its config, or where `--registry` says.
 """
 
 import argparse
 import asyncio
 import gc
-import json
 import logging
 import signal
 import socket
@@ -20,12 +23,13 @@ from random import Random
 import uvloop
 from opentelemetry import trace
 
-from cluster.config import ClusterConfig
-from cluster.registry_client import RegistryClient
+from cluster.config import ClusterConfig, RegistryConfig
+from cluster.config_file import load_config
+from cluster.registries import connect_registry
 from cluster.run_dir import RunDir
 from cluster.telemetry import setup_logging, tracing
 from core.clock import Clock, SystemClock
-from core.errors import BatonError
+from core.errors import BatonError, ConfigError
 from core.ids import new_incarnation
 from core.registry import Registry
 from engine.build import describe_model
@@ -36,7 +40,7 @@ from router.metrics import EdgeMetrics, FlowMetrics
 from router.policies.cache_aware import CacheAware
 from router.policies.power_of_two import PowerOfTwo
 from router.progress import SequenceObserver
-from router.serve import serve
+from router.serve import bind_listener, serve
 from router.spans import SpanRecorder
 from router.tokenizer import Tokenizer
 
@@ -45,30 +49,62 @@ log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM or SIGINT, 1 for a bad set-up."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.router_main", description=__doc__)
-    parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--listen-fd", type=int, required=True)
+    parser = _parser()
     parsed = parser.parse_args(arguments)
-    run = RunDir(parsed.run_dir)
-    config = ClusterConfig.model_validate(json.loads((run.path / "config.json").read_text()))
-    setup_logging("router", config.telemetry, sys.stderr)
+    if (parsed.run_dir is None) != (parsed.listen_fd is None):
+        parser.error("--run-dir and --listen-fd go together")
     try:
+        config = _config(parsed)
+        setup_logging("router", config.telemetry, sys.stderr)
         with tracing("router", config.telemetry):
-            uvloop.run(_main(config, run.info().registry_address, parsed.listen_fd))
+            uvloop.run(_main(config, parsed))
     except BatonError as error:
         log.error("router_failed reason=%s", error.message)
         return 1
     return 0
 
 
-async def _main(config: ClusterConfig, registry_address: str, listen_fd: int) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.router_main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--listen-fd", type=int)
+    parser.add_argument("--config", type=Path, help="cluster config (YAML)")
+    parser.add_argument("--port", type=int, help="wins over router.port; 0 takes a free one")
+    parser.add_argument("--registry", help="host:port of an embedded registry")
+    return parser
+
+
+def _config(parsed: argparse.Namespace) -> ClusterConfig:
+    if parsed.run_dir is not None:
+        return ClusterConfig.model_validate_json((parsed.run_dir / "config.json").read_text())
+    config = load_config(parsed.config, {} if parsed.port is None else {"router.port": parsed.port})
+    if parsed.registry is None and config.registry.url is None:
+        raise ConfigError(
+            "a router started by hand finds no workers: set registry.kind to redis and"
+            " registry.url, or give --registry"
+        )
+    return config
+
+
+async def _main(config: ClusterConfig, parsed: argparse.Namespace) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    listener = socket.socket(fileno=listen_fd)
-    listener.setblocking(False)
-    async with RegistryClient(registry_address) as registry:
+    if parsed.run_dir is not None:
+        listener = socket.socket(fileno=parsed.listen_fd)
+        listener.setblocking(False)
+        address = RunDir(parsed.run_dir).info().registry_address
+    else:
+        listener = bind_listener(config.router.host, config.router.port)
+        address = parsed.registry or ""
+        log.info("router_listens address=%s:%d", *listener.getsockname()[:2])
+    place = config.registry if parsed.registry is None else RegistryConfig()
+    async with connect_registry(place, address) as registry:
         await run_router(config, registry, listener, stop)
 
 

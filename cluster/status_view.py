@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cluster.config import ClusterConfig
 from cluster.probe import answers_ready
-from cluster.registry_client import RegistryClient
+from cluster.registries import connect_registry
 from cluster.run_dir import RunDir
 from cluster.status import WorkerControl, WorkerStatus, collect
 from cluster.tables import new_table, print_table
@@ -39,7 +39,7 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
     except (OSError, ValueError) as error:
         raise Unavailable(f"cluster {run.run_id} is starting or ending; try again") from error
     try:
-        async with RegistryClient(info.registry_address) as registry:
+        async with connect_registry(config.registry, info.registry_address) as registry:
             records = await registry.workers()
     except Unavailable as error:
         raise Unavailable(f"cluster {run.run_id} is starting or ending: {error.message}") from error

@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
-from cluster.registry_client import RegistryClient
+import uvloop
+
+from cluster.registries import connect_registry
 from cluster.worker.host import WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
 from cluster.worker_spec import StopSignal, WorkerSpec
@@ -13,7 +15,7 @@ from kv_transfer.transports import make_transports
 
 def host_worker(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
     """A WorkerHost."""
-    asyncio.run(_serve(spec, stop, ready))
+    uvloop.run(_serve(spec, stop, ready))
 
 
 async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
@@ -38,7 +40,7 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
         loop.call_soon_threadsafe(stopped.set)
 
     with stop.wakes(wake):
-        async with RegistryClient(spec.registry_address) as registry:
+        async with connect_registry(config.registry, spec.registry_address) as registry:
             await serve_worker(
                 start,
                 registry=registry,

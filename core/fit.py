@@ -23,6 +23,7 @@ _CLIP_AFTER = 8
 _CLIP = 4.0
 _CLIPPED_IN_ROW = 3
 _SWEEPS = 12
+_SETTLED = 1e-6
 
 
 class CostFit:
@@ -97,11 +98,16 @@ class CostFit:
         """
         level = self._ratios / self._weight
         for _ in range(_SWEEPS):
+            moved = 0.0
             for i, row in enumerate(self._moments):
                 others = sum(m * c for m, c in zip(row, self._scales, strict=True))
                 wanted = self._products[i] + _SHAPE_WEIGHT * level - others
                 wanted += row[i] * self._scales[i]
-                self._scales[i] = max(0.0, wanted / (row[i] + _SHAPE_WEIGHT))
+                scale = max(0.0, wanted / (row[i] + _SHAPE_WEIGHT))
+                moved = max(moved, abs(scale - self._scales[i]))
+                self._scales[i] = scale
+            if moved <= _SETTLED * level:
+                return
 
 
 class LinearFit:

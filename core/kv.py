@@ -6,6 +6,7 @@ engines order the axes otherwise; `axes` says how, and a reshard plan reads acro
 """
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
 
@@ -71,10 +72,7 @@ class KvLayout:
     def layout_id(self) -> LayoutId:
         """Equal ids: the same bytes at the same place in a block, so blocks copy run for run.
         Different ones need a reshard plan."""
-        axes = tuple(axis for axis in self.axes if axis == "block" or self._extent(axis) > 1)
-        fields = asdict(self) | {"total_kv_heads": self.model_kv_heads, "axes": axes}
-        text = ",".join(f"{k}={v}" for k, v in sorted(fields.items()))
-        return LayoutId(blake2b(text.encode(), digest_size=8).hexdigest())
+        return _layout_id(self)
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` occupy, the last one perhaps in part."""
@@ -86,7 +84,7 @@ class KvLayout:
         stride = self.cell_bytes
         for axis in reversed(self.axes):
             strides[axis] = stride
-            stride *= num_blocks if axis == "block" else self._extent(axis)
+            stride *= num_blocks if axis == "block" else self.extent(axis)
         return strides
 
     def check(self) -> None:
@@ -109,7 +107,7 @@ class KvLayout:
                 f"in {total} KV heads"
             )
 
-    def _extent(self, axis: Axis) -> int:
+    def extent(self, axis: Axis) -> int:
         match axis:
             case "head":
                 return self.num_kv_heads
@@ -121,3 +119,11 @@ class KvLayout:
                 return self.block_size
             case "block":
                 raise ValueError("the arena says how many blocks there are")
+
+
+@lru_cache(maxsize=256)
+def _layout_id(layout: KvLayout) -> LayoutId:
+    axes = tuple(axis for axis in layout.axes if axis == "block" or layout.extent(axis) > 1)
+    fields = asdict(layout) | {"total_kv_heads": layout.model_kv_heads, "axes": axes}
+    text = ",".join(f"{k}={v}" for k, v in sorted(fields.items()))
+    return LayoutId(blake2b(text.encode(), digest_size=8).hexdigest())

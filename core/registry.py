@@ -12,6 +12,9 @@ from typing import Protocol
 from core.clock import Clock
 from core.ids import Incarnation, ModelId, Role, WorkerId
 
+MAX_TTL_S = 3600.0
+"""No lease is longer: whatever is forgotten here is gone after an hour."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerRecord:
@@ -29,6 +32,7 @@ class WorkerRecord:
 class Registry(Protocol):
     """Workers call `register` at start and every ttl/3, `deregister` when they leave in order.
 
+    A TTL is in (0, MAX_TTL_S]. Every call but `watch` raises Unavailable when the registry is away.
     Registering is idempotent and renews. A second incarnation under the same worker_id replaces
     the first; a deregister that names an older incarnation does nothing.
     """
@@ -40,7 +44,10 @@ class Registry(Protocol):
     async def workers(self) -> tuple[WorkerRecord, ...]: ...
 
     def watch(self) -> AsyncIterator[tuple[WorkerRecord, ...]]:
-        """The present records at once, then again after every change. Never ends by itself."""
+        """The present records at once, then again after every change. Never ends by itself.
+
+        While the registry is away nothing comes; it is no change.
+        """
         ...
 
 

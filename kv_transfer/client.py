@@ -1,4 +1,4 @@
-"""The gRPC door of the reader's side: one PeerStream to one incarnation of one owner."""
+"""The reader's end of a PeerStream: one to one incarnation of one owner."""
 
 import asyncio
 import logging
@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import grpc
-
-from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break, heed_cancel
+from core.channel import describe_break, heed_cancel
 from core.errors import TransferCause, TransferFailed
 from core.ids import (
     BlockHash,
@@ -22,8 +20,12 @@ from core.ids import (
     shard_id,
 )
 from core.messages import PROTOCOL_MAJOR
-from core.outbox import Outbox
-from kv_transfer.codec import UnknownMessage, from_owner_from_wire, from_reader_to_wire
+from kv_transfer.codec import (
+    UnknownMessage,
+    from_owner_from_wire,
+    from_reader_to_wire,
+    parse_from_owner,
+)
 from kv_transfer.messages import (
     Abort,
     Announce,
@@ -37,23 +39,24 @@ from kv_transfer.messages import (
     LeaseOutcome,
     PeerHello,
     Ready,
+    Refused,
     Renew,
     Renewed,
     Shard,
 )
 from kv_transfer.plan import ArenaShape
+from kv_transfer.stream import MessageStream, StreamBroken, dial
 from kv_transfer.transports import Transports
-from wire import peer_pb2, peer_pb2_grpc
+from wire import peer_pb2
 
 log = logging.getLogger(__name__)
 
-Stream = grpc.aio.StreamStreamCall[peer_pb2.FromReader, peer_pb2.FromOwner]
+Stream = MessageStream[peer_pb2.FromOwner]
 
-_OUTBOX_MESSAGES = 65_536
 _LEASE_INBOX_MESSAGES = 65_536
 _CLOSE_ASKS = 4
 _ASKED_LEASES = 4_096
-_BREAKS: tuple[type[Exception], ...] = (*STREAM_ERRORS, UnknownMessage)
+_BREAKS = (StreamBroken, UnknownMessage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +117,7 @@ class PeerConnection:
         self._hello = hello
         self._transports = transports
         self._renew_every_s = renew_every_s
-        self._outbox: Outbox[FromReader] = Outbox(_OUTBOX_MESSAGES)
+        self._stream: Stream | None = None
         self._leases: dict[LeaseId, BoundLease] = {}
         self._asked: OrderedDict[LeaseId, None] = OrderedDict()
         self._fetches: dict[int, asyncio.Future[Fetched]] = {}
@@ -137,6 +140,11 @@ class PeerConnection:
     def lost(self) -> bool:
         return self._lost is not None
 
+    @property
+    def usable(self) -> bool:
+        """Both have said hello, and the stream lives."""
+        return self.ready.done() and self._lost is None
+
     def retire(self) -> None:
         """A read failed: the next pull shall make contact anew."""
         self._retired.set()
@@ -151,7 +159,7 @@ class PeerConnection:
     def bind_again(self, lease_id: LeaseId, sequence_id: SequenceId, first_index: int) -> None:
         """Ask for what was announced from `first_index` on, perhaps not for the first time."""
         bind = Bind(lease_id=lease_id, sequence_id=sequence_id, first_index=first_index)
-        self._outbox.send(bind)
+        self._send(bind)
 
     @asynccontextmanager
     async def fetch(
@@ -171,7 +179,7 @@ class PeerConnection:
             hashes=tuple(hashes),
             first_index=first_index,
         )
-        self._outbox.send(question)
+        self._send(question)
         try:
             fetched = await answer
         except asyncio.CancelledError:
@@ -204,11 +212,11 @@ class PeerConnection:
                 if len(self._asked) > _ASKED_LEASES:
                     self._asked.popitem(last=False)
             if not lease.closed.done():
-                self._outbox.send(Abort(lease_id=lease_id, reason="the reader gave up"))
+                self._send(Abort(lease_id=lease_id, reason="the reader gave up"))
 
     def send_ready(self, lease_id: LeaseId) -> None:
         """All that was announced of a running sequence is here."""
-        self._outbox.send(Ready(lease_id=lease_id))
+        self._send(Ready(lease_id=lease_id))
 
     async def close_lease(
         self, lease: BoundLease, verify: tuple[BlockId, ...], timeout_s: float
@@ -216,7 +224,7 @@ class PeerConnection:
         """Ask the closing question, again when the answer is late; silence is UNKNOWN."""
         lease.asked = True
         for _ in range(_CLOSE_ASKS):
-            self._outbox.send(Close(lease_id=lease.lease_id, verify=verify))
+            self._send(Close(lease_id=lease.lease_id, verify=verify))
             try:
                 async with asyncio.timeout(timeout_s / _CLOSE_ASKS):  # wait_for of 3.11 can
                     return await asyncio.shield(lease.closed)  # swallow a cancel
@@ -234,11 +242,9 @@ class PeerConnection:
         """Connect, say hello, serve until the stream ends; then every bound lease has failed."""
         failure = TransferFailed("the stream to the KV owner ended", cause=TransferCause.OWNER_LOST)
         try:
-            async with grpc.aio.insecure_channel(
-                self.door.address, options=CHANNEL_OPTIONS
-            ) as channel:
-                stream = peer_pb2_grpc.PeerStub(channel).PeerStream()
-                self._outbox.send(self._hello())
+            async with dial(self.door.address, parse_from_owner) as stream:
+                self._stream = stream
+                self._send(self._hello())
                 await self._serve(stream)
         except* _BREAKS as errors:
             failure = TransferFailed(
@@ -254,22 +260,20 @@ class PeerConnection:
     async def _serve(self, stream: Stream) -> None:
         async with asyncio.TaskGroup() as group:
             helpers = [
-                group.create_task(self._write(stream)),
                 group.create_task(self._renew()),
-                group.create_task(self._end_overflow()),
                 group.create_task(self._end_retired()),
             ]
             await self._check_hello(await stream.read())
             self.ready.set_result(None)
-            while isinstance(raw := await stream.read(), peer_pb2.FromOwner):
+            while (raw := await stream.read()) is not None:
                 self._heard += 1
                 self._dispatch(raw)
             for helper in helpers:
                 helper.cancel()
 
-    async def _check_hello(self, raw: object) -> None:
+    async def _check_hello(self, raw: peer_pb2.FromOwner | None) -> None:
         mine = self._hello()
-        hello = from_owner_from_wire(raw) if isinstance(raw, peer_pb2.FromOwner) else None
+        hello = from_owner_from_wire(raw) if raw is not None else None
         if not isinstance(hello, PeerHello) or not hello.shards:
             raise TransferFailed("the KV owner said no hello", cause=TransferCause.OTHER_PROTOCOL)
         if hello.protocol_major != PROTOCOL_MAJOR:
@@ -311,6 +315,10 @@ class PeerConnection:
         match message:
             case PeerHello() | Renewed():
                 return
+            case Refused():
+                raise TransferFailed(
+                    f"the KV owner refused: {message.reason}", cause=TransferCause.OTHER_PROTOCOL
+                )
             case Fetched():
                 self._answer_fetch(message)
                 return
@@ -338,18 +346,11 @@ class PeerConnection:
 
     def _decline(self, fetched: Fetched) -> None:
         if fetched.block_ids:
-            self._outbox.send(Abort(lease_id=fetched.lease_id, reason="the fetch was given up"))
+            self._send(Abort(lease_id=fetched.lease_id, reason="the fetch was given up"))
 
-    async def _write(self, stream: Stream) -> None:
-        async for message in self._outbox:
-            await stream.write(from_reader_to_wire(message))
-
-    async def _end_overflow(self) -> None:
-        """A writer stuck on an owner that does not read cannot end the stream itself."""
-        await self._outbox.overflowed.wait()
-        raise TransferFailed(
-            "the KV owner does not read its stream", cause=TransferCause.OWNER_SILENT
-        )
+    def _send(self, message: FromReader) -> None:
+        if self._stream is not None:
+            self._stream.send(from_reader_to_wire(message))
 
     async def _end_retired(self) -> None:
         await self._retired.wait()
@@ -360,7 +361,7 @@ class PeerConnection:
         while True:
             asked, heard = bool(self._leases or self._fetches), self._heard
             if asked:
-                self._outbox.send(Renew(lease_ids=tuple(self._leases)))
+                self._send(Renew(lease_ids=tuple(self._leases)))
             for _ in range(2):  # a pause of this process is not one of the owner
                 await asyncio.sleep(self._renew_every_s / 2)
             if asked and heard == self._heard:

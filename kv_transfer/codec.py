@@ -2,6 +2,8 @@
 
 from typing import cast, get_args
 
+from google.protobuf.message import DecodeError
+
 from core.blocks import HASH_BYTES
 from core.ids import (
     BlockHash,
@@ -28,6 +30,7 @@ from kv_transfer.messages import (
     Memory,
     PeerHello,
     Ready,
+    Refused,
     Renew,
     Renewed,
     Shard,
@@ -121,6 +124,22 @@ def from_reader_to_wire(message: FromReader) -> peer_pb2.FromReader:
             return peer_pb2.FromReader(abort=_abort_to_wire(message))
 
 
+def parse_from_reader(raw: bytes) -> peer_pb2.FromReader:
+    """Raises UnknownMessage."""
+    try:
+        return peer_pb2.FromReader.FromString(raw)
+    except DecodeError as error:
+        raise UnknownMessage(f"from a reader: {error}") from None
+
+
+def parse_from_owner(raw: bytes) -> peer_pb2.FromOwner:
+    """Raises UnknownMessage."""
+    try:
+        return peer_pb2.FromOwner.FromString(raw)
+    except DecodeError as error:
+        raise UnknownMessage(f"from an owner: {error}") from None
+
+
 def from_reader_from_wire(message: peer_pb2.FromReader) -> FromReader:
     match message.WhichOneof("message"):
         case "hello":
@@ -157,6 +176,8 @@ def from_owner_to_wire(message: FromOwner) -> peer_pb2.FromOwner:
     match message:
         case PeerHello():
             return peer_pb2.FromOwner(hello=_hello_to_wire(message))
+        case Refused():
+            return peer_pb2.FromOwner(refused=peer_pb2.Refused(reason=message.reason))
         case Announce():
             return peer_pb2.FromOwner(
                 announce=peer_pb2.Announce(
@@ -195,6 +216,8 @@ def from_owner_from_wire(message: peer_pb2.FromOwner) -> FromOwner:
     match message.WhichOneof("message"):
         case "hello":
             return _hello_from_wire(message.hello)
+        case "refused":
+            return Refused(reason=message.refused.reason)
         case "announce":
             announce = message.announce
             return Announce(

@@ -171,6 +171,8 @@ class Landing:
 
     def _to_verify(self) -> list[int]:
         """Blocks to compare, by place in `fresh`; none where the two arenas lie differently."""
+        if self._room.config.verify == "off":
+            return []
         shapes = self._connection.shapes
         mine = self._room.arena.layout.layout_id
         if len(shapes) != 1 or shapes[0].layout.layout_id != mine:

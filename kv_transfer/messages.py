@@ -3,8 +3,9 @@
 The reader opens the stream, one per owner it reads from. Both say hello first.
 
     reader -> owner   PeerHello | Bind | Fetch | Ready | Renew | Close | Abort
-    owner -> reader   PeerHello | Announce | Fetched | Renewed | Closed | Abort
+    owner -> reader   PeerHello | Refused | Announce | Fetched | Renewed | Closed | Abort
 
+    Refused     this reader is not served, and why; the stream ends
     Bind        this reader wants the blocks of a lease from `first_index` on; sent again when
                 nothing was heard for a while, so that a lost announcement is repaired
     Announce    blocks that are final; the last one is `final` and says which tokens follow
@@ -71,6 +72,11 @@ class PeerHello:
     shards: tuple[Shard, ...]
     protocol_major: int = PROTOCOL_MAJOR
     protocol_minor: int = PROTOCOL_MINOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,4 +162,4 @@ class Abort:
 
 
 FromReader = PeerHello | Bind | Fetch | Ready | Renew | Close | Abort
-FromOwner = PeerHello | Announce | Fetched | Renewed | Closed | Abort
+FromOwner = PeerHello | Refused | Announce | Fetched | Renewed | Closed | Abort

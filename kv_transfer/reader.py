@@ -209,6 +209,9 @@ class Reader:
     async def _connect(self, door: OwnerDoor) -> PeerConnection:
         """The connection to this life of the owner; one that ended is waited for and replaced."""
         known = self._connections.get(door.incarnation)
+        if known is not None and known[0].usable and door.worker_id in self._reachable:
+            self._reachable.move_to_end(door.worker_id)
+            return known[0]
         try:
             async with asyncio.timeout(self.config.connect_timeout_s):
                 while known is not None and known[0].lost:

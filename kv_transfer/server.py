@@ -1,29 +1,37 @@
-"""The gRPC door of the owner's side: one PeerStream per reader."""
+"""The owner's end of a PeerStream: one per reader."""
 
 import asyncio
 import logging
-from collections.abc import Callable
-
-import grpc
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from core.messages import PROTOCOL_MAJOR
-from core.outbox import Outbox
 from engine.arena import Arena
 from kv_transfer.checksum import checksum_blocks
-from kv_transfer.codec import UnknownMessage, from_owner_to_wire, from_reader_from_wire
-from kv_transfer.messages import Close, FromOwner, FromReader, PeerHello
+from kv_transfer.codec import (
+    UnknownMessage,
+    from_owner_to_wire,
+    from_reader_from_wire,
+    parse_from_reader,
+)
+from kv_transfer.messages import Close, FromOwner, FromReader, PeerHello, Refused
 from kv_transfer.owner import Owner
-from wire import peer_pb2, peer_pb2_grpc
+from kv_transfer.stream import MessageStream, StreamBroken, accepting
+from wire import peer_pb2
 
 log = logging.getLogger(__name__)
 
-_OUTBOX_MESSAGES = 65_536
 _HELLO_TIMEOUT_S = 5.0
 
-Context = grpc.aio.ServicerContext[object, object]
+Stream = MessageStream[peer_pb2.FromReader]
 
 
-class PeerService(peer_pb2_grpc.PeerServicer):
+class NotServed(Exception):
+    """The reader is refused; it is told why."""
+
+
+class PeerDoor:
     """Translates; all decisions are the Owner's. `hello` is asked for each stream: the transports'
     metadata may have changed.
     """
@@ -33,45 +41,43 @@ class PeerService(peer_pb2_grpc.PeerServicer):
         self._hello = hello
         self._arena = arena
 
-    async def PeerStream(self, _requests: object, context: Context) -> None:  # noqa: N802
-        mine = self._hello()
-        hello = await self._read_hello(mine, context)
-        outbox: Outbox[FromOwner] = Outbox(_OUTBOX_MESSAGES)
-        outbox.send(mine)
-        reader = self._owner.attach(hello, outbox.send)
+    async def serve(self, stream: Stream) -> None:
+        """One stream to its end; raises nothing."""
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._write(outbox, context))
-                watch = group.create_task(_end_overflow(outbox, context))
-                await self._read(reader, context)
-                outbox.close()
-                watch.cancel()
+            await self._serve(stream)
+        except (NotServed, StreamBroken, UnknownMessage) as error:
+            log.info("peer_stream_ended reason=%s", error)
+        except TimeoutError:
+            log.info("peer_stream_ended reason=no hello in time")
+        except Exception:  # the root of a stream's task
+            log.exception("peer_stream_bug")
+
+    async def _serve(self, stream: Stream) -> None:
+        def send(message: FromOwner) -> None:
+            stream.send(from_owner_to_wire(message))
+
+        mine = self._hello()
+        send(mine)
+        reader = self._owner.attach(await self._admit(mine, stream), send)
+        try:
+            await self._read(reader, stream)
         finally:
             self._owner.detach(reader)
 
-    async def _read_hello(self, mine: PeerHello, context: Context) -> PeerHello:
+    async def _admit(self, mine: PeerHello, stream: Stream) -> PeerHello:
+        """The reader's hello. Raises NotServed, after telling it."""
         async with asyncio.timeout(_HELLO_TIMEOUT_S):
-            raw = await context.read()
-        try:
-            hello = from_reader_from_wire(raw) if isinstance(raw, peer_pb2.FromReader) else None
-        except UnknownMessage as unknown:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(unknown))
-        if not isinstance(hello, PeerHello):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a hello must come first")
-        if hello.protocol_major != PROTOCOL_MAJOR:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"protocol {hello.protocol_major} speaks to protocol {PROTOCOL_MAJOR}",
-            )
-        if hello.model_id != mine.model_id:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"reader's model {hello.model_id} is not this owner's {mine.model_id}",
-            )
-        return hello
+            try:
+                raw = await stream.read()
+                hello = from_reader_from_wire(raw) if raw is not None else None
+                return _check_hello(mine, hello)
+            except (NotServed, UnknownMessage) as error:
+                stream.send(from_owner_to_wire(Refused(reason=str(error))))
+                stream.close()
+                raise NotServed(str(error)) from None
 
-    async def _read(self, reader: str, context: Context) -> None:
-        while isinstance(raw := await context.read(), peer_pb2.FromReader):
+    async def _read(self, reader: str, stream: Stream) -> None:
+        while (raw := await stream.read()) is not None:
             try:
                 message = from_reader_from_wire(raw)
             except UnknownMessage as unknown:
@@ -91,19 +97,22 @@ class PeerService(peer_pb2_grpc.PeerServicer):
         else:
             self._owner.handle(reader, message)
 
-    async def _write(self, outbox: Outbox[FromOwner], context: Context) -> None:
-        async for message in outbox:
-            await context.write(from_owner_to_wire(message))
+
+def _check_hello(mine: PeerHello, hello: FromReader | None) -> PeerHello:
+    if not isinstance(hello, PeerHello):
+        raise NotServed("a hello must come first")
+    if hello.protocol_major != PROTOCOL_MAJOR:
+        raise NotServed(f"protocol {hello.protocol_major} speaks to protocol {PROTOCOL_MAJOR}")
+    if hello.model_id != mine.model_id:
+        raise NotServed(f"reader's model {hello.model_id} is not this owner's {mine.model_id}")
+    return hello
 
 
-async def _end_overflow(outbox: Outbox[FromOwner], context: Context) -> None:
-    """A writer stuck on a reader that does not read cannot end the stream itself."""
-    await outbox.overflowed.wait()
-    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the reader fell behind")
-
-
-def add_peer_service(
-    server: grpc.aio.Server, owner: Owner, hello: Callable[[], PeerHello], arena: Arena
-) -> None:
-    """Serve PeerStream on `server`."""
-    peer_pb2_grpc.add_PeerServicer_to_server(PeerService(owner, hello, arena), server)
+@asynccontextmanager
+async def serving_peers(
+    listener: socket.socket, owner: Owner, hello: Callable[[], PeerHello], arena: Arena
+) -> AsyncIterator[None]:
+    """Serve PeerStreams inside; closes `listener`."""
+    door = PeerDoor(owner, hello, arena)
+    async with accepting(listener, parse_from_reader, door.serve):
+        yield

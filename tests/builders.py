@@ -37,7 +37,7 @@ from core.messages import (
     TokenFrame,
     WorkerToRouter,
 )
-from core.registry import MemoryRegistry, WorkerRecord
+from core.registry import MemoryRegistry, Registry, WorkerRecord
 from core.sampling import FinishReason, SamplingParams
 from decode_worker.config import DecodeConfig
 from engine import runner as engine_runner
@@ -48,7 +48,8 @@ from engine.timed import TimedEngine
 from engine.types import Sampled, SeqStep
 from kv_transfer.config import TransferConfig
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
-from kv_transfer.server import add_peer_service
+from kv_transfer.server import serving_peers
+from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
@@ -284,9 +285,12 @@ class ServedWorker:
     server: grpc.aio.Server
     record: WorkerRecord
     gate: StepGate
+    peer_address: str
+    peers: AsyncExitStack
 
     async def stop_serving(self) -> None:
         """As if the process died: every stream to it breaks at once."""
+        await self.peers.aclose()
         await self.server.stop(None)
 
 
@@ -327,17 +331,22 @@ async def served_worker(
     engine = make_engine(config=chosen.engine, sleep=gate)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    peers = listen("127.0.0.1", 0)
     incarnation = new_incarnation()
     worker = Worker(
         engine=engine,
         transports=Transports([LoopbackTransport(engine.arena, hub)]),
-        identity=WorkerIdentity(worker_id=WorkerId(name), incarnation=incarnation, address=address),
+        identity=WorkerIdentity(
+            worker_id=WorkerId(name),
+            incarnation=incarnation,
+            address=address,
+            peer_address=address_of(peers),
+        ),
         role=role,
         settings=chosen,
         clock=real_clock,
     )
     add_worker_service(server, worker, real_clock)
-    add_peer_service(server, worker.owner, worker.peer_hello, worker.arena)
     record = WorkerRecord(
         worker_id=WorkerId(name),
         incarnation=incarnation,
@@ -347,10 +356,13 @@ async def served_worker(
         model_id=engine.info.model_id,
         pid=1,
     )
-    async with worker.running() as loop:
+    async with worker.running() as loop, AsyncExitStack() as door:
+        await door.enter_async_context(
+            serving_peers(peers, worker.owner, worker.peer_hello, worker.arena)
+        )
         await server.start()
         try:
-            yield ServedWorker(worker, engine, server, record, gate)
+            yield ServedWorker(worker, engine, server, record, gate, address_of(peers), door)
             assert not loop.done(), loop
         finally:
             gate.open()
@@ -446,7 +458,7 @@ class Cluster:
     fleet: Fleet
     prefill: list[ServedWorker]
     decode: list[ServedWorker]
-    registry: MemoryRegistry
+    registry: Registry
     hub: LoopbackHub
 
     @property
@@ -465,9 +477,10 @@ async def running_cluster(
     decode_settings: WorkerSettings | None = None,
     router: RouterConfig | None = None,
     decode_policy: DecodePolicy | None = None,
+    registry: Registry | None = None,
 ) -> AsyncIterator[Cluster]:
     clock = SystemClock()
-    registry = MemoryRegistry(clock)
+    registry = registry or MemoryRegistry(clock)
     hub = LoopbackHub()
     config = router or RouterConfig(worker_wait_s=0)
     async with AsyncExitStack() as stack:
@@ -575,7 +588,7 @@ def handoff_of(owner: ServedWorker, accepted: Accepted) -> Handoff:
     assert accepted.lease_id is not None
     return Handoff(
         owner_id=owner.record.worker_id,
-        owner_address=owner.record.address,
+        owner_address=owner.peer_address,
         owner_incarnation=owner.record.incarnation,
         lease_id=accepted.lease_id,
     )

@@ -74,20 +74,28 @@ class FromReader(_message.Message):
     def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ...) -> None: ...
 
 class FromOwner(_message.Message):
-    __slots__ = ("hello", "announce", "closed", "abort", "renewed", "fetched")
+    __slots__ = ("hello", "announce", "closed", "abort", "renewed", "fetched", "refused")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCE_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RENEWED_FIELD_NUMBER: _ClassVar[int]
     FETCHED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     hello: PeerHello
     announce: Announce
     closed: Closed
     abort: Abort
     renewed: Renewed
     fetched: Fetched
-    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
+    refused: Refused
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., announce: _Optional[_Union[Announce, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., renewed: _Optional[_Union[Renewed, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Bind(_message.Message):
     __slots__ = ("lease_id", "sequence_id", "first_index")

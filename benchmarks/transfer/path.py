@@ -68,8 +68,8 @@ class _Size:
 
 def _sizes(*, quick: bool) -> tuple[_Size, ...]:
     return (
-        _Size(_BLOCKS_4MB, 31 if quick else 101),
-        _Size(_BLOCKS_64MB, 11 if quick else 31),
+        _Size(_BLOCKS_4MB, 21 if quick else 101),
+        _Size(_BLOCKS_64MB, 7 if quick else 31),
         _Size(_BLOCKS_512MB, 5 if quick else 11),
     )
 

@@ -1,6 +1,6 @@
 """The two ends of a hand-off as a worker wires them, without engine and roles.
 
-Everything between a handle and usable blocks is the real thing: leases, PeerStream over gRPC,
+Everything between a handle and usable blocks is the real thing: leases, PeerStream,
 transport, pool, closing question.
 """
 
@@ -9,11 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
 
-import grpc
 import torch
 
 from benchmarks.transfer.watch import WatchedTransport
-from core.channel import SERVER_OPTIONS
 from core.clock import SystemClock
 from core.ids import (
     BlockId,
@@ -34,7 +32,8 @@ from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.messages import Memory, PeerHello, Shard
 from kv_transfer.owner import Owner
 from kv_transfer.reader import Pulled, PullRequest, Reader
-from kv_transfer.server import add_peer_service
+from kv_transfer.server import serving_peers
+from kv_transfer.stream import address_of, listen
 from kv_transfer.transport import Transport
 from kv_transfer.transports import Transports
 
@@ -127,23 +126,17 @@ async def owner_rig(task: ArenaTask) -> AsyncIterator[OwnerRig]:
     incarnation = new_incarnation()
     transports = Transports([make_transport(task.backend, arena, incarnation)])
     owner = Owner(LeaseTable(pool, SystemClock(), TransferConfig().lease_s), lambda: None)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    add_peer_service(server, owner, lambda: _hello("owner", incarnation, arena, transports), arena)
-    port = server.add_insecure_port(f"{HOST}:0")
-    await server.start()
+    door = Door(
+        address=address_of(peers := listen(HOST, 0)),
+        incarnation=incarnation,
+        memories=transports.memories(),
+    )
     try:
-        yield OwnerRig(
-            arena=arena,
-            pool=pool,
-            owner=owner,
-            door=Door(
-                address=f"{HOST}:{port}",
-                incarnation=incarnation,
-                memories=transports.memories(),
-            ),
-        )
+        async with serving_peers(
+            peers, owner, lambda: _hello("owner", incarnation, arena, transports), arena
+        ):
+            yield OwnerRig(arena=arena, pool=pool, owner=owner, door=door)
     finally:
-        await server.stop(0.5)
         await transports.close()
 
 

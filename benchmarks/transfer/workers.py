@@ -10,14 +10,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import grpc
-
 from benchmarks.transfer.rig import HOST, make_transport
 from benchmarks.transfer.watch import WatchedTransport
 from benchmarks.types import BenchFailed
 from cluster.worker.outlet import RouterOutlet
 from cluster.worker.worker import Worker, WorkerIdentity, WorkerSettings
-from core.channel import SERVER_OPTIONS
 from core.clock import SystemClock
 from core.errors import BatonError
 from core.ids import Incarnation, Role, WorkerId, new_incarnation
@@ -28,7 +25,8 @@ from engine.config import EngineConfig
 from engine.timed import TimedEngine
 from engine.types import EngineInfo, Sampled, SeqStep
 from kv_transfer.config import TransferConfig
-from kv_transfer.server import add_peer_service
+from kv_transfer.server import serving_peers
+from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
 
@@ -124,12 +122,16 @@ async def worker_rig(role: Role, engine: EngineConfig) -> AsyncIterator[WorkerRi
     watched_engine = WatchedEngine(TimedEngine(engine, vocab_size=VOCAB_SIZE))
     incarnation = new_incarnation()
     watched = WatchedTransport(make_transport("nixl", watched_engine.arena, incarnation))
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    address = f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}"
+    address = address_of(peers := listen(HOST, 0))
     worker = Worker(
         engine=watched_engine,
         transports=Transports([watched]),
-        identity=WorkerIdentity(worker_id=WorkerId(role), incarnation=incarnation, address=address),
+        identity=WorkerIdentity(
+            worker_id=WorkerId(role),
+            incarnation=incarnation,
+            address="",
+            peer_address=address,
+        ),
         role=role,
         settings=WorkerSettings(
             engine=engine,
@@ -139,18 +141,16 @@ async def worker_rig(role: Role, engine: EngineConfig) -> AsyncIterator[WorkerRi
         ),
         clock=SystemClock(),
     )
-    add_peer_service(server, worker.owner, worker.peer_hello, worker.arena)
-    async with worker.running() as loop:
-        await server.start()
-        try:
-            yield WorkerRig(
-                worker=worker,
-                engine=watched_engine,
-                watched=watched,
-                address=address,
-                incarnation=incarnation,
-                outlet=worker.attach(),
-                loop=loop,
-            )
-        finally:
-            await server.stop(0.5)
+    async with (
+        worker.running() as loop,
+        serving_peers(peers, worker.owner, worker.peer_hello, worker.arena),
+    ):
+        yield WorkerRig(
+            worker=worker,
+            engine=watched_engine,
+            watched=watched,
+            address=address,
+            incarnation=incarnation,
+            outlet=worker.attach(),
+            loop=loop,
+        )

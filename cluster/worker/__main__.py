@@ -14,8 +14,12 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import uvloop
+
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
+from cluster.redis_registry import RedisRegistry
+from cluster.registries import connect_registry
 from cluster.registry_client import RegistryClient
 from cluster.worker.host import TransportsOf, WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
@@ -32,7 +36,7 @@ def main(transports_of: TransportsOf = make_transports) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     try:
         config = load_config(arguments.config)
-        asyncio.run(_serve(config, arguments, transports_of))
+        uvloop.run(_serve(config, arguments, transports_of))
     except BatonError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1
@@ -59,12 +63,15 @@ async def _serve(
         drain_s=config.drain_timeout_s,
         host=arguments.host,
         port=arguments.port,
+        peer_port=arguments.peer_port,
         metrics_port=config.telemetry.worker_metrics_port,
     )
     async with AsyncExitStack() as stack:
-        registry = None
+        registry: RegistryClient | RedisRegistry | None = None
         if arguments.registry:
             registry = await stack.enter_async_context(RegistryClient(arguments.registry))
+        elif config.registry.url is not None:
+            registry = await stack.enter_async_context(connect_registry(config.registry))
         await serve_worker(
             start,
             registry=registry,
@@ -84,9 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="cluster config (YAML)")
     parser.add_argument("--role", choices=[role.value for role in Role], required=True)
     parser.add_argument("--worker-id", help="name in the registry; the role if not given")
-    parser.add_argument("--registry", help="host:port of the registry; none: serve unregistered")
+    parser.add_argument(
+        "--registry",
+        help="host:port of an embedded registry; else registry.url of the config; with neither:"
+        " serve unregistered",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument("--peer-port", type=int, default=0, help="of the door for other workers")
     return parser
 
 

@@ -21,7 +21,8 @@ from engine.arena import Arena
 from engine.build import build_engine
 from engine.sizing import describe_arena
 from kv_transfer.config import TransferConfig
-from kv_transfer.server import add_peer_service
+from kv_transfer.server import serving_peers
+from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class WorkerStart:
     """At a stop, open legs may end for so long."""
     host: str = "127.0.0.1"
     port: int = 0
+    peer_port: int = 0
     metrics_port: int | None = None
 
 
@@ -69,8 +71,12 @@ async def serve_worker(
     )
     server = grpc.aio.server(options=SERVER_OPTIONS)
     port = _bind(server, start)
+    peers = listen(start.host, start.peer_port)
     identity = WorkerIdentity(
-        worker_id=start.worker_id, incarnation=incarnation, address=f"{start.host}:{port}"
+        worker_id=start.worker_id,
+        incarnation=incarnation,
+        address=f"{start.host}:{port}",
+        peer_address=address_of(peers),
     )
     worker = Worker(
         engine=engine,
@@ -81,7 +87,6 @@ async def serve_worker(
         clock=clock,
     )
     add_worker_service(server, worker, clock)
-    add_peer_service(server, worker.owner, worker.peer_hello, worker.arena)
     record = WorkerRecord(
         worker_id=start.worker_id,
         incarnation=incarnation,
@@ -91,7 +96,10 @@ async def serve_worker(
         model_id=info.model_id,
         pid=os.getpid(),
     )
-    async with worker.running() as engine_loop:
+    async with (
+        worker.running() as engine_loop,
+        serving_peers(peers, worker.owner, worker.peer_hello, worker.arena),
+    ):
         await server.start()
         try:
             with serving_metrics(worker, start.host, start.metrics_port):

@@ -64,11 +64,14 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerIdentity:
-    """Who this process is, and where its door is."""
+    """Who this process is, and where its doors are: `address` for routers, `peer_address` for
+    workers that read from here.
+    """
 
     worker_id: WorkerId
     incarnation: Incarnation
     address: str
+    peer_address: str
 
 
 class Worker:
@@ -272,7 +275,7 @@ class Worker:
             layout=info.layout,
             num_blocks=info.num_blocks,
             context_tokens=info.context_tokens,
-            peer_address=self._identity.address,
+            peer_address=self._identity.peer_address,
         )
 
     def load(self, last_submit: int = 0) -> LoadReport:

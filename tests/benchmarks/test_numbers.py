@@ -23,7 +23,7 @@ def test_throughput_is_that_of_the_median() -> None:
     assert samples.spread() == "500.00..100000.00"
 
 
-async def test_ways_take_turns_at_the_first_place_and_the_warm_up_does_not_count() -> None:
+async def test_every_round_has_an_order_of_its_own_and_the_warm_up_does_not_count() -> None:
     calls: list[str] = []
 
     async def slow() -> float:
@@ -35,7 +35,12 @@ async def test_ways_take_turns_at_the_first_place_and_the_warm_up_does_not_count
         return float(len(calls))
 
     rounds: list[int] = []
-    samples = await interleave(2, {"slow": slow, "fast": fast}, on_round=rounds.append)
-    assert calls == ["slow", "fast", "fast", "slow", "slow", "fast"]
-    assert samples == {"slow": Samples((4.0, 5.0)), "fast": Samples((3.0, 6.0))}
-    assert rounds == [1, 2, 3]
+    samples = await interleave(8, {"slow": slow, "fast": fast}, on_round=rounds.append)
+    assert calls[:2] == ["slow", "fast"], "the warm-up"
+    turns = [calls[i : i + 2] for i in range(2, len(calls), 2)]
+    assert all(sorted(turn) == ["fast", "slow"] for turn in turns)
+    assert ["slow", "fast"] in turns
+    assert ["fast", "slow"] in turns
+    assert [len(way.seconds) for way in samples.values()] == [8, 8]
+    assert min(min(way.seconds) for way in samples.values()) == 3.0
+    assert rounds == list(range(1, 10))

@@ -90,6 +90,13 @@ def test_show_in_json_is_the_same_and_can_be_loaded_again(tmp_path: Path) -> Non
     assert config.model.path == tmp_path / "m"
 
 
+def test_show_masks_the_password_of_redis(tmp_path: Path) -> None:
+    registry = "registry: {kind: redis, url: 'redis://:secret@host:6379/0'}"
+    result = baton("config", "show", "-c", config_file(tmp_path, f"model: {{path: m}}\n{registry}"))
+    assert "secret" not in result.output
+    assert "redis://***@host:6379/0" in result.stdout
+
+
 def test_show_masks_api_keys(tmp_path: Path) -> None:
     file = config_file(tmp_path, "model: {path: m}\nrouter: {api_keys: [secret]}")
     result = baton("config", "show", "-c", file)

@@ -1,8 +1,7 @@
-"""The registry through a real gRPC server on loopback."""
+"""The registry through a real gRPC server; tests/core/test_registry.py has what all promise."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 
 from cluster.registry_client import RegistryClient
 from cluster.registry_server import serve_registry
-from core.clock import FakeClock, SystemClock
+from core.clock import SystemClock
 from core.errors import Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.registry import MemoryRegistry, WorkerRecord
@@ -31,8 +30,8 @@ def record(worker_id: str = "decode-0", incarnation: str = "one") -> WorkerRecor
     )
 
 
-def memory_registry(clock: FakeClock | None = None) -> MemoryRegistry:
-    return MemoryRegistry(clock or SystemClock(), sweep_s=0.02)
+def memory_registry() -> MemoryRegistry:
+    return MemoryRegistry(SystemClock(), sweep_s=0.02)
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -47,18 +46,6 @@ async def next_of(watch: AsyncGenerator[Records, None]) -> Records:
     return await asyncio.wait_for(anext(watch), 5)
 
 
-def test_a_registered_worker_is_listed_with_every_field() -> None:
-    async def test() -> None:
-        async with (
-            serve_registry(memory_registry(), LOOPBACK) as address,
-            RegistryClient(address) as client,
-        ):
-            await client.register(record(), ttl_s=5)
-            assert await client.workers() == (record(),)
-
-    run(test())
-
-
 def test_a_registry_on_a_socket_of_the_file_system_serves_as_well() -> None:
     async def test() -> None:
         with TemporaryDirectory() as folder:
@@ -69,57 +56,6 @@ def test_a_registry_on_a_socket_of_the_file_system_serves_as_well() -> None:
             ):
                 await client.register(record(), ttl_s=5)
                 assert await client.workers() == (record(),)
-
-    run(test())
-
-
-def test_a_worker_that_does_not_renew_disappears() -> None:
-    async def test() -> None:
-        clock = FakeClock()
-        async with (
-            serve_registry(memory_registry(clock), LOOPBACK) as address,
-            RegistryClient(address) as client,
-        ):
-            await client.register(record("decode-0"), ttl_s=5)
-            await client.register(record("decode-1"), ttl_s=5)
-            clock.advance(4)
-            await client.register(record("decode-1"), ttl_s=5)
-            clock.advance(2)
-            assert await client.workers() == (record("decode-1"),)
-
-    run(test())
-
-
-def test_a_deregister_of_an_older_incarnation_does_nothing() -> None:
-    async def test() -> None:
-        async with (
-            serve_registry(memory_registry(), LOOPBACK) as address,
-            RegistryClient(address) as client,
-        ):
-            await client.register(record(incarnation="two"), ttl_s=5)
-            await client.deregister(WorkerId("decode-0"), Incarnation("one"))
-            assert len(await client.workers()) == 1
-            await client.deregister(WorkerId("decode-0"), Incarnation("two"))
-            assert await client.workers() == ()
-
-    run(test())
-
-
-def test_a_watch_tells_the_present_then_each_change() -> None:
-    async def test() -> None:
-        clock = FakeClock()
-        async with (
-            serve_registry(memory_registry(clock), LOOPBACK) as address,
-            RegistryClient(address) as client,
-            aclosing(client.watch()) as watch,
-        ):
-            assert await next_of(watch) == ()
-            await client.register(record(incarnation="one"), ttl_s=5)
-            assert await next_of(watch) == (record(incarnation="one"),)
-            await client.register(record(incarnation="two"), ttl_s=5)
-            assert await next_of(watch) == (record(incarnation="two"),)
-            clock.advance(6)
-            assert await next_of(watch) == ()
 
     run(test())
 

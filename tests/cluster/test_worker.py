@@ -65,7 +65,7 @@ async def test_a_router_hears_who_it_is_what_it_holds_and_its_load_first() -> No
         assert [type(m) for m in end.messages] == [WorkerHello, KvSnapshot, LoadReport]
         hello = end.of(WorkerHello)[0]
         assert (hello.worker_id, hello.role, hello.epoch) == ("p", Role.PREFILL, 1)
-        assert hello.peer_address == served.record.address
+        assert hello.peer_address == served.peer_address
 
 
 async def test_a_load_report_names_the_last_submit_it_holds() -> None:

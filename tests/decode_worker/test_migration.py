@@ -99,7 +99,7 @@ class End:
         record = self.served.record
         return Handoff(
             owner_id=record.worker_id,
-            owner_address=record.address,
+            owner_address=self.served.peer_address,
             owner_incarnation=record.incarnation,
             lease_id=lease_id,
             live=True,

@@ -13,7 +13,8 @@ class Birth:
     role: str
     config: str
     log: str
-    port: int = 0
+    ports: tuple[int, int] = (0, 0)
+    """Of its doors for routers and for other workers."""
     environ: Mapping[str, str]
 
 

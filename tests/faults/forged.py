@@ -17,6 +17,7 @@ from core.messages import (
     RenewLeases,
 )
 from router.client import Leg, LegEvent
+from router.move import handoff_to
 from router.types import GenerateRequest
 from tests.faults.rig import LEASE_S, Rig
 
@@ -88,17 +89,9 @@ async def prefilled(
 
     renewing = asyncio.create_task(renew())
     try:
-        record = link.record
-        yield (
-            request,
-            sequence_id,
-            Handoff(
-                owner_id=record.worker_id,
-                owner_address=record.address,
-                owner_incarnation=record.incarnation,
-                lease_id=lease_id,
-            ),
-        )
+        handoff = handoff_to(link, lease_id)
+        assert handoff is not None
+        yield request, sequence_id, handoff
     finally:
         renewing.cancel()
         leg.cancel("the test has seen enough")

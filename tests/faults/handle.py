@@ -63,8 +63,16 @@ class WorkerHandle:
         return self.record.worker_id
 
     @property
-    def port(self) -> int:
-        return int(self.record.address.rpartition(":")[2])
+    def peer_address(self) -> str:
+        """Where other workers read from it."""
+        assert self._ready is not None
+        return self._ready["peer_address"]
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        """Of its doors for routers and for other workers."""
+        router, peers = (a.rpartition(":")[2] for a in (self.record.address, self.peer_address))
+        return int(router), int(peers)
 
     async def close(self) -> None:
         """End the process, if it lives, and everything this end holds of it."""

@@ -174,19 +174,19 @@ class Rig:
 
     # -- workers --------------------------------------------------------------------------------
 
-    async def start(self, name: str, *, port: int = 0) -> WorkerHandle:
+    async def start(self, name: str, *, ports: tuple[int, int] = (0, 0)) -> WorkerHandle:
         """A new process under this name, routable on return."""
-        handle = self.fork(name, port=port)
+        handle = self.fork(name, ports=ports)
         await self._registry.register(await handle.ready(), 3600.0)
         await self.until(lambda: self.link(name) is not None, f"a route to {name}")
         return handle
 
-    def fork(self, name: str, *, port: int = 0) -> WorkerHandle:
+    def fork(self, name: str, *, ports: tuple[int, int] = (0, 0)) -> WorkerHandle:
         """A new process under this name, not announced to the router."""
-        self.workers[name] = self._fork(name, self._config_path, port)
+        self.workers[name] = self._fork(name, self._config_path, ports)
         return self.workers[name]
 
-    def _fork(self, name: str, config: Path, port: int = 0) -> WorkerHandle:
+    def _fork(self, name: str, config: Path, ports: tuple[int, int] = (0, 0)) -> WorkerHandle:
         log = self._directory / f"{name}.log"
         pid, control = self._zygote.fork(
             Birth(
@@ -194,7 +194,7 @@ class Rig:
                 role="prefill" if name.startswith("p") else "decode",
                 config=str(config),
                 log=str(log),
-                port=port,
+                ports=ports,
                 environ={"UCX_TLS": "tcp"} if self.shape.tcp else {},
             )
         )
@@ -234,14 +234,17 @@ class Rig:
             await self.kill(name)
             await self.start(name)
 
-    async def stranger(self) -> WorkerRecord:
-        """A prefill worker of another model, which the router does not know."""
+    async def stranger(self) -> tuple[WorkerRecord, str]:
+        """A prefill worker of another model, which the router does not know, and its address for
+        other workers.
+        """
         if self._stranger is None:
             directory = self._directory / "stranger"
             directory.mkdir()
             config = write_config(directory, self.shape.tree(write_model(directory, VOCAB // 2)))
             self._stranger = self._fork("p9", config)
-        return await self._stranger.ready()
+        record = await self._stranger.ready()
+        return record, self._stranger.peer_address
 
     async def until(
         self, condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S

@@ -73,7 +73,7 @@ async def owner_restarted_on_its_port(rig: Rig, count: int) -> None:
     async with rig.asking(count) as asked:
         await reader.hit(Fault.IN_READ, count)
         dead = await rig.kill("p0")
-        await rig.start("p0", port=dead.port)
+        await rig.start("p0", ports=dead.ports)
         await reader.go(Fault.IN_READ)
     assert all(len(one.answer.result().attempts) > 1 for one in asked)
     await rig.free(VISIBLE_S)

@@ -149,12 +149,12 @@ HANDLES: dict[str, Forge] = {
 
 async def handle_of_another_model(rig: Rig, count: int) -> None:
     """The address of a worker that serves another model, and one of its leases."""
-    stranger = await rig.stranger()
+    stranger, peer_address = await rig.stranger()
     for _ in range(count):
         request = rig.request()
         handoff = Handoff(
             owner_id=stranger.worker_id,
-            owner_address=stranger.address,
+            owner_address=peer_address,
             owner_incarnation=stranger.incarnation,
             lease_id=LeaseId(1),
         )

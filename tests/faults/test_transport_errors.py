@@ -50,7 +50,7 @@ async def disconnect_fails(rig: Rig, count: int) -> None:
     await rig.answers(1)
     await reader.arm(Fault.DISCONNECT_FAILS, 1)
     dead = await rig.kill("p0")
-    await rig.start("p0", port=dead.port)
+    await rig.start("p0", ports=dead.ports)
     await rig.answers(count)
     await reader.hit(Fault.DISCONNECT_FAILS, 1)
     again = await rig.answers(1)

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import uvloop
+
 from cluster.config_file import load_config
 from cluster.worker import host
 from cluster.worker import worker as worker_module
@@ -31,6 +33,7 @@ from engine.config import EngineConfig
 from engine.types import Engine
 from kv_transfer.config import TransferConfig
 from kv_transfer.nixl import NixlTransport
+from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 from tests.faults.board import Board
 from tests.faults.fault import Birth, Fault
@@ -43,7 +46,7 @@ def run_worker(birth: Birth, control: socket.socket) -> int:
     """Serve until the control socket closes. The exit status, as of `python -m cluster.worker`."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     try:
-        asyncio.run(_serve(birth, control))
+        uvloop.run(_serve(birth, control))
     except BatonError as error:
         logging.error("worker_failed error=%s", error.message)
         return 1
@@ -56,11 +59,13 @@ async def _serve(birth: Birth, control: socket.socket) -> None:
     def say(**line: object) -> None:
         replies.write(json.dumps(line).encode() + b"\n")
 
+    peers = _Listening()
+
     def ready(record: WorkerRecord) -> None:
-        say(ready=asdict(record))
+        say(ready={**asdict(record), "peer_address": peers.address})
 
     board = Board(lambda fault: say(hit=fault))
-    _wire(board)
+    _wire(board, peers)
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as group:
         group.create_task(_obey(commands, replies, board, stop))
@@ -75,13 +80,24 @@ async def _serve(birth: Birth, control: socket.socket) -> None:
     replies.close()
 
 
-def _wire(board: Board) -> None:
+class _Listening:
+    """Remembers where the worker listens for other workers."""
+
+    address = ""
+
+    def __call__(self, host: str, port: int) -> socket.socket:
+        listener = listen(host, port)
+        self.address = address_of(listener)
+        return listener
+
+
+def _wire(board: Board, peers: _Listening) -> None:
     """Put the faulty parts where the worker looks for its own; this process has no other use."""
 
     def engine_of(directory: Path, config: EngineConfig) -> Engine:
         return FaultyEngine(build_engine(directory, config), board)
 
-    vars(host).update(build_engine=engine_of)
+    vars(host).update(build_engine=engine_of, listen=peers)
     vars(worker_module).update(
         Owner=partial(FaultyOwner, board), Reader=partial(FaultyReader, board)
     )
@@ -107,7 +123,8 @@ def _start(birth: Birth) -> WorkerStart:
             decode=config.decode,
         ),
         drain_s=config.drain_timeout_s,
-        port=birth.port,
+        port=birth.ports[0],
+        peer_port=birth.ports[1],
     )
 
 

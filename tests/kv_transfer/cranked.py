@@ -6,14 +6,14 @@ delivers them, late, twice or never.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-import grpc
-
-from kv_transfer.server import PeerService
+from kv_transfer.server import PeerDoor
+from kv_transfer.stream import StreamBroken
 from wire import peer_pb2
 
 MAX_TURNS = 1_000
@@ -166,7 +166,7 @@ class ReaderEnd:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def write(self, message: peer_pb2.FromReader) -> None:
+    def send(self, message: peer_pb2.FromReader) -> None:
         if message.WhichOneof("message") == "hello":
             self._link.reader = message.hello.worker_id
         self._link.to_owner.write(message)
@@ -174,43 +174,46 @@ class ReaderEnd:
     async def read(self) -> peer_pb2.FromOwner:
         message = await self._link.to_reader.read()
         if message is None:
-            raise grpc.aio.AioRpcError(
-                grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "cut"
-            )
+            raise StreamBroken("cut")
         return message
 
 
 class OwnerEnd:
-    """The stream as PeerService has it."""
+    """The stream as PeerDoor has it."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def write(self, message: peer_pb2.FromOwner) -> None:
+    def send(self, message: peer_pb2.FromOwner) -> None:
         self._link.to_reader.write(message)
+
+    def close(self) -> None:
+        self._link.to_reader.write(None)
 
     async def read(self) -> peer_pb2.FromReader | None:
         return await self._link.to_owner.read()
 
-    async def abort(self, code: grpc.StatusCode, details: str) -> None:
-        raise grpc.aio.AbortError(f"{code.name}: {details}")
-
 
 class Network:
-    """All streams to the one door; `dial` takes the place of grpc.aio.insecure_channel."""
+    """All streams to the one door; `dial` takes the place of kv_transfer.stream.dial."""
 
     def __init__(self, loop: HandLoop, steps: Steps) -> None:
         self._loop = loop
         self._steps = steps
         self.links: list[Link] = []
-        self.service: PeerService
+        self.service: PeerDoor
 
-    def dial(self, _address: str, **_options: object) -> "_Channel":
-        return _Channel(self)
+    @asynccontextmanager
+    async def dial(self, _address: str, _parse: object) -> AsyncIterator[ReaderEnd]:
+        link = self.open()
+        try:
+            yield ReaderEnd(link)
+        finally:
+            link.to_owner.write(None)
 
     def open(self) -> Link:
         link = Link(self._steps)
-        stream = self.service.PeerStream(None, OwnerEnd(link))  # type: ignore[arg-type]
+        stream = self.service.serve(OwnerEnd(link))  # type: ignore[arg-type]
         link.door = self._loop.create_task(stream)
         link.door.add_done_callback(lambda door: self._door_shut(link, door))
         self.links.append(link)
@@ -219,31 +222,9 @@ class Network:
     def _door_shut(self, link: Link, door: "asyncio.Task[None]") -> None:
         link.to_reader.write(None)
         error = None if door.cancelled() else door.exception()
-        if error is not None and not isinstance(error, grpc.aio.AbortError | TimeoutError):
+        if error is not None:
             self._loop.complaints.append(repr(error))
 
     def forget_ended(self) -> None:
         """Drop the streams that have ended at both ends."""
         self.links = [link for link in self.links if not (link.door.done() and link.quiet)]
-
-
-class _Channel:
-    """What PeerStub needs of a channel. Leaving it hangs up."""
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-        self._links: list[Link] = []
-
-    async def __aenter__(self) -> "_Channel":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for link in self._links:
-            link.to_owner.write(None)
-
-    def stream_stream(self, _path: str, **_options: object) -> Callable[[], ReaderEnd]:
-        def call() -> ReaderEnd:
-            self._links.append(self._network.open())
-            return ReaderEnd(self._links[-1])
-
-        return call

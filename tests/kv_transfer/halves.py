@@ -1,16 +1,14 @@
-"""The two halves of a hand-off in one process: a real gRPC stream, a loopback transport."""
+"""The two halves of a hand-off in one process: a real stream, a loopback transport."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-import grpc
 import pytest
 import torch
 
 from core.blocks import chain_hashes, root_hash
-from core.channel import SERVER_OPTIONS
 from core.clock import FakeClock
 from core.errors import TransferFailed
 from core.ids import (
@@ -35,7 +33,8 @@ from kv_transfer.messages import FromOwner, FromReader, Memory, PeerHello, Shard
 from kv_transfer.owner import Owner, Send
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest, Reader
-from kv_transfer.server import add_peer_service
+from kv_transfer.server import serving_peers
+from kv_transfer.stream import address_of, listen
 from kv_transfer.transport import ReadStats
 from kv_transfer.transports import Transports
 from tests.builders import WAIT_S, until
@@ -146,9 +145,21 @@ class OwnerHalf(Half):
         self.clock = FakeClock()
         self.table = LeaseTable(self.pool, self.clock, LEASE_S)
         self.owner = LossyOwner(self.table)
-        self.server = grpc.aio.server(options=SERVER_OPTIONS)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
-        add_peer_service(self.server, self.owner, lambda: self.hello, self.arena)
+        self.listener = listen("127.0.0.1", 0)
+        self.address = address_of(self.listener)
+        self._door = AsyncExitStack()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Its door is open inside, until `stop`."""
+        async with self._door:
+            door = serving_peers(self.listener, self.owner, lambda: self.hello, self.arena)
+            await self._door.enter_async_context(door)
+            yield
+
+    async def stop(self) -> None:
+        """Break all streams and listen no more."""
+        await self._door.aclose()
 
     def open(
         self, num_blocks: int, listener: LeaseListener | None = None
@@ -291,8 +302,7 @@ async def pair(
     owner, half = OwnerHalf(hub), Half("reader", hub, model)
     config = TransferConfig(lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify)
     async with AsyncExitStack() as stack:
-        await owner.server.start()
-        stack.push_async_callback(owner.server.stop, None)
+        await stack.enter_async_context(owner.serving())
         reader = await stack.enter_async_context(reading(half, config))
         yield Pair(owner, half, reader, hub)
 

@@ -21,7 +21,7 @@ from kv_transfer.leases import Lease
 from kv_transfer.messages import Abort, Closed, FromOwner, LeaseOutcome, PeerHello, Renewed, Shard
 from kv_transfer.owner import Owner
 from kv_transfer.reader import Reader
-from kv_transfer.server import PeerService
+from kv_transfer.server import PeerDoor
 from kv_transfer.transports import Transports
 from tests.kv_transfer.cranked import Steps
 from tests.kv_transfer.watched import (
@@ -108,7 +108,7 @@ class OwnerLife:
         self.owner = parts.owner(self.table, lambda: None)
         arena = Arena(LAYOUT, OWNER_BLOCKS)
         self.hello = hello_of("owner", life, arena)
-        self.service = PeerService(self.owner, lambda: self.hello, arena)
+        self.service = PeerDoor(self.owner, lambda: self.hello, arena)
         self.prefills: list[Prefill] = []
         self.decodings: list[Decoding] = []
         self.others: list[list[BlockId]] = []

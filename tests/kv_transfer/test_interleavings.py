@@ -77,7 +77,7 @@ def test_whatever_happens_in_between_held_means_held_and_nothing_leaks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.ERROR, logger="kv_transfer")
-    seen = interleave(examples=100)
+    seen = interleave(examples=130)
     assert not caplog.records
     assert seen["steps"] >= 5_000
     assert not [what for what in COMMON if not seen[what]], seen

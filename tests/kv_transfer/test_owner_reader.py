@@ -5,16 +5,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import grpc
 import pytest
 import torch
 
 from core.errors import DeadlineExceeded
 from core.ids import Incarnation, LeaseId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR
-from kv_transfer.codec import from_reader_to_wire
+from kv_transfer.codec import from_reader_to_wire, parse_from_owner
 from kv_transfer.messages import Bind
 from kv_transfer.reader import Pulled
+from kv_transfer.stream import MessageStream, dial
 from tests.builders import NEWER_MESSAGE, soon, until
 from tests.kv_transfer.halves import (
     LAST,
@@ -26,7 +26,7 @@ from tests.kv_transfer.halves import (
     failure,
     pair,
 )
-from wire import peer_pb2, peer_pb2_grpc
+from wire import peer_pb2
 
 # -- what arrives -------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ async def test_a_lost_owner_fails_the_pull() -> None:
         await until(lambda: lease.reader is not None, "the reader bound")
         p.owner.owner.announce(lease, blocks[:2])
         await until(lambda: p.half.transport.reads == 1)
-        await p.owner.server.stop(None)
+        await p.owner.stop()
         await pulling
         p.assert_reader_holds_nothing()
 
@@ -293,7 +293,7 @@ async def test_a_reader_of_another_model_is_refused() -> None:
 async def test_nobody_at_the_address_fails_the_pull() -> None:
     async with pair() as p:
         lease, _ = p.owner.whole(3)
-        await p.owner.server.stop(None)
+        await p.owner.stop()
         await failure(p.pull(lease, 3))
         p.assert_reader_holds_nothing()
 
@@ -339,11 +339,19 @@ async def test_a_new_stream_is_opened_after_one_was_lost() -> None:
 
 
 @asynccontextmanager
-async def bare_stream(
-    p: Pair,
-) -> AsyncIterator[grpc.aio.StreamStreamCall[peer_pb2.FromReader, peer_pb2.FromOwner]]:
-    async with grpc.aio.insecure_channel(p.owner.address) as channel:
-        yield peer_pb2_grpc.PeerStub(channel).PeerStream()
+async def bare_stream(p: Pair) -> AsyncIterator[MessageStream[peer_pb2.FromOwner]]:
+    """A stream that has heard the owner's hello."""
+    async with dial(p.owner.address, parse_from_owner) as stream:
+        assert (await soon(stream.read())).WhichOneof("message") == "hello"  # type: ignore[attr-defined]
+        yield stream
+
+
+async def refusal(stream: MessageStream[peer_pb2.FromOwner]) -> str:
+    """Why the owner does not serve the stream, which it then ends."""
+    message = await soon(stream.read())
+    assert isinstance(message, peer_pb2.FromOwner)
+    assert await soon(stream.read()) is None
+    return message.refused.reason
 
 
 def hello(p: Pair, **changed: int) -> peer_pb2.FromReader:
@@ -352,28 +360,23 @@ def hello(p: Pair, **changed: int) -> peer_pb2.FromReader:
 
 async def test_another_major_version_is_refused() -> None:
     async with pair() as p, bare_stream(p) as stream:
-        await stream.write(hello(p, protocol_major=PROTOCOL_MAJOR + 1))
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await soon(stream.read())
-        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        stream.send(hello(p, protocol_major=PROTOCOL_MAJOR + 1))
+        assert "protocol" in await refusal(stream)
 
 
 async def test_a_stream_without_a_hello_is_refused() -> None:
     async with pair() as p, bare_stream(p) as stream:
         bind = Bind(lease_id=LeaseId(1), sequence_id=SEQUENCE)
-        await stream.write(from_reader_to_wire(bind))
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await soon(stream.read())
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        stream.send(from_reader_to_wire(bind))
+        assert "hello must come first" in await refusal(stream)
 
 
 async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
     async with pair() as p, bare_stream(p) as stream:
         lease, blocks = p.owner.whole(2)
-        await stream.write(hello(p, protocol_minor=PROTOCOL_MINOR + 1))
-        assert (await soon(stream.read())).WhichOneof("message") == "hello"  # type: ignore[attr-defined]
-        await stream.write(peer_pb2.FromReader.FromString(NEWER_MESSAGE))
+        stream.send(hello(p, protocol_minor=PROTOCOL_MINOR + 1))
+        stream.send(peer_pb2.FromReader.FromString(NEWER_MESSAGE))
         bind = Bind(lease_id=lease.lease_id, sequence_id=SEQUENCE)
-        await stream.write(from_reader_to_wire(bind))
+        stream.send(from_reader_to_wire(bind))
         answer = await soon(stream.read())
         assert list(answer.announce.block_ids) == blocks  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import ClassVar
 from unittest.mock import patch
 
-import grpc
 from hypothesis.stateful import RuleBasedStateMachine
 
 from core.clock import FakeClock
@@ -17,7 +16,7 @@ from core.errors import DeadlineExceeded, TransferFailed
 from core.ids import Incarnation
 from core.messages import Handoff
 from engine.sequence import Sequence
-from kv_transfer import landing
+from kv_transfer import client, landing
 from kv_transfer.leases import Lease
 from kv_transfer.reader import FetchedPrefix, Pulled
 from tests.kv_transfer.cranked import Fate, HandLoop, Link, Network, Steps
@@ -73,7 +72,7 @@ class World(RuleBasedStateMachine):
         self.steps = Steps()
         self.network = Network(self.loop, self.steps)
         self._patches = ExitStack()
-        self._patches.enter_context(patch.object(grpc.aio, "insecure_channel", self.network.dial))
+        self._patches.enter_context(patch.object(client, "dial", self.network.dial))
         hand_time = SimpleNamespace(monotonic=self.loop.time)
         self._patches.enter_context(patch.object(landing, "time", hand_time))
         self._writers = count(1)

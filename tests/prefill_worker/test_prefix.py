@@ -97,7 +97,7 @@ async def duo(
 def source_at(worker: ServedWorker, num_blocks: int = WHOLE_BLOCKS) -> PrefixSource:
     return PrefixSource(
         worker_id=worker.record.worker_id,
-        address=worker.record.address,
+        address=worker.peer_address,
         incarnation=worker.record.incarnation,
         num_blocks=num_blocks,
     )

@@ -1,0 +1,166 @@
+"""The wire of a PeerStream: protobuf messages over TCP, each behind its length.
+
+    | length: 4 bytes, big endian | message | ...
+
+A hand-off asks two questions between its handle and usable blocks, and each answer stands between
+a decode worker and its next token. Measured between two processes on two cores, medians of 3,000
+round trips: gRPC's asyncio stream 0.44 ms on busy processes and 1.2 ms on idle ones (its poller
+thread wakes the loop through a socket), this one 0.05 ms on uvloop. A PeerStream needs nothing else
+of HTTP/2: one stream per pair, and its ends already watch each other.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Generic, Protocol, TypeVar
+
+from core.errors import ConfigError
+
+_LENGTH = struct.Struct(">I")
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_MAX_UNSENT_BYTES = 16 * 1024 * 1024
+_BACKLOG = 512
+
+
+class StreamBroken(Exception):
+    """Reading or writing failed; the text says how. The stream is of no more use."""
+
+
+class Sendable(Protocol):
+    def SerializeToString(self) -> bytes: ...  # noqa: N802 - protobuf's name
+
+
+In = TypeVar("In")
+
+
+class MessageStream(Generic[In]):
+    """One end. One task reads; `send` and `abort` never wait and may be called at any time."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        parse: Callable[[bytes], In],
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._parse = parse
+        self._aborted = ""
+
+    async def read(self) -> In | None:
+        """The next message; None when the other end has closed.
+
+        Raises StreamBroken, and what `parse` raises.
+        """
+        try:
+            head = await self._reader.readexactly(_LENGTH.size)
+            (length,) = _LENGTH.unpack(head)
+            if length > _MAX_MESSAGE_BYTES:
+                raise StreamBroken(f"a message of {length} bytes: not a PeerStream")
+            body = await self._reader.readexactly(length)
+        except asyncio.IncompleteReadError as error:
+            if self._aborted:
+                raise StreamBroken(self._aborted) from None
+            if error.partial or error.expected != _LENGTH.size:
+                raise StreamBroken("it ended within a message") from None
+            return None
+        except OSError as error:
+            raise StreamBroken(_text(error)) from None
+        return self._parse(body)
+
+    def send(self, message: Sendable) -> None:
+        """On its way, or dropped when the stream has ended, which the reading side says.
+
+        Another end that does not read for so long that too much is unsent is a lost one: a peer
+        that misses messages cannot be told from one that ignores them.
+        """
+        transport = self._writer.transport
+        if transport.is_closing():
+            return
+        body = message.SerializeToString()
+        transport.write(_LENGTH.pack(len(body)) + body)
+        if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+            self.abort("the other end does not read its stream")
+
+    def close(self) -> None:
+        """Close once what was sent is out."""
+        self._writer.transport.close()
+
+    def abort(self, reason: str = "") -> None:
+        """Close at once; what was not sent yet is lost. With a reason, reading raises it."""
+        self._aborted = self._aborted or reason
+        self._writer.transport.abort()
+
+
+@asynccontextmanager
+async def dial(address: str, parse: Callable[[bytes], In]) -> AsyncIterator[MessageStream[In]]:
+    """A stream to `host:port`, closed on the way out. Raises StreamBroken."""
+    host, _, port = address.rpartition(":")
+    try:
+        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except (OSError, ValueError) as error:
+        raise StreamBroken(f"{address}: {_text(error)}") from None
+    stream: MessageStream[In] = MessageStream(reader, writer, parse)
+    try:
+        yield stream
+    finally:
+        stream.abort()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen for other workers on {host}:{port}: {_text(error)}"
+        ) from error
+
+
+def address_of(listener: socket.socket) -> str:
+    """As `dial` takes it."""
+    host, port, *_ = listener.getsockname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@asynccontextmanager
+async def accepting(
+    listener: socket.socket,
+    parse: Callable[[bytes], In],
+    serve: Callable[[MessageStream[In]], Awaitable[None]],
+) -> AsyncIterator[None]:
+    """Inside, `serve` runs once per stream, which ends with it; on the way out all are aborted.
+
+    `serve` raises nothing and may call `close` itself. Closes `listener`.
+    """
+    open_streams: set[MessageStream[In]] = set()
+
+    async def run(stream: MessageStream[In]) -> None:
+        try:
+            await serve(stream)
+        finally:
+            stream.close()
+            open_streams.discard(stream)
+
+    async with asyncio.TaskGroup() as group:
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            stream: MessageStream[In] = MessageStream(reader, writer, parse)
+            open_streams.add(stream)
+            group.create_task(run(stream))
+
+        server = await asyncio.start_server(connected, sock=listener)
+        try:
+            yield
+        finally:
+            server.close()
+            for stream in open_streams:
+                stream.abort()
+
+
+def _text(error: Exception) -> str:
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error) or type(error).__name__

@@ -1,0 +1,111 @@
+"""Messages over TCP: whole, in order, and a clear end whatever the other end sends."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import ConfigError
+from kv_transfer.stream import MessageStream, StreamBroken, accepting, address_of, dial, listen
+from tests.builders import soon
+
+
+class Raw(bytes):
+    """A message that is its own bytes."""
+
+    def SerializeToString(self) -> bytes:  # noqa: N802 - protobuf's name
+        return bytes(self)
+
+
+@asynccontextmanager
+async def echo() -> AsyncIterator[str]:
+    """The address of a door that says back what it hears."""
+
+    async def serve(stream: MessageStream[Raw]) -> None:
+        while (message := await stream.read()) is not None:
+            stream.send(message)
+
+    listener = listen("127.0.0.1", 0)
+    async with accepting(listener, Raw, serve):
+        yield address_of(listener)
+
+
+@given(st.lists(st.binary(max_size=70_000), max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_messages_arrive_whole_and_in_order(messages: list[bytes]) -> None:
+    async def exchange() -> None:
+        async with echo() as address, dial(address, Raw) as stream:
+            for message in messages:
+                stream.send(Raw(message))
+            assert [await soon(stream.read()) for _ in messages] == messages
+
+    asyncio.run(exchange())
+
+
+async def heard_from(sent: bytes) -> "StreamBroken | bytes | None":
+    """What a reader makes of these bytes, after which the other end closes."""
+
+    async def say(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+        writer.close()
+
+    server = await asyncio.start_server(say, "127.0.0.1", 0)
+    async with server:
+        host, port = server.sockets[0].getsockname()
+        async with dial(f"{host}:{port}", Raw) as stream:
+            try:
+                return await soon(stream.read())  # type: ignore[no-any-return]
+            except StreamBroken as broken:
+                return broken
+
+
+async def test_an_end_between_messages_is_no_error() -> None:
+    assert await heard_from(b"") is None
+
+
+@pytest.mark.parametrize("sent", [b"\0\0", struct.pack(">I", 5) + b"abc", struct.pack(">I", 5)])
+async def test_an_end_within_a_message_breaks_the_stream(sent: bytes) -> None:
+    assert "within a message" in str(await heard_from(sent))
+
+
+async def test_a_length_nobody_sends_is_refused_before_it_is_awaited() -> None:
+    assert "not a PeerStream" in str(await heard_from(b"GET / HTTP/1.1\r\n\r\n"))
+
+
+async def test_nobody_there_is_said_with_the_address() -> None:
+    listener = listen("127.0.0.1", 0)
+    address = address_of(listener)
+    listener.close()
+    with pytest.raises(StreamBroken, match=address):
+        async with dial(address, Raw):
+            pass
+
+
+async def test_leaving_the_door_ends_its_streams() -> None:
+    async with echo() as address:
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(struct.pack(">I", 1) + b"x")
+        assert await soon(reader.readexactly(5)) == struct.pack(">I", 1) + b"x"
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await soon(reader.readexactly(1))
+    writer.close()
+
+
+async def test_a_port_in_use_names_what_it_was_for() -> None:
+    listener = listen("127.0.0.1", 0)
+    with listener, pytest.raises(ConfigError, match="other workers"):
+        listen("127.0.0.1", listener.getsockname()[1])
+
+
+async def test_another_end_that_does_not_read_is_given_up() -> None:
+    listener = listen("127.0.0.1", 0)  # the kernel accepts; nobody reads
+    with listener:
+        async with dial(address_of(listener), Raw) as stream:
+            for _ in range(64):
+                stream.send(Raw(bytes(1024 * 1024)))
+            with pytest.raises(StreamBroken, match="does not read"):
+                await soon(stream.read())
