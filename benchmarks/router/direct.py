@@ -5,16 +5,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import grpc
-
-from core.channel import CHANNEL_OPTIONS
 from core.ids import RequestId, SequenceId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, PrefillSubmit
 from core.sampling import SamplingParams
-from router.codec import to_worker
-from wire import common_pb2, worker_pb2, worker_pb2_grpc
+from kv_transfer.stream import MessageStream, dial
+from router.codec import parse_to_router, to_worker
+from wire import common_pb2, worker_pb2
 
-_Stream = grpc.aio.StreamStreamCall[worker_pb2.ToWorker, worker_pb2.ToRouter]
+_Stream = MessageStream[worker_pb2.ToRouter]
 
 
 class Direct:
@@ -24,7 +22,6 @@ class Direct:
         self._stream = stream
         self._waiting: dict[int, asyncio.Future[float]] = {}
         self._number = 0
-        self._writing = asyncio.Lock()
 
     async def ttft_s(self, tokens: tuple[int, ...]) -> float:
         """Seconds from a submit of these prompt tokens to the first token."""
@@ -40,14 +37,13 @@ class Direct:
         )
         first = self._waiting[number] = asyncio.get_running_loop().create_future()
         began_s = time.monotonic()
-        async with self._writing:
-            await self._stream.write(to_worker(submit))
+        self._stream.send(to_worker(submit))
         heard_s: float = await first
         return heard_s - began_s
 
     async def listen(self) -> None:
         """Hear the worker until cancelled."""
-        while isinstance(raw := await self._stream.read(), worker_pb2.ToRouter):
+        while (raw := await self._stream.read()) is not None:
             for entry in raw.tokens.entries:
                 waiting = self._waiting.pop(entry.number, None)
                 if waiting is not None and not waiting.done():
@@ -57,16 +53,14 @@ class Direct:
 @asynccontextmanager
 async def direct_to(address: str) -> AsyncIterator[Direct]:
     """A stream of our own to one worker."""
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        stream = worker_pb2_grpc.WorkerStub(channel).RouterStream()
+    async with dial(address, parse_to_router) as stream:
         protocol = common_pb2.Protocol(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR)
         hello = worker_pb2.RouterHello(router_id="bench", protocol=protocol)
-        await stream.write(worker_pb2.ToWorker(hello=hello))
+        stream.send(worker_pb2.ToWorker(hello=hello))
         direct = Direct(stream)
         listening = asyncio.create_task(direct.listen())
         try:
             yield direct
         finally:
             listening.cancel()
-            stream.cancel()
             await asyncio.wait([listening])

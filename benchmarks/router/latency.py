@@ -94,7 +94,7 @@ async def direct(rig: Rig, seed: int, seconds: float) -> Ttft:
     """The prefill worker alone: tokenized before the clock starts."""
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     prompts = [tuple(tokenizer.encode(rig.prompt(i, _PROMPT_CHARS)).ids) for i in range(32)]
-    async with direct_to(rig.worker(Role.PREFILL).address) as worker:
+    async with direct_to(rig.worker(Role.PREFILL).router_address) as worker:
         return Ttft.of(
             await open_loop(lambda i: worker.ttft_s(prompts[i % len(prompts)]), seed, seconds)
         )

@@ -153,6 +153,7 @@ async def _worker(
         role=Role(fields["role"]),
         epoch=fields["epoch"],
         address=fields["address"],
+        router_address=fields["router_address"],
         model_id=ModelId(fields["model_id"]),
         pid=process.pid,
     )

@@ -1,6 +1,6 @@
 """A worker that costs next to nothing, so that two cores can drive the router to its limit.
 
-It speaks the real RouterStream over gRPC, with the real codec: hello, load reports, a snapshot,
+It speaks the real RouterStream, with the real codec: hello, load reports, a snapshot,
 KV events of every prompt, and one frame per step that holds one token of each of its sequences. It
 runs no model and moves no KV; a decode leg begins as soon as its prefill could have sent it.
 
@@ -13,14 +13,13 @@ answers at once. A step of 0 seconds is one turn of the event loop.
 import asyncio
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import grpc
 import uvloop
 
 from core.blocks import chain_hashes, root_hash
-from core.channel import SERVER_OPTIONS
 from core.ids import Incarnation, LeaseId, ModelId, Role, WorkerId, new_incarnation
 from core.kv import KvLayout
 from core.messages import (
@@ -42,16 +41,14 @@ from core.messages import (
 )
 from core.registry import WorkerRecord
 from core.sampling import FinishReason
-from router.codec import from_router, to_router
-from wire import worker_pb2, worker_pb2_grpc
+from kv_transfer.stream import MessageStream, StreamBroken, accepting, address_of, listen
+from router.codec import from_router, parse_to_worker, to_router
+from wire import worker_pb2
 
 BLOCK_SIZE = 16
 CONTEXT_TOKENS = 131_072
 _NUM_BLOCKS = 1_000_000
-_OUTBOX_MESSAGES = 4096
 _LEASE_S = 60.0
-
-Context = grpc.aio.ServicerContext[object, object]
 
 
 @dataclass(slots=True)
@@ -79,13 +76,10 @@ class Stream:
     """One router's stream."""
 
     worker: StandIn
+    wire: MessageStream[worker_pb2.ToWorker]
     legs: dict[int, Leg] = field(default_factory=dict)
     last_submit: int = 0
-    outbox: "asyncio.Queue[WorkerToRouter]" = field(
-        default_factory=lambda: asyncio.Queue(_OUTBOX_MESSAGES)
-    )
     busy: asyncio.Event = field(default_factory=asyncio.Event)
-    written: asyncio.Event = field(default_factory=asyncio.Event)
 
     def hear(self, message: object) -> None:
         match message:
@@ -117,12 +111,6 @@ class Stream:
                 total_blocks=_NUM_BLOCKS,
             )
         )
-
-    async def room(self) -> None:
-        """Wait while the router is behind."""
-        while self.outbox.qsize() > _OUTBOX_MESSAGES // 2:
-            self.written.clear()
-            await self.written.wait()
 
     def step(self) -> None:
         """One token of every sequence, in one frame."""
@@ -165,37 +153,28 @@ class Stream:
         self.load()
 
     def _say(self, message: WorkerToRouter) -> None:
-        self.outbox.put_nowait(message)
+        self.wire.send(to_router(message))
 
 
-class Service(worker_pb2_grpc.WorkerServicer):
-    """The door. Two tasks a stream: one takes submits and writes, one makes steps."""
+class Door:
+    """Says hello, then takes submits; steps and heartbeats have tasks of their own."""
 
     def __init__(self, worker: StandIn) -> None:
         self._worker = worker
 
-    async def RouterStream(self, _requests: object, context: Context) -> None:  # noqa: N802
-        await context.read()  # the router's hello
-        await context.write(to_router(self._worker.who))
-        stream = Stream(self._worker)
+    async def serve(self, wire: MessageStream[worker_pb2.ToWorker]) -> None:
+        stream = Stream(self._worker, wire)
+        wire.send(to_router(self._worker.who))
         stream.load()
         stream.snapshot()
-        async with asyncio.TaskGroup() as group:
-            others = [
-                group.create_task(_write(stream, context)),
-                group.create_task(_step(stream)),
-                group.create_task(_beat(stream)),
-            ]
-            while isinstance(raw := await context.read(), worker_pb2.ToWorker):
-                stream.hear(from_router(raw))
-            for task in others:
-                task.cancel()
-
-
-async def _write(stream: Stream, context: Context) -> None:
-    while True:
-        await context.write(to_router(await stream.outbox.get()))
-        stream.written.set()
+        with suppress(StreamBroken):
+            await wire.read()  # the router's hello
+            async with asyncio.TaskGroup() as group:
+                others = [group.create_task(_step(stream)), group.create_task(_beat(stream))]
+                while (raw := await wire.read()) is not None:
+                    stream.hear(from_router(raw))
+                for task in others:
+                    task.cancel()
 
 
 async def _step(stream: Stream) -> None:
@@ -209,7 +188,6 @@ async def _step(stream: Stream) -> None:
             next_at_s = loop.time()
         next_at_s = max(next_at_s + stream.worker.step_s, loop.time())
         await asyncio.sleep(next_at_s - loop.time())
-        await stream.room()
         running = len(stream.legs)
         stream.step()
         if len(stream.legs) != running:
@@ -236,24 +214,23 @@ async def _listen(worker: StandIn) -> None:
 async def serve(role: Role, model_id: ModelId, text: list[int]) -> None:
     """Serve until standard input ends."""
     incarnation = new_incarnation()
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    listener = listen("127.0.0.1", 0)
+    address = address_of(listener)
     who = _hello(role, model_id, incarnation, address)
     worker = StandIn(who=who, text=text)
-    worker_pb2_grpc.add_WorkerServicer_to_server(Service(worker), server)
-    await server.start()
     record = WorkerRecord(
         worker_id=who.worker_id,
         incarnation=incarnation,
         role=role,
         epoch=1,
-        address=address,
+        address="",
+        router_address=address,
         model_id=model_id,
         pid=0,
     )
-    print(json.dumps(asdict(record)), flush=True)
-    await _listen(worker)
-    await server.stop(0.1)
+    async with accepting(listener, parse_to_worker, Door(worker).serve):
+        print(json.dumps(asdict(record)), flush=True)
+        await _listen(worker)
 
 
 def _hello(role: Role, model_id: ModelId, incarnation: Incarnation, address: str) -> WorkerHello:

@@ -40,6 +40,7 @@ def make_link(
         role=role,
         epoch=1,
         address="",
+        router_address="",
         model_id=model,
         pid=1,
     )
