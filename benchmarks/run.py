@@ -23,6 +23,7 @@ from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
 
 BENCHES = {
+    "router": "the front door: CPU per token and request, latency added, idle streams",
     "transfer": "the KV hand-off between two processes: what it costs, what it hides",
 }
 """What each bench measures. Its `BENCH` is in benchmarks/NAME/bench.py, imported when it runs."""
