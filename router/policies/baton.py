@@ -50,7 +50,7 @@ class Baton:
         self._hotness.saw(query)
 
     def _score(self, query: PrefillQuery, worker: WorkerId) -> Scored:
-        queue_s, work_s = query.queue_s(worker), query.work_s(worker)
+        queue_s, work_s = query.ttft_s(worker)
         terms = (("queue_s", queue_s), ("work_s", work_s))
         return Scored(worker, self._queue_weight * queue_s + work_s, terms)
 
