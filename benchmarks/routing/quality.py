@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import count
 from typing import TYPE_CHECKING
 
 from benchmarks.routing.replay import World
 from benchmarks.routing.study import OURS, TARGETS, Comparison, Standing, Study, verdict
-from benchmarks.routing.traces import Trace, load_trace
+from benchmarks.routing.traces import Prompt, Trace, load_trace
 from benchmarks.types import BenchFailed, Finding, Json, Part, ResultTable, Run, Target
 
 if TYPE_CHECKING:
@@ -30,8 +31,10 @@ def run(run: Run) -> Finding:
     compared: list[Comparison] = []
     for path in run.traces:
         trace = load_trace(path)
+        prompts_of = cache(partial(trace.prompts, 1200 if run.quick else 2500))
         for workers in (8,) if run.quick else (8, 16):
-            compared += _study(run, trace, workers).compare(TARGETS[1:2] if run.quick else TARGETS)
+            study = _study(run, trace, prompts_of, workers)
+            compared += study.compare(TARGETS[1:2] if run.quick else TARGETS)
     return Finding(
         tables=tuple(_table(comparison) for comparison in compared),
         targets=tuple(_targets(compared)),
@@ -47,7 +50,9 @@ def run(run: Run) -> Finding:
     )
 
 
-def _study(run: Run, trace: Trace, workers: int) -> Study:
+def _study(
+    run: Run, trace: Trace, prompts_of: Callable[[int], list[Prompt]], workers: int
+) -> Study:
     steps = count(1)
     coarse = trace.block_size >= _COARSE_BLOCK
 
@@ -55,17 +60,17 @@ def _study(run: Run, trace: Trace, workers: int) -> Study:
         run.progress(f"{trace.name} on {workers} workers", next(steps), 0)
 
     return Study(
-        trace=trace,
+        trace=trace.name,
         world=World(
             workers=workers,
             block_size=trace.block_size,
             cache_tokens=_CACHE_TOKENS if coarse else _SMALL_CACHE_TOKENS,
             warm_up=300 if run.quick else 500,
         ),
-        prompts=1200 if run.quick else 3500,
         seeds=2 if run.quick else 5,
-        refine=2 if run.quick else 5,
+        refine=2 if run.quick else 4,
         step=step,
+        prompts_of=prompts_of,
     )
 
 

@@ -6,7 +6,7 @@ from functools import cache
 
 from benchmarks.numbers import Estimate
 from benchmarks.routing.replay import Outcome, Replay, World
-from benchmarks.routing.traces import Trace
+from benchmarks.routing.traces import Prompt
 from router.config import RouterConfig
 from router.policies.base import PrefillPolicy
 from router.policies.build import PREFILL
@@ -14,7 +14,7 @@ from router.policies.build import PREFILL
 OURS = "baton"
 TARGETS = (0.99, 0.9, 0.7)
 """Shares within the TTFT target that the best policy reaches at the rates that are compared."""
-_SCOUTS = (OURS, "prefix_affinity", "mooncake_ttft")
+_SCOUTS = (OURS, "prefix_affinity")
 _STEP = 1.25
 _MAX_STEPS = 24
 
@@ -90,12 +90,13 @@ class Comparison:
 class Study:
     """One trace on one number of workers. `step` is called once per replay."""
 
-    trace: Trace
+    trace: str
     world: World
-    prompts: int
     seeds: int
     refine: int
     step: Callable[[], None]
+    prompts_of: Callable[[int], list[Prompt]]
+    """By seed."""
 
     def compare(self, targets: Sequence[float]) -> list[Comparison]:
         """One comparison per target."""
@@ -109,7 +110,7 @@ class Study:
             scouts = [entrant for entrant in ENTRANTS if entrant.name in _SCOUTS]
             return max(self._replay(scout, 0, rate).within_slo for scout in scouts)
 
-        prompts = self.trace.prompts(self.prompts, 0)
+        prompts = self.prompts_of(0)
         work_s = sum(self.world.curve.seconds(0, prompt.tokens) for prompt in prompts)
         rate = self.world.workers * prompts[-1].at_s / work_s  # what it could bear without a cache
         found: dict[float, float] = {}
@@ -136,7 +137,7 @@ class Study:
         best = max(outcomes, key=lambda name: sum(o.within_slo for o in outcomes[name]))
         standings = [_stand(name, outcomes[name], outcomes[best]) for name in outcomes]
         return Comparison(
-            trace=self.trace.name,
+            trace=self.trace,
             workers=self.world.workers,
             target=target,
             rate=rate,
@@ -145,8 +146,7 @@ class Study:
 
     def _replay(self, entrant: Entrant, seed: int, rate: float) -> Outcome:
         world = replace(self.world, moves=entrant.moves)
-        prompts = self.trace.prompts(self.prompts, seed)
-        outcome = Replay(world, entrant.build, seed, rate).run(prompts)
+        outcome = Replay(world, entrant.build, seed, rate).run(self.prompts_of(seed))
         self.step()
         return outcome
 

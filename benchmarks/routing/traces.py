@@ -10,7 +10,7 @@ import gzip
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -53,11 +53,11 @@ class Trace:
 
     def prompts(self, count: int, seed: int) -> list[Prompt]:
         """The first `count` prompts by arrival; the seed draws what the file leaves open."""
-        random = Random(seed)
+        random, known = Random(seed), _Hashes(frozenset())
         if self.lines[0].session is not None:
             return self._sessions(count, random)
         prompts = [
-            Prompt(line.at_s + random.random() * _JITTER_S, line.tokens, _hashes(line.ids))
+            Prompt(line.at_s + random.random() * _JITTER_S, line.tokens, known.of(line.ids, 0))
             for line in self.lines[:count]
         ]
         return sorted(prompts, key=_arrival)
@@ -69,7 +69,7 @@ class Trace:
             sessions[line.session or 0].append(line)
             for block in line.ids:
                 owners[block].add(line.session or 0)
-        shared = {block for block, seen in owners.items() if len(seen) > 1}
+        known = _Hashes({block for block, seen in owners.items() if len(seen) > 1})
         mean_s = sum(lines[-1].at_s for lines in sessions.values()) / len(sessions)
         copies, start_s, prompts = math.ceil(count / len(self.lines)), 0.0, list[Prompt]()
         runs = [(copy, lines) for copy in range(copies) for lines in sessions.values()]
@@ -77,7 +77,7 @@ class Trace:
         for copy, lines in runs:
             start_s += random.expovariate(_SESSIONS_AT_ONCE / max(1.0, mean_s))
             for line in lines:
-                hashes = _hashes(line.ids, copy, shared)
+                hashes = known.of(line.ids, copy)
                 prompts.append(Prompt(start_s + line.at_s, line.tokens, hashes))
         return sorted(prompts, key=_arrival)[:count]
 
@@ -128,16 +128,21 @@ def finer(hashes: Sequence[BlockHash], parts: int) -> tuple[BlockHash, ...]:
     )
 
 
-def _hashes(
-    ids: Iterable[int], copy: int = 0, shared: Iterable[int] | None = None
-) -> tuple[BlockHash, ...]:
-    common = frozenset(shared or ())
-    return tuple(
-        BlockHash(
-            blake2b(f"{0 if block in common else copy}/{block}".encode(), digest_size=16).digest()
-        )
-        for block in ids
-    )
+class _Hashes:
+    """One object per block of each copy of the sessions; `shared` blocks are of all copies."""
+
+    def __init__(self, shared: Collection[int]) -> None:
+        self._shared = shared
+        self._known: dict[tuple[int, int], BlockHash] = {}
+
+    def of(self, ids: Sequence[int], copy: int) -> tuple[BlockHash, ...]:
+        keys = [(0 if block in self._shared else copy, block) for block in ids]
+        return tuple(self._known.get(key) or self._make(key) for key in keys)
+
+    def _make(self, key: tuple[int, int]) -> BlockHash:
+        digest = blake2b(f"{key[0]}/{key[1]}".encode(), digest_size=16).digest()
+        self._known[key] = BlockHash(digest)
+        return self._known[key]
 
 
 def _arrival(prompt: Prompt) -> float:
