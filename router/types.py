@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.ids import RequestId, WorkerId
+from core.ids import RequestId, Role, WorkerId
 from core.sampling import FinishReason, SamplingParams
 
 
@@ -111,6 +111,34 @@ class WorkerStatus:
     queued_tokens: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteCandidate:
+    """A worker that was looked at, its cost (lower is better) and what that is made of."""
+
+    worker_id: WorkerId
+    cost: float
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteChoice:
+    """Where one leg of a request would go now, and why; `line` says it all in one line."""
+
+    leg: Role
+    worker_id: WorkerId
+    rule: str
+    candidates: tuple[RouteCandidate, ...]
+    line: str
+
+
+class RouteExplainer(Protocol):
+    """What the debug route needs of flow.py."""
+
+    def explain_route(self, request: GenerateRequest) -> tuple[RouteChoice, ...]:
+        """The choices for such a request, which is not run. Raises NoWorkers."""
+        ...
 
 
 class Generator(Protocol):
