@@ -7,10 +7,12 @@
 The lowest cost wins. If queue + own work there break the TTFT target, the lowest cost among the
 idle candidates that keep it wins instead. Busy ones do not count: what saves one prompt there
 computes what is cached elsewhere and pushes out what is cached there, and near the knee that costs
-more prompts their target than it saves (`baton bench routing`). A small w holds a prompt to its cache while the queue there is
-short; the homes give prompts of one key a place to build a cache in; the random ones keep a hot
-prefix from drawing all traffic to a few workers, and routers with stale views from all choosing
-the same one (M. Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
+more prompts their target than it saves (`baton bench routing`).
+
+A small w holds a prompt to its cache while the queue there is short; the homes give prompts of one
+key a place to build a cache in; the random ones keep a hot prefix from drawing all traffic to a few
+workers, and routers with stale views from all choosing the same one (M. Mitzenmacher, "The power of
+two choices in randomized load balancing", 2001).
 """
 
 from core.ids import WorkerId
