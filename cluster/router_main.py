@@ -125,14 +125,16 @@ async def run_router(
                 silence_s=config.router.worker_silence_s,
                 index_bytes=config.router.index_max_mb * 1024 * 1024,
             )
+            flow = _flow(config, fleet, metrics, clock)
             app = create_app(
-                _flow(config, fleet, metrics, clock),
+                flow,
                 config.router,
                 tokenizer,
                 model=model,
                 model_names=[config.model.name],
                 clock=clock,
                 metrics=metrics,
+                explainer=flow if config.router.debug_routes else None,
             )
             # What is here stays: a full collection need not look at a million objects of imports.
             gc.collect()

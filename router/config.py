@@ -47,8 +47,10 @@ class RouterConfig(Settings):
     """How a prefill worker is chosen; the others are for comparison. See router/policies/."""
     decode_policy: DecodePolicyName = "baton"
     """How a decode worker is chosen."""
-    prefill_queue_weight: float = Field(0.1, ge=0)
+    prefill_queue_weight: float = Field(0.05, ge=0)
     """Weight of queued work against own uncached work in baton's prefill cost."""
+    debug_routes: bool = False
+    """Serve POST /debug/route: where a request would go now and why, without running it."""
     index_max_mb: int = Field(1024, ge=1)
     """Bound of the prefix index: about 5 million blocks, with few workers. When it is full, newly
     cached blocks are not known to the router until workers have evicted others."""
