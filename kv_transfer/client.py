@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from core.channel import describe_break, heed_cancel
@@ -20,11 +20,11 @@ from core.ids import (
     shard_id,
 )
 from core.messages import PROTOCOL_MAJOR
+from core.stream import MessageStream, StreamBroken, dial
 from kv_transfer.codec import (
     UnknownMessage,
     from_owner_from_wire,
     from_reader_to_wire,
-    parse_from_owner,
 )
 from kv_transfer.messages import (
     Abort,
@@ -45,7 +45,6 @@ from kv_transfer.messages import (
     Shard,
 )
 from kv_transfer.plan import ArenaShape
-from kv_transfer.stream import MessageStream, StreamBroken, dial
 from kv_transfer.transports import Transports
 from wire import peer_pb2
 
@@ -60,7 +59,7 @@ _BREAKS = (StreamBroken, UnknownMessage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnerDoor:
+class OwnerAddress:
     """Where an owner is reached, and which life of it is meant."""
 
     worker_id: WorkerId
@@ -108,15 +107,17 @@ class PeerConnection:
 
     def __init__(
         self,
-        door: OwnerDoor,
+        door: OwnerAddress,
         hello: Callable[[], PeerHello],
         transports: Transports,
         renew_every_s: float,
+        connect_timeout_s: float,
     ) -> None:
         self.door = door
         self._hello = hello
         self._transports = transports
         self._renew_every_s = renew_every_s
+        self._connect_timeout_s = connect_timeout_s
         self._stream: Stream | None = None
         self._leases: dict[LeaseId, BoundLease] = {}
         self._asked: OrderedDict[LeaseId, None] = OrderedDict()
@@ -242,10 +243,18 @@ class PeerConnection:
         """Connect, say hello, serve until the stream ends; then every bound lease has failed."""
         failure = TransferFailed("the stream to the KV owner ended", cause=TransferCause.OWNER_LOST)
         try:
-            async with dial(self.door.address, parse_from_owner) as stream:
-                self._stream = stream
-                self._send(self._hello())
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(self._connect_timeout_s):
+                    dialled = dial(self.door.address, peer_pb2.FromOwner.FromString)
+                    stream = self._stream = await stack.enter_async_context(dialled)
+                    self._send(self._hello())
+                    await self._check_hello(await stream.read())
+                self.ready.set_result(None)
                 await self._serve(stream)
+        except* TimeoutError:
+            failure = TransferFailed(
+                "the KV owner did not answer in time", cause=TransferCause.NO_ANSWER
+            )
         except* _BREAKS as errors:
             failure = TransferFailed(
                 f"the stream to the KV owner broke: {describe_break(errors)}",
@@ -263,8 +272,6 @@ class PeerConnection:
                 group.create_task(self._renew()),
                 group.create_task(self._end_retired()),
             ]
-            await self._check_hello(await stream.read())
-            self.ready.set_result(None)
             while (raw := await stream.read()) is not None:
                 self._heard += 1
                 self._dispatch(raw)
@@ -329,7 +336,7 @@ class PeerConnection:
             case Announce():
                 lease.hear(message)
             case Closed():
-                if not lease.closed.done():
+                if lease.asked and not lease.closed.done():
                     lease.closed.set_result(message)
             case Abort():
                 expired = message.outcome is LeaseOutcome.EXPIRED

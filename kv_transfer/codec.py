@@ -2,8 +2,6 @@
 
 from typing import cast, get_args
 
-from google.protobuf.message import DecodeError
-
 from core.blocks import HASH_BYTES
 from core.ids import (
     BlockHash,
@@ -122,22 +120,6 @@ def from_reader_to_wire(message: FromReader) -> peer_pb2.FromReader:
             )
         case Abort():
             return peer_pb2.FromReader(abort=_abort_to_wire(message))
-
-
-def parse_from_reader(raw: bytes) -> peer_pb2.FromReader:
-    """Raises UnknownMessage."""
-    try:
-        return peer_pb2.FromReader.FromString(raw)
-    except DecodeError as error:
-        raise UnknownMessage(f"from a reader: {error}") from None
-
-
-def parse_from_owner(raw: bytes) -> peer_pb2.FromOwner:
-    """Raises UnknownMessage."""
-    try:
-        return peer_pb2.FromOwner.FromString(raw)
-    except DecodeError as error:
-        raise UnknownMessage(f"from an owner: {error}") from None
 
 
 def from_reader_from_wire(message: peer_pb2.FromReader) -> FromReader:

@@ -171,12 +171,12 @@ class Landing:
 
     def _to_verify(self) -> list[int]:
         """Blocks to compare, by place in `fresh`; none where the two arenas lie differently."""
-        if self._room.config.verify == "off":
+        picked = pick_blocks(self._room.config.verify, len(self._remote), self._lease.lease_id)
+        if not picked:
             return []
         shapes = self._connection.shapes
         mine = self._room.arena.layout.layout_id
         if len(shapes) != 1 or shapes[0].layout.layout_id != mine:
             return []
         places = sorted(self._remote)
-        picked = pick_blocks(self._room.config.verify, len(places), self._lease.lease_id)
         return [places[i] for i in picked]

@@ -138,9 +138,10 @@ class Agent:
 
         Raises ReadRefused or PeerLost.
         """
-        self._check_rows(remote, rows)
+        few = rows.tolist() if len(rows) <= _FEW_ROWS else None
+        self._check_rows(remote, rows, few)
         try:
-            handle = self._make(remote, rows)
+            handle = self._make(remote, rows, few)
         except _LOST as error:
             raise PeerLost(_text(error)) from None
         except _BACKEND as error:
@@ -194,10 +195,10 @@ class Agent:
         handle = self._handles.pop(number)
         self._quietly("release_xfer_handle", self._nixl.release_xfer_handle, handle)
 
-    def _check_rows(self, remote: Remote, rows: _Rows) -> None:
+    def _check_rows(self, remote: Remote, rows: _Rows, few: list[list[int]] | None) -> None:
         """Offsets come from the peer's messages: nothing outside the two arenas is touched."""
-        if len(rows) <= _FEW_ROWS:
-            there, here = (max(row[i] + row[2] for row in rows.tolist()) for i in (0, 1))
+        if few is not None:
+            there, here = (max(row[i] + row[2] for row in few) for i in (0, 1))
             wrapped = False
         else:
             ends = rows[:, :2] + rows[:, 2:]
@@ -207,10 +208,10 @@ class Agent:
             whose = "this worker's" if here > self._arena.nbytes else "the peer's"
             raise ReadRefused(f"the plan goes past {whose} arena")
 
-    def _make(self, remote: Remote, rows: _Rows) -> Handle:
-        few = _few_indices(rows, remote.unit) if len(rows) <= _FEW_ROWS else None
-        if few is not None and remote.lists is not None:
-            return self._make_prepared(remote.lists, few)
+    def _make(self, remote: Remote, rows: _Rows, few: list[list[int]] | None) -> Handle:
+        indices = _few_indices(few, remote.unit) if few is not None else None
+        if indices is not None and remote.lists is not None:
+            return self._make_prepared(remote.lists, indices)
         unit = remote.unit
         units, rest = np.divmod(rows, np.uint64(unit))
         if rest.any():
@@ -290,17 +291,17 @@ def start_agent(name: str) -> nixl_agent:
     return agent
 
 
-def _few_indices(rows: _Rows, unit: int) -> _Indices | None:
+def _few_indices(rows: list[list[int]], unit: int) -> _Indices | None:
     """What `_indices` makes of few rows; None where they are not whole units, or of many."""
+    if sum(row[2] for row in rows) > _INDICES_ALWAYS * unit:
+        return None
     there: list[int] = []
     here: list[int] = []
-    for source, target, nbytes in rows.tolist():
-        if source % unit or target % unit or nbytes % unit or nbytes > _INDICES_ALWAYS * unit:
+    for source, target, nbytes in rows:
+        if source % unit or target % unit or nbytes % unit:
             return None
         there.extend(range(source // unit, (source + nbytes) // unit))
         here.extend(range(target // unit, (target + nbytes) // unit))
-    if len(there) > _INDICES_ALWAYS:
-        return None
     return np.array(there, np.int32), np.array(here, np.int32)
 
 

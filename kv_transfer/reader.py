@@ -21,7 +21,7 @@ from core.ids import BlockHash, BlockId, Incarnation, SequenceId, ShardId, Worke
 from core.messages import Handoff, PrefixSource
 from engine.arena import Arena
 from engine.pool import BlockPool
-from kv_transfer.client import BoundLease, OwnerDoor, PeerConnection
+from kv_transfer.client import BoundLease, OwnerAddress, PeerConnection
 from kv_transfer.config import TransferConfig
 from kv_transfer.landing import Landing, Reserved
 from kv_transfer.messages import PeerHello
@@ -133,7 +133,7 @@ class Reader:
 
     async def pull(self, request: PullRequest) -> Pulled:
         """Bring the blocks here. Raises TransferFailed or DeadlineExceeded."""
-        door = OwnerDoor(
+        door = OwnerAddress(
             worker_id=request.handoff.owner_id,
             address=request.handoff.owner_address,
             incarnation=request.handoff.owner_incarnation,
@@ -166,7 +166,7 @@ class Reader:
 
         Never waits for memory. Raises TransferFailed or DeadlineExceeded.
         """
-        door = OwnerDoor(
+        door = OwnerAddress(
             worker_id=request.source.worker_id,
             address=request.source.address,
             incarnation=request.source.incarnation,
@@ -206,7 +206,7 @@ class Reader:
 
     # -- connections ----------------------------------------------------------------------------
 
-    async def _connect(self, door: OwnerDoor) -> PeerConnection:
+    async def _connect(self, door: OwnerAddress) -> PeerConnection:
         """The connection to this life of the owner; one that ended is waited for and replaced."""
         known = self._connections.get(door.incarnation)
         if known is not None and known[0].usable and door.worker_id in self._reachable:
@@ -228,8 +228,14 @@ class Reader:
             ) from error
         return known[0]
 
-    def _open(self, door: OwnerDoor) -> tuple[PeerConnection, "asyncio.Task[None]"]:
-        connection = PeerConnection(door, self._hello, self._transports, self.config.lease_s / 3)
+    def _open(self, door: OwnerAddress) -> tuple[PeerConnection, "asyncio.Task[None]"]:
+        connection = PeerConnection(
+            door,
+            self._hello,
+            self._transports,
+            renew_every_s=self.config.lease_s / 3,
+            connect_timeout_s=self.config.connect_timeout_s,
+        )
         task = self._tasks.create_task(self._serve(connection))
         self._connections[door.incarnation] = (connection, task)
         return connection, task

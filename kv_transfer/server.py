@@ -7,17 +7,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from core.messages import PROTOCOL_MAJOR
+from core.stream import MessageStream, StreamBroken, accepting
 from engine.arena import Arena
 from kv_transfer.checksum import checksum_blocks
 from kv_transfer.codec import (
     UnknownMessage,
     from_owner_to_wire,
     from_reader_from_wire,
-    parse_from_reader,
 )
 from kv_transfer.messages import Close, FromOwner, FromReader, PeerHello, Refused
 from kv_transfer.owner import Owner
-from kv_transfer.stream import MessageStream, StreamBroken, accepting
 from wire import peer_pb2
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class PeerDoor:
         """One stream to its end; raises nothing."""
         try:
             await self._serve(stream)
-        except (NotServed, StreamBroken, UnknownMessage) as error:
+        except (NotServed, StreamBroken) as error:
             log.info("peer_stream_ended reason=%s", error)
         except TimeoutError:
             log.info("peer_stream_ended reason=no hello in time")
@@ -73,7 +72,6 @@ class PeerDoor:
                 return _check_hello(mine, hello)
             except (NotServed, UnknownMessage) as error:
                 stream.send(from_owner_to_wire(Refused(reason=str(error))))
-                stream.close()
                 raise NotServed(str(error)) from None
 
     async def _read(self, reader: str, stream: Stream) -> None:
@@ -114,5 +112,5 @@ async def serving_peers(
 ) -> AsyncIterator[None]:
     """Serve PeerStreams inside; closes `listener`."""
     door = PeerDoor(owner, hello, arena)
-    async with accepting(listener, parse_from_reader, door.serve):
+    async with accepting(listener, peer_pb2.FromReader.FromString, door.serve):
         yield

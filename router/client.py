@@ -32,9 +32,9 @@ from core.messages import (
 )
 from core.registry import WorkerRecord
 from core.stages import Stage
+from core.stream import MessageStream, StreamBroken, dial
 from kv_transfer.codec import UnknownMessage
-from kv_transfer.stream import MessageStream, StreamBroken, dial
-from router.codec import entry_from_wire, from_worker, parse_to_router, to_worker
+from router.codec import entry_from_wire, from_worker, to_worker
 from router.index import PrefixIndex
 from router.view import WorkerView
 from wire import common_pb2, worker_pb2
@@ -149,7 +149,7 @@ class WorkerLink:
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_HELLO_TIMEOUT_S):  # wait_for of 3.11 can lose a cancel
-                    dialled = dial(self.record.router_address, parse_to_router)
+                    dialled = dial(self.record.router_address, worker_pb2.ToRouter.FromString)
                     stream = await stack.enter_async_context(dialled)
                     view = await self._greet(stream)
                 await self._serve(stream, view)

@@ -1,7 +1,5 @@
 """The RouterStream's typed messages to and from the wire; used at both ends of the stream."""
 
-from google.protobuf.message import DecodeError
-
 from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, WorkerId
 from core.messages import (
     Accepted,
@@ -50,22 +48,6 @@ _FINISH_TO_WIRE = {
     FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
 }
 _FINISH_FROM_WIRE = {wire: finish for finish, wire in _FINISH_TO_WIRE.items()}
-
-
-def parse_to_worker(raw: bytes) -> worker_pb2.ToWorker:
-    """Raises UnknownMessage."""
-    try:
-        return worker_pb2.ToWorker.FromString(raw)
-    except DecodeError as error:
-        raise UnknownMessage(f"from a router: {error}") from None
-
-
-def parse_to_router(raw: bytes) -> worker_pb2.ToRouter:
-    """Raises UnknownMessage."""
-    try:
-        return worker_pb2.ToRouter.FromString(raw)
-    except DecodeError as error:
-        raise UnknownMessage(f"from a worker: {error}") from None
 
 
 # -- router to worker ---------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from core.messages import (
 )
 from core.registry import MemoryRegistry, Registry, WorkerRecord
 from core.sampling import FinishReason, SamplingParams
+from core.stream import address_of, listen
 from decode_worker.config import DecodeConfig
 from engine import runner as engine_runner
 from engine.config import EngineConfig, TimedConfig
@@ -50,7 +51,6 @@ from engine.types import Sampled, SeqStep
 from kv_transfer.config import TransferConfig
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
 from kv_transfer.server import serving_peers
-from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig

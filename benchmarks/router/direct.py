@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from core.ids import RequestId, SequenceId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, PrefillSubmit
 from core.sampling import SamplingParams
-from kv_transfer.stream import MessageStream, dial
-from router.codec import parse_to_router, to_worker
+from core.stream import MessageStream, dial
+from router.codec import to_worker
 from wire import common_pb2, worker_pb2
 
 _Stream = MessageStream[worker_pb2.ToRouter]
@@ -53,7 +53,7 @@ class Direct:
 @asynccontextmanager
 async def direct_to(address: str) -> AsyncIterator[Direct]:
     """A stream of our own to one worker."""
-    async with dial(address, parse_to_router) as stream:
+    async with dial(address, worker_pb2.ToRouter.FromString) as stream:
         protocol = common_pb2.Protocol(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR)
         hello = worker_pb2.RouterHello(router_id="bench", protocol=protocol)
         stream.send(worker_pb2.ToWorker(hello=hello))

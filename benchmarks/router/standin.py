@@ -41,8 +41,8 @@ from core.messages import (
 )
 from core.registry import WorkerRecord
 from core.sampling import FinishReason
-from kv_transfer.stream import MessageStream, StreamBroken, accepting, address_of, listen
-from router.codec import from_router, parse_to_worker, to_router
+from core.stream import MessageStream, StreamBroken, accepting, address_of, listen
+from router.codec import from_router, to_router
 from wire import worker_pb2
 
 BLOCK_SIZE = 16
@@ -228,7 +228,7 @@ async def serve(role: Role, model_id: ModelId, text: list[int]) -> None:
         model_id=model_id,
         pid=0,
     )
-    async with accepting(listener, parse_to_worker, Door(worker).serve):
+    async with accepting(listener, worker_pb2.ToWorker.FromString, Door(worker).serve):
         print(json.dumps(asdict(record)), flush=True)
         await _listen(worker)
 

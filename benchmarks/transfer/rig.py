@@ -25,6 +25,7 @@ from core.ids import (
 )
 from core.kv import KvLayout
 from core.messages import Handoff
+from core.stream import address_of, listen
 from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.config import TransferConfig
@@ -33,7 +34,6 @@ from kv_transfer.messages import Memory, PeerHello, Shard
 from kv_transfer.owner import Owner
 from kv_transfer.reader import Pulled, PullRequest, Reader
 from kv_transfer.server import serving_peers
-from kv_transfer.stream import address_of, listen
 from kv_transfer.transport import Transport
 from kv_transfer.transports import Transports
 

@@ -27,6 +27,7 @@ from core.messages import (
     TokenFrame,
     WorkerToRouter,
 )
+from core.stream import address_of, listen
 from decode_worker.config import DecodeConfig
 from engine.arena import Arena
 from engine.config import EngineConfig
@@ -34,7 +35,6 @@ from engine.timed import TimedEngine
 from engine.types import EngineInfo, Sampled, SeqStep
 from kv_transfer.config import TransferConfig
 from kv_transfer.server import serving_peers
-from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
 

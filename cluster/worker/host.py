@@ -18,12 +18,12 @@ from core.clock import Clock
 from core.errors import ConfigError, Unavailable
 from core.ids import Incarnation, Role, WorkerId, new_incarnation
 from core.registry import Registry, WorkerRecord
+from core.stream import address_of, listen
 from engine.arena import Arena
 from engine.build import build_engine
 from engine.sizing import describe_arena
 from kv_transfer.config import TransferConfig
 from kv_transfer.server import serving_peers
-from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from cluster.worker.outlet import RouterOutlet
 from cluster.worker.worker import Worker
 from core.channel import describe_break, heed_cancel
 from core.messages import PROTOCOL_MAJOR, RouterRefused
+from core.stream import MessageStream, StreamBroken, accepting
 from kv_transfer.codec import UnknownMessage
-from kv_transfer.stream import MessageStream, StreamBroken, accepting
-from router.codec import from_router, parse_to_worker, to_router
+from router.codec import from_router, to_router
 from wire import worker_pb2
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class RouterDoor:
         """One stream to its end; raises nothing."""
         try:
             await self._serve(stream)
-        except* (NotServed, StreamBroken, UnknownMessage, TimeoutError) as errors:
+        except* (NotServed, StreamBroken, TimeoutError) as errors:
             log.info("router_stream_ended reason=%s", describe_break(errors))
         except* Exception:  # the root of a stream's task
             log.exception("router_stream_bug")
@@ -71,12 +71,11 @@ async def _admit(stream: Stream) -> None:
     else:
         return
     stream.send(to_router(RouterRefused(reason=reason)))
-    stream.close()
     raise NotServed(reason)
 
 
 @asynccontextmanager
 async def serving_routers(listener: socket.socket, worker: Worker) -> AsyncIterator[None]:
     """Serve RouterStreams inside; closes `listener`."""
-    async with accepting(listener, parse_to_worker, RouterDoor(worker).serve):
+    async with accepting(listener, worker_pb2.ToWorker.FromString, RouterDoor(worker).serve):
         yield

@@ -19,9 +19,9 @@ from core.messages import (
     SnapshotRequest,
     WorkerHello,
 )
+from core.stream import MessageStream, dial
 from kv_transfer.loopback import LoopbackHub
-from kv_transfer.stream import MessageStream, dial
-from router.codec import from_worker, parse_to_router, to_worker
+from router.codec import from_worker, to_worker
 from tests.builders import (
     BLOCK_SIZE,
     NEWER_MESSAGE,
@@ -173,7 +173,7 @@ Stream = MessageStream[worker_pb2.ToRouter]
 @asynccontextmanager
 async def router_stream(served: ServedWorker, **protocol: int) -> AsyncIterator[Stream]:
     """A stream on which a router has said hello."""
-    async with dial(served.record.router_address, parse_to_router) as stream:
+    async with dial(served.record.router_address, worker_pb2.ToRouter.FromString) as stream:
         hello = worker_pb2.RouterHello(
             router_id="t", protocol=common_pb2.Protocol(**{"major": PROTOCOL_MAJOR, **protocol})
         )
@@ -216,7 +216,7 @@ async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
 async def test_a_stream_without_a_hello_is_refused() -> None:
     async with (
         prefill_worker() as served,
-        dial(served.record.router_address, parse_to_router) as stream,
+        dial(served.record.router_address, worker_pb2.ToRouter.FromString) as stream,
     ):
         stream.send(to_worker(Cancel(number=1, reason="")))
         assert "a hello must come first" in await refusal(stream)

@@ -27,13 +27,13 @@ from core.clock import SystemClock
 from core.errors import BatonError
 from core.ids import Incarnation, Role, WorkerId
 from core.registry import WorkerRecord
+from core.stream import address_of, listen
 from engine.arena import Arena
 from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.types import Engine
 from kv_transfer.config import TransferConfig
 from kv_transfer.nixl import NixlTransport
-from kv_transfer.stream import address_of, listen
 from kv_transfer.transports import Transports
 from tests.faults.board import Board
 from tests.faults.fault import Birth, Fault

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
+from core.stream import StreamBroken
 from kv_transfer.server import PeerDoor
-from kv_transfer.stream import StreamBroken
 from wire import peer_pb2
 
 MAX_TURNS = 1_000
@@ -187,15 +187,12 @@ class OwnerEnd:
     def send(self, message: peer_pb2.FromOwner) -> None:
         self._link.to_reader.write(message)
 
-    def close(self) -> None:
-        self._link.to_reader.write(None)
-
     async def read(self) -> peer_pb2.FromReader | None:
         return await self._link.to_owner.read()
 
 
 class Network:
-    """All streams to the one door; `dial` takes the place of kv_transfer.stream.dial."""
+    """All streams to the one door; `dial` takes the place of core.stream.dial."""
 
     def __init__(self, loop: HandLoop, steps: Steps) -> None:
         self._loop = loop

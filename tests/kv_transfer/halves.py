@@ -23,6 +23,7 @@ from core.ids import (
 )
 from core.kv import KvLayout
 from core.messages import Handoff, PrefixSource
+from core.stream import address_of, listen
 from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.checksum import VerifyMode
@@ -34,7 +35,6 @@ from kv_transfer.owner import Owner, Send
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest, Reader
 from kv_transfer.server import serving_peers
-from kv_transfer.stream import address_of, listen
 from kv_transfer.transport import ReadStats
 from kv_transfer.transports import Transports
 from tests.builders import WAIT_S, until

@@ -11,10 +11,10 @@ import torch
 from core.errors import DeadlineExceeded
 from core.ids import Incarnation, LeaseId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR
-from kv_transfer.codec import from_reader_to_wire, parse_from_owner
+from core.stream import MessageStream, dial
+from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.messages import Bind
 from kv_transfer.reader import Pulled
-from kv_transfer.stream import MessageStream, dial
 from tests.builders import NEWER_MESSAGE, soon, until
 from tests.kv_transfer.halves import (
     LAST,
@@ -341,7 +341,7 @@ async def test_a_new_stream_is_opened_after_one_was_lost() -> None:
 @asynccontextmanager
 async def bare_stream(p: Pair) -> AsyncIterator[MessageStream[peer_pb2.FromOwner]]:
     """A stream that has heard the owner's hello."""
-    async with dial(p.owner.address, parse_from_owner) as stream:
+    async with dial(p.owner.address, peer_pb2.FromOwner.FromString) as stream:
         assert (await soon(stream.read())).WhichOneof("message") == "hello"  # type: ignore[attr-defined]
         yield stream
 

@@ -27,10 +27,10 @@ from core.messages import (
     WorkerToRouter,
 )
 from core.registry import MemoryRegistry, WorkerRecord
+from core.stream import MessageStream, StreamBroken, accepting, address_of, listen
 from kv_transfer.loopback import LoopbackHub
-from kv_transfer.stream import MessageStream, StreamBroken, accepting, address_of, listen
 from router.client import Leg, LegEvent, WorkerLink
-from router.codec import parse_to_worker, to_router
+from router.codec import to_router
 from router.fleet import Fleet
 from router.index import PrefixIndex
 from tests.builders import (
@@ -227,7 +227,7 @@ async def scripted(
         model_id=MODEL,
         pid=1,
     )
-    async with accepting(listener, parse_to_worker, worker.serve):
+    async with accepting(listener, worker_pb2.ToWorker.FromString, worker.serve):
         yield worker, record
 
 
