@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -19,8 +19,9 @@ from core.registry import MemoryRegistry, WorkerRecord
 from engine.build import describe_model
 from router.client import WorkerLink
 from router.fleet import Fleet
-from router.flow import Flow, Policies
-from router.policies.base import Decision, DecodeCandidate, PrefillCandidate, Scored, cheapest
+from router.flow import Flow
+from router.policies.base import Decision, Query, Stateless, open_workers
+from router.policies.build import Policies
 from router.progress import SequenceEnd
 from router.types import GenerateRequest
 from tests.faults.fault import Birth
@@ -88,25 +89,15 @@ FOUR = Shape()
 """A pair, and a spare of each."""
 
 
-@dataclass(slots=True)
-class Preferred:
-    """Places on the first of `order` that is a candidate."""
+class Preferred(Stateless):
+    """Places on the first of `order` that is open, else on any."""
 
-    order: list[str] = field(default_factory=list)
+    def __init__(self, order: list[str]) -> None:
+        self.order = order
 
-    def choose(
-        self,
-        _tokens: int,
-        workers: Sequence[PrefillCandidate] | Sequence[DecodeCandidate],
-        _random: Random,
-    ) -> Decision:
+    def choose(self, query: Query) -> Decision:
         rank = {name: place for place, name in enumerate(self.order)}
-        return cheapest(
-            [
-                Scored(worker_id=w.worker_id, cost=rank.get(w.worker_id, len(rank)), terms="")
-                for w in workers
-            ]
-        )
+        return Decision(min(open_workers(query), key=lambda w: rank.get(w, len(rank))), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
