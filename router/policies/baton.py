@@ -1,7 +1,7 @@
 """Baton's prefill choice: a small candidate set, then one cost in seconds.
 
     candidates   the two homes of the prompt's key (ring.py, hotness.py), the few workers that hold
-                 its longest cached prefixes, and two random ones; six if less than half is cached
+                 its longest cached prefixes, and two random ones; four if less than half is cached
                  anywhere: then a short queue is all there is to find
     cost         w * seconds of its queue + seconds of the prompt's own uncached tokens
 
@@ -23,7 +23,7 @@ from router.policies.ring import TwoRings
 
 _HOLDERS = 4
 _RANDOM = 2
-_RANDOM_COLD = 6
+_RANDOM_COLD = 4
 
 
 class Baton:
