@@ -1,7 +1,8 @@
 """Baton's prefill choice: a small candidate set, then one cost in seconds.
 
     candidates   the two homes of the prompt's key (ring.py, hotness.py), the few workers that hold
-                 its longest cached prefixes, and two random ones
+                 its longest cached prefixes, and two random ones; four if less than half is cached
+                 anywhere: then a short queue is all there is to find
     cost         w * seconds of its queue + seconds of the prompt's own uncached tokens
 
 The lowest cost wins. If queue + own work there break the TTFT target, the lowest cost among the
@@ -22,6 +23,7 @@ from router.policies.ring import TwoRings
 
 _HOLDERS = 4
 _RANDOM = 2
+_RANDOM_COLD = 4
 
 
 class Baton:
@@ -37,8 +39,10 @@ class Baton:
         self._rings.follow(query.pool)
         key = self._hotness.key(query)
         homes = self._rings.homes(key, query.is_open) if key is not None else ()
-        drawn = sample(query, _RANDOM if homes else 2 * _RANDOM)
-        return list(dict.fromkeys((*homes, *query.holders(_HOLDERS), *drawn)))
+        holders = query.holders(_HOLDERS)
+        cached = query.cached_tokens(holders[0]) if holders else 0
+        drawn = sample(query, _RANDOM if 2 * cached >= query.tokens else _RANDOM_COLD)
+        return list(dict.fromkeys((*homes, *holders, *drawn)))
 
     def choose(self, query: PrefillQuery) -> Decision:
         scored = [self._score(query, worker) for worker in self.candidates_of(query)]

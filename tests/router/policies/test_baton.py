@@ -65,6 +65,15 @@ def test_a_few_workers_are_looked_at_however_many_there_are() -> None:
     assert decision.worker_id in {candidate.worker_id for candidate in decision.candidates}
 
 
+def test_a_prompt_that_is_cached_nowhere_has_more_looks() -> None:
+    workers = Workers()
+    for i in range(200):
+        workers.add(f"w{i}")
+    assert len(Baton(0.1).candidates_of(workers.prefill())) in {5, 6}
+    workers.add("holder", cached=5)
+    assert len(Baton(0.1).candidates_of(workers.prefill())) in {4, 5}
+
+
 def test_prompts_of_one_key_have_the_same_two_homes() -> None:
     workers = Workers()
     for i in range(50):
