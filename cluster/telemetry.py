@@ -35,6 +35,9 @@ def setup_logging(process: str, config: TelemetryConfig, stream: TextIO) -> None
     )
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
+    # What no line shows is not looked up: it takes half of a line's time.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    vars(logging)["_srcfile"] = None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -4,6 +4,7 @@ Dashboards and alerts outlive code: a name is written here once and only added t
 """
 
 import json
+import re
 
 from core.stages import Stage
 
@@ -63,6 +64,9 @@ ATTR_TRANSFER_DESCRIPTORS = "baton.transfer_descriptors"
 ATTR_TRANSFER_OVERLAP = "baton.transfer_overlap"
 
 
+_QUOTED = re.compile('[ "=]')
+
+
 def log_line(event: str, /, **fields: object) -> str:
     """One event with its fields: `request_done request_id=req-1 status=200 e2e_ms=12.4`.
 
@@ -76,5 +80,5 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = str(value)
-    plain = text.isprintable() and text != "" and not any(c in ' "=' for c in text)
+    plain = text.isprintable() and text != "" and _QUOTED.search(text) is None
     return text if plain else json.dumps(text)

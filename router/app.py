@@ -16,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core.clock import Clock
 from core.errors import (
@@ -42,6 +43,20 @@ _GENERATING: tuple[tuple[str, type[OpenAiRequest], str], ...] = (
     ("/v1/chat/completions", ChatCompletionRequest, "chatcmpl"),
     ("/v1/completions", CompletionRequest, "cmpl"),
 )
+
+
+class RouterApp(FastAPI):
+    """FastAPI, but for the hot path: its endpoints are reached without the layers between."""
+
+    hot: dict[str, ASGIApp]
+    """By path; they answer POST and raise nothing."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hot = self.hot.get(scope["path"]) if scope["type"] == "http" else None
+        if hot is not None and scope["method"] == "POST":
+            await hot(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 class ModelCard(BaseModel):
@@ -85,7 +100,8 @@ def create_app(
 ) -> FastAPI:
     """Wire the HTTP edge. `model_names` are equal names of the one model, at least one."""
     metrics.watch_workers(generator.workers)
-    app = FastAPI(title="Baton", openapi_url="/openapi.json", redoc_url=None)
+    app = RouterApp(title="Baton", openapi_url="/openapi.json", redoc_url=None)
+    app.hot = {}
     app.router.redirect_slashes = False
     app.add_middleware(RequestContext, api_keys=settings.api_keys)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -110,7 +126,8 @@ def create_app(
     )
     for path, request_type, prefix in _GENERATING:
         endpoint = GenerateEndpoint(edge, request_type, prefix)
-        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+        app.hot[path] = RequestContext(endpoint, api_keys=settings.api_keys)
+        app.router.routes.append(Route(path, endpoint, methods=["POST"]))  # other methods: 405
     _add_models(app, generator, model_names, created_s=int(clock.wall_s()))
     _add_probes(app, generator, metrics)
     _add_control(app, generator)

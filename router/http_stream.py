@@ -36,12 +36,14 @@ class Outflow:
 
     __slots__ = (
         *("_error", "_grace_s", "_held", "_held_bytes", "_limit", "_line", "_max_events", "_open"),
-        *("_wake", "events", "writes"),
+        *("_ready", "_wake", "events", "writes"),
     )
 
     def __init__(self, *, max_events: int, grace_s: float, producers: int) -> None:
         self._held: list[bytes] = []
         self._held_bytes = 0
+        self._ready = False
+        """What is held need not wait for a `close`."""
         self._max_events = max_events
         self._grace_s = grace_s
         self._open = producers
@@ -62,9 +64,17 @@ class Outflow:
             self.writes += 1
             line.write(event)
 
+    def put_last(self, event: bytes) -> None:
+        """Take an event of those that end a producer's answer; they leave together with `close`,
+        and those of the last producer with what ends the response.
+        """
+        self.events += 1
+        self._add(event)
+
     def close(self) -> None:
         """One producer has put its last event."""
         self._open -= 1
+        self._ready = bool(self._held)
         self._wake_up()
 
     def fail(self, error: BatonError) -> None:
@@ -73,26 +83,31 @@ class Outflow:
             self._error = error
         self._wake_up()
 
-    async def run(self, reply: Reply) -> None:
-        """Start the response with the first event, and return when all producers have closed.
+    async def run(self, reply: Reply) -> bytes:
+        """Start the response with the first event, and return when all producers have closed, with
+        what is still held.
 
         An error before any event is raised with nothing sent. Raises ClientTooSlow.
         """
         await self._something()
+        if self._error is not None and not self._held:
+            raise self._error
         line = await self._bounded(reply.start_stream())
-        while self._held:
+        while True:
             await self._bounded(line.drain())
+            if self._open == 0:
+                self.writes += bool(self._held)
+                return b"".join(self._held)
             self._line = line
-            self._release(line)
+            if self._held:
+                self._release(line)
+            if self._error is not None:
+                raise self._error
             await self._something()
 
     async def _something(self) -> None:
-        """Wait until events are held, or all producers have closed. Raises what it failed with."""
-        while not self._held:
-            if self._error is not None:
-                raise self._error
-            if self._open == 0:
-                return
+        """Wait until events are to leave, all producers have closed, or one has failed."""
+        while self._open and not self._ready and self._error is None:
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
 
@@ -118,16 +133,21 @@ class Outflow:
             self._limit.reschedule(now_s + self._grace_s)
 
     def _hold(self, event: bytes) -> None:
-        self._held.append(event)
-        self._held_bytes += len(event)
+        self._add(event)
+        self._ready = True
         self._bound()
         self._wake_up()
+
+    def _add(self, event: bytes) -> None:
+        self._held.append(event)
+        self._held_bytes += len(event)
 
     def _release(self, line: Line) -> None:
         self.writes += 1
         line.write(b"".join(self._held))
         self._held.clear()
         self._held_bytes = 0
+        self._ready = False
 
     def _wake_up(self) -> None:
         if self._wake is not None:
@@ -161,15 +181,17 @@ class Voice:
         if self._first:
             outflow.put(self._first)
             self._first = b""
-        for piece in answer.feed(item):
-            outflow.put(self._encoder.text(piece))
+        pieces = answer.feed(item)
+        put = outflow.put if answer.finish is None else outflow.put_last
+        for piece in pieces:
+            put(self._encoder.text(piece))
         if answer.finish is not None:
             self._finish(answer.finish)
             if item.finish is None:
                 raise Enough("a stop string matched")
 
     def _finish(self, reason: FinishReason) -> None:
-        self._outflow.put(self._encoder.finish(reason, self._answer.timings))
+        self._outflow.put_last(self._encoder.finish(reason, self._answer.timings))
 
 
 class Text:
@@ -215,11 +237,11 @@ async def stream_answers(
     for answer in answers:
         group.create_task(_speak(generator, answer, ChunkEncoder(head, answer.index), outflow))
     try:
-        await outflow.run(reply)
+        rest = await outflow.run(reply)
     finally:
         metrics.stream_events.inc(outflow.events)
         metrics.coalesced_events.inc(outflow.events - outflow.writes)
-    return usage_event(head, answers) + DONE if head.usage_chunk else DONE
+    return rest + (usage_event(head, answers) + DONE if head.usage_chunk else DONE)
 
 
 async def _speak(

@@ -13,7 +13,6 @@ answers at once. A step of 0 seconds is one turn of the event loop.
 import asyncio
 import json
 import sys
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -167,7 +166,7 @@ class Door:
         wire.send(to_router(self._worker.who))
         stream.load()
         stream.snapshot()
-        with suppress(StreamBroken):
+        try:
             await wire.read()  # the router's hello
             async with asyncio.TaskGroup() as group:
                 others = [group.create_task(_step(stream)), group.create_task(_beat(stream))]
@@ -175,6 +174,8 @@ class Door:
                     stream.hear(from_router(raw))
                 for task in others:
                     task.cancel()
+        except* StreamBroken:
+            pass  # the router has gone
 
 
 async def _step(stream: Stream) -> None:

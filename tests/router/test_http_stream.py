@@ -254,9 +254,36 @@ async def test_events_held_for_a_full_connection_leave_in_one_write_and_in_order
     client.read_again()
     flow.put(b"c")  # not past those that are held
     flow.close()
-    await running
-    assert client.chunks == [b"abc"]
+    assert await running == b"abc"
     assert (flow.events, flow.writes) == (4, 2)
+
+
+@in_loop
+async def test_what_ends_an_answer_leaves_with_the_end_of_the_response():
+    flow, client = outflow(), Client()
+    running = await begun(flow, client)
+    flow.put_last(b"a")
+    flow.put_last(b"b")
+    flow.close()
+    assert await running == b"ab"
+    assert client.chunks == []
+    assert (flow.events, flow.writes) == (3, 2)
+
+
+@in_loop
+async def test_what_ends_one_of_several_answers_does_not_wait_for_the_others():
+    flow, client = outflow(producers=2), Client()
+    running = await begun(flow, client)
+    flow.put_last(b"a")
+    flow.put_last(b"b")
+    flow.close()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert client.chunks == [b"ab"]
+    flow.put(b"c")
+    assert client.chunks == [b"ab", b"c"]
+    flow.close()
+    assert await running == b""
 
 
 @in_loop
