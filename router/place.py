@@ -105,6 +105,10 @@ class PrefillPoolQuery(PoolQuery):
         curve = self._known.curves.prefill(self._views[worker].kind)
         return curve.seconds(self.cached_tokens(worker), self.tokens)
 
+    def measured(self, worker: WorkerId) -> bool:
+        """Whether the seconds predicted for it rest on what such workers have taken."""
+        return self._known.curves.measured(self._views[worker].kind)
+
     def source(
         self, chosen: WorkerId, everyone: Pool, failed: Collection[Incarnation]
     ) -> PrefixSource | None:
