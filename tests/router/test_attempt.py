@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from core.clock import SystemClock
-from core.errors import TransferFailed
+from core.errors import DeadlineExceeded, TransferFailed, WorkerLost
 from core.ids import Incarnation, LeaseId, ModelId, Role, WorkerId
 from core.messages import (
     Accepted,
@@ -33,11 +33,13 @@ from router.chooser import Chooser
 from router.client import Leg, LegEvent, LegListener
 from router.config import RouterConfig
 from router.index import PrefixIndex
+from router.outliers import OutlierRules, Outliers
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Progress
 from router.types import Generated, MigrationReport
 from router.view import WorkerView
+from router.watcher import Unwatched
 from tests.builders import make_engine, make_prompt, make_request, soon
 
 PROMPT = make_prompt(9)
@@ -134,17 +136,24 @@ class ScriptedFleet:
 class Scene:
     """An attempt whose decode leg is at `source`; `destination` is the only other place."""
 
-    def __init__(self, max_tokens: int = 20) -> None:
+    def __init__(
+        self, max_tokens: int = 20, *, answer_s: float = 5.0, deadline_s: float = 30.0
+    ) -> None:
         self.prefill = ScriptedLink("p", Role.PREFILL)
         self.source = ScriptedLink("d0", Role.DECODE)
         self.destination = ScriptedLink("d1", Role.DECODE)
         fleet = ScriptedFleet(self.prefill, self.source, self.destination)
         policies = build_policies(RouterConfig())
-        chooser = Chooser(fleet, policies, SystemClock(), Random(0))  # type: ignore[arg-type]
-        self.progress = Progress(make_request(PROMPT, max_tokens=max_tokens), SystemClock())
+        clock = SystemClock()
+        self.outliers = Outliers(OutlierRules(failures=1, eject_s=60.0), Unwatched())
+        chooser = Chooser(fleet, policies, clock, Random(0), self.outliers)  # type: ignore[arg-type]
+        request = make_request(PROMPT, max_tokens=max_tokens, deadline_s=deadline_s)
+        self.progress = Progress(request, clock)
         # As long as the destination counts as failed, the source is chosen.
         self.failed = {self.destination.record.incarnation}
-        self.attempt = Attempt(chooser, self.progress, 0, self.failed, SystemClock(), sink=self)
+        self.attempt = Attempt(
+            chooser, self.progress, 0, self.failed, clock, sink=self, answer_s=answer_s
+        )
         self.tokens: list[int] = []
 
     def __enter__(self) -> "Scene":
@@ -344,3 +353,62 @@ async def test_what_the_sink_raises_ends_the_attempt_and_nothing_more_is_given(
             await soon(s.attempt.end())
         assert s.tokens == [0, 1]
     assert isinstance(s.source.sent[-1], Cancel)
+
+
+# -- whose fault it was --------------------------------------------------------------------------
+
+
+def ejected(s: Scene) -> list[str]:
+    links = (s.prefill, s.source, s.destination)
+    return [
+        link.record.worker_id for link in links if s.outliers.is_ejected(link.record.incarnation)
+    ]
+
+
+async def test_a_submit_that_is_neither_accepted_nor_refused_is_tried_elsewhere() -> None:
+    with Scene(answer_s=0.01) as s:
+        with pytest.raises(WorkerLost, match="did not take or refuse"):
+            await soon(s.attempt.end())
+        assert s.source.record.incarnation in s.failed
+        assert ejected(s) == ["d0"]
+
+
+async def test_an_accepted_leg_may_take_its_time() -> None:
+    with Scene(answer_s=0.01, deadline_s=0.1) as s:
+        s.source.say(Accepted(number=0))
+        with pytest.raises(DeadlineExceeded):
+            await soon(s.attempt.end())
+
+
+async def test_a_failed_leg_counts_against_its_worker() -> None:
+    with Scene() as s:
+        s.source.say(FAILED)
+        with pytest.raises(WorkerLost):
+            await s.attempt.end()
+        assert ejected(s) == ["d0"]
+
+
+async def test_a_workers_no_does_not_count_against_it() -> None:
+    with Scene() as s:
+        s.failed.clear()
+        s.source.say(Rejected(number=0, code="overloaded", message="full"))
+        assert s.destination.legs
+        assert ejected(s) == []
+
+
+async def test_time_that_ran_out_counts_against_the_one_waited_for() -> None:
+    with Scene(deadline_s=0.05) as s:
+        s.source.say(Accepted(number=0))
+        s.prefill.say(tokens(0))
+        with pytest.raises(DeadlineExceeded):
+            await soon(s.attempt.end())
+        assert ejected(s) == ["d0"]
+
+
+async def test_time_that_ran_out_on_a_running_answer_counts_against_nobody() -> None:
+    with Scene(deadline_s=0.05) as s:
+        s.source.say(Accepted(number=0))
+        s.begin()
+        with pytest.raises(DeadlineExceeded):
+            await soon(s.attempt.end())
+        assert ejected(s) == []
