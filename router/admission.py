@@ -137,7 +137,9 @@ class Admission:
         watcher: FlowWatcher,
         *,
         enabled: bool = True,
+        local: bool = True,
     ) -> None:
+        self._local = local
         self._chooser = chooser
         self._clock = clock
         self._bounds = bounds
@@ -168,7 +170,9 @@ class Admission:
         are not refused: the client may have tokens of it.
         """
         request_id = progress.request.request_id
-        considered = await self._admit(progress, slo_class) if self._enabled else None
+        considered = await self._admit(progress, slo_class)
+        if considered is not None:
+            self._watcher.placed(considered.local.verdict)
         self._started[request_id] += 1
         try:
             yield considered
@@ -225,15 +229,18 @@ class Admission:
         request, line = progress.request, self._lines[slo_class.name]
         if progress.remaining_s <= 0:
             raise DeadlineExceeded("the request's time is up, and no worker was free in time")
+        total_tokens = len(request.prompt_tokens) + request.sampling.max_tokens
         try:
             considered = self._chooser.consider(
                 request.prompt_tokens,
                 request.cache_salt,
                 hashes=None if before is None else before.query.hashes,
+                local_total=total_tokens if self._local else None,
             )
         except NoWorkers:
             return None, Admit()  # the attempt's to wait for, or to fail with
-        if request.request_id in self._started:
+        is_local = considered.local.placement is not None
+        if is_local or not self._enabled or request.request_id in self._started:
             return considered, Admit()
         is_first = not line or line[0] is entry
         verdict = decide(

@@ -13,6 +13,7 @@ end only.
 
 import asyncio
 import logging
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -85,7 +86,7 @@ class Attempt:
         self._handoff: Handoff | None = None
         self._lease_s = 0.0
         self._early: list[LegTokens] = []
-        self._has_first = self._decoding = False
+        self._has_first = self._decoding = self._local = False
         self._move: Move | None = None
         self._deadline = loop.call_later(progress.remaining_s, self._expire)
         self._renewal: asyncio.TimerHandle | None = None
@@ -116,9 +117,25 @@ class Attempt:
         """Place the prefill, where it was considered just now; all else follows from what the
         workers say. Raises Unavailable.
         """
+        self._progress.attempts += 1
+        self._progress.mark(Stage.ROUTE)
+        if considered is not None and considered.local.placement is not None:
+            self._submit_local(considered.local.placement)
+        else:
+            self._submit_prefill(considered)
+
+    def _submit_local(self, placed: Placement) -> None:
+        """The decode worker computes the prompt itself. After its no, a prefill worker does."""
+        progress = self._progress
+        progress.prefill_worker = progress.decode_worker = placed.link.record.worker_id
+        self._log_route("route_local", placed)
+        progress.mark(Stage.PREFILL, progress.decode_worker)
+        self._local = True
+        self._decode = self._decode_leg(placed.link, None, placed.load_tokens)
+        self._expect_answer(self._decode)
+
+    def _submit_prefill(self, considered: Considered | None) -> None:
         request, progress = self._progress.request, self._progress
-        progress.attempts += 1
-        progress.mark(Stage.ROUTE)
         if considered is not None:
             placed = self._chooser.place(considered)
         else:
@@ -239,10 +256,7 @@ class Attempt:
             case LegTokens() if leg is self._prefill:
                 return self._first_token(event)
             case LegTokens() if leg is self._decode:
-                if not self._has_first:
-                    self._early.append(event)
-                    return []
-                return self._decoded(event)
+                return self._decoded(event) if self._has_first else self._decoded_first(event)
             case Offered() if self._move is not None:
                 self._move.offered(event)
             case Moved():
@@ -260,6 +274,15 @@ class Attempt:
         for early in self._early:
             ready += self._decoded(early)
         return ready
+
+    def _decoded_first(self, event: LegTokens) -> list[LegTokens]:
+        """Tokens that came before the prefill's, which they follow; or there is no prefill."""
+        if not self._local:
+            self._early.append(event)
+            return []
+        self._has_first = True
+        self._progress.prefill_times = event.times or LegTimes()
+        return self._decoded(replace(event, times=LegTimes()))
 
     def _decoded(self, event: LegTokens) -> list[LegTokens]:
         progress, move = self._progress, self._move
@@ -288,6 +311,10 @@ class Attempt:
         self._failed.add(leg.link.record.incarnation)
         leg.link.finish(leg)
         error = from_code(event.code, event.message)
+        if self._local and error.retryable:
+            self._local, self._decode = False, None
+            self._submit_prefill(None)
+            return
         others = leg is self._decode and self._chooser.has_decode(excluding=self._failed)
         if not others or not error.retryable:
             raise error

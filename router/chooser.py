@@ -14,14 +14,16 @@ from core.stages import Stage
 from router.client import WorkerLink
 from router.curves import Curves
 from router.fleet import Fleet
+from router.local import LocalOption, LocalVerdict, is_short, judge_local
 from router.outliers import NO_OUTLIERS, Outliers
 from router.place import DecodePoolQuery, Knowledge, PrefillPoolQuery
-from router.policies.base import Decision
+from router.policies.base import Decision, Scored
 from router.policies.build import Policies
 from router.pool import Pool
 from router.progress import OK, SequenceEnd
 from router.watcher import Unwatched
 
+_LOCAL_LOOKS = 4
 _FEW_TOKENS = 8
 """Fewer steps tell too little of what a step takes."""
 
@@ -46,11 +48,21 @@ class Outlook(NamedTuple):
     work_s: float
 
 
+class Local(NamedTuple):
+    """Whether a decode worker computes the prompt itself, and which."""
+
+    verdict: LocalVerdict
+    placement: Placement | None = None
+
+
 class Considered(NamedTuple):
-    """A prefill worker chosen for a prompt, which was not submitted there yet."""
+    """A prefill worker chosen for a prompt, which was not submitted there yet. With a placement in
+    `local` it is not needed.
+    """
 
     query: PrefillPoolQuery
     decision: Decision
+    local: Local = Local(LocalVerdict.OFF)
 
     def outlooks(self) -> list[Outlook]:
         """At the chosen worker first, then at the other candidates; empty where nothing is known
@@ -98,17 +110,22 @@ class Chooser:
         failed: Collection[Incarnation] = (),
         *,
         hashes: Sequence[BlockHash] | None = None,
+        local_total: int | None = None,
     ) -> Considered:
         """As `for_prefill`, before it is submitted there; `hashes` of the prompt, if known already.
 
-        Raises NoWorkers.
+        With `local_total`, the tokens the sequence may grow to, a decode worker may be found
+        instead. Raises NoWorkers.
         """
         query = self._prefill_query(tokens, cache_salt, failed, hashes)
-        return Considered(query, self._policies.prefill.choose(query))
+        decision = self._policies.prefill.choose(query)
+        if local_total is None:
+            return Considered(query, decision)
+        return Considered(query, decision, self._local(query, decision, local_total))
 
     def place(self, considered: Considered, failed: Collection[Incarnation] = ()) -> Placement:
         """The prompt will be submitted where it was considered, without an `await` in between."""
-        query, decision = considered
+        query, decision = considered.query, considered.decision
         self._policies.prefill.placed(query, decision)
         chosen = decision.worker_id
         link = self._fleet.link(Role.PREFILL, chosen)
@@ -119,6 +136,39 @@ class Chooser:
             load_tokens=query.tokens - query.cached_tokens(chosen),
             source=query.source(chosen, self._fleet.everyone, failed),
         )
+
+    def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local:
+        """The best of the few decode workers that hold most of the prompt, if any does."""
+        pool = self._fleet.pool(Role.DECODE)
+        if not pool.workers:
+            return Local(LocalVerdict.LONG)
+        tokens, now_s, closed = prefill.tokens, prefill.now_s, self._closed(pool, ())
+        cached = PrefillPoolQuery(
+            pool, self._known, now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
+        )
+        left = [(tokens - cached.cached_tokens(w), w) for w in cached.holders(_LOCAL_LOOKS)]
+        short = [worker for uncached, worker in left if is_short(uncached, tokens)]
+        if not short:
+            return Local(LocalVerdict.LONG)
+        query = self._decode_query(pool, tokens, total_tokens, "", closed)
+        there_s = [(query.tpot_s(w) + cached.work_s(w) + cached.queue_s(w), w) for w in short]
+        _, worker = min(there_s)
+        option = LocalOption(
+            prompt_tokens=tokens,
+            uncached_tokens=tokens - cached.cached_tokens(worker),
+            measured=cached.measured(worker),
+            fits=query.fits(worker),
+            step_s=query.tpot_s(worker) if query.sequences(worker) else 0.0,
+            suffix_s=cached.work_s(worker),
+            queue_s=cached.queue_s(worker),
+            elsewhere_s=prefill.queue_s(remote.worker_id) + prefill.work_s(remote.worker_id),
+        )
+        verdict = judge_local(option, self._known.slo)
+        if verdict is not LocalVerdict.LOCAL:
+            return Local(verdict)
+        decision = Decision(worker, [Scored(worker, min(there_s)[0])], "cached there")
+        link = self._fleet.link(Role.DECODE, worker)
+        return Local(verdict, Placement(link=link, decision=decision, load_tokens=tokens))
 
     def for_decode(
         self,

@@ -74,6 +74,7 @@ class Flow:
             ),
             watcher,
             enabled=config.admission == "slo",
+            local=config.local_prefill,
         )
         fleet.on_load = self._admission.look
         self._running: dict[tuple[RequestId, int], Attempt] = {}

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from core import telemetry
 from core.ids import Role
+from router.local import LocalVerdict
 from router.progress import SequenceEnd
 from router.types import WorkerStatus
 from router.watcher import EjectReason, RejectReason
@@ -127,6 +128,13 @@ class FlowMetrics:
             ("reason",),
             registry=registry,
         )
+        self._placed = Counter(
+            telemetry.LOCAL_PREFILLS,
+            "Sequences placed, by whether their decode worker computes the prompt itself: local, or"
+            " why not",
+            ("verdict",),
+            registry=registry,
+        )
         self._ejected = Counter(
             telemetry.WORKERS_EJECTED,
             "Workers left out of placement for a while, by reason",
@@ -186,6 +194,9 @@ class FlowMetrics:
 
     def queued(self, requests: int) -> None:
         self._admission_queue.set(requests)
+
+    def placed(self, verdict: LocalVerdict) -> None:
+        self._placed.labels(verdict).inc()
 
     def ejected(self, reason: EjectReason) -> None:
         self._ejected.labels(reason).inc()

@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import Protocol
 
+from router.local import LocalVerdict
+
 
 class RejectReason(StrEnum):
     """Why a request was refused; the label of its counter."""
@@ -34,6 +36,10 @@ class FlowWatcher(Protocol):
         """So many wait for admission now."""
         ...
 
+    def placed(self, verdict: LocalVerdict) -> None:
+        """An admitted sequence is: on a decode worker alone, or on a pair."""
+        ...
+
     def ejected(self, reason: EjectReason) -> None:
         """A worker was."""
         ...
@@ -53,6 +59,9 @@ class Unwatched:
         pass
 
     def queued(self, requests: int) -> None:
+        pass
+
+    def placed(self, verdict: LocalVerdict) -> None:
         pass
 
     def ejected(self, reason: EjectReason) -> None:

@@ -15,6 +15,7 @@ from core.messages import (
     Cancel,
     DecodeSubmit,
     LegFailed,
+    LegTimes,
     LegTokens,
     LoadReport,
     Moved,
@@ -29,11 +30,13 @@ from core.registry import WorkerRecord
 from core.sampling import FinishReason
 from core.stages import Stage
 from router.attempt import Attempt
-from router.chooser import Chooser
+from router.chooser import Chooser, Local, Placement
 from router.client import Leg, LegEvent, LegListener
 from router.config import RouterConfig
 from router.index import PrefixIndex
+from router.local import LocalVerdict
 from router.outliers import OutlierRules, Outliers
+from router.policies.base import Decision
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Progress
@@ -154,7 +157,15 @@ class Scene:
         self.attempt = Attempt(
             chooser, self.progress, 0, self.failed, clock, sink=self, answer_s=answer_s
         )
+        self.chooser = chooser
         self.tokens: list[int] = []
+
+    def start_at_decode(self) -> None:
+        """As if the source held most of the prompt."""
+        considered = self.chooser.consider(PROMPT, "")
+        decision = Decision(self.source.record.worker_id, ())
+        placed = Placement(link=self.source, decision=decision, load_tokens=9)  # type: ignore[arg-type]
+        self.attempt.start(considered._replace(local=Local(LocalVerdict.LOCAL, placed)))
 
     def __enter__(self) -> "Scene":
         self.attempt.__enter__()
@@ -353,6 +364,44 @@ async def test_what_the_sink_raises_ends_the_attempt_and_nothing_more_is_given(
             await soon(s.attempt.end())
         assert s.tokens == [0, 1]
     assert isinstance(s.source.sent[-1], Cancel)
+
+
+# -- without a prefill worker ---------------------------------------------------------------------
+
+
+async def test_a_decode_worker_that_computes_the_prompt_gives_all_tokens() -> None:
+    s = Scene(max_tokens=3)
+    with s.attempt:
+        s.start_at_decode()
+        submit = s.source.sent[0]
+        assert isinstance(submit, DecodeSubmit)
+        assert submit.handoff is None
+        s.source.say(Accepted(number=0))
+        s.source.say(replace(tokens(0), times=LegTimes(prefill_s=0.5, cached_tokens=8)))
+        s.source.say(tokens(1))
+        s.source.say(tokens(2, finish=FinishReason.LENGTH))
+        await soon(s.attempt.end())
+    assert s.tokens == [0, 1, 2]
+    assert not s.prefill.sent
+    timings = s.progress.timings()
+    assert (timings.prefill_s, timings.cached_tokens, timings.attempts) == (0.5, 8, 1)
+
+
+async def test_its_no_leaves_the_way_by_a_prefill_worker() -> None:
+    s = Scene()
+    with s.attempt:
+        s.start_at_decode()
+        s.source.say(Rejected(number=0, code="overloaded", message="full"))
+        assert isinstance(s.prefill.sent[0], PrefillSubmit)
+        s.failed.clear()
+        s.failed.add(s.source.record.incarnation)
+        s.prefill.say(Accepted(number=0, lease_id=LeaseId(1), lease_s=10.0))
+        submit = s.destination.sent[0]
+        assert isinstance(submit, DecodeSubmit)
+        assert submit.handoff is not None
+        s.prefill.say(tokens(0))
+        s.destination.say(tokens(1))
+    assert s.tokens == [0, 1]
 
 
 # -- whose fault it was --------------------------------------------------------------------------

@@ -377,6 +377,29 @@ async def test_an_answer_that_has_begun_waits_for_full_workers_instead_of_being_
         assert await first.ended() == expected_tokens(PROMPT, 20)
 
 
+# -- prompts a decode worker has most of --------------------------------------------------------
+
+
+async def test_the_next_turn_is_computed_where_the_last_answer_was_given() -> None:
+    clock, prompt = ShiftedClock(), make_prompt(80)
+    async with running_cluster(clock=clock) as cluster:
+        for i in range(4):
+            await generate(cluster, make_request(make_prompt(30, seed=i), name=f"w{i}"))
+            clock.ahead_s += 1.0
+        first = await generate(cluster, make_request(prompt, name="first"))
+        await until_idle(*cluster.workers)
+        turn = [*prompt, *tokens(first), 1, 2, 3]
+        again = await generate(cluster, make_request(turn, name="again", max_tokens=20))
+        assert tokens(again) == expected_tokens(turn, 20)
+        assert first[-1].timings is not None
+        timings = again[-1].timings
+        assert timings is not None
+        assert timings.decode_worker == timings.prefill_worker == first[-1].timings.decode_worker
+        assert (timings.transfer_blocks, timings.attempts) == (0, 1)
+        assert again[-1].cached_tokens == 92
+        await until_idle(*cluster.workers)
+
+
 # -- overload and workers that misbehave --------------------------------------------------------
 
 
