@@ -42,6 +42,27 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t, two-sided 95 %, of 1 to 9 degrees of freedom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean and half the width of its 95 % confidence interval."""
+
+    mean: float
+    half: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Estimate":
+        """From 2 to 10 independent values; one alone has an endless interval."""
+        mean, count = statistics.fmean(values), len(values)
+        if count < 2:
+            return Estimate(mean, float("inf"))
+        half = _T_95[min(count, 10) - 2] * statistics.stdev(values) / count**0.5
+        return Estimate(mean, half)
+
+
 async def interleave(
     rounds: int,
     ways: Mapping[str, Callable[[], Awaitable[float]]],

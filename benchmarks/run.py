@@ -23,6 +23,8 @@ from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
 
 BENCHES = {
+    "router": "the front door: CPU per token and request, latency added, idle streams",
+    "routing": "placement decisions: replayed traces under every policy, and what one costs",
     "transfer": "the KV hand-off between two processes: what it costs, what it hides",
 }
 """What each bench measures. Its `BENCH` is in benchmarks/NAME/bench.py, imported when it runs."""
@@ -38,6 +40,7 @@ class Options:
 
     quick: bool = False
     parts: tuple[str, ...] = ()
+    traces: tuple[Path, ...] = ()
     only_json: bool = False
     out: Path | None = None
     plot: Path | None = None
@@ -64,7 +67,7 @@ def run_bench(name: str, options: Options) -> None:
     machine = describe_machine()
     device = arena_device(machine)
     started_s = time.monotonic()
-    findings = dict(_measure(parts, device, quick=options.quick))
+    findings = dict(_measure(parts, device, options))
     result = _result(bench, findings, machine, device, quick=options.quick)
     result["seconds"] = round(time.monotonic() - started_s, 1)
     if not options.only_json:
@@ -87,11 +90,12 @@ def choose_parts(bench: Bench, names: Sequence[str]) -> list[Part]:
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def _measure(parts: Sequence[Part], device: str, *, quick: bool) -> Iterator[tuple[str, Finding]]:
+def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[tuple[str, Finding]]:
     for i, part in enumerate(parts):
         title = f"{i + 1}/{len(parts)} {part.name}"
         with _progress(title, part.what) as report:
-            yield part.name, part.run(Run(quick=quick, device=device, progress=report))
+            run = Run(quick=options.quick, device=device, progress=report, traces=options.traces)
+            yield part.name, part.run(run)
 
 
 @contextmanager

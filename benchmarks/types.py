@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from core.errors import BatonError
@@ -58,11 +59,14 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """How a part shall measure. `device` is a torch device that holds the KV arenas."""
+    """How a part shall measure. `device` is a torch device that holds the KV arenas, `traces` the
+    files a user gave to replay.
+    """
 
     quick: bool
     device: str
     progress: Progress
+    traces: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

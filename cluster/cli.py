@@ -135,6 +135,10 @@ def bench(
     part: Annotated[
         list[str] | None, typer.Option(help="Only this part of it; may be given again.")
     ] = None,
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(help="A trace to replay (bench routing); may be given again.", dir_okay=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON object alone.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the JSON object and the plot.", file_okay=False)
@@ -149,7 +153,14 @@ def bench(
     if name is None:
         print(describe_benches())
         return
-    options = Options(quick=quick, parts=tuple(part or ()), only_json=as_json, out=out, plot=plot)
+    options = Options(
+        quick=quick,
+        parts=tuple(part or ()),
+        traces=tuple(trace or ()),
+        only_json=as_json,
+        out=out,
+        plot=plot,
+    )
     run_bench(name, options)
 
 

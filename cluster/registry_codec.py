@@ -30,6 +30,7 @@ def record_to_wire(record: WorkerRecord) -> registry_pb2.WorkerRecord:
         role=_ROLE_TO_WIRE[record.role],
         epoch=record.epoch,
         address=record.address,
+        router_address=record.router_address,
         model_id=record.model_id,
         pid=record.pid,
     )
@@ -43,6 +44,7 @@ def record_from_wire(record: registry_pb2.WorkerRecord) -> WorkerRecord:
         role=role_from_wire(record.role),
         epoch=record.epoch,
         address=record.address,
+        router_address=record.router_address,
         model_id=ModelId(record.model_id),
         pid=record.pid,
     )

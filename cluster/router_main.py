@@ -10,6 +10,7 @@ in the Redis of its config, or where `--registry` says.
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -124,15 +125,20 @@ async def run_router(
                 silence_s=config.router.worker_silence_s,
                 index_bytes=config.router.index_max_mb * 1024 * 1024,
             )
+            flow = _flow(config, fleet, metrics, clock)
             app = create_app(
-                _flow(config, fleet, metrics, clock),
+                flow,
                 config.router,
                 tokenizer,
                 model=model,
                 model_names=[config.model.name],
                 clock=clock,
                 metrics=metrics,
+                explainer=flow if config.router.debug_routes else None,
             )
+            # What is here stays: a full collection need not look at a million objects of imports.
+            gc.collect()
+            gc.freeze()
             async with asyncio.TaskGroup() as group:
                 following = group.create_task(fleet.run())
                 await serve(app, listener, stop=stop, grace_s=config.drain_timeout_s)

@@ -5,8 +5,9 @@ by its `number`: counted up by the router per stream, so the worker's report "la
 tells which submits its load already holds, and token frames need no long ids.
 
     router -> worker   PrefillSubmit | DecodeSubmit | Offer | Cancel | RenewLeases | SnapshotRequest
-    worker -> router   WorkerHello (first) | Accepted | Rejected | TokenFrame | LegFailed
-                       | Offered | Moved | LoadReport | KvEvents | KvSnapshot
+    worker -> router   WorkerHello (first) or RouterRefused (only)
+                       | Accepted | Rejected | TokenFrame | LegFailed | Offered | Moved
+                       | LoadReport | KvEvents | KvSnapshot
 
 Of a leg the worker says Accepted or Rejected once, then TokenFrame entries, of which the last has a
 finish; or LegFailed or Moved, after which it says nothing more of it. A stream that ends ends all
@@ -131,6 +132,13 @@ class WorkerHello:
     peer_address: str
     protocol_major: int = PROTOCOL_MAJOR
     protocol_minor: int = PROTOCOL_MINOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterRefused:
+    """This router is not served, and why; the stream ends."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +276,7 @@ class KvSnapshot:
 RouterToWorker = PrefillSubmit | DecodeSubmit | Offer | Cancel | RenewLeases | SnapshotRequest
 WorkerToRouter = (
     WorkerHello
+    | RouterRefused
     | Accepted
     | Rejected
     | TokenFrame

@@ -25,6 +25,9 @@ class WorkerRecord:
     role: Role
     epoch: int
     address: str
+    """Of its gRPC door: control calls."""
+    router_address: str
+    """Where routers open their stream."""
     model_id: ModelId
     pid: int
 

@@ -4,6 +4,7 @@ POST /v1/chat/completions, /v1/completions   raw ASGI (http_edge.py): the hot pa
 GET  /v1/models, /v1/models/{id}             what is served
 GET  /health, /ready, /metrics               alive; routable; Prometheus
 POST /control/migrate                        move a running sequence to another decode worker
+POST /debug/route                            explains a placement; only with an `explainer`
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from core.errors import (
     ModelNotFound,
     NoSuchRoute,
 )
-from core.ids import RequestId, WorkerId
+from core.ids import RequestId, WorkerId, new_request_id
 from core.openai import ChatCompletionRequest, CompletionRequest, OpenAiRequest
 from engine.build import ServedModel
 from router.config import RouterConfig
@@ -35,7 +36,7 @@ from router.metrics import EdgeMetrics
 from router.request_context import RequestContext, request_id_of
 from router.requests import Planner
 from router.tokenizer import Tokenizer
-from router.types import Generator, MigrationReport
+from router.types import Generator, MigrationReport, RouteChoice, RouteExplainer
 
 _GENERATING: tuple[tuple[str, type[OpenAiRequest], str], ...] = (
     ("/v1/chat/completions", ChatCompletionRequest, "chatcmpl"),
@@ -80,6 +81,7 @@ def create_app(
     model_names: Sequence[str],
     clock: Clock,
     metrics: EdgeMetrics,
+    explainer: RouteExplainer | None = None,
 ) -> FastAPI:
     """Wire the HTTP edge. `model_names` are equal names of the one model, at least one."""
     metrics.watch_workers(generator.workers)
@@ -90,16 +92,17 @@ def create_app(
     app.add_exception_handler(BatonError, _on_baton_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(Exception, _on_bug)
+    planner = Planner(
+        generator=generator,
+        tokenizer=tokenizer,
+        model=model,
+        model_names=model_names,
+        clock=clock,
+    )
     edge = Edge(
         generator=generator,
         tokenizer=tokenizer,
-        planner=Planner(
-            generator=generator,
-            tokenizer=tokenizer,
-            model=model,
-            model_names=model_names,
-            clock=clock,
-        ),
+        planner=planner,
         settings=settings,
         metrics=metrics,
         clock=clock,
@@ -111,6 +114,8 @@ def create_app(
     _add_models(app, generator, model_names, created_s=int(clock.wall_s()))
     _add_probes(app, generator, metrics)
     _add_control(app, generator)
+    if explainer is not None:
+        _add_debug(app, explainer, planner, clock, settings.request_timeout_s)
     _describe(app)
     return app
 
@@ -156,6 +161,16 @@ def _add_control(app: FastAPI, generator: Generator) -> None:
         """Answers when the new worker has spoken, or when the sequence stays where it is."""
         to = None if body.worker_id is None else WorkerId(body.worker_id)
         return await generator.migrate(RequestId(body.request_id), body.choice, to, body.timeout_s)
+
+
+def _add_debug(
+    app: FastAPI, explainer: RouteExplainer, planner: Planner, clock: Clock, timeout_s: float
+) -> None:
+    @app.post("/debug/route")
+    async def route(body: ChatCompletionRequest | CompletionRequest) -> list[RouteChoice]:
+        """Where the first choice of such a request would be prefilled and decoded now, and why."""
+        plan = await planner.plan(body, new_request_id(), clock.now_s() + timeout_s)
+        return list(explainer.explain_route(plan.choices[0].request))
 
 
 def _why_not_ready(generator: Generator) -> str:

@@ -71,9 +71,7 @@ class Considered(NamedTuple):
         query, chosen = self.query, self.decision.worker_id
         others = [c.worker_id for c in self.decision.candidates if c.worker_id != chosen]
         return [
-            Outlook(query.queue_s(worker), query.work_s(worker))
-            for worker in (chosen, *others)
-            if query.measured(worker)
+            Outlook(*query.ttft_s(worker)) for worker in (chosen, *others) if query.measured(worker)
         ]
 
 
@@ -128,10 +126,9 @@ class Chooser:
         query, decision = considered.query, considered.decision
         self._policies.prefill.placed(query, decision)
         chosen = decision.worker_id
-        link = self._fleet.link(Role.PREFILL, chosen)
-        self._outliers.placed(link.record.incarnation, query.now_s)
+        self._placed(Role.PREFILL, chosen, query.now_s)
         return Placement(
-            link=link,
+            link=self._fleet.link(Role.PREFILL, chosen),
             decision=decision,
             load_tokens=query.tokens - query.cached_tokens(chosen),
             source=query.source(chosen, self._fleet.everyone, failed),
@@ -151,22 +148,22 @@ class Chooser:
         if not short:
             return Local(LocalVerdict.LONG)
         query = self._decode_query(pool, tokens, total_tokens, "", closed)
-        there_s = [(query.tpot_s(w) + cached.work_s(w) + cached.queue_s(w), w) for w in short]
-        _, worker = min(there_s)
+        cost_s, worker = min((query.tpot_s(w) + sum(cached.ttft_s(w)), w) for w in short)
+        queue_s, suffix_s = cached.ttft_s(worker)
         option = LocalOption(
             prompt_tokens=tokens,
             uncached_tokens=tokens - cached.cached_tokens(worker),
             measured=cached.measured(worker),
             fits=query.fits(worker),
             step_s=query.tpot_s(worker) if query.sequences(worker) else 0.0,
-            suffix_s=cached.work_s(worker),
-            queue_s=cached.queue_s(worker),
-            elsewhere_s=prefill.queue_s(remote.worker_id) + prefill.work_s(remote.worker_id),
+            suffix_s=suffix_s,
+            queue_s=queue_s,
+            elsewhere_s=sum(prefill.ttft_s(remote.worker_id)),
         )
         verdict = judge_local(option, self._known.slo)
         if verdict is not LocalVerdict.LOCAL:
             return Local(verdict)
-        decision = Decision(worker, [Scored(worker, min(there_s)[0])], "cached there")
+        decision = Decision(worker, [Scored(worker, cost_s)], "cached there")
         link = self._fleet.link(Role.DECODE, worker)
         return Local(verdict, Placement(link=link, decision=decision, load_tokens=tokens))
 
@@ -221,10 +218,10 @@ class Chooser:
         view, now_s, curves = link.view, self._clock.now_s(), self._known.curves
         if view is None:
             return
-        incarnation = link.record.incarnation
+        incarnation = view.hello.incarnation
         self._outliers.answered(incarnation, now_s)
         if times.prefill_s > 0:
-            predicted_s = curves.prefill(view.kind).seconds(times.cached_tokens, tokens)
+            predicted_s = curves.of(view.kind).prefill.seconds(times.cached_tokens, tokens)
             curves.saw_prefill(view.kind, times.cached_tokens, tokens, times.prefill_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations
             self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
@@ -251,7 +248,7 @@ class Chooser:
             return
         if not times.migrations and view.load.running:
             step_s, load = (now_s - began) / steps, view.load
-            predicted_s = curves.decode(view.kind).seconds(load.running, load.context_tokens)
+            predicted_s = curves.of(view.kind).decode.seconds(load.running, load.context_tokens)
             curves.saw_decode(view.kind, load.running, load.context_tokens, step_s, now_s)
             peers = self._fleet.pool(Role.DECODE).incarnations
             self._outliers.took(view.hello.incarnation, peers, step_s, predicted_s, now_s)
@@ -297,7 +294,7 @@ class Chooser:
         decision = self._policies.decode.choose(query)
         self._policies.decode.placed(query, decision)
         link = self._fleet.link(Role.DECODE, decision.worker_id)
-        self._outliers.placed(link.record.incarnation, query.now_s)
+        self._placed(Role.DECODE, decision.worker_id, query.now_s)
         return Placement(link=link, decision=decision, load_tokens=context_tokens)
 
     def _closed(self, pool: Pool, failed: Collection[Incarnation]) -> frozenset[WorkerId]:
@@ -309,6 +306,10 @@ class Chooser:
             if len(closed) < len(pool.workers):
                 return closed
         return frozenset()
+
+    def _placed(self, role: Role, worker: WorkerId, now_s: float) -> None:
+        """It may be the probe of an ejected worker."""
+        self._outliers.placed(self._fleet.pool(role).views[worker].hello.incarnation, now_s)
 
     def _pool(self, role: Role) -> Pool:
         pool = self._fleet.pool(role)

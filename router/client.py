@@ -1,13 +1,12 @@
-"""The gRPC door towards workers: one RouterStream per worker, many legs on it."""
+"""The way to workers: one RouterStream per worker, many legs on it."""
 
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Protocol
 
-import grpc
-
-from core.channel import CHANNEL_OPTIONS, STREAM_ERRORS, describe_break, heed_cancel
+from core.channel import describe_break, heed_cancel
 from core.errors import WorkerLost
 from core.ids import ModelId
 from core.messages import (
@@ -25,27 +24,27 @@ from core.messages import (
     Offered,
     PrefillSubmit,
     Rejected,
+    RouterRefused,
     RouterToWorker,
     SnapshotRequest,
     WorkerHello,
     WorkerToRouter,
 )
-from core.outbox import Outbox
 from core.registry import WorkerRecord
 from core.stages import Stage
 from kv_transfer.codec import UnknownMessage
-from router.codec import entry_from_wire, from_worker, to_worker
+from kv_transfer.stream import MessageStream, StreamBroken, dial
+from router.codec import entry_from_wire, from_worker, parse_to_router, to_worker
 from router.index import PrefixIndex
 from router.view import WorkerView
-from wire import common_pb2, worker_pb2, worker_pb2_grpc
+from wire import common_pb2, worker_pb2
 
 log = logging.getLogger(__name__)
 
 LegEvent = Accepted | Rejected | LegTokens | LegFailed | Offered | Moved
 
-_Stream = grpc.aio.StreamStreamCall[worker_pb2.ToWorker, worker_pb2.ToRouter]
-_OUTBOX_MESSAGES = 65_536
-_ENDS: tuple[type[Exception], ...] = (*STREAM_ERRORS, WorkerLost, UnknownMessage, TimeoutError)
+_Stream = MessageStream[worker_pb2.ToRouter]
+_ENDS = (StreamBroken, WorkerLost, UnknownMessage, TimeoutError)
 _HELLO_TIMEOUT_S = 5.0
 
 
@@ -100,7 +99,7 @@ class WorkerLink:
         self._heard = 0
         self._router_id = router_id
         self._model_id = model_id
-        self._outbox: Outbox[worker_pb2.ToWorker] = Outbox(_OUTBOX_MESSAGES)
+        self._stream: _Stream | None = None
         self._legs: dict[int, Leg] = {}
         self._next_number = 1
         self.view: WorkerView | None = None
@@ -141,7 +140,9 @@ class WorkerLink:
         self._legs.pop(leg.number, None)
 
     def send(self, message: RouterToWorker) -> None:
-        self._outbox.send(to_worker(message))
+        """Never waits; a worker that does not read its stream is lost."""
+        if self._stream is not None:
+            self._stream.send(to_worker(message))
 
     # -- the stream -----------------------------------------------------------------------------
 
@@ -149,39 +150,38 @@ class WorkerLink:
         """Serve the stream until it ends; then every leg has failed."""
         reason = "its stream ended"
         try:
-            address = self.record.address
-            async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-                await self._serve(worker_pb2_grpc.WorkerStub(channel).RouterStream())
+            async with AsyncExitStack() as stack:
+                async with asyncio.timeout(_HELLO_TIMEOUT_S):  # wait_for of 3.11 can lose a cancel
+                    dialled = dial(self.record.router_address, parse_to_router)
+                    stream = await stack.enter_async_context(dialled)
+                    view = await self._greet(stream)
+                await self._serve(stream, view)
         except* _ENDS as errors:
             reason = describe_break(errors)
         finally:
             self._lose(reason)
         heed_cancel()
 
-    async def _serve(self, stream: _Stream) -> None:
+    async def _greet(self, stream: _Stream) -> WorkerView:
         hello = worker_pb2.RouterHello(
             router_id=self._router_id,
             protocol=common_pb2.Protocol(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR),
         )
-        self._outbox.send(worker_pb2.ToWorker(hello=hello))
+        stream.send(worker_pb2.ToWorker(hello=hello))
+        return await self._read_hello(stream)
+
+    async def _serve(self, stream: _Stream, view: WorkerView) -> None:
+        self._stream = stream
+        self.view = view
+        self.was_connected = True
+        self._on_change()
+        log.info("worker_connected worker_id=%s role=%s", self.record.worker_id, view.hello.role)
         async with asyncio.TaskGroup() as group:
-            writer = group.create_task(self._write(stream))
             watch = group.create_task(self._watch())
-            overflow = group.create_task(self._end_overflow())
-            async with asyncio.timeout(_HELLO_TIMEOUT_S):  # wait_for of 3.11 can swallow a cancel
-                view = await self._read_hello(stream)
-            self.view = view
-            self.was_connected = True
-            self._on_change()
-            log.info(
-                "worker_connected worker_id=%s role=%s", self.record.worker_id, view.hello.role
-            )
-            while isinstance(raw := await stream.read(), worker_pb2.ToRouter):
+            while (raw := await stream.read()) is not None:
                 self._heard += 1
                 self._receive(view, raw)
-            writer.cancel()
             watch.cancel()
-            overflow.cancel()
 
     async def _watch(self) -> None:
         """A worker that hangs keeps its connection; its heartbeats stop.
@@ -198,7 +198,9 @@ class WorkerLink:
 
     async def _read_hello(self, stream: _Stream) -> WorkerView:
         raw = await stream.read()
-        hello = from_worker(raw) if isinstance(raw, worker_pb2.ToRouter) else None
+        hello = from_worker(raw) if raw is not None else None
+        if isinstance(hello, RouterRefused):
+            raise WorkerLost(f"it refuses: {hello.reason}")
         if not isinstance(hello, WorkerHello):
             raise WorkerLost("it said no hello")
         if hello.protocol_major != PROTOCOL_MAJOR:
@@ -258,23 +260,14 @@ class WorkerLink:
         if leg is not None:
             leg.listener(leg, event)
 
-    async def _write(self, stream: _Stream) -> None:
-        async for message in self._outbox:
-            await stream.write(message)
-
-    async def _end_overflow(self) -> None:
-        """A writer stuck on a worker that does not read cannot end the stream itself."""
-        await self._outbox.overflowed.wait()
-        raise WorkerLost("it does not read its stream")
-
     def _lose(self, reason: str) -> None:
         level = logging.WARNING if self.view is not None else logging.DEBUG
         log.log(level, "worker_lost worker_id=%s reason=%s", self.record.worker_id, reason)
+        self._stream = None
         if self.view is not None:
             self.view.holdings.leave()
             self.view = None
             self._on_change()
-        self._outbox.close()
         legs, self._legs = self._legs, {}
         for leg in legs.values():
             lost = f"worker {self.record.worker_id} was lost: {reason}"

@@ -1,5 +1,7 @@
 """The RouterStream's typed messages to and from the wire; used at both ends of the stream."""
 
+from google.protobuf.message import DecodeError
+
 from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, WorkerId
 from core.messages import (
     Accepted,
@@ -21,6 +23,7 @@ from core.messages import (
     PrefixSource,
     Rejected,
     RenewLeases,
+    RouterRefused,
     RouterToWorker,
     SnapshotRequest,
     TokenFrame,
@@ -47,6 +50,22 @@ _FINISH_TO_WIRE = {
     FinishReason.LENGTH: worker_pb2.FINISH_LENGTH,
 }
 _FINISH_FROM_WIRE = {wire: finish for finish, wire in _FINISH_TO_WIRE.items()}
+
+
+def parse_to_worker(raw: bytes) -> worker_pb2.ToWorker:
+    """Raises UnknownMessage."""
+    try:
+        return worker_pb2.ToWorker.FromString(raw)
+    except DecodeError as error:
+        raise UnknownMessage(f"from a router: {error}") from None
+
+
+def parse_to_router(raw: bytes) -> worker_pb2.ToRouter:
+    """Raises UnknownMessage."""
+    try:
+        return worker_pb2.ToRouter.FromString(raw)
+    except DecodeError as error:
+        raise UnknownMessage(f"from a worker: {error}") from None
 
 
 # -- router to worker ---------------------------------------------------------------------------
@@ -251,6 +270,9 @@ def to_router(message: WorkerToRouter) -> worker_pb2.ToRouter:
             return worker_pb2.ToRouter(kv_snapshot=snapshot)
         case WorkerHello():
             return worker_pb2.ToRouter(hello=hello_to_wire(message))
+        case RouterRefused():
+            refused = worker_pb2.RouterRefused(reason=message.reason)
+            return worker_pb2.ToRouter(refused=refused)
 
 
 def from_worker(message: worker_pb2.ToRouter) -> WorkerToRouter:
@@ -297,6 +319,8 @@ def from_worker(message: worker_pb2.ToRouter) -> WorkerToRouter:
             )
         case "hello":
             return hello_from_wire(message.hello)
+        case "refused":
+            return RouterRefused(reason=message.refused.reason)
         case other:
             raise UnknownMessage(f"from a worker: {other}")
 

@@ -47,7 +47,7 @@ class RouterConfig(Settings):
     """How a prefill worker is chosen; the others are for comparison. See router/policies/."""
     decode_policy: DecodePolicyName = "baton"
     """How a decode worker is chosen."""
-    prefill_queue_weight: float = Field(0.1, ge=0)
+    prefill_queue_weight: float = Field(0.05, ge=0)
     """Weight of queued work against own uncached work in baton's prefill cost."""
     admission: Literal["slo", "off"] = "slo"
     """slo: a request whose slo.ttft_ms no worker can keep because of what waits before it is held
@@ -64,6 +64,8 @@ class RouterConfig(Settings):
     is far slower than its peers is left out as well. 0 leaves out none."""
     eject_s: float = Field(5.0, gt=0)
     """How long, the first time; each time shortly after takes twice as long."""
+    debug_routes: bool = False
+    """Serve POST /debug/route: where a request would go now and why, without running it."""
     index_max_mb: int = Field(1024, ge=1)
     """Bound of the prefix index: about 5 million blocks, with few workers. When it is full, newly
     cached blocks are not known to the router until workers have evicted others."""

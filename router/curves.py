@@ -81,15 +81,15 @@ class DecodeCurve:
         )
 
 
-class _Kind:
-    """The fits of one kind of worker, and the curves made of them."""
+class Speed:
+    """The curves of one kind of worker, and the fits they are made of."""
 
     def __init__(self) -> None:
+        self.prefill = PrefillCurve(*_PREFILL_PRIOR)
+        self.queue_token_s = self.prefill.queue_token_s
+        self.decode = DecodeCurve(*_DECODE_PRIOR)
         self.prefill_fit = CostFit(_PREFILL_PRIOR, weight=0.1)
         self.decode_fit = CostFit(_DECODE_PRIOR, weight=0.1)
-        self.prefill = PrefillCurve(*_PREFILL_PRIOR)
-        self.decode = DecodeCurve(*_DECODE_PRIOR)
-        self.queue_token_s = self.prefill.queue_token_s
         self.prefill_at_s = self.decode_at_s = -_LEARN_EVERY_S
 
 
@@ -99,24 +99,21 @@ class Curves:
     """
 
     def __init__(self) -> None:
-        self._kinds: dict[WorkerKind, _Kind] = {}
+        self._kinds: dict[WorkerKind, Speed] = {}
         self._outputs: deque[int] = deque(maxlen=_OUTPUTS)
         self._residuals: tuple[int, ...] = ()
         self._fresh = 0
 
-    def prefill(self, kind: WorkerKind) -> PrefillCurve:
-        return self._of(kind).prefill
-
-    def queue_token_s(self, kind: WorkerKind) -> float:
-        """Seconds that one queued token stands for."""
-        return self._of(kind).queue_token_s
-
-    def decode(self, kind: WorkerKind) -> DecodeCurve:
-        return self._of(kind).decode
+    def of(self, kind: WorkerKind) -> Speed:
+        """What is known of this kind; the prior before the first observation."""
+        known = self._kinds.get(kind)
+        if known is None:
+            known = self._kinds[kind] = Speed()
+        return known
 
     def measured(self, kind: WorkerKind) -> bool:
         """Whether the prefill curve rests on prompts of such workers, not on a guess."""
-        return self._of(kind).prefill_fit.observed >= _ENOUGH_PREFILLS
+        return self.of(kind).prefill_fit.observed >= _ENOUGH_PREFILLS
 
     def saw_prefill(
         self, kind: WorkerKind, cached_tokens: int, tokens: int, seconds: float, now_s: float
@@ -125,7 +122,7 @@ class Curves:
 
         Prompts are computed in order, so at most the first and last step were shared with others.
         """
-        known = self._of(kind)
+        known = self.of(kind)
         if now_s - known.prefill_at_s < _LEARN_EVERY_S or cached_tokens >= tokens:
             return
         known.prefill_at_s = now_s
@@ -135,14 +132,14 @@ class Curves:
 
     def set_prefill(self, kind: WorkerKind, curve: PrefillCurve) -> None:
         """Take a curve as given, until observations replace it."""
-        known = self._of(kind)
+        known = self.of(kind)
         known.prefill, known.queue_token_s = curve, curve.queue_token_s
 
     def saw_decode(
         self, kind: WorkerKind, sequences: int, context_tokens: int, step_s: float, now_s: float
     ) -> None:
         """Steps took `step_s` each with about so many sequences and tokens of context."""
-        known = self._of(kind)
+        known = self.of(kind)
         if now_s - known.decode_at_s < _LEARN_EVERY_S:
             return
         known.decode_at_s = now_s
@@ -162,12 +159,6 @@ class Curves:
     def residuals(self) -> tuple[int, ...]:
         """See residual_quantiles; empty before enough answers have ended."""
         return self._residuals
-
-    def _of(self, kind: WorkerKind) -> _Kind:
-        known = self._kinds.get(kind)
-        if known is None:
-            known = self._kinds[kind] = _Kind()
-        return known
 
 
 def residual_quantiles(lengths: tuple[int, ...], count: int = _QUANTILES) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from random import Random
 from core import telemetry
 from core.clock import Clock
 from core.errors import InvalidRequest, Overloaded, Unavailable
-from core.ids import Incarnation, RequestId, WorkerId
+from core.ids import Incarnation, RequestId, Role, WorkerId
 from router.admission import Admission, QueueBounds, SloClass
 from router.attempt import Attempt
 from router.chooser import Chooser, Considered
@@ -25,6 +25,7 @@ from router.client import WorkerLink
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.outliers import OutlierRules, Outliers
+from router.policies.base import Decision
 from router.policies.build import Policies
 from router.progress import Observed, Progress, SequenceObserver
 from router.pulled import pulled
@@ -32,6 +33,8 @@ from router.types import (
     Generated,
     GenerateRequest,
     MigrationReport,
+    RouteCandidate,
+    RouteChoice,
     ServingLimits,
     TokenSink,
     WorkerStatus,
@@ -183,6 +186,12 @@ class Flow:
         if not retry:
             raise error
 
+    def explain_route(self, request: GenerateRequest) -> tuple[RouteChoice, ...]:
+        """See router.types.RouteExplainer."""
+        total_tokens = len(request.prompt_tokens) + request.sampling.max_tokens
+        decisions = self._chooser.explain(request.prompt_tokens, request.cache_salt, total_tokens)
+        return tuple(_choice(leg, d) for leg, d in zip(Role, decisions, strict=True))
+
     def limits(self) -> ServingLimits:
         return self._fleet.limits
 
@@ -196,6 +205,19 @@ class Flow:
 
 def _outlier_rules(config: RouterConfig) -> OutlierRules:
     return OutlierRules(failures=config.eject_after_failures, eject_s=config.eject_s)
+
+
+def _choice(leg: Role, decision: Decision) -> RouteChoice:
+    return RouteChoice(
+        leg=leg,
+        worker_id=decision.worker_id,
+        rule=decision.rule,
+        candidates=tuple(
+            RouteCandidate(worker_id=worker_id, cost=cost, terms=dict(terms))
+            for worker_id, cost, terms in decision.candidates
+        ),
+        line=decision.explain(),
+    )
 
 
 def _describe(link: WorkerLink) -> WorkerStatus:

@@ -64,6 +64,11 @@ class PrefixIndex:
         """How many blocks the bound admits, with as many slots as there are now."""
         return self._max_blocks
 
+    @property
+    def bytes_per_block(self) -> float:
+        """What the bound counts for a block; what one takes is less, as masks are shared."""
+        return self._max_bytes / max(1, self._max_blocks)
+
     # -- lookups --------------------------------------------------------------------------------
 
     def longest(
@@ -84,6 +89,10 @@ class PrefixIndex:
             else:
                 high = middle
         return low, mask
+
+    def holders(self, block_hash: BlockHash) -> int:
+        """Mask of all slots that hold this block; those that are blind are not of `live`."""
+        return self._shards[block_hash[0]].get(block_hash, 0)
 
     def levels(self, hashes: Sequence[BlockHash], among: int, enough: int) -> list[Level]:
         """The longest prefixes that slots of `among` hold and their holders, longest first.

@@ -97,13 +97,10 @@ class PrefillPoolQuery(PoolQuery):
         view = self._views[worker]
         return view.unseen_tokens + (view.load.queued_tokens if view.load is not None else 0)
 
-    def queue_s(self, worker: WorkerId) -> float:
-        kind = self._views[worker].kind
-        return self.queued_tokens(worker) * self._known.curves.queue_token_s(kind)
-
-    def work_s(self, worker: WorkerId) -> float:
-        curve = self._known.curves.prefill(self._views[worker].kind)
-        return curve.seconds(self.cached_tokens(worker), self.tokens)
+    def ttft_s(self, worker: WorkerId) -> tuple[float, float]:
+        speed = self._known.curves.of(self._views[worker].kind)
+        work_s = speed.prefill.seconds(self.cached_tokens(worker), self.tokens)
+        return self.queued_tokens(worker) * speed.queue_token_s, work_s
 
     def measured(self, worker: WorkerId) -> bool:
         """Whether the seconds predicted for it rest on what such workers have taken."""
@@ -120,9 +117,10 @@ class PrefillPoolQuery(PoolQuery):
         index, mask = self._known.index, everyone.mask(self._known.index)
         for worker in everyone.named(failed):
             mask &= ~everyone.views[worker].holdings.bit
-        blocks, longest = index.longest(wanted, mask)
-        if blocks * self.block_size <= here:
+        least = here // self.block_size + 1
+        if least > len(wanted) or not index.holders(wanted[least - 1]) & mask:
             return None
+        blocks, longest = index.longest(wanted, mask)
         start = int(self.random.random() * mask.bit_length())
         some = index.pick(longest, _SOURCES, start)
         best = min([everyone.views[worker] for worker in some], key=_busy).hello
@@ -179,6 +177,6 @@ class DecodePoolQuery(PoolQuery):
         return peak <= (1 - _RESERVE) * arena_tokens and self.free_tokens(worker) >= self._tokens
 
     def tpot_s(self, worker: WorkerId) -> float:
-        curve = self._known.curves.decode(self._views[worker].kind)
+        curve = self._known.curves.of(self._views[worker].kind).decode
         context_tokens = self.context_tokens(worker) + self._tokens
         return curve.seconds(self.sequences(worker) + 1, context_tokens)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.errors import Cancelled
-from core.ids import RequestId, WorkerId
+from core.ids import RequestId, Role, WorkerId
 from core.sampling import FinishReason, SamplingParams
 
 
@@ -133,6 +133,34 @@ class TokenSink(Protocol):
 
 class Enough(Cancelled):
     """The sink needs no more tokens: a stop string matched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteCandidate:
+    """A worker that was looked at, its cost (lower is better) and what that is made of."""
+
+    worker_id: WorkerId
+    cost: float
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteChoice:
+    """Where one leg of a request would go now, and why; `line` says it all in one line."""
+
+    leg: Role
+    worker_id: WorkerId
+    rule: str
+    candidates: tuple[RouteCandidate, ...]
+    line: str
+
+
+class RouteExplainer(Protocol):
+    """What the debug route needs of flow.py."""
+
+    def explain_route(self, request: GenerateRequest) -> tuple[RouteChoice, ...]:
+        """The choices for such a request, which is not run. Raises NoWorkers."""
+        ...
 
 
 class Generator(Protocol):

@@ -12,6 +12,7 @@ import grpc
 from hypothesis import HealthCheck, settings
 
 from cluster.worker.outlet import RouterOutlet
+from cluster.worker.router_door import serving_routers
 from cluster.worker.server import add_worker_service
 from cluster.worker.worker import Worker, WorkerIdentity, WorkerSettings
 from core.blocks import root_hash
@@ -330,7 +331,7 @@ async def served_worker(
     engine = make_engine(config=chosen.engine, sleep=gate)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    peers = listen("127.0.0.1", 0)
+    routers, peers = listen("127.0.0.1", 0), listen("127.0.0.1", 0)
     incarnation = new_incarnation()
     worker = Worker(
         engine=engine,
@@ -352,6 +353,7 @@ async def served_worker(
         role=role,
         epoch=1,
         address=address,
+        router_address=address_of(routers),
         model_id=engine.info.model_id,
         pid=1,
     )
@@ -359,6 +361,7 @@ async def served_worker(
         await door.enter_async_context(
             serving_peers(peers, worker.owner, worker.peer_hello, worker.arena)
         )
+        await door.enter_async_context(serving_routers(routers, worker))
         await server.start()
         try:
             yield ServedWorker(worker, engine, server, record, gate, address_of(peers), door)
@@ -394,14 +397,15 @@ class RouterEnd:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.outlet: RouterOutlet = worker.attach()
+        self._said: asyncio.Queue[WorkerToRouter] = asyncio.Queue()
+        self.outlet: RouterOutlet = worker.attach(self._said.put_nowait)
         self.messages: list[WorkerToRouter] = []
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Take what the worker sends until `condition` holds."""
         async with asyncio.timeout(WAIT_S):
             while not condition():
-                self.messages.append(await anext(self.outlet.outbox))
+                self.messages.append(await self._said.get())
 
     def of(self, kind: type[M]) -> list[M]:
         """What came of this kind so far."""
@@ -423,10 +427,10 @@ class RouterEnd:
         return self.tokens(number)
 
     async def all_said(self) -> None:
-        """Take the rest; nothing more is heard afterwards."""
+        """Take the rest."""
         self.outlet.flush()
-        self.outlet.outbox.close()
-        self.messages += [message async for message in self.outlet.outbox]
+        while not self._said.empty():
+            self.messages.append(self._said.get_nowait())
 
     def entries(self, number: int) -> list[LegTokens]:
         frames = [message for message in self.messages if isinstance(message, TokenFrame)]

@@ -102,6 +102,7 @@ def _wait_ready(process: subprocess.Popen[str], log: Path) -> WorkerProcess:
         role=Role(fields["role"]),
         epoch=fields["epoch"],
         address=fields["address"],
+        router_address=fields["router_address"],
         model_id=ModelId(fields["model_id"]),
         pid=fields["pid"],
     )

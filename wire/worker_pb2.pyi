@@ -36,7 +36,7 @@ class ToWorker(_message.Message):
     def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillSubmit, _Mapping]] = ..., decode: _Optional[_Union[DecodeSubmit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew_leases: _Optional[_Union[RenewLeases, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ...) -> None: ...
 
 class ToRouter(_message.Message):
-    __slots__ = ("hello", "accepted", "rejected", "tokens", "failed", "load", "kv_events", "kv_snapshot", "offered", "moved")
+    __slots__ = ("hello", "accepted", "rejected", "tokens", "failed", "load", "kv_events", "kv_snapshot", "offered", "moved", "refused")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class ToRouter(_message.Message):
     KV_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     OFFERED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     accepted: Accepted
     rejected: Rejected
@@ -57,7 +58,8 @@ class ToRouter(_message.Message):
     kv_snapshot: KvSnapshot
     offered: Offered
     moved: Moved
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., tokens: _Optional[_Union[TokenFrame, _Mapping]] = ..., failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ...) -> None: ...
+    refused: RouterRefused
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., tokens: _Optional[_Union[TokenFrame, _Mapping]] = ..., failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., refused: _Optional[_Union[RouterRefused, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "protocol")
@@ -198,6 +200,12 @@ class WorkerHello(_message.Message):
     peer_address: str
     protocol: _common_pb2.Protocol
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ...) -> None: ...
+
+class RouterRefused(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("number", "lease_id", "lease_s")

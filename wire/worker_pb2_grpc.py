@@ -34,11 +34,6 @@ class WorkerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.RouterStream = channel.stream_stream(
-                '/baton.wire.v1.Worker/RouterStream',
-                request_serializer=wire_dot_worker__pb2.ToWorker.SerializeToString,
-                response_deserializer=wire_dot_worker__pb2.ToRouter.FromString,
-                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/baton.wire.v1.Worker/Stats',
                 request_serializer=wire_dot_worker__pb2.StatsRequest.SerializeToString,
@@ -53,12 +48,6 @@ class WorkerStub:
 
 class WorkerServicer:
     """Missing associated documentation comment in .proto file."""
-
-    def RouterStream(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -75,11 +64,6 @@ class WorkerServicer:
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'RouterStream': grpc.stream_stream_rpc_method_handler(
-                    servicer.RouterStream,
-                    request_deserializer=wire_dot_worker__pb2.ToWorker.FromString,
-                    response_serializer=wire_dot_worker__pb2.ToRouter.SerializeToString,
-            ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
                     request_deserializer=wire_dot_worker__pb2.StatsRequest.FromString,
@@ -100,33 +84,6 @@ def add_WorkerServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Worker:
     """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def RouterStream(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/baton.wire.v1.Worker/RouterStream',
-            wire_dot_worker__pb2.ToWorker.SerializeToString,
-            wire_dot_worker__pb2.ToRouter.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Stats(request,

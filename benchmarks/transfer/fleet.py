@@ -99,6 +99,7 @@ def _record(process: "subprocess.Popen[str]", log: Path) -> WorkerRecord:
         role=Role(fields["role"]),
         epoch=fields["epoch"],
         address=fields["address"],
+        router_address=fields["router_address"],
         model_id=ModelId(fields["model_id"]),
         pid=fields["pid"],
     )

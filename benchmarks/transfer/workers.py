@@ -18,7 +18,15 @@ from cluster.worker.worker import Worker, WorkerIdentity, WorkerSettings
 from core.clock import SystemClock
 from core.errors import BatonError
 from core.ids import Incarnation, Role, WorkerId, new_incarnation
-from core.messages import Accepted, LegFailed, LegTokens, Rejected, RouterToWorker, TokenFrame
+from core.messages import (
+    Accepted,
+    LegFailed,
+    LegTokens,
+    Rejected,
+    RouterToWorker,
+    TokenFrame,
+    WorkerToRouter,
+)
 from decode_worker.config import DecodeConfig
 from engine.arena import Arena
 from engine.config import EngineConfig
@@ -86,6 +94,8 @@ class WorkerRig:
     address: str
     incarnation: Incarnation
     outlet: RouterOutlet
+    said: "asyncio.Queue[WorkerToRouter]"
+    """All that came out of the outlet."""
     loop: "asyncio.Task[None]"
     """Ends only by failure, and the worker with it."""
 
@@ -103,7 +113,8 @@ class WorkerRig:
             raise BenchFailed(f"a worker said nothing for {_ANSWER_TIMEOUT_S:g} s") from None
 
     async def _hear(self) -> Said:
-        async for message in self.outlet.outbox:
+        while True:
+            message = await self.said.get()
             match message:
                 case Accepted():
                     return Said(message, time.monotonic())
@@ -113,7 +124,6 @@ class WorkerRig:
                     raise BenchFailed(f"a worker refused or failed a leg: {message.message}")
                 case _:
                     continue
-        raise BenchFailed("the worker's outlet closed")
 
 
 @asynccontextmanager
@@ -145,12 +155,14 @@ async def worker_rig(role: Role, engine: EngineConfig) -> AsyncIterator[WorkerRi
         worker.running() as loop,
         serving_peers(peers, worker.owner, worker.peer_hello, worker.arena),
     ):
+        said: asyncio.Queue[WorkerToRouter] = asyncio.Queue()
         yield WorkerRig(
             worker=worker,
             engine=watched_engine,
             watched=watched,
             address=address,
             incarnation=incarnation,
-            outlet=worker.attach(),
+            outlet=worker.attach(said.put_nowait),
+            said=said,
             loop=loop,
         )

@@ -63,6 +63,7 @@ async def _serve(
         drain_s=config.drain_timeout_s,
         host=arguments.host,
         port=arguments.port,
+        router_port=arguments.router_port,
         peer_port=arguments.peer_port,
         metrics_port=config.telemetry.worker_metrics_port,
     )
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
+    parser.add_argument("--router-port", type=int, default=0, help="of the door for routers")
     parser.add_argument("--peer-port", type=int, default=0, help="of the door for other workers")
     return parser
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from cluster.worker.metrics import serving_metrics
+from cluster.worker.router_door import serving_routers
 from cluster.worker.server import add_worker_service
 from cluster.worker.worker import Worker, WorkerIdentity, WorkerSettings
 from core.channel import SERVER_OPTIONS
@@ -47,6 +48,7 @@ class WorkerStart:
     """At a stop, open legs may end for so long."""
     host: str = "127.0.0.1"
     port: int = 0
+    router_port: int = 0
     peer_port: int = 0
     metrics_port: int | None = None
 
@@ -71,7 +73,7 @@ async def serve_worker(
     )
     server = grpc.aio.server(options=SERVER_OPTIONS)
     port = _bind(server, start)
-    peers = listen(start.host, start.peer_port)
+    routers, peers = listen(start.host, start.router_port), listen(start.host, start.peer_port)
     identity = WorkerIdentity(
         worker_id=start.worker_id,
         incarnation=incarnation,
@@ -93,12 +95,14 @@ async def serve_worker(
         role=start.role,
         epoch=1,
         address=identity.address,
+        router_address=address_of(routers),
         model_id=info.model_id,
         pid=os.getpid(),
     )
     async with (
         worker.running() as engine_loop,
         serving_peers(peers, worker.owner, worker.peer_hello, worker.arena),
+        serving_routers(routers, worker),
     ):
         await server.start()
         try:

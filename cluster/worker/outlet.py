@@ -1,5 +1,7 @@
 """What one router is told: messages at once, tokens as one frame per step, changes of load."""
 
+from collections.abc import Callable
+
 from core.messages import (
     HEARTBEAT_S,
     KvEvents,
@@ -9,16 +11,14 @@ from core.messages import (
     TokenFrame,
     WorkerToRouter,
 )
-from core.outbox import Outbox
-
-_OUTBOX_MESSAGES = 65_536
 
 
 class RouterOutlet:
     """One router's stream, as seen from inside the worker (core.sink.RouterSink)."""
 
-    def __init__(self) -> None:
-        self.outbox: Outbox[WorkerToRouter] = Outbox(_OUTBOX_MESSAGES)
+    def __init__(self, say: Callable[[WorkerToRouter], None]) -> None:
+        """`say` puts a message on its way and never waits."""
+        self._say = say
         self.last_submit = 0
         self._next_number = 0
         self._frame: list[LegTokens] = []
@@ -33,10 +33,10 @@ class RouterOutlet:
         return new
 
     def send(self, message: WorkerToRouter) -> None:
-        """Queue a message behind the tokens gathered so far, which keep their order."""
+        """Say a message behind the tokens gathered so far, which keep their order."""
         if self._frame and not isinstance(message, LoadReport | KvEvents | KvSnapshot):
             self.flush()
-        self.outbox.send(message)
+        self._say(message)
 
     def tokens(self, entry: LegTokens) -> None:
         self._frame.append(entry)
@@ -44,11 +44,11 @@ class RouterOutlet:
     def flush(self) -> None:
         """End of a step: the gathered tokens leave as one frame."""
         if self._frame:
-            self.outbox.send(TokenFrame(entries=tuple(self._frame)))
+            self._say(TokenFrame(entries=tuple(self._frame)))
             self._frame.clear()
 
     def report(self, load: LoadReport, now_s: float) -> None:
         """Send the load if it differs from what this router heard last, or as a heartbeat."""
         if load != self._load or now_s - self._reported_at_s >= HEARTBEAT_S:
             self._load, self._reported_at_s = load, now_s
-            self.outbox.send(load)
+            self._say(load)

@@ -1,28 +1,20 @@
-"""The worker's gRPC door: RouterStream, and the control calls of `baton status` and drains."""
+"""The worker's gRPC door: the control calls of `baton status` and drains."""
 
-import asyncio
-import logging
 import os
 
 import grpc
 
-from cluster.worker.outlet import RouterOutlet
 from cluster.worker.worker import Worker
 from core.clock import Clock
 from core.ids import WorkerId
-from core.messages import PROTOCOL_MAJOR
-from kv_transfer.codec import UnknownMessage, sequence_id_to_wire
+from kv_transfer.codec import sequence_id_to_wire
 from kv_transfer.leases import NEVER_S, Lease
 from kv_transfer.metrics import PairMetrics
 from prefill_worker.prefix import FetchCounters
-from router.codec import from_router, hello_to_wire, load_to_wire, to_router
+from router.codec import hello_to_wire, load_to_wire
 from wire import worker_pb2, worker_pb2_grpc
 
-log = logging.getLogger(__name__)
-
 Context = grpc.aio.ServicerContext[object, object]
-
-_HELLO_TIMEOUT_S = 5.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -31,43 +23,6 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     def __init__(self, worker: Worker, clock: Clock) -> None:
         self._worker = worker
         self._clock = clock
-
-    async def RouterStream(self, _requests: object, context: Context) -> None:  # noqa: N802
-        await self._check_hello(context)
-        outlet = self._worker.attach()
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._write(outlet, context))
-                watch = group.create_task(_end_overflow(outlet, context))
-                await self._read(outlet, context)
-                outlet.outbox.close()
-                watch.cancel()
-        finally:
-            self._worker.detach(outlet)
-
-    async def _check_hello(self, context: Context) -> None:
-        async with asyncio.timeout(_HELLO_TIMEOUT_S):
-            raw = await context.read()
-        if not isinstance(raw, worker_pb2.ToWorker) or not raw.HasField("hello"):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a hello must come first")
-        elif raw.hello.protocol.major != PROTOCOL_MAJOR:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"router protocol {raw.hello.protocol.major}, worker protocol {PROTOCOL_MAJOR}",
-            )
-
-    async def _read(self, outlet: RouterOutlet, context: Context) -> None:
-        while isinstance(raw := await context.read(), worker_pb2.ToWorker):
-            try:
-                message = from_router(raw)
-            except UnknownMessage as unknown:
-                log.info("router_message_skipped %s", unknown)
-                continue
-            self._worker.handle(outlet, message)
-
-    async def _write(self, outlet: RouterOutlet, context: Context) -> None:
-        async for message in outlet.outbox:
-            await context.write(to_router(message))
 
     async def Drain(  # noqa: N802
         self, request: worker_pb2.DrainRequest, _context: Context
@@ -144,12 +99,6 @@ def _fetches_to_wire(counters: FetchCounters) -> worker_pb2.PrefixFetches:
         failed=counters.failed,
         skipped=counters.skipped,
     )
-
-
-async def _end_overflow(outlet: RouterOutlet, context: Context) -> None:
-    """A writer stuck on a router that does not read cannot end the stream itself."""
-    await outlet.outbox.overflowed.wait()
-    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the router fell behind")
 
 
 def add_worker_service(server: grpc.aio.Server, worker: Worker, clock: Clock) -> None:

@@ -6,7 +6,7 @@ changing the label moves no memory and ends no lease.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from core.messages import (
     RouterToWorker,
     SnapshotRequest,
     WorkerHello,
+    WorkerToRouter,
 )
 from decode_worker.config import DecodeConfig
 from decode_worker.role import DecodeRole
@@ -186,9 +187,12 @@ class Worker:
 
     # -- routers --------------------------------------------------------------------------------
 
-    def attach(self) -> RouterOutlet:
-        """A router's stream: hello, all that is cached, the load; then whatever changes."""
-        outlet = RouterOutlet()
+    def attach(self, say: Callable[[WorkerToRouter], None]) -> RouterOutlet:
+        """A router's stream: hello, all that is cached, the load; then whatever changes.
+
+        `say` puts a message on its way to the router and never waits.
+        """
+        outlet = RouterOutlet(say)
         self._broadcast_events()
         self._outlets.add(outlet)
         outlet.send(self.hello())

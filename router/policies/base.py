@@ -79,12 +79,8 @@ class PrefillQuery(Query, Protocol):
         """Uncached prompt tokens in front of this one."""
         ...
 
-    def queue_s(self, worker: WorkerId) -> float:
-        """Seconds those will take."""
-        ...
-
-    def work_s(self, worker: WorkerId) -> float:
-        """Seconds the prompt's own uncached tokens will take."""
+    def ttft_s(self, worker: WorkerId) -> tuple[float, float]:
+        """Seconds that those will take, and that the prompt's own uncached tokens will take."""
         ...
 
 

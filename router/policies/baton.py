@@ -5,10 +5,14 @@
     cost         w * seconds of its queue + seconds of the prompt's own uncached tokens
 
 The lowest cost wins. If queue + own work there break the TTFT target, the lowest cost among the
-candidates that keep it wins instead. A small w holds a prompt to its cache while the queue there is
-short; the homes give prompts of one key a place to build a cache in; the random ones keep a hot
-prefix from drawing all traffic to a few workers, and routers with stale views from all choosing
-the same one (M. Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
+idle candidates that keep it wins instead. Busy ones do not count: what saves one prompt there
+computes what is cached elsewhere and pushes out what is cached there, and near the knee that costs
+more prompts their target than it saves (`baton bench routing`).
+
+A small w holds a prompt to its cache while the queue there is short; the homes give prompts of one
+key a place to build a cache in; the random ones keep a hot prefix from drawing all traffic to a few
+workers, and routers with stale views from all choosing the same one (M. Mitzenmacher, "The power of
+two choices in randomized load balancing", 2001).
 """
 
 from core.ids import WorkerId
@@ -41,22 +45,26 @@ class Baton:
         best = min(scored, key=_cost)
         if _ttft_s(best) <= query.slo.ttft_s:
             return Decision(best.worker_id, scored, "cost")
-        keeping = [s for s in scored if _ttft_s(s) <= query.slo.ttft_s]
+        keeping = [s for s in scored if _is_idle(s) and _ttft_s(s) <= query.slo.ttft_s]
         if not keeping:
-            return Decision(best.worker_id, scored, "cost, none keeps the target")
+            return Decision(best.worker_id, scored, "cost, beyond the target")
         return Decision(min(keeping, key=_cost).worker_id, scored, "target")
 
     def placed(self, query: PrefillQuery, decision: Decision) -> None:
         self._hotness.saw(query)
 
     def _score(self, query: PrefillQuery, worker: WorkerId) -> Scored:
-        queue_s, work_s = query.queue_s(worker), query.work_s(worker)
+        queue_s, work_s = query.ttft_s(worker)
         terms = (("queue_s", queue_s), ("work_s", work_s))
         return Scored(worker, self._queue_weight * queue_s + work_s, terms)
 
 
 def _cost(candidate: Scored) -> float:
     return candidate.cost
+
+
+def _is_idle(candidate: Scored) -> bool:
+    return candidate.terms[0][1] <= 0
 
 
 def _ttft_s(candidate: Scored) -> float:

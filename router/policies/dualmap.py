@@ -38,5 +38,5 @@ class DualMap:
 
 
 def _score(query: PrefillQuery, worker: WorkerId) -> Scored:
-    queue_s, work_s = query.queue_s(worker), query.work_s(worker)
+    queue_s, work_s = query.ttft_s(worker)
     return Scored(worker, queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))

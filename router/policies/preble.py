@@ -55,11 +55,11 @@ class Preble:
         while self._window and (self._window[0][0] < old_s or len(self._window) >= _WINDOW_PROMPTS):
             _, worker, work_s = self._window.popleft()
             self._load_s[worker] -= work_s
-        work_s = query.work_s(decision.worker_id)
+        _, work_s = query.ttft_s(decision.worker_id)
         self._window.append((query.now_s, decision.worker_id, work_s))
         self._load_s[decision.worker_id] += work_s
 
 
 def _explore(query: PrefillQuery, load: Scored) -> Scored:
-    work_s = query.work_s(load.worker_id)
+    _, work_s = query.ttft_s(load.worker_id)
     return Scored(load.worker_id, load.cost + work_s, (*load.terms, ("work_s", work_s)))

@@ -33,14 +33,16 @@ def baton_bench(*arguments: str) -> Result:
 
 
 def test_without_a_name_the_benches_are_listed() -> None:
-    assert baton_bench().stdout.startswith("transfer  ")
+    names = [line.split("  ")[0] for line in baton_bench().stdout.splitlines()]
+    assert {"routing", "transfer"} <= set(names)
 
 
 def test_an_unknown_bench_is_one_sentence_that_names_those_there_are() -> None:
     result = baton_bench("transfr")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr == "error: there is no bench 'transfr'; there is: transfer\n"
+    assert result.stderr.startswith("error: there is no bench 'transfr'; there is: ")
+    assert "transfer" in result.stderr
 
 
 def test_an_unknown_part_is_one_sentence_that_names_those_there_are() -> None:

@@ -25,6 +25,7 @@ def record(worker_id: str = "decode-0", incarnation: str = "one") -> WorkerRecor
         role=Role.DECODE,
         epoch=3,
         address="127.0.0.1:5000",
+        router_address="127.0.0.1:5000",
         model_id=ModelId("model"),
         pid=42,
     )

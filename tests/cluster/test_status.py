@@ -91,6 +91,7 @@ def record(worker_id: str, address: str) -> WorkerRecord:
         role=Role.PREFILL,
         epoch=1,
         address=address,
+        router_address=address,
         model_id=ModelId("m"),
         pid=77,
     )

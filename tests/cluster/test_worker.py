@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
-import pytest
 
 from core.blocks import chain_hashes, root_hash
 from core.ids import Role
@@ -21,7 +20,8 @@ from core.messages import (
     WorkerHello,
 )
 from kv_transfer.loopback import LoopbackHub
-from router.codec import from_worker, to_worker
+from kv_transfer.stream import MessageStream, dial
+from router.codec import from_worker, parse_to_router, to_worker
 from tests.builders import (
     BLOCK_SIZE,
     NEWER_MESSAGE,
@@ -167,18 +167,17 @@ async def test_a_drain_gives_up_after_its_time_and_says_what_is_left() -> None:
 # -- its doors ----------------------------------------------------------------------------------
 
 
-Stream = grpc.aio.StreamStreamCall[worker_pb2.ToWorker, worker_pb2.ToRouter]
+Stream = MessageStream[worker_pb2.ToRouter]
 
 
 @asynccontextmanager
 async def router_stream(served: ServedWorker, **protocol: int) -> AsyncIterator[Stream]:
     """A stream on which a router has said hello."""
-    async with grpc.aio.insecure_channel(served.record.address) as channel:
-        stream = worker_pb2_grpc.WorkerStub(channel).RouterStream()
+    async with dial(served.record.router_address, parse_to_router) as stream:
         hello = worker_pb2.RouterHello(
             router_id="t", protocol=common_pb2.Protocol(**{"major": PROTOCOL_MAJOR, **protocol})
         )
-        await stream.write(worker_pb2.ToWorker(hello=hello))
+        stream.send(worker_pb2.ToWorker(hello=hello))
         yield stream
 
 
@@ -186,23 +185,30 @@ async def read_until(stream: Stream, kind: str) -> worker_pb2.ToRouter:
     async with asyncio.timeout(10):
         while True:
             message = await stream.read()
-            assert isinstance(message, worker_pb2.ToRouter), message
+            assert message is not None
             if message.WhichOneof("message") == kind:
                 return message
 
 
+async def refusal(stream: Stream) -> str:
+    """Why, when that is all that is said."""
+    (message, end) = await soon(stream.read()), await soon(stream.read())
+    assert message is not None and end is None
+    return message.refused.reason
+
+
 async def test_another_major_version_is_refused() -> None:
-    async with prefill_worker() as served:
-        async with router_stream(served, major=PROTOCOL_MAJOR + 1) as stream:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await soon(stream.read())
-        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    async with (
+        prefill_worker() as served,
+        router_stream(served, major=PROTOCOL_MAJOR + 1) as stream,
+    ):
+        assert f"router protocol {PROTOCOL_MAJOR + 1}" in await refusal(stream)
 
 
 async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
     async with prefill_worker() as served, router_stream(served, minor=99) as stream:
-        await stream.write(worker_pb2.ToWorker.FromString(NEWER_MESSAGE))
-        await stream.write(to_worker(prefill_submit(1, PROMPT, max_tokens=1)))
+        stream.send(worker_pb2.ToWorker.FromString(NEWER_MESSAGE))
+        stream.send(to_worker(prefill_submit(1, PROMPT, max_tokens=1)))
         frame = await read_until(stream, "tokens")
         assert list(frame.tokens.entries[0].tokens) == expected_tokens(PROMPT, 1)
 
@@ -210,19 +216,26 @@ async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
 async def test_a_stream_without_a_hello_is_refused() -> None:
     async with (
         prefill_worker() as served,
-        grpc.aio.insecure_channel(served.record.address) as channel,
+        dial(served.record.router_address, parse_to_router) as stream,
     ):
-        stream = worker_pb2_grpc.WorkerStub(channel).RouterStream()
-        await stream.write(to_worker(Cancel(number=1, reason="")))
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await soon(stream.read())
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        stream.send(to_worker(Cancel(number=1, reason="")))
+        assert "a hello must come first" in await refusal(stream)
+
+
+async def test_what_is_no_router_stream_ends_only_itself() -> None:
+    async with prefill_worker() as served, router_stream(served) as stream:
+        host, _, port = served.record.router_address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"\x00\x00\x00\x02\xff\xff")
+        assert await soon(reader.read()) == b""
+        writer.close()
+        await read_until(stream, "load")
 
 
 async def test_a_broken_stream_ends_its_legs_at_once() -> None:
     async with prefill_worker(gated=True) as served:
         async with router_stream(served) as stream:
-            await stream.write(to_worker(prefill_submit(1, PROMPT)))
+            stream.send(to_worker(prefill_submit(1, PROMPT)))
             await read_until(stream, "accepted")
             assert served.worker.open_legs == 1
         served.gate.open()
@@ -231,7 +244,7 @@ async def test_a_broken_stream_ends_its_legs_at_once() -> None:
 
 async def test_statistics_show_blocks_and_leases() -> None:
     async with prefill_worker() as served, router_stream(served) as stream:
-        await stream.write(to_worker(prefill_submit(1, PROMPT)))
+        stream.send(to_worker(prefill_submit(1, PROMPT)))
         accepted = from_worker(await read_until(stream, "accepted"))
         await read_until(stream, "tokens")
         async with grpc.aio.insecure_channel(served.record.address) as channel:

@@ -29,6 +29,7 @@ def record(worker_id: str = "w", incarnation: Incarnation = OLD) -> WorkerRecord
         role=Role.PREFILL,
         epoch=1,
         address="127.0.0.1:1",
+        router_address="127.0.0.1:1",
         model_id=ModelId("m"),
         pid=1,
     )

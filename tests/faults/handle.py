@@ -51,6 +51,7 @@ class WorkerHandle:
             role=Role(fields["role"]),
             epoch=int(fields["epoch"]),
             address=fields["address"],
+            router_address=fields["router_address"],
             model_id=ModelId(fields["model_id"]),
             pid=int(fields["pid"]),
         )
@@ -71,7 +72,9 @@ class WorkerHandle:
     @property
     def ports(self) -> tuple[int, int]:
         """Of its doors for routers and for other workers."""
-        router, peers = (a.rpartition(":")[2] for a in (self.record.address, self.peer_address))
+        router, peers = (
+            a.rpartition(":")[2] for a in (self.record.router_address, self.peer_address)
+        )
         return int(router), int(peers)
 
     async def close(self) -> None:

@@ -123,7 +123,7 @@ def _start(birth: Birth) -> WorkerStart:
             decode=config.decode,
         ),
         drain_s=config.drain_timeout_s,
-        port=birth.ports[0],
+        router_port=birth.ports[0],
         peer_port=birth.ports[1],
     )
 

@@ -24,7 +24,15 @@ from router.app import create_app
 from router.config import RouterConfig
 from router.metrics import EdgeMetrics
 from router.serve import bind_listener, serve
-from router.types import Generated, GenerateRequest, ServingLimits, Timings, TokenSink, WorkerStatus
+from router.types import (
+    Generated,
+    GenerateRequest,
+    RouteExplainer,
+    ServingLimits,
+    Timings,
+    TokenSink,
+    WorkerStatus,
+)
 
 MODEL = "tiny"
 EOS = "<|end|>"
@@ -198,6 +206,7 @@ async def running(
     *,
     model: ServedModel | None = None,
     grace_s: float = 1.0,
+    explainer: RouteExplainer | None = None,
     **settings: object,
 ) -> AsyncIterator[Running]:
     """The real application on the real server, on a free port."""
@@ -212,6 +221,7 @@ async def running(
         model_names=[MODEL],
         clock=SystemClock(),
         metrics=metrics,
+        explainer=explainer,
     )
     listener = bind_listener(config.host, 0)
     port = listener.getsockname()[1]

@@ -60,6 +60,7 @@ class ScriptedLink:
             role=role,
             epoch=1,
             address=name,
+            router_address=name,
             model_id=ModelId("m"),
             pid=1,
         )

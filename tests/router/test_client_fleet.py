@@ -1,14 +1,13 @@
 """Links to real workers in this process: legs, losses, reconnects, and what a newer worker says."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-import grpc
 import pytest
 
-from core.channel import SERVER_OPTIONS
 from core.clock import SystemClock
 from core.errors import WorkerLost
 from core.ids import BlockHash, Incarnation, ModelId, Role, WorkerId
@@ -23,13 +22,15 @@ from core.messages import (
     LegTokens,
     LoadReport,
     PrefillSubmit,
+    RouterRefused,
     WorkerHello,
     WorkerToRouter,
 )
 from core.registry import MemoryRegistry, WorkerRecord
 from kv_transfer.loopback import LoopbackHub
+from kv_transfer.stream import MessageStream, StreamBroken, accepting, address_of, listen
 from router.client import Leg, LegEvent, WorkerLink
-from router.codec import to_router
+from router.codec import parse_to_worker, to_router
 from router.fleet import Fleet
 from router.index import PrefixIndex
 from tests.builders import (
@@ -44,7 +45,7 @@ from tests.builders import (
     until,
     until_idle,
 )
-from wire import worker_pb2, worker_pb2_grpc
+from wire import worker_pb2
 
 PROMPT = make_prompt(22)
 MODEL = ModelId("m")
@@ -192,21 +193,20 @@ LOAD = LoadReport(
 
 
 @dataclass
-class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
+class ScriptedWorker:
     """Says its script on every stream, then listens until the router leaves."""
 
     script: list[worker_pb2.ToRouter]
     heard: list[worker_pb2.ToWorker] = field(default_factory=list)
-    streams: int = 0
+    streams: list[MessageStream[worker_pb2.ToWorker]] = field(default_factory=list)
 
-    async def RouterStream(  # noqa: N802
-        self, _requests: object, context: grpc.aio.ServicerContext[object, object]
-    ) -> None:
-        self.streams += 1
+    async def serve(self, stream: MessageStream[worker_pb2.ToWorker]) -> None:
+        self.streams.append(stream)
         for message in self.script:
-            await context.write(message)
-        while isinstance(said := await context.read(), worker_pb2.ToWorker):
-            self.heard.append(said)
+            stream.send(message)
+        with contextlib.suppress(StreamBroken):
+            while (said := await stream.read()) is not None:
+                self.heard.append(said)
 
 
 @asynccontextmanager
@@ -216,23 +216,19 @@ async def scripted(
     worker = ScriptedWorker(
         [m if isinstance(m, worker_pb2.ToRouter) else to_router(m) for m in script]
     )
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    port = server.add_insecure_port("127.0.0.1:0")
-    worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
-    await server.start()
+    listener = listen("127.0.0.1", 0)
     record = WorkerRecord(
         worker_id=WorkerId("w"),
         incarnation=Incarnation("i"),
         role=Role.PREFILL,
         epoch=1,
-        address=f"127.0.0.1:{port}",
+        address="",
+        router_address=address_of(listener),
         model_id=MODEL,
         pid=1,
     )
-    try:
+    async with accepting(listener, parse_to_worker, worker.serve):
         yield worker, record
-    finally:
-        await server.stop(None)
 
 
 async def test_a_newer_minor_version_and_its_messages_are_understood() -> None:
@@ -248,8 +244,9 @@ async def test_a_newer_minor_version_and_its_messages_are_understood() -> None:
         replace(HELLO, protocol_major=PROTOCOL_MAJOR + 1),
         replace(HELLO, model_id=ModelId("another")),
         LOAD,
+        RouterRefused(reason="not you"),
     ],
-    ids=["major version", "another model", "no hello"],
+    ids=["major version", "another model", "no hello", "refused"],
 )
 async def test_a_worker_that_does_not_fit_is_not_routable(first: WorkerToRouter) -> None:
     async with scripted(first, LOAD) as (_, record):
@@ -331,24 +328,7 @@ async def test_a_broken_stream_to_a_registered_worker_is_opened_again() -> None:
         await registry.register(record, 60.0)
         async with fleet_over(registry, MODEL) as fleet:
             await until(lambda: names(fleet) == ["w"])
-            (link,) = fleet.links()
-            link._outbox.overflowed.set()
-            await until(lambda: worker.streams == 2 and names(fleet) == ["w"], "a second stream")
-
-
-async def test_a_link_that_is_cancelled_as_its_writer_fails_ends_as_cancelled() -> None:
-    async with scripted(HELLO, LOAD) as (_worker, record):
-        link = WorkerLink(record, "router", MODEL, 5.0, index=PrefixIndex())
-
-        async def fails_when_cancelled(_stream: object) -> None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                raise asyncio.InvalidStateError("RPC already finished.")
-
-        link._write = fails_when_cancelled  # type: ignore[method-assign, assignment]
-        task = asyncio.create_task(link.run())
-        await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait([task], timeout=10)
-        assert task.cancelled()
+            worker.streams[0].abort()
+            await until(
+                lambda: len(worker.streams) == 2 and names(fleet) == ["w"], "a second stream"
+            )

@@ -29,6 +29,7 @@ from core.messages import (
     PrefixSource,
     Rejected,
     RenewLeases,
+    RouterRefused,
     RouterToWorker,
     SnapshotRequest,
     TokenFrame,
@@ -156,6 +157,7 @@ WORKER = {
         message=TEXT,
     ),
     Moved: st.builds(Moved, number=U64),
+    RouterRefused: st.builds(RouterRefused, reason=TEXT),
     LoadReport: st.builds(
         LoadReport,
         last_submit=U64,

@@ -20,10 +20,10 @@ def test_the_prefill_curve_is_learned_from_prompts() -> None:
         tokens = random.randrange(100, 9000)
         cached = random.randrange(tokens)
         curves.saw_prefill(KIND, cached, tokens, true.seconds(cached, tokens), float(second))
-    learned = curves.prefill(KIND)
+    learned = curves.of(KIND).prefill
     for start, end in ((0, 500), (0, 6000), (4000, 6000)):
         assert learned.seconds(start, end) == pytest.approx(true.seconds(start, end), rel=0.1)
-    assert curves.queue_token_s(KIND) == learned.queue_token_s
+    assert curves.of(KIND).queue_token_s == learned.queue_token_s
 
 
 def test_the_decode_curve_is_learned_from_steps() -> None:
@@ -32,7 +32,7 @@ def test_the_decode_curve_is_learned_from_steps() -> None:
         sequences, context = random.randrange(1, 64), random.randrange(100, 50_000)
         step_s = 0.02 + 5e-5 * sequences + 1e-7 * context
         curves.saw_decode(KIND, sequences, context, step_s, float(second))
-    learned = curves.decode(KIND)
+    learned = curves.of(KIND).decode
     assert learned.seconds(8, 8000) == pytest.approx(0.0212, rel=0.1)
     assert learned.seconds(60, 40_000) == pytest.approx(0.027, rel=0.1)
 
@@ -40,11 +40,11 @@ def test_the_decode_curve_is_learned_from_steps() -> None:
 def test_a_flood_of_observations_is_rationed() -> None:
     curves = Curves()
     curves.saw_prefill(KIND, 0, 1000, 1.0, 0.0)
-    before = curves.prefill(KIND)
+    before = curves.of(KIND).prefill
     curves.saw_prefill(KIND, 0, 1000, 9.0, 0.1)
-    assert curves.prefill(KIND) == before
+    assert curves.of(KIND).prefill == before
     curves.saw_prefill(KIND, 0, 1000, 9.0, 0.3)
-    assert curves.prefill(KIND) != before
+    assert curves.of(KIND).prefill != before
 
 
 # -- peak memory --------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ def test_a_queue_is_what_was_reported_and_what_was_sent_since() -> None:
     workers = Workers()
     workers.add("a", queued=30, waiting=2, running=3).submitted(2, 100)
     query = workers.prefill()
-    assert (query.queued_tokens(A), query.queue_s(A), query.sequences(A)) == (130, 130.0, 6)
+    assert (query.queued_tokens(A), query.ttft_s(A)[0], query.sequences(A)) == (130, 130.0, 6)
 
 
 def test_a_prompts_own_work_is_what_is_not_cached_there() -> None:
     workers = Workers()
     workers.add("a", cached=3)
     query = workers.prefill(tokens=32)
-    assert (query.cached_tokens(A), query.work_s(A)) == (12, 20.0)
+    assert (query.cached_tokens(A), query.ttft_s(A)) == (12, (0.0, 20.0))
 
 
 def test_the_last_token_is_always_computed() -> None:

@@ -211,10 +211,12 @@ async def test_a_client_that_closes_after_the_last_token_had_its_whole_answer() 
 
 
 async def test_a_client_that_leaves_early_is_recorded_as_cancelled() -> None:
-    async with running_cluster(prefill=1, decode=1) as cluster:
+    async with running_cluster(prefill=1, decode=1, gated_decode=True) as cluster:
         flow, recorded = recorded_flow(cluster)
         async with asyncio.timeout(20), aclosing(flow.generate(make_request([1]))) as items:
             await anext(items)
+        for served in cluster.decode:
+            served.gate.open()
         await until_idle(*cluster.workers)
     root, _ = recorded.spans()
     assert dict(root.attributes or {})[telemetry.ATTR_OUTCOME] == "cancelled"

@@ -48,6 +48,7 @@ async def test_threads_may_tokenize_at_once(tmp_path):
 @in_loop
 async def test_text_over_what_may_wait_is_overload(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_WAITING_CHARS", 1000)
+    monkeypatch.setattr(module, "INLINE_CHARS", 0)
     tokenizer = Tokenizer.load(model_directory(tmp_path), 1)
     try:
         results = await asyncio.gather(

@@ -28,21 +28,27 @@ def test_a_long_queue_outweighs_the_cache() -> None:
     assert choose(workers) == "a"
 
 
-def test_the_target_outweighs_the_cost() -> None:
-    """33 tokens of work: `b` costs 1 + 0.1 * 50 = 6, but would take 51 s."""
-    workers = Workers(slo=Slo(ttft_s=40.0, tpot_s=1.0))
-    workers.add("a")
-    workers.add("b", cached=8, queued=50)
+def guarded(ttft_s: float, **loads: tuple[int, int]) -> tuple[str, str]:
+    """Choice and rule under a target; cached blocks and queued tokens by name, 33 tokens asked."""
+    workers = Workers(slo=Slo(ttft_s=ttft_s, tpot_s=1.0))
+    for name, (cached, queued) in loads.items():
+        workers.add(name, cached=cached, queued=queued)
     decision = Baton(0.1).choose(workers.prefill())
-    assert (decision.worker_id, decision.rule) == ("a", "target")
+    return decision.worker_id, decision.rule
 
 
-def test_when_no_candidate_keeps_the_target_the_lowest_cost_wins() -> None:
-    workers = Workers(slo=Slo(ttft_s=30.0, tpot_s=1.0))
-    workers.add("a", queued=10)
-    workers.add("b", cached=8, queued=50)
-    decision = Baton(0.1).choose(workers.prefill())
-    assert (decision.worker_id, decision.rule) == ("b", "cost, none keeps the target")
+def test_an_idle_worker_that_keeps_the_target_outweighs_the_cost() -> None:
+    """`b` costs 1 + 0.1 * 50 = 6, but would take 51 s."""
+    assert guarded(60.0, a=(0, 0), b=(8, 50)) == ("b", "cost")
+    assert guarded(40.0, a=(0, 0), b=(8, 50)) == ("a", "target")
+
+
+def test_a_busy_worker_that_keeps_the_target_does_not() -> None:
+    assert guarded(40.0, a=(0, 1), b=(8, 50)) == ("b", "cost, beyond the target")
+
+
+def test_an_idle_worker_that_breaks_the_target_does_not() -> None:
+    assert guarded(30.0, a=(0, 0), b=(8, 50)) == ("b", "cost, beyond the target")
 
 
 def test_a_few_workers_are_looked_at_however_many_there_are() -> None:

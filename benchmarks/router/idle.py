@@ -1,0 +1,114 @@
+"""Part `idle`: streams whose answer pauses, as while their worker is slow: memory, and who minds.
+
+Every stream has its first token and waits for the second. Others ask for one token meanwhile, which
+needs no decode step.
+"""
+
+import uvloop
+
+from benchmarks.numbers import percentile
+from benchmarks.router.client import Client, chat_body
+from benchmarks.router.latency import Pool, open_loop
+from benchmarks.router.rig import Rig, router_rig
+from benchmarks.router.tokens import until_spoken
+from benchmarks.types import Finding, Part, ResultTable, Run, Target
+
+STREAMS, QUICK_STREAMS = 10_000, 1_000
+MOVED_TARGET_MS = 5.0
+_PROMPT_CHARS = 200
+_STEP_S = 600.0
+_OPENING = 64
+_WARM = 300
+
+
+def run(run: Run) -> Finding:
+    """Open them, look at the router's memory, and ask beside them."""
+    finding: Finding = uvloop.run(_measure(run))
+    return finding
+
+
+async def _measure(run: Run) -> Finding:
+    streams, seconds = (QUICK_STREAMS, 2.0) if run.quick else (STREAMS, 5.0)
+    run.progress("starting the router", 0, streams)
+    async with router_rig() as rig:
+        rig.step(_STEP_S)
+        warm = await _open(rig, _WARM, run)  # what the first streams allocate stays
+        alone = await _others(rig, seconds, seed=1)
+        rss_bytes, clients = rig.rss_bytes(), await _open(rig, streams, run)
+        per_stream_bytes = (rig.rss_bytes() - rss_bytes) / streams
+        beside = await _others(rig, seconds, seed=2)
+        alive = sum(client.alive for client in clients)
+        for client in clients + warm:
+            client.close()
+    return _finding(streams, alive, per_stream_bytes, alone, beside)
+
+
+async def _open(rig: Rig, streams: int, run: Run) -> list[Client]:
+    clients: list[Client] = []
+    while len(clients) < streams:
+        some = [
+            await Client.connect(rig.port) for _ in range(min(_OPENING, streams - len(clients)))
+        ]
+        for i, client in enumerate(some, len(clients)):
+            client.ask(chat_body(rig.model, rig.prompt(i, _PROMPT_CHARS), 100))
+        await until_spoken(some)
+        clients += some
+        run.progress("opening streams", len(clients), streams)
+    return clients
+
+
+async def _others(rig: Rig, seconds: float, seed: int) -> list[float]:
+    """Seconds to the first token of one-token answers, at 100 a second."""
+    pool = Pool(rig.port)
+    try:
+        await pool.warm(16)
+
+        async def one(number: int) -> float:
+            prompt = rig.prompt(seed * 1_000_000 + number, _PROMPT_CHARS)
+            return (await pool.ask(chat_body(rig.model, prompt, 1))).ttft_s
+
+        await open_loop(one, seed, 0.5)
+        return await open_loop(one, seed, seconds)
+    finally:
+        pool.close()
+
+
+def _finding(
+    streams: int, alive: int, per_stream_bytes: float, alone: list[float], beside: list[float]
+) -> Finding:
+    rows = [("none", alone), (f"{streams}", beside)]
+    moved_ms = 1e3 * (percentile(beside, 0.99) - percentile(alone, 0.99))
+    return Finding(
+        tables=(
+            ResultTable(
+                title=f"{streams} idle open streams: {per_stream_bytes / 1024:.1f} KiB each",
+                columns=("idle streams", "others' TTFT p50 ms", "p99 ms"),
+                texts=0,
+                rows=tuple(
+                    (name, f"{1e3 * percentile(s, 0.5):.2f}", f"{1e3 * percentile(s, 0.99):.2f}")
+                    for name, s in rows
+                ),
+            ),
+        ),
+        targets=(
+            Target(
+                promise=f"{streams} idle streams stay open and move the others' p99 by less than"
+                f" {MOVED_TARGET_MS:g} ms",
+                measured=f"{alive} open, {moved_ms:+.2f} ms",
+                held=alive == streams and moved_ms < MOVED_TARGET_MS,
+            ),
+        ),
+        keys={
+            "idle_streams": streams,
+            "idle_bytes_per_stream": round(per_stream_bytes),
+            "idle_moves_p99_ms": round(moved_ms, 3),
+        },
+    )
+
+
+PART = Part(
+    name="idle",
+    what="open streams that wait: memory of each, and what others notice",
+    keys=("idle_streams", "idle_bytes_per_stream", "idle_moves_p99_ms"),
+    run=run,
+)
