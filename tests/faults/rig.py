@@ -20,7 +20,7 @@ from engine.build import describe_model
 from router.client import WorkerLink
 from router.fleet import Fleet
 from router.flow import Flow, Policies
-from router.policies.base import Decision, DecodeCandidate, PrefillCandidate, Scored, cheapest
+from router.policies.base import Decision, Query, Scored, cheapest, open_workers
 from router.progress import SequenceEnd
 from router.types import GenerateRequest
 from tests.faults.fault import Birth
@@ -80,7 +80,8 @@ class Shape:
                 "read_timeout_s": self.read_timeout_s,
                 "connect_timeout_s": 0.9,
             },
-            "router": {"max_attempts": 5},
+            # Every row is about a hand-off, between the workers it names.
+            "router": {"max_attempts": 5, "local_prefill": False, "eject_after_failures": 0},
         }
 
 
@@ -94,19 +95,13 @@ class Preferred:
 
     order: list[str] = field(default_factory=list)
 
-    def choose(
-        self,
-        _tokens: int,
-        workers: Sequence[PrefillCandidate] | Sequence[DecodeCandidate],
-        _random: Random,
-    ) -> Decision:
+    def choose(self, query: Query) -> Decision:
         rank = {name: place for place, name in enumerate(self.order)}
-        return cheapest(
-            [
-                Scored(worker_id=w.worker_id, cost=rank.get(w.worker_id, len(rank)), terms="")
-                for w in workers
-            ]
-        )
+        workers = open_workers(query)
+        return cheapest([Scored(worker, rank.get(worker, len(rank))) for worker in workers])
+
+    def placed(self, query: Query, decision: Decision) -> None:
+        """Nothing is remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
