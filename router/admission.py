@@ -19,10 +19,11 @@ early rejection are those of Mooncake (FAST'25, section 5.2) and P/D-Serve (arXi
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
+from math import inf
 from typing import NamedTuple
 
 from core.clock import Clock
@@ -81,7 +82,7 @@ Verdict = Admit | Wait | Reject
 def decide(
     now_s: float,
     arrived_s: float,
-    outlooks: Sequence[Outlook],
+    outlooks: Iterable[Outlook],
     slo: Slo,
     *,
     ahead_s: float | None = None,
@@ -91,19 +92,17 @@ def decide(
 
     Without an outlook nothing is predicted, and the first is admitted whatever it is.
     """
-    if not outlooks:
-        return Admit() if ahead_s is None else Wait(slo.ttft_s, _LEAST_RETRY_S)
     waited_s = now_s - arrived_s
-    over_s = after_s = float("inf")
-    latest_s = -float("inf")
+    latest_s, after_s = -inf, inf
     for queue_s, work_s in outlooks:
         patience_s = patience_of(work_s, slo)
         before_s = queue_s + (ahead_s or 0.0)
-        over_s = min(over_s, waited_s + before_s - patience_s)
+        if ahead_s is None and waited_s + before_s <= patience_s:
+            return Admit()
         latest_s = max(latest_s, patience_s - waited_s - (1 - _DRAIN_DOUBT) * before_s)
         after_s = min(after_s, before_s - patience_s)
-    if over_s <= 0 and ahead_s is None:
-        return Admit()
+    if after_s == inf:
+        return Admit() if ahead_s is None else Wait(slo.ttft_s, _LEAST_RETRY_S)
     drain_s = min(max(_LEAST_RETRY_S, after_s), _MOST_RETRY_S)
     return Wait(latest_s, drain_s) if latest_s > 0 else Reject(drain_s)
 
@@ -113,15 +112,24 @@ def patience_of(work_s: float, slo: Slo) -> float:
     return max(slo.ttft_s - work_s, slo.ttft_s / 2, work_s)
 
 
-class _Waiting:
-    """One request in a line. `wake` makes it look again."""
+class _Asking:
+    """One sequence that wants to be placed. `wake` makes it look again, once it is in line.
 
-    __slots__ = ("prompt_tokens", "wake", "work_s")
+    Its time begins here: a restart that it has waited for before is no load.
+    """
 
-    def __init__(self, prompt_tokens: int, work_s: float) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.work_s = work_s
+    __slots__ = ("came_s", "progress", "slo_class", "wake", "work_s")
+
+    def __init__(self, progress: Progress, slo_class: SloClass, now_s: float) -> None:
+        self.progress = progress
+        self.slo_class = slo_class
+        self.came_s = now_s
+        self.work_s = 0.0
         self.wake = asyncio.Event()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.progress.request.prompt_tokens)
 
 
 class Admission:
@@ -145,7 +153,7 @@ class Admission:
         self._bounds = bounds
         self._watcher = watcher
         self._enabled = enabled
-        self._lines: dict[str, deque[_Waiting]] = defaultdict(deque)
+        self._lines: dict[str, deque[_Asking]] = defaultdict(deque)
         self._started: Counter[RequestId] = Counter()
 
     @property
@@ -170,7 +178,7 @@ class Admission:
         are not refused: the client may have tokens of it.
         """
         request_id = progress.request.request_id
-        considered = await self._admit(progress, slo_class)
+        considered = await self._admit(_Asking(progress, slo_class, self._clock.now_s()))
         if considered is not None:
             self._watcher.placed(considered.local.verdict)
         self._started[request_id] += 1
@@ -181,53 +189,49 @@ class Admission:
             if not self._started[request_id]:
                 del self._started[request_id]
 
-    async def _admit(self, progress: Progress, slo_class: SloClass) -> Considered | None:
-        considered, verdict = self._judge(progress, slo_class, None, None)
+    async def _admit(self, asking: _Asking) -> Considered | None:
+        considered, verdict = self._judge(asking, None)
+        if isinstance(verdict, Wait) and self._full(asking.prompt_tokens):
+            verdict = Reject(verdict.drain_s, RejectReason.QUEUE_FULL)
         if isinstance(verdict, Wait):
-            considered = await self._wait(progress, slo_class, considered)
+            considered = await self._wait(asking, considered)
         elif isinstance(verdict, Reject):
-            raise self._refusal(verdict, slo_class)
-        self._watcher.admitted(self._clock.now_s() - progress.arrived_at_s)
+            raise self._refusal(verdict, asking.slo_class)
+        self._watcher.admitted(self._clock.now_s() - asking.came_s)
         return considered
 
-    async def _wait(
-        self, progress: Progress, slo_class: SloClass, considered: Considered | None
-    ) -> Considered | None:
+    async def _wait(self, asking: _Asking, considered: Considered | None) -> Considered | None:
         """In line until there is a place. Raises Overloaded and DeadlineExceeded."""
-        line = self._lines[slo_class.name]
-        entry = _Waiting(len(progress.request.prompt_tokens), _work_s(considered))
-        line.append(entry)
+        line = self._lines[asking.slo_class.name]
+        asking.work_s = _work_s(considered)
+        line.append(asking)
         self._watcher.queued(self.waiting)
         try:
             while True:
-                entry.wake.clear()
-                considered, verdict = self._judge(progress, slo_class, entry, considered)
+                asking.wake.clear()
+                considered, verdict = self._judge(asking, considered)
                 if isinstance(verdict, Admit):
                     return considered
                 if isinstance(verdict, Reject):
-                    raise self._refusal(verdict, slo_class)
-                await _either(entry.wake, min(verdict.recheck_s, progress.remaining_s))
+                    raise self._refusal(verdict, asking.slo_class)
+                await _either(asking.wake, min(verdict.recheck_s, asking.progress.remaining_s))
         finally:
-            was_first = line[0] is entry
-            line.remove(entry)
+            was_first = line[0] is asking
+            line.remove(asking)
             self._watcher.queued(self.waiting)
             if was_first and line:
                 # Its task runs after this one, which submits its prompt before it waits again.
                 line[0].wake.set()
 
     def _judge(
-        self,
-        progress: Progress,
-        slo_class: SloClass,
-        entry: _Waiting | None,
-        before: Considered | None,
+        self, asking: _Asking, before: Considered | None
     ) -> tuple[Considered | None, Verdict]:
-        """Of a request in line, or of one that comes, and the place it would get now.
+        """Of one in line, or one that comes, and the place it would get now.
 
         `before` is what was considered for it last time. Raises DeadlineExceeded.
         """
-        request, line = progress.request, self._lines[slo_class.name]
-        if progress.remaining_s <= 0:
+        request, line = asking.progress.request, self._lines[asking.slo_class.name]
+        if asking.progress.remaining_s <= 0:
             raise DeadlineExceeded("the request's time is up, and no worker was free in time")
         total_tokens = len(request.prompt_tokens) + request.sampling.max_tokens
         try:
@@ -242,16 +246,14 @@ class Admission:
         is_local = considered.local.placement is not None
         if is_local or not self._enabled or request.request_id in self._started:
             return considered, Admit()
-        is_first = not line or line[0] is entry
+        is_first = not line or line[0] is asking
         verdict = decide(
             self._clock.now_s(),
-            progress.arrived_at_s,
+            asking.came_s,
             considered.outlooks(),
-            slo_class.slo,
-            ahead_s=None if is_first else _ahead_s(line, entry) / len(considered.query.pool),
+            asking.slo_class.slo,
+            ahead_s=None if is_first else _ahead_s(line, asking) / len(considered.query.pool),
         )
-        if isinstance(verdict, Wait) and entry is None and self._full(len(request.prompt_tokens)):
-            verdict = Reject(verdict.drain_s, RejectReason.QUEUE_FULL)
         return considered, verdict
 
     def _full(self, prompt_tokens: int) -> bool:
@@ -277,9 +279,9 @@ def _work_s(considered: Considered | None) -> float:
     return min((o.work_s for o in considered.outlooks()), default=0.0) if considered else 0.0
 
 
-def _ahead_s(line: Iterable[_Waiting], entry: _Waiting | None) -> float:
-    """Seconds of work of those before `entry`; of all if it is not in line yet."""
-    return sum(other.work_s for other in takewhile(lambda other: other is not entry, line))
+def _ahead_s(line: Iterable[_Asking], asking: _Asking) -> float:
+    """Seconds of work of those before `asking`; of all if it is not in line yet."""
+    return sum(other.work_s for other in takewhile(lambda other: other is not asking, line))
 
 
 async def _either(event: asyncio.Event, timeout_s: float) -> None:

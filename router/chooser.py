@@ -1,7 +1,8 @@
 """Which of the fleet's workers an attempt goes to, from what is connected now."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
 from typing import NamedTuple
 
@@ -64,15 +65,15 @@ class Considered(NamedTuple):
     decision: Decision
     local: Local = Local(LocalVerdict.OFF)
 
-    def outlooks(self) -> list[Outlook]:
-        """At the chosen worker first, then at the other candidates; empty where nothing is known
-        of how long workers take.
+    def outlooks(self) -> Iterator[Outlook]:
+        """At the chosen worker first, then at the other candidates; of those only that are of a
+        kind whose prefills were measured.
         """
         query, chosen = self.query, self.decision.worker_id
-        others = [c.worker_id for c in self.decision.candidates if c.worker_id != chosen]
-        return [
-            Outlook(*query.ttft_s(worker)) for worker in (chosen, *others) if query.measured(worker)
-        ]
+        others = (c.worker_id for c in self.decision.candidates if c.worker_id != chosen)
+        for worker in chain((chosen,), others):
+            if query.measured(worker):
+                yield Outlook(*query.ttft_s(worker))
 
 
 class Chooser:

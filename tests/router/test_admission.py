@@ -1,7 +1,7 @@
 """Who is placed, who waits and who is refused; and the line of those who wait."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 
@@ -119,8 +119,8 @@ class Places:
         outlooks = [Outlook(queue_s, work_s) for queue_s, work_s in self.now]
 
         class Seen(Considered):
-            def outlooks(self) -> list[Outlook]:
-                return outlooks
+            def outlooks(self) -> Iterator[Outlook]:
+                return iter(outlooks)
 
         return Seen(self._query, Decision(WorkerId("a"), ()))
 
@@ -168,9 +168,9 @@ class Door:
         self._group = group
 
     async def come(
-        self, name: str, tokens: int = 10, *, deadline_s: float = 60.0
+        self, name: str, tokens: int = 10, *, deadline_s: float = 60.0, late_s: float = 0.0
     ) -> "asyncio.Task[None]":
-        task = self._group.create_task(self._enter(name, tokens, deadline_s))
+        task = self._group.create_task(self._enter(name, tokens, deadline_s, late_s))
         await self.settle()
         return task
 
@@ -178,11 +178,12 @@ class Door:
         for _ in range(5):
             await asyncio.sleep(0)
 
-    async def _enter(self, name: str, tokens: int, deadline_s: float) -> None:
+    async def _enter(self, name: str, tokens: int, deadline_s: float, late_s: float) -> None:
         request = make_request(
             make_prompt(tokens), name=name.partition("/")[0], deadline_s=deadline_s
         )
         progress = Progress(request, self.clock)
+        progress.arrived_at_s -= late_s
         try:
             async with self.admission.admitted(progress, SloClass(name="default", slo=SLO)):
                 self.entered.append(name)
@@ -320,6 +321,13 @@ async def test_a_request_whose_time_is_up_leaves_the_line() -> None:
         assert isinstance(d.refused["a"], DeadlineExceeded)
 
 
+async def test_a_restart_that_was_waited_for_does_not_count_as_load() -> None:
+    async with door() as d:
+        d.places.now = (FREE,)
+        await d.come("a", late_s=10.0)
+        assert d.entered == ["a"]
+
+
 async def test_without_workers_the_attempt_finds_out() -> None:
     async with door() as d:
         d.places.gone = True
@@ -338,7 +346,7 @@ async def test_switched_off_everything_is_admitted() -> None:
 
 
 def outlooks_of(chooser: Chooser, prompt: Sequence[int]) -> list[Outlook]:
-    return chooser.consider(prompt, "").outlooks()
+    return list(chooser.consider(prompt, "").outlooks())
 
 
 async def test_a_real_workers_report_lets_the_first_in() -> None:
@@ -367,7 +375,7 @@ async def test_a_real_workers_report_lets_the_first_in() -> None:
         cluster.prefill[0].gate.open()
         place = await soon(entering)
         assert isinstance(place, Considered)
-        assert place.outlooks()[0].queue_s < queue_s / 1.5
+        assert next(place.outlooks()).queue_s < queue_s / 1.5
 
 
 def ignore(_leg: object, _event: object) -> None:
@@ -378,4 +386,4 @@ def test_an_unmeasured_kind_has_no_outlook() -> None:
     workers = Workers()
     workers.add("a", queued=1000)
     considered = Considered(workers.prefill(), Decision(WorkerId("a"), ()))
-    assert considered.outlooks() == []
+    assert list(considered.outlooks()) == []
