@@ -405,6 +405,18 @@ async def test_its_no_leaves_the_way_by_a_prefill_worker() -> None:
     assert s.tokens == [0, 1]
 
 
+async def test_what_the_workers_of_an_ended_attempt_still_say_reaches_nobody() -> None:
+    with Scene() as s:
+        s.begin()
+        s.source.say(FAILED)
+        with pytest.raises(WorkerLost):
+            await s.attempt.end()
+    s.source.say(tokens(8))
+    s.prefill.say(tokens(9, finish=FinishReason.STOP))
+    assert s.tokens == s.progress.tokens == [0, 1]
+    assert not s.progress.finished
+
+
 # -- whose fault it was --------------------------------------------------------------------------
 
 

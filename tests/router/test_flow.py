@@ -283,6 +283,26 @@ async def test_without_prefill_workers_nothing_is_tried() -> None:
         assert isinstance(await failing(cluster, make_request(PROMPT)), NoWorkers)
 
 
+async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
+    async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
+        client = Reading(group, cluster, make_request(PROMPT, name="a", max_tokens=20))
+        await client.said(1)
+        await until(lambda: bool(busy(cluster.decode)), "a decode leg")
+        (old,) = busy(cluster.decode)
+        draining = group.create_task(old.worker.drain(10.0))
+        await until(lambda: len(cluster.fleet.pool(Role.DECODE).workers) == 1, "the drain seen")
+        for served in cluster.decode:
+            served.gate.open()
+        later = await generate(cluster, make_request(make_prompt(9), name="b"))
+        assert await client.ended() == expected_tokens(PROMPT, 20)
+        assert await soon(draining) == 0
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert (timings.attempts, timings.decode_worker) == (1, old.record.worker_id)
+        assert later[-1].timings is not None
+        assert later[-1].timings.decode_worker != old.record.worker_id
+
+
 # -- workers that say no ------------------------------------------------------------------------
 
 
