@@ -146,7 +146,8 @@ async def run_router(
 
 
 def _flow(config: ClusterConfig, fleet: Fleet, metrics: EdgeMetrics, clock: Clock) -> Flow:
-    observers: list[SequenceObserver] = [FlowMetrics(metrics.registry)]
+    counted = FlowMetrics(metrics.registry)
+    observers: list[SequenceObserver] = [counted]
     if config.telemetry.spans_file is not None:
         observers.append(SpanRecorder(trace.get_tracer("baton.router"), clock))
     slo = Slo(ttft_s=config.slo.ttft_ms / 1e3, tpot_s=config.slo.tpot_ms / 1e3)
@@ -157,6 +158,7 @@ def _flow(config: ClusterConfig, fleet: Fleet, metrics: EdgeMetrics, clock: Cloc
         clock=clock,
         random=Random(),
         observers=observers,
+        watcher=counted,
     )
 
 

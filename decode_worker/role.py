@@ -102,6 +102,7 @@ class DecodeRole:
         self._legs[id(sink), submit.number] = leg
         sink.send(Accepted(number=submit.number))
         if submit.handoff is None:
+            leg.is_computed = True
             self._runner.submit(sequence, leg)
         else:
             leg.pull = self._tasks.create_task(self._bring(leg, submit.handoff))
@@ -211,6 +212,8 @@ class DecodeRole:
     def token(self, leg: "_DecodeLeg", sampled: Sampled, finish: FinishReason | None) -> None:
         """One token to the router; times ride on the first."""
         times, leg.times = leg.times, None
+        if leg.is_computed:
+            times, leg.is_computed = self._computed(leg.sequence), False
         leg.sink.tokens(
             LegTokens(
                 number=leg.number,
@@ -225,6 +228,15 @@ class DecodeRole:
             leg.drop_migration("the answer has ended")
         elif leg.migration is not None:
             leg.migration.advance()
+
+    def _computed(self, sequence: Sequence) -> LegTimes:
+        """Of a prompt that was computed here, at its first token."""
+        started_s = sequence.started_at_s or sequence.arrived_at_s
+        return LegTimes(
+            queue_s=started_s - sequence.arrived_at_s,
+            prefill_s=self._clock.now_s() - started_s,
+            cached_tokens=sequence.cached_tokens,
+        )
 
     def moved(self, leg: "_DecodeLeg") -> None:
         """Another worker has the sequence; its last token here is in front of this."""
@@ -250,6 +262,8 @@ class _DecodeLeg:
         self.sequence = sequence
         self.pull: asyncio.Task[None] | None = None
         self.times: LegTimes | None = None
+        self.is_computed = False
+        """Its prompt is computed here, and its first token has not been sent."""
         self.migration: Migration | None = None
 
     def drop_migration(self, reason: str) -> None:

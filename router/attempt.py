@@ -13,6 +13,7 @@ end only.
 
 import asyncio
 import logging
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -20,13 +21,15 @@ from core.clock import Clock
 from core.errors import (
     BatonError,
     DeadlineExceeded,
+    InternalError,
     InvalidRequest,
     KvMismatch,
     TransferFailed,
     Unavailable,
+    WorkerLost,
     from_code,
 )
-from core.ids import Incarnation, LeaseId, SequenceId, WorkerId
+from core.ids import Incarnation, LeaseId, Role, SequenceId, WorkerId
 from core.messages import (
     Accepted,
     DecodeSubmit,
@@ -41,7 +44,7 @@ from core.messages import (
     RenewLeases,
 )
 from core.stages import Stage
-from router.chooser import Chooser, Placement
+from router.chooser import Chooser, Considered, Placement
 from router.client import Leg, LegEvent, WorkerLink
 from router.move import Move, handoff_to
 from router.progress import Progress
@@ -62,7 +65,10 @@ class Attempt:
         clock: Clock,
         *,
         sink: TokenSink,
+        answer_s: float = 5.0,
     ) -> None:
+        self._answer_s = answer_s
+        self._unanswered: dict[Leg, asyncio.TimerHandle] = {}
         self._chooser = chooser
         self._progress = progress
         self._sink = sink
@@ -80,7 +86,7 @@ class Attempt:
         self._handoff: Handoff | None = None
         self._lease_s = 0.0
         self._early: list[LegTokens] = []
-        self._has_first = False
+        self._has_first = self._decoding = self._local = False
         self._move: Move | None = None
         self._deadline = loop.call_later(progress.remaining_s, self._expire)
         self._renewal: asyncio.TimerHandle | None = None
@@ -98,6 +104,8 @@ class Attempt:
         self._progress.outcomes.append(self._progress.outcome(error))
         self._deadline.cancel()
         self._stop_renewing()
+        for timer in self._unanswered.values():
+            timer.cancel()
         if self._move is not None:
             ended = "the request has ended"
             self._move.end(error.message if isinstance(error, BatonError) else ended)
@@ -105,12 +113,33 @@ class Attempt:
             if open_leg is not None:
                 open_leg.cancel("the request has ended")
 
-    def start(self) -> None:
-        """Place the prefill; all else follows from what the workers say. Raises Unavailable."""
+    def start(self, considered: Considered | None = None) -> None:
+        """Place the prefill, where it was considered just now; all else follows from what the
+        workers say. Raises Unavailable.
+        """
+        self._progress.attempts += 1
+        self._progress.mark(Stage.ROUTE)
+        if considered is not None and considered.local.placement is not None:
+            self._submit_local(considered.local.placement)
+        else:
+            self._submit_prefill(considered)
+
+    def _submit_local(self, placed: Placement) -> None:
+        """The decode worker computes the prompt itself. After its no, a prefill worker does."""
+        progress = self._progress
+        progress.prefill_worker = progress.decode_worker = placed.link.record.worker_id
+        self._log_route("route_local", placed)
+        progress.mark(Stage.PREFILL, progress.decode_worker)
+        self._local = True
+        self._decode = self._decode_leg(placed.link, None, placed.load_tokens)
+        self._expect_answer(self._decode)
+
+    def _submit_prefill(self, considered: Considered | None) -> None:
         request, progress = self._progress.request, self._progress
-        progress.attempts += 1
-        progress.mark(Stage.ROUTE)
-        placed = self._chooser.for_prefill(self._context, request.cache_salt, self._failed)
+        if considered is not None:
+            placed = self._chooser.place(considered)
+        else:
+            placed = self._chooser.for_prefill(self._context, request.cache_salt, self._failed)
         progress.prefill_worker = placed.link.record.worker_id
         self._log_route("route_prefill", placed)
         progress.mark(Stage.PREFILL, progress.prefill_worker)
@@ -128,6 +157,7 @@ class Attempt:
             self._hear,
             placed.load_tokens,
         )
+        self._expect_answer(self._prefill)
 
     async def end(self) -> None:
         """Wait for the last token; raises what ended a leg, or the sink."""
@@ -172,7 +202,35 @@ class Attempt:
         if self._decode is not None:
             self._decode.on_token = None
 
+    def _expect_answer(self, leg: Leg) -> None:
+        """A worker accepts or rejects at once, or does not hear us, whatever else it may say."""
+        loop = asyncio.get_running_loop()
+        self._unanswered[leg] = loop.call_later(self._answer_s, self._give_up, leg)
+
+    def _answered(self, leg: Leg) -> None:
+        timer = self._unanswered.pop(leg, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _give_up(self, leg: Leg) -> None:
+        """No answer to the submit: to be tried elsewhere."""
+        if self._over.done():
+            return
+        worker_id = leg.link.record.worker_id
+        self._blame(leg)
+        self._end(WorkerLost(f"worker {worker_id} did not take or refuse a sequence in time"))
+
+    def _blame(self, leg: Leg) -> None:
+        role = Role.PREFILL if leg is self._prefill else Role.DECODE
+        self._failed.add(leg.link.record.incarnation)
+        self._chooser.failed(role, leg.link.record.incarnation)
+
     def _expire(self) -> None:
+        """Whoever the sequence still waited for, for the whole of its time, has failed."""
+        if not self._over.done() and self._prefill is not None and not self._has_first:
+            self._blame(self._prefill)
+        elif not self._over.done() and self._decode is not None and not self._decoding:
+            self._blame(self._decode)
         limit_s = self._progress.request.deadline_s
         self._end(DeadlineExceeded(f"the request did not finish within {limit_s:.1f} s"))
 
@@ -184,22 +242,21 @@ class Attempt:
             return []  # or of a leg that was given up, or is needed no more
         match event:
             case Accepted():
+                self._answered(leg)
                 if leg is self._prefill and event.lease_id is not None:
                     self._lease_s = event.lease_s
                     self._start_decode(leg, event.lease_id)
                 elif leg is self._decode:
                     self._stop_renewing()  # from here on the reader renews
             case Rejected():
+                self._answered(leg)
                 self._rejected(leg, event)
             case LegFailed():
                 self._fail(leg, event)
             case LegTokens() if leg is self._prefill:
                 return self._first_token(event)
             case LegTokens() if leg is self._decode:
-                if not self._has_first:
-                    self._early.append(event)
-                    return []
-                return self._decoded(event)
+                return self._decoded(event) if self._has_first else self._decoded_first(event)
             case Offered() if self._move is not None:
                 self._move.offered(event)
             case Moved():
@@ -209,6 +266,8 @@ class Attempt:
     def _first_token(self, event: LegTokens) -> list[LegTokens]:
         self._has_first = True
         self._progress.prefill_times = event.times or LegTimes()
+        if self._prefill is not None and event.times is not None:
+            self._chooser.prefilled(self._prefill.link, len(self._context), event.times)
         if event.finish is None:
             self._progress.mark(Stage.KV_TRANSFER, self._progress.decode_worker)
         ready = [event]
@@ -216,12 +275,24 @@ class Attempt:
             ready += self._decoded(early)
         return ready
 
+    def _decoded_first(self, event: LegTokens) -> list[LegTokens]:
+        """Tokens that came before the prefill's, which they follow; or there is no prefill."""
+        if not self._local:
+            self._early.append(event)
+            return []
+        self._has_first = True
+        self._progress.prefill_times = event.times or LegTimes()
+        return self._decoded(replace(event, times=LegTimes()))
+
     def _decoded(self, event: LegTokens) -> list[LegTokens]:
         progress, move = self._progress, self._move
         if self._prefill is not None:
             # The KV has arrived and its lease is closed: the prefill worker may go now.
             self._prefill.link.finish(self._prefill)
             self._prefill = None
+        if not self._decoding and self._decode is not None:
+            self._decoding = True
+            self._chooser.decoding(self._decode.link)
         if move is not None and move.moved:
             move.end("", pause_s=self._clock.now_s() - progress.last_at_s, times=event.times)
         elif event.times is not None:
@@ -240,6 +311,10 @@ class Attempt:
         self._failed.add(leg.link.record.incarnation)
         leg.link.finish(leg)
         error = from_code(event.code, event.message)
+        if self._local and error.retryable:
+            self._local, self._decode = False, None
+            self._submit_prefill(None)
+            return
         others = leg is self._decode and self._chooser.has_decode(excluding=self._failed)
         if not others or not error.retryable:
             raise error
@@ -248,8 +323,11 @@ class Attempt:
     def _fail(self, leg: Leg, event: LegFailed) -> None:
         leg.link.finish(leg)
         error = from_code(event.code, event.message)
-        if isinstance(error, Unavailable):
-            self._failed.add(leg.link.record.incarnation)
+        if isinstance(error, Unavailable | InternalError):
+            self._blame(leg)
+        if isinstance(error, TransferFailed) and self._handoff is not None:
+            # Either end may be at fault; the one that is not has successes with others.
+            self._chooser.failed(Role.PREFILL, self._handoff.owner_incarnation)
         if isinstance(error, KvMismatch) and self._handoff is not None:
             self._failed.add(self._handoff.owner_incarnation)  # it may be wrong there already
         raise error
@@ -288,6 +366,7 @@ class Attempt:
         self._progress.decode_worker = placed.link.record.worker_id
         self._log_route("route_decode", placed)
         self._decode = self._decode_leg(placed.link, self._handoff, placed.load_tokens)
+        self._expect_answer(self._decode)
 
     def _decode_leg(self, link: WorkerLink, handoff: Handoff | None, load_tokens: int) -> Leg:
         """Raises WorkerLost."""

@@ -1,24 +1,30 @@
 """Which of the fleet's workers an attempt goes to, from what is connected now."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
+from typing import NamedTuple
 
 from core.blocks import chain_hashes, root_hash
 from core.clock import Clock
 from core.errors import NoWorkers
 from core.ids import BlockHash, Incarnation, Role, WorkerId
-from core.messages import PrefixSource
+from core.messages import LegTimes, PrefixSource
 from core.stages import Stage
 from router.client import WorkerLink
 from router.curves import Curves
 from router.fleet import Fleet
+from router.local import LocalOption, LocalVerdict, is_short, judge_local
+from router.outliers import NO_OUTLIERS, Outliers
 from router.place import DecodePoolQuery, Knowledge, PrefillPoolQuery
-from router.policies.base import Decision
+from router.policies.base import Decision, Scored
 from router.policies.build import Policies
 from router.pool import Pool
 from router.progress import OK, SequenceEnd
+from router.watcher import Unwatched
 
+_LOCAL_LOOKS = 4
 _FEW_TOKENS = 8
 """Fewer steps tell too little of what a step takes."""
 
@@ -36,13 +42,55 @@ class Placement:
     source: PrefixSource | None = None
 
 
+class Outlook(NamedTuple):
+    """Seconds at one candidate: of what is before the prompt, and of its own uncached tokens."""
+
+    queue_s: float
+    work_s: float
+
+
+class Local(NamedTuple):
+    """Whether a decode worker computes the prompt itself, and which."""
+
+    verdict: LocalVerdict
+    placement: Placement | None = None
+
+
+class Considered(NamedTuple):
+    """A prefill worker chosen for a prompt, which was not submitted there yet. With a placement in
+    `local` it is not needed.
+    """
+
+    query: PrefillPoolQuery
+    decision: Decision
+    local: Local = Local(LocalVerdict.OFF)
+
+    def outlooks(self) -> Iterator[Outlook]:
+        """At the chosen worker first, then at the other candidates; of those only that are of a
+        kind whose prefills were measured.
+        """
+        query, chosen = self.query, self.decision.worker_id
+        others = (c.worker_id for c in self.decision.candidates if c.worker_id != chosen)
+        for worker in chain((chosen,), others):
+            if query.measured(worker):
+                yield Outlook(*query.ttft_s(worker))
+
+
 class Chooser:
     """`failed` are those a request has failed on: chosen again only if there is no other.
 
     The `for_*` methods note that the sequence is submitted where they say, `explain` nothing.
     """
 
-    def __init__(self, fleet: Fleet, policies: Policies, clock: Clock, random: Random) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        policies: Policies,
+        clock: Clock,
+        random: Random,
+        outliers: Outliers | None = None,
+    ) -> None:
+        self._outliers = outliers or Outliers(NO_OUTLIERS, Unwatched())
         self._fleet = fleet
         self._policies = policies
         self._clock = clock
@@ -52,16 +100,73 @@ class Chooser:
         self, tokens: Sequence[int], cache_salt: str, failed: set[Incarnation]
     ) -> Placement:
         """A prefill worker for a prompt. Raises NoWorkers."""
-        query = self._prefill_query(tokens, cache_salt, failed)
+        return self.place(self.consider(tokens, cache_salt, failed), failed)
+
+    def consider(
+        self,
+        tokens: Sequence[int],
+        cache_salt: str,
+        failed: Collection[Incarnation] = (),
+        *,
+        hashes: Sequence[BlockHash] | None = None,
+        local_total: int | None = None,
+    ) -> Considered:
+        """As `for_prefill`, before it is submitted there; `hashes` of the prompt, if known already.
+
+        With `local_total`, the tokens the sequence may grow to, a decode worker may be found
+        instead. Raises NoWorkers.
+        """
+        query = self._prefill_query(tokens, cache_salt, failed, hashes)
         decision = self._policies.prefill.choose(query)
+        if local_total is None:
+            return Considered(query, decision)
+        return Considered(query, decision, self._local(query, decision, local_total))
+
+    def place(self, considered: Considered, failed: Collection[Incarnation] = ()) -> Placement:
+        """The prompt will be submitted where it was considered, without an `await` in between."""
+        query, decision = considered.query, considered.decision
         self._policies.prefill.placed(query, decision)
         chosen = decision.worker_id
+        self._placed(Role.PREFILL, chosen, query.now_s)
         return Placement(
             link=self._fleet.link(Role.PREFILL, chosen),
             decision=decision,
-            load_tokens=len(tokens) - query.cached_tokens(chosen),
+            load_tokens=query.tokens - query.cached_tokens(chosen),
             source=query.source(chosen, self._fleet.everyone, failed),
         )
+
+    def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local:
+        """The best of the few decode workers that hold most of the prompt, if any does."""
+        pool = self._fleet.pool(Role.DECODE)
+        if not pool.workers:
+            return Local(LocalVerdict.LONG)
+        tokens, now_s, closed = prefill.tokens, prefill.now_s, self._closed(pool, ())
+        cached = PrefillPoolQuery(
+            pool, self._known, now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
+        )
+        left = [(tokens - cached.cached_tokens(w), w) for w in cached.holders(_LOCAL_LOOKS)]
+        short = [worker for uncached, worker in left if is_short(uncached, tokens)]
+        if not short:
+            return Local(LocalVerdict.LONG)
+        query = self._decode_query(pool, tokens, total_tokens, "", closed)
+        cost_s, worker = min((query.tpot_s(w) + sum(cached.ttft_s(w)), w) for w in short)
+        queue_s, suffix_s = cached.ttft_s(worker)
+        option = LocalOption(
+            prompt_tokens=tokens,
+            uncached_tokens=tokens - cached.cached_tokens(worker),
+            measured=cached.measured(worker),
+            fits=query.fits(worker),
+            step_s=query.tpot_s(worker) if query.sequences(worker) else 0.0,
+            suffix_s=suffix_s,
+            queue_s=queue_s,
+            elsewhere_s=sum(prefill.ttft_s(remote.worker_id)),
+        )
+        verdict = judge_local(option, self._known.slo)
+        if verdict is not LocalVerdict.LOCAL:
+            return Local(verdict)
+        decision = Decision(worker, [Scored(worker, cost_s)], "cached there")
+        link = self._fleet.link(Role.DECODE, worker)
+        return Local(verdict, Placement(link=link, decision=decision, load_tokens=tokens))
 
     def for_decode(
         self,
@@ -76,7 +181,7 @@ class Chooser:
         `kv_address` is that of the worker that has its KV. Raises NoWorkers.
         """
         pool = self._pool(Role.DECODE)
-        closed = _closed(pool, failed)
+        closed = self._closed(pool, failed)
         query = self._decode_query(pool, context_tokens, total_tokens, kv_address, closed)
         return self._decode_placement(query, context_tokens)
 
@@ -109,16 +214,34 @@ class Chooser:
 
     # -- learning from answers ------------------------------------------------------------------
 
+    def prefilled(self, link: WorkerLink, tokens: int, times: LegTimes) -> None:
+        """A prompt of so many tokens has its first token from there."""
+        view, now_s, curves = link.view, self._clock.now_s(), self._known.curves
+        if view is None:
+            return
+        incarnation = view.hello.incarnation
+        self._outliers.answered(incarnation, now_s)
+        if times.prefill_s > 0:
+            predicted_s = curves.of(view.kind).prefill.seconds(times.cached_tokens, tokens)
+            curves.saw_prefill(view.kind, times.cached_tokens, tokens, times.prefill_s, now_s)
+            peers = self._fleet.pool(Role.PREFILL).incarnations
+            self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
+
+    def decoding(self, link: WorkerLink) -> None:
+        """A sequence has its first token of its decode from there."""
+        self._outliers.answered(link.record.incarnation, self._clock.now_s())
+
+    def failed(self, role: Role, incarnation: Incarnation) -> None:
+        """A leg failed there, or was not answered in time. A worker's no is no failure."""
+        peers = self._fleet.pool(role).incarnations
+        self._outliers.failed(incarnation, peers, self._clock.now_s())
+
     def ended(self, end: SequenceEnd) -> None:
         """Implements router.progress.SequenceObserver."""
         if end.outcome != OK or end.timings.attempts != 1:
             return
         times, now_s, curves = end.timings, end.ended_at_s, self._known.curves
         curves.saw_output(end.output_tokens)
-        view = self._fleet.everyone.views.get(WorkerId(times.prefill_worker))
-        if view is not None and times.prefill_s > 0:
-            prompt = len(end.request.prompt_tokens)
-            curves.saw_prefill(view.kind, times.cached_tokens, prompt, times.prefill_s, now_s)
         view = self._fleet.everyone.views.get(WorkerId(times.decode_worker))
         began = next((mark.at_s for mark in end.marks if mark.stage is Stage.DECODE), None)
         steps = end.output_tokens - 2  # the prefill's token, and the one that began the decode
@@ -126,12 +249,19 @@ class Chooser:
             return
         if not times.migrations and view.load.running:
             step_s, load = (now_s - began) / steps, view.load
+            predicted_s = curves.of(view.kind).decode.seconds(load.running, load.context_tokens)
             curves.saw_decode(view.kind, load.running, load.context_tokens, step_s, now_s)
+            peers = self._fleet.pool(Role.DECODE).incarnations
+            self._outliers.took(view.hello.incarnation, peers, step_s, predicted_s, now_s)
 
     # -- queries --------------------------------------------------------------------------------
 
     def _prefill_query(
-        self, tokens: Sequence[int], cache_salt: str, failed: Collection[Incarnation]
+        self,
+        tokens: Sequence[int],
+        cache_salt: str,
+        failed: Collection[Incarnation],
+        hashes: Sequence[BlockHash] | None = None,
     ) -> PrefillPoolQuery:
         pool = self._pool(Role.PREFILL)
         return PrefillPoolQuery(
@@ -139,8 +269,8 @@ class Chooser:
             self._known,
             self._clock.now_s(),
             tokens=len(tokens),
-            hashes=_hashes(pool, tokens, cache_salt),
-            closed=_closed(pool, failed),
+            hashes=_hashes(pool, tokens, cache_salt) if hashes is None else hashes,
+            closed=self._closed(pool, failed),
         )
 
     def _decode_query(
@@ -165,19 +295,28 @@ class Chooser:
         decision = self._policies.decode.choose(query)
         self._policies.decode.placed(query, decision)
         link = self._fleet.link(Role.DECODE, decision.worker_id)
+        self._placed(Role.DECODE, decision.worker_id, query.now_s)
         return Placement(link=link, decision=decision, load_tokens=context_tokens)
+
+    def _closed(self, pool: Pool, failed: Collection[Incarnation]) -> frozenset[WorkerId]:
+        """The failed and the ejected ones; when that is everybody, the failed ones; when that is,
+        too, nobody.
+        """
+        known = pool.named(failed)
+        for closed in (known | pool.named(self._outliers.shut(self._clock.now_s())), known):
+            if len(closed) < len(pool.workers):
+                return closed
+        return frozenset()
+
+    def _placed(self, role: Role, worker: WorkerId, now_s: float) -> None:
+        """It may be the probe of an ejected worker."""
+        self._outliers.placed(self._fleet.pool(role).views[worker].hello.incarnation, now_s)
 
     def _pool(self, role: Role) -> Pool:
         pool = self._fleet.pool(role)
         if not pool.workers:
             raise NoWorkers(f"no {role} worker is ready; try again, or see `baton status`")
         return pool
-
-
-def _closed(pool: Pool, failed: Collection[Incarnation]) -> frozenset[WorkerId]:
-    """The failed ones; nobody when that is everybody."""
-    closed = pool.named(failed)
-    return closed if len(closed) < len(pool.workers) else frozenset()
 
 
 def _hashes(pool: Pool, tokens: Sequence[int], cache_salt: str) -> list[BlockHash]:

@@ -76,7 +76,8 @@ class Leg:
 class WorkerLink:
     """The stream to one incarnation of one worker. `run` is its only task.
 
-    `on_change` is called when what `routable` answers, or whose view it is, has changed.
+    `on_change` is called when what `routable` answers, or whose view it is, has changed; `on_load`
+    with every load report.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class WorkerLink:
         *,
         index: PrefixIndex,
         on_change: Callable[[], None] = lambda: None,
+        on_load: Callable[[], None] = lambda: None,
     ) -> None:
         self.record = record
         self._index = index
         self._on_change = on_change
+        self._on_load = on_load
         self._silence_s = silence_s
         self._heard = 0
         self._router_id = router_id
@@ -229,6 +232,7 @@ class WorkerLink:
                 view.reported(message)
                 if was_routable is message.draining:
                     self._on_change()
+                self._on_load()
             case KvEvents():
                 if not view.apply_events(message):
                     self.send(SnapshotRequest())

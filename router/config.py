@@ -49,6 +49,21 @@ class RouterConfig(Settings):
     """How a decode worker is chosen."""
     prefill_queue_weight: float = Field(0.05, ge=0)
     """Weight of queued work against own uncached work in baton's prefill cost."""
+    admission: Literal["slo", "off"] = "slo"
+    """slo: a request whose slo.ttft_ms no worker can keep because of what waits before it is held
+    in the router for a while, or answered 429 with Retry-After at once; off: placed anyhow."""
+    admission_max_requests: int = Field(256, ge=0)
+    """Requests held like that; further ones are answered 429."""
+    admission_max_tokens: int = Field(2_000_000, ge=0)
+    """Prompt tokens of the requests held."""
+    local_prefill: bool = True
+    """A prompt of which a decode worker has nearly all in its cache is computed there, without a
+    hand-off, when that is sooner and the answers running there keep slo.tpot_ms."""
+    eject_after_failures: int = Field(5, ge=0)
+    """Legs in a row that fail on a worker before it is left out of placement for a while; one that
+    is far slower than its peers is left out as well. 0 leaves out none."""
+    eject_s: float = Field(5.0, gt=0)
+    """How long, the first time; each time shortly after takes twice as long."""
     debug_routes: bool = False
     """Serve POST /debug/route: where a request would go now and why, without running it."""
     index_max_mb: int = Field(1024, ge=1)

@@ -24,6 +24,7 @@ _DECODE_PRIOR = (
     4.21e-8,
 )  # both: Llama-3-8B on an H100; of it only the shape lasts
 _LEARN_EVERY_S = 0.25
+_ENOUGH_PREFILLS = 3
 _OUTPUTS = 512
 _QUANTILES = 16
 _ENOUGH_OUTPUTS = 8
@@ -109,6 +110,10 @@ class Curves:
         if known is None:
             known = self._kinds[kind] = Speed()
         return known
+
+    def measured(self, kind: WorkerKind) -> bool:
+        """Whether the prefill curve rests on prompts of such workers, not on a guess."""
+        return self.of(kind).prefill_fit.observed >= _ENOUGH_PREFILLS
 
     def saw_prefill(
         self, kind: WorkerKind, cached_tokens: int, tokens: int, seconds: float, now_s: float

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from core.errors import Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
@@ -40,6 +40,8 @@ class Fleet:
         self._links: dict[Incarnation, WorkerLink] = {}
         self._wanted: dict[Incarnation, WorkerRecord] = {}
         self._members: _Members | None = None
+        self.on_load: Callable[[], None] = lambda: None
+        """Called with every load report, and when a worker comes or goes."""
 
     def links(self) -> tuple[WorkerLink, ...]:
         """All links, connected or not."""
@@ -71,6 +73,10 @@ class Fleet:
 
     def _changed(self) -> None:
         self._members = None
+        self._reported()
+
+    def _reported(self) -> None:
+        self.on_load()
 
     async def run(self) -> None:
         """Follow the registry until cancelled."""
@@ -95,6 +101,7 @@ class Fleet:
             self._silence_s,
             index=self.index,
             on_change=self._changed,
+            on_load=self._reported,
         )
         self._links[record.incarnation] = link
         return link

@@ -10,17 +10,21 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from random import Random
 
 from core import telemetry
 from core.clock import Clock
-from core.errors import InvalidRequest, Unavailable
+from core.errors import InvalidRequest, Overloaded, Unavailable
 from core.ids import Incarnation, RequestId, Role, WorkerId
+from router.admission import Admission, QueueBounds, SloClass
 from router.attempt import Attempt
-from router.chooser import Chooser
+from router.chooser import Chooser, Considered
 from router.client import WorkerLink
 from router.config import RouterConfig
 from router.fleet import Fleet
+from router.outliers import OutlierRules, Outliers
 from router.policies.base import Decision
 from router.policies.build import Policies
 from router.progress import Observed, Progress, SequenceObserver
@@ -35,10 +39,12 @@ from router.types import (
     TokenSink,
     WorkerStatus,
 )
+from router.watcher import FlowWatcher, Unwatched
 
 log = logging.getLogger(__name__)
 
 _RETRY_PAUSE_S = 0.05
+_MAX_PAUSE_S = 1.0
 
 
 class Flow:
@@ -53,12 +59,27 @@ class Flow:
         clock: Clock,
         random: Random,
         observers: Sequence[SequenceObserver] = (),
+        watcher: FlowWatcher | None = None,
     ) -> None:
         self._fleet = fleet
-        self._chooser = Chooser(fleet, policies, clock, random)
+        watcher = watcher or Unwatched()
+        self._outliers = Outliers(_outlier_rules(config), watcher)
+        self._chooser = Chooser(fleet, policies, clock, random, self._outliers)
         self._config = config
         self._clock = clock
         self._observers = (self._chooser, *observers)
+        self._slo_class = SloClass(name="default", slo=policies.slo)
+        self._admission = Admission(
+            self._chooser,
+            clock,
+            QueueBounds(
+                requests=config.admission_max_requests, prompt_tokens=config.admission_max_tokens
+            ),
+            watcher,
+            enabled=config.admission == "slo",
+            local=config.local_prefill,
+        )
+        fleet.on_load = self._admission.look
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
@@ -68,20 +89,56 @@ class Flow:
     async def run(self, request: GenerateRequest, sink: TokenSink) -> None:
         """Give `sink` tokens until the finish; see router.types.Generator."""
         progress = Progress(request, self._clock)
-        failed: set[Incarnation] = set()
         patience_s = self._config.worker_wait_s
         with Observed(progress, self._observers):
-            for attempt in range(self._config.max_attempts):
-                patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
-                try:
-                    hops = Attempt(self._chooser, progress, attempt, failed, self._clock, sink=sink)
-                    with hops, self._known(request, hops):
-                        hops.start()
-                        await hops.end()
-                    return
-                except Unavailable as error:
-                    self._consider_retry(progress, attempt, error)
-                await asyncio.sleep(_RETRY_PAUSE_S * attempt)
+            patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
+            async with self._admission.admitted(progress, self._slo_class) as considered:
+                await self._attempts(progress, sink, considered, patience_s)
+
+    async def _attempts(
+        self, progress: Progress, sink: TokenSink, place: Considered | None, patience_s: float
+    ) -> None:
+        """One after the other; the first, of a sequence just admitted, goes to its `place`.
+
+        What has begun elsewhere is not refused for load: a full worker's no costs it a pause, and
+        counts as no attempt.
+        """
+        failed: set[Incarnation] = set()
+        begun, tries = False, 0
+        for attempt in count():
+            try:
+                await self._attempt(progress, attempt, failed, sink, place)
+                return
+            except Unavailable as error:
+                overload = isinstance(error, Overloaded)
+                begun = begun or not overload or bool(progress.tokens)
+                tries += not (overload and begun)
+                self._consider_retry(progress, attempt, error, tries)
+            place = None
+            await asyncio.sleep(min(_RETRY_PAUSE_S * attempt, _MAX_PAUSE_S))
+            patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
+
+    async def _attempt(
+        self,
+        progress: Progress,
+        attempt: int,
+        failed: set[Incarnation],
+        sink: TokenSink,
+        place: Considered | None,
+    ) -> None:
+        """One placement, to its last token. Nothing is awaited before it is submitted."""
+        hops = Attempt(
+            self._chooser,
+            progress,
+            attempt,
+            failed,
+            self._clock,
+            sink=sink,
+            answer_s=self._config.worker_silence_s,
+        )
+        with hops, self._known(progress.request, hops):
+            hops.start(place)
+            await hops.end()
 
     async def migrate(
         self, request_id: RequestId, choice: int, to: WorkerId | None, timeout_s: float
@@ -111,9 +168,11 @@ class Flow:
             now_s = self._clock.now_s()
         return now_s - began_s
 
-    def _consider_retry(self, progress: Progress, attempt: int, error: Unavailable) -> None:
+    def _consider_retry(
+        self, progress: Progress, attempt: int, error: Unavailable, tries: int
+    ) -> None:
         """Log why the attempt failed; raises `error` when no other one may follow."""
-        last = attempt + 1 == self._config.max_attempts
+        last = tries >= self._config.max_attempts
         retry = not last and progress.remaining_s > _RETRY_PAUSE_S
         line = telemetry.log_line(
             "attempt_failed",
@@ -137,7 +196,15 @@ class Flow:
         return self._fleet.limits
 
     def workers(self) -> tuple[WorkerStatus, ...]:
-        return tuple(_describe(link) for link in self._fleet.links())
+        is_ejected = self._outliers.is_ejected
+        return tuple(
+            replace(_describe(link), ejected=is_ejected(link.record.incarnation))
+            for link in self._fleet.links()
+        )
+
+
+def _outlier_rules(config: RouterConfig) -> OutlierRules:
+    return OutlierRules(failures=config.eject_after_failures, eject_s=config.eject_s)
 
 
 def _choice(leg: Role, decision: Decision) -> RouteChoice:

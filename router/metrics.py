@@ -10,8 +10,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from core import telemetry
 from core.ids import Role
+from router.local import LocalVerdict
 from router.progress import SequenceEnd
 from router.types import WorkerStatus
+from router.watcher import EjectReason, RejectReason
 
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75),
@@ -96,7 +98,7 @@ class EdgeMetrics:
 
 
 class FlowMetrics:
-    """Implements router.progress.SequenceObserver."""
+    """Implements router.progress.SequenceObserver and router.watcher.FlowWatcher."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._attempts = Counter(
@@ -108,6 +110,41 @@ class FlowMetrics:
         )
         self._retries = Counter(
             telemetry.RETRIES, "Placements after a sequence's first", registry=registry
+        )
+        self._admission_wait_s = Histogram(
+            telemetry.ADMISSION_WAIT,
+            "From a sequence's arrival to its admission",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self._admission_queue = Gauge(
+            telemetry.ADMISSION_QUEUE,
+            "Sequences held in the router until a worker can keep their TTFT target",
+            registry=registry,
+        )
+        self._admission_rejected = Counter(
+            telemetry.ADMISSION_REJECTED,
+            "Sequences refused with 429: their target cannot be kept, or too many are held",
+            ("reason",),
+            registry=registry,
+        )
+        self._placed = Counter(
+            telemetry.LOCAL_PREFILLS,
+            "Sequences placed, by whether their decode worker computes the prompt itself: local, or"
+            " why not",
+            ("verdict",),
+            registry=registry,
+        )
+        self._ejected = Counter(
+            telemetry.WORKERS_EJECTED,
+            "Workers left out of placement for a while, by reason",
+            ("reason",),
+            registry=registry,
+        )
+        self._readmitted = Counter(
+            telemetry.WORKERS_READMITTED,
+            "Ejected workers that answered a probe in time",
+            registry=registry,
         )
         self._queue_s = Histogram(
             telemetry.QUEUE,
@@ -148,6 +185,24 @@ class FlowMetrics:
             "Moves of running sequences to another decode worker",
             registry=registry,
         )
+
+    def admitted(self, waited_s: float) -> None:
+        self._admission_wait_s.observe(waited_s)
+
+    def rejected(self, reason: RejectReason) -> None:
+        self._admission_rejected.labels(reason).inc()
+
+    def queued(self, requests: int) -> None:
+        self._admission_queue.set(requests)
+
+    def placed(self, verdict: LocalVerdict) -> None:
+        self._placed.labels(verdict).inc()
+
+    def ejected(self, reason: EjectReason) -> None:
+        self._ejected.labels(reason).inc()
+
+    def readmitted(self) -> None:
+        self._readmitted.inc()
 
     def ended(self, end: SequenceEnd) -> None:
         for outcome in end.attempts:

@@ -102,6 +102,10 @@ class PrefillPoolQuery(PoolQuery):
         work_s = speed.prefill.seconds(self.cached_tokens(worker), self.tokens)
         return self.queued_tokens(worker) * speed.queue_token_s, work_s
 
+    def measured(self, worker: WorkerId) -> bool:
+        """Whether the seconds predicted for it rest on what such workers have taken."""
+        return self._known.curves.measured(self._views[worker].kind)
+
     def source(
         self, chosen: WorkerId, everyone: Pool, failed: Collection[Incarnation]
     ) -> PrefixSource | None:

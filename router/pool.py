@@ -15,6 +15,8 @@ class Pool:
         self.views = dict(sorted(views.items()))
         self.workers = tuple(self.views)
         self._incarnations = {view.hello.incarnation: w for w, view in self.views.items()}
+        self.incarnations = tuple(self._incarnations)
+        """Of `workers`, in their order."""
         self._domains: dict[str, list[WorkerId]] = defaultdict(list)
         for worker_id, view in self.views.items():
             self._domains[domain_of(view.hello.peer_address)].append(worker_id)

@@ -106,6 +106,8 @@ class WorkerStatus:
     address: str
     connected: bool
     draining: bool = False
+    ejected: bool = False
+    """Left out of placement by this router, as it failed or was slow; probed from time to time."""
     waiting: int = 0
     running: int = 0
     queued_tokens: int = 0

@@ -7,6 +7,8 @@ from core.messages import KvEvents, KvSnapshot, KvStored, LoadReport, WorkerHell
 from router.curves import WorkerKind, kind_of
 from router.index import Holdings
 
+_MAX_OWN = 4096
+
 
 class WorkerView:
     """Built from one stream's messages and this router's own submits; gone with the stream."""
@@ -27,6 +29,8 @@ class WorkerView:
     def submitted(self, number: int, tokens: int) -> None:
         """This router sent a submit, numbered upwards, that no report shows yet."""
         self._own[number] = tokens
+        if len(self._own) > _MAX_OWN:  # its reports are frozen: all of it stays counted
+            self._own[number] += self._own.pop(next(iter(self._own)))
         self.unseen_tokens += tokens
 
     def ended(self, number: int) -> None:

@@ -56,8 +56,8 @@ from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.flow import Flow
-from router.policies.base import DecodePolicy
-from router.policies.build import build_policies
+from router.policies.base import DecodePolicy, Slo
+from router.policies.build import DEFAULT_SLO, build_policies
 from router.types import GenerateRequest
 
 BLOCK_SIZE = 4
@@ -481,8 +481,10 @@ async def running_cluster(
     router: RouterConfig | None = None,
     decode_policy: DecodePolicy | None = None,
     registry: Registry | None = None,
+    clock: Clock | None = None,
+    slo: Slo = DEFAULT_SLO,
 ) -> AsyncIterator[Cluster]:
-    clock = SystemClock()
+    clock = clock or SystemClock()
     registry = registry or MemoryRegistry(clock)
     hub = LoopbackHub()
     config = router or RouterConfig(worker_wait_s=0)
@@ -500,7 +502,7 @@ async def running_cluster(
                 await registry.register(served.record, 3600.0)
         model_id = make_engine(1).info.model_id
         fleet = Fleet(registry, router_id="test", model_id=model_id, silence_s=5.0)
-        policies = build_policies(config)
+        policies = build_policies(config, slo)
         if decode_policy is not None:
             policies = replace(policies, decode=decode_policy)
         flow = Flow(

@@ -8,13 +8,14 @@ from random import Random
 import pytest
 
 from core.clock import SystemClock
-from core.errors import TransferFailed
+from core.errors import DeadlineExceeded, TransferFailed, WorkerLost
 from core.ids import Incarnation, LeaseId, ModelId, Role, WorkerId
 from core.messages import (
     Accepted,
     Cancel,
     DecodeSubmit,
     LegFailed,
+    LegTimes,
     LegTokens,
     LoadReport,
     Moved,
@@ -29,15 +30,19 @@ from core.registry import WorkerRecord
 from core.sampling import FinishReason
 from core.stages import Stage
 from router.attempt import Attempt
-from router.chooser import Chooser
+from router.chooser import Chooser, Local, Placement
 from router.client import Leg, LegEvent, LegListener
 from router.config import RouterConfig
 from router.index import PrefixIndex
+from router.local import LocalVerdict
+from router.outliers import OutlierRules, Outliers
+from router.policies.base import Decision
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Progress
 from router.types import Generated, MigrationReport
 from router.view import WorkerView
+from router.watcher import Unwatched
 from tests.builders import make_engine, make_prompt, make_request, soon
 
 PROMPT = make_prompt(9)
@@ -135,18 +140,33 @@ class ScriptedFleet:
 class Scene:
     """An attempt whose decode leg is at `source`; `destination` is the only other place."""
 
-    def __init__(self, max_tokens: int = 20) -> None:
+    def __init__(
+        self, max_tokens: int = 20, *, answer_s: float = 5.0, deadline_s: float = 30.0
+    ) -> None:
         self.prefill = ScriptedLink("p", Role.PREFILL)
         self.source = ScriptedLink("d0", Role.DECODE)
         self.destination = ScriptedLink("d1", Role.DECODE)
         fleet = ScriptedFleet(self.prefill, self.source, self.destination)
         policies = build_policies(RouterConfig())
-        chooser = Chooser(fleet, policies, SystemClock(), Random(0))  # type: ignore[arg-type]
-        self.progress = Progress(make_request(PROMPT, max_tokens=max_tokens), SystemClock())
+        clock = SystemClock()
+        self.outliers = Outliers(OutlierRules(failures=1, eject_s=60.0), Unwatched())
+        chooser = Chooser(fleet, policies, clock, Random(0), self.outliers)  # type: ignore[arg-type]
+        request = make_request(PROMPT, max_tokens=max_tokens, deadline_s=deadline_s)
+        self.progress = Progress(request, clock)
         # As long as the destination counts as failed, the source is chosen.
         self.failed = {self.destination.record.incarnation}
-        self.attempt = Attempt(chooser, self.progress, 0, self.failed, SystemClock(), sink=self)
+        self.attempt = Attempt(
+            chooser, self.progress, 0, self.failed, clock, sink=self, answer_s=answer_s
+        )
+        self.chooser = chooser
         self.tokens: list[int] = []
+
+    def start_at_decode(self) -> None:
+        """As if the source held most of the prompt."""
+        considered = self.chooser.consider(PROMPT, "")
+        decision = Decision(self.source.record.worker_id, ())
+        placed = Placement(link=self.source, decision=decision, load_tokens=9)  # type: ignore[arg-type]
+        self.attempt.start(considered._replace(local=Local(LocalVerdict.LOCAL, placed)))
 
     def __enter__(self) -> "Scene":
         self.attempt.__enter__()
@@ -345,3 +365,112 @@ async def test_what_the_sink_raises_ends_the_attempt_and_nothing_more_is_given(
             await soon(s.attempt.end())
         assert s.tokens == [0, 1]
     assert isinstance(s.source.sent[-1], Cancel)
+
+
+# -- without a prefill worker ---------------------------------------------------------------------
+
+
+async def test_a_decode_worker_that_computes_the_prompt_gives_all_tokens() -> None:
+    s = Scene(max_tokens=3)
+    with s.attempt:
+        s.start_at_decode()
+        submit = s.source.sent[0]
+        assert isinstance(submit, DecodeSubmit)
+        assert submit.handoff is None
+        s.source.say(Accepted(number=0))
+        s.source.say(replace(tokens(0), times=LegTimes(prefill_s=0.5, cached_tokens=8)))
+        s.source.say(tokens(1))
+        s.source.say(tokens(2, finish=FinishReason.LENGTH))
+        await soon(s.attempt.end())
+    assert s.tokens == [0, 1, 2]
+    assert not s.prefill.sent
+    timings = s.progress.timings()
+    assert (timings.prefill_s, timings.cached_tokens, timings.attempts) == (0.5, 8, 1)
+
+
+async def test_its_no_leaves_the_way_by_a_prefill_worker() -> None:
+    s = Scene()
+    with s.attempt:
+        s.start_at_decode()
+        s.source.say(Rejected(number=0, code="overloaded", message="full"))
+        assert isinstance(s.prefill.sent[0], PrefillSubmit)
+        s.failed.clear()
+        s.failed.add(s.source.record.incarnation)
+        s.prefill.say(Accepted(number=0, lease_id=LeaseId(1), lease_s=10.0))
+        submit = s.destination.sent[0]
+        assert isinstance(submit, DecodeSubmit)
+        assert submit.handoff is not None
+        s.prefill.say(tokens(0))
+        s.destination.say(tokens(1))
+    assert s.tokens == [0, 1]
+
+
+async def test_what_the_workers_of_an_ended_attempt_still_say_reaches_nobody() -> None:
+    with Scene() as s:
+        s.begin()
+        s.source.say(FAILED)
+        with pytest.raises(WorkerLost):
+            await s.attempt.end()
+    s.source.say(tokens(8))
+    s.prefill.say(tokens(9, finish=FinishReason.STOP))
+    assert s.tokens == s.progress.tokens == [0, 1]
+    assert not s.progress.finished
+
+
+# -- whose fault it was --------------------------------------------------------------------------
+
+
+def ejected(s: Scene) -> list[str]:
+    links = (s.prefill, s.source, s.destination)
+    return [
+        link.record.worker_id for link in links if s.outliers.is_ejected(link.record.incarnation)
+    ]
+
+
+async def test_a_submit_that_is_neither_accepted_nor_refused_is_tried_elsewhere() -> None:
+    with Scene(answer_s=0.01) as s:
+        with pytest.raises(WorkerLost, match="did not take or refuse"):
+            await soon(s.attempt.end())
+        assert s.source.record.incarnation in s.failed
+        assert ejected(s) == ["d0"]
+
+
+async def test_an_accepted_leg_may_take_its_time() -> None:
+    with Scene(answer_s=0.01, deadline_s=0.1) as s:
+        s.source.say(Accepted(number=0))
+        with pytest.raises(DeadlineExceeded):
+            await soon(s.attempt.end())
+
+
+async def test_a_failed_leg_counts_against_its_worker() -> None:
+    with Scene() as s:
+        s.source.say(FAILED)
+        with pytest.raises(WorkerLost):
+            await s.attempt.end()
+        assert ejected(s) == ["d0"]
+
+
+async def test_a_workers_no_does_not_count_against_it() -> None:
+    with Scene() as s:
+        s.failed.clear()
+        s.source.say(Rejected(number=0, code="overloaded", message="full"))
+        assert s.destination.legs
+        assert ejected(s) == []
+
+
+async def test_time_that_ran_out_counts_against_the_one_waited_for() -> None:
+    with Scene(deadline_s=0.05) as s:
+        s.source.say(Accepted(number=0))
+        s.prefill.say(tokens(0))
+        with pytest.raises(DeadlineExceeded):
+            await soon(s.attempt.end())
+        assert ejected(s) == ["d0"]
+
+
+async def test_time_that_ran_out_on_a_running_answer_counts_against_nobody() -> None:
+    with Scene(deadline_s=0.05) as s:
+        s.source.say(Accepted(number=0))
+        s.begin()
+        with pytest.raises(DeadlineExceeded):
+            await soon(s.attempt.end())
+        assert ejected(s) == []

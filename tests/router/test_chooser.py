@@ -9,7 +9,7 @@ import pytest
 from core.clock import FakeClock
 from core.errors import NoWorkers
 from core.ids import Incarnation, Role, WorkerId
-from core.messages import KvSnapshot
+from core.messages import KvSnapshot, LegTimes
 from core.stages import Stage
 from router.chooser import Chooser
 from router.config import RouterConfig
@@ -60,7 +60,7 @@ def chooser(fleet: Workers, seed: int = 0) -> Chooser:
     return Chooser(fleet, policies, FakeClock(1.0), Random(seed))  # type: ignore[arg-type]
 
 
-def end(prefill_s: float, step_s: float, *, outcome: str = "ok", attempts: int = 1) -> SequenceEnd:
+def end(step_s: float, *, outcome: str = "ok", attempts: int = 1) -> SequenceEnd:
     """An answer of 12 tokens to 40, whose decode leg's first token came 10 steps before its end."""
     return SequenceEnd(
         request=make_request(PROMPT),
@@ -72,7 +72,6 @@ def end(prefill_s: float, step_s: float, *, outcome: str = "ok", attempts: int =
             prefill_worker="prefill-0",
             decode_worker="decode-0",
             attempts=attempts,
-            prefill_s=prefill_s,
         ),
         output_tokens=12,
     )
@@ -88,7 +87,9 @@ def times(subject: Chooser, fleet: Workers) -> tuple[float, float]:
 def test_what_prefill_and_decode_take_is_learned_from_answers() -> None:
     fleet = Workers()
     subject = chooser(fleet)
-    subject.ended(end(prefill_s=4.0, step_s=0.5))
+    link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
+    subject.prefilled(link, 40, LegTimes(prefill_s=4.0))  # type: ignore[arg-type]
+    subject.ended(end(step_s=0.5))
     prefill_s, step_s = times(subject, fleet)
     assert prefill_s == pytest.approx(4.0, rel=0.2)
     assert step_s == pytest.approx(0.5, rel=0.2)
@@ -99,7 +100,7 @@ def test_nothing_is_learned_from_what_did_not_go_straight(how: dict[str, object]
     fleet = Workers()
     subject = chooser(fleet)
     before = times(subject, fleet)
-    subject.ended(end(4.0, 0.5, **how))  # type: ignore[arg-type]
+    subject.ended(end(0.5, **how))  # type: ignore[arg-type]
     assert times(subject, fleet) == before
 
 

@@ -7,11 +7,11 @@ from contextlib import aclosing
 import pytest
 
 from core.clock import SystemClock
-from core.errors import DeadlineExceeded, InvalidRequest, NoWorkers, Unavailable
+from core.errors import DeadlineExceeded, InvalidRequest, NoWorkers, Overloaded, Unavailable
 from core.ids import Role
 from core.sampling import FinishReason
 from router.config import RouterConfig
-from router.policies.base import Decision, DecodeQuery, Stateless
+from router.policies.base import Decision, DecodeQuery, Slo, Stateless
 from router.types import Generated, GenerateRequest
 from tests.builders import (
     BLOCK_BYTES,
@@ -283,6 +283,26 @@ async def test_without_prefill_workers_nothing_is_tried() -> None:
         assert isinstance(await failing(cluster, make_request(PROMPT)), NoWorkers)
 
 
+async def test_a_draining_worker_finishes_what_it_has_and_gets_nothing_new() -> None:
+    async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
+        client = Reading(group, cluster, make_request(PROMPT, name="a", max_tokens=20))
+        await client.said(1)
+        await until(lambda: bool(busy(cluster.decode)), "a decode leg")
+        (old,) = busy(cluster.decode)
+        draining = group.create_task(old.worker.drain(10.0))
+        await until(lambda: len(cluster.fleet.pool(Role.DECODE).workers) == 1, "the drain seen")
+        for served in cluster.decode:
+            served.gate.open()
+        later = await generate(cluster, make_request(make_prompt(9), name="b"))
+        assert await client.ended() == expected_tokens(PROMPT, 20)
+        assert await soon(draining) == 0
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert (timings.attempts, timings.decode_worker) == (1, old.record.worker_id)
+        assert later[-1].timings is not None
+        assert later[-1].timings.decode_worker != old.record.worker_id
+
+
 # -- workers that say no ------------------------------------------------------------------------
 
 
@@ -350,6 +370,105 @@ async def test_a_full_prefill_pool_is_an_overload_after_all_attempts() -> None:
         assert getattr(error, "code", None) == "overloaded"
         cluster.prefill[0].gate.open()
         assert await client.ended() == expected_tokens(PROMPT, 16)
+
+
+async def test_an_answer_that_has_begun_waits_for_full_workers_instead_of_being_refused() -> None:
+    one = make_settings(max_sequences=1)
+    async with (
+        running_cluster(
+            gated_decode=True, decode_settings=one, router=RouterConfig(max_attempts=2)
+        ) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        first = Reading(group, cluster, make_request(PROMPT, name="a", max_tokens=20))
+        await until(lambda: len(busy(cluster.decode)) == 1, "the first one placed")
+        (lost,) = busy(cluster.decode)
+        prompt = make_prompt(30, seed=1)
+        second = Reading(group, cluster, make_request(prompt, name="b", max_tokens=20))
+        await until(lambda: len(busy(cluster.decode)) == 2, "the second one placed")
+        lost.gate.allow(5)
+        await first.said(3)
+        await lost.stop_serving()
+        leases = [served.worker.leases.counters for served in cluster.prefill]
+        await until(lambda: sum(c.opened for c in leases) >= 7, "more tries than max_attempts")
+        for served in cluster.decode:
+            served.gate.open()
+        assert await second.ended() == expected_tokens(prompt, 20)
+        assert await first.ended() == expected_tokens(PROMPT, 20)
+
+
+# -- prompts a decode worker has most of --------------------------------------------------------
+
+
+async def test_the_next_turn_is_computed_where_the_last_answer_was_given() -> None:
+    clock, prompt = ShiftedClock(), make_prompt(80)
+    async with running_cluster(clock=clock) as cluster:
+        for i in range(4):
+            await generate(cluster, make_request(make_prompt(30, seed=i), name=f"w{i}"))
+            clock.ahead_s += 1.0
+        first = await generate(cluster, make_request(prompt, name="first"))
+        await until_idle(*cluster.workers)
+        turn = [*prompt, *tokens(first), 1, 2, 3]
+        again = await generate(cluster, make_request(turn, name="again", max_tokens=20))
+        assert tokens(again) == expected_tokens(turn, 20)
+        assert first[-1].timings is not None
+        timings = again[-1].timings
+        assert timings is not None
+        assert timings.decode_worker == timings.prefill_worker == first[-1].timings.decode_worker
+        assert (timings.transfer_blocks, timings.attempts) == (0, 1)
+        assert again[-1].cached_tokens == 92
+        await until_idle(*cluster.workers)
+
+
+# -- overload and workers that misbehave --------------------------------------------------------
+
+
+class ShiftedClock(SystemClock):
+    """Runs as time does, and is put forward by a test."""
+
+    ahead_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.ahead_s
+
+
+async def test_under_load_a_request_is_refused_early_and_served_when_the_load_is_gone() -> None:
+    clock, slo = ShiftedClock(), Slo(ttft_s=1e-4, tpot_s=1.0)
+    async with (
+        running_cluster(prefill=1, gated_prefill=True, clock=clock, slo=slo) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        gate = cluster.prefill[0].gate
+        for i in range(4):  # as many as a curve wants to have seen, each far from the last
+            warm = Reading(group, cluster, make_request(make_prompt(30, seed=i), name=f"w{i}"))
+            gate.allow(1)
+            await warm.ended()
+            clock.ahead_s += 1.0
+        load = Reading(group, cluster, make_request(make_prompt(400), name="load"))
+        await until(lambda: bool(busy(cluster.prefill)), "a prefill")
+        error = await failing(cluster, make_request(PROMPT, name="b"))
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s >= 1
+        gate.open()
+        await load.ended()
+        await until_idle(*cluster.workers)
+        items = await generate(cluster, make_request(PROMPT, name="c"))
+        assert tokens(items) == expected_tokens(PROMPT, 16)
+
+
+async def test_a_worker_that_fails_is_left_out_and_shown_as_ejected() -> None:
+    strict = RouterConfig(worker_wait_s=0, eject_after_failures=1)
+    async with running_cluster(router=strict) as cluster:
+        for served in cluster.prefill:
+            await generate(cluster, make_request(PROMPT, name=served.record.worker_id))
+        await until_idle(*cluster.workers)
+        holder = next(s for s in cluster.prefill if s.worker.pool.hashes())
+        holder.engine.arena.data[:] = 0
+        await generate(cluster, make_request(PROMPT, name="again"))
+        assert holder.record.worker_id in {w.worker_id for w in cluster.flow.workers() if w.ejected}
+        later = await generate(cluster, make_request(make_prompt(22, seed=9), name="later"))
+        assert later[-1].timings is not None
+        assert later[-1].timings.prefill_worker != holder.record.worker_id
 
 
 # -- clients that leave, and time that runs out -------------------------------------------------

@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry
 from router.metrics import EdgeMetrics, FlowMetrics
 from router.progress import SequenceEnd
 from router.types import Timings, WorkerStatus
+from router.watcher import EjectReason, RejectReason
 from tests.builders import make_request
 
 
@@ -42,6 +43,31 @@ class Counted:
 
     def __call__(self, name: str, **labels: str) -> float | None:
         return self._registry.get_sample_value(f"baton_{name}", labels)
+
+
+def test_admission_counts_refusals_by_reason_and_shows_who_waits() -> None:
+    registry = CollectorRegistry()
+    metrics = FlowMetrics(registry)
+    metrics.admitted(0.25)
+    metrics.rejected(RejectReason.TARGET)
+    metrics.rejected(RejectReason.TARGET)
+    metrics.rejected(RejectReason.QUEUE_FULL)
+    metrics.queued(7)
+    value = registry.get_sample_value
+    assert value("baton_admission_wait_seconds_sum") == 0.25
+    assert value("baton_admission_rejected_total", {"reason": "target"}) == 2
+    assert value("baton_admission_rejected_total", {"reason": "queue_full"}) == 1
+    assert value("baton_admission_queue_requests") == 7
+
+
+def test_ejections_count_by_reason() -> None:
+    registry = CollectorRegistry()
+    metrics = FlowMetrics(registry)
+    metrics.ejected(EjectReason.SLOW)
+    metrics.readmitted()
+    value = registry.get_sample_value
+    assert value("baton_workers_ejected_total", {"reason": "slow"}) == 1
+    assert value("baton_workers_readmitted_total") == 1
 
 
 def test_attempts_count_by_outcome_and_all_but_the_first_are_retries() -> None:

@@ -35,6 +35,16 @@ def test_a_submit_counts_until_a_report_holds_it() -> None:
     assert (view.unseen_tokens, view.unseen_submits) == (30, 1)
 
 
+def test_submits_no_report_ever_shows_all_count_and_take_bounded_memory() -> None:
+    view = new_view()
+    for number in range(1, 10_001):
+        view.submitted(number, 3)
+    assert view.unseen_tokens == 30_000
+    assert view.unseen_submits < 5000
+    view.reported(replace(IDLE, last_submit=10_000))
+    assert (view.unseen_tokens, view.unseen_submits) == (0, 0)
+
+
 def test_a_leg_that_ended_before_any_report_counts_no_more() -> None:
     view = new_view()
     view.submitted(1, 100)

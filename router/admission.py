@@ -1,0 +1,291 @@
+"""Whether a request is placed now, waits in the router, or is refused at once, by its TTFT target.
+
+A request that has waited `w` and whose prompt is `work` on a worker with `queue` before it has its
+first token after w + queue + work. Only waiting is overload, the work is not: a prompt whose own
+work is more than the target is served all the same. So what is bounded is w + queue, by
+
+    patience = max(target - work, target / 2, work)
+
+which keeps the target wherever a prompt leaves half of it for waiting, and lets a longer one wait
+as long as it computes. Over all candidates the policy looked at:
+
+    admit    w + queue      <= patience on one of them
+    wait     w + queue / 2  <= patience on one of them: a queue may drain twice as fast as predicted
+    reject   otherwise; where no prediction is wrong by more than that, waiting was for nothing
+
+An idle worker always admits, so a prediction that is far too high corrects itself. Late binding and
+early rejection are those of Mooncake (FAST'25, section 5.2) and P/D-Serve (arXiv 2408.08147).
+"""
+
+import asyncio
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from math import inf
+from typing import NamedTuple
+
+from core.clock import Clock
+from core.errors import DeadlineExceeded, NoWorkers, Overloaded
+from core.ids import RequestId
+from router.chooser import Chooser, Considered, Outlook
+from router.policies.base import Slo
+from router.progress import Progress
+from router.watcher import FlowWatcher, RejectReason
+
+_DRAIN_DOUBT = 0.5
+"""Part of a predicted queue that may be gone sooner: legs are cancelled, prompts found cached."""
+_LEAST_RETRY_S = 1.0
+_MOST_RETRY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloClass:
+    """Requests that share targets and a line; each class is first come, first served."""
+
+    name: str
+    slo: Slo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueBounds:
+    """Of what waits in one router, all classes together."""
+
+    requests: int
+    prompt_tokens: int
+
+
+class Admit(NamedTuple):
+    """Place it now."""
+
+
+class Wait(NamedTuple):
+    """Place it later. If the prediction stays as it is, the answer is another one `recheck_s` from
+    now; `drain_s` as a Reject's `retry_after_s`.
+    """
+
+    recheck_s: float
+    drain_s: float
+
+
+class Reject(NamedTuple):
+    """A request like it would be admitted after `retry_after_s`."""
+
+    retry_after_s: float
+    reason: RejectReason = RejectReason.TARGET
+
+
+Verdict = Admit | Wait | Reject
+
+
+def decide(
+    now_s: float,
+    arrived_s: float,
+    outlooks: Iterable[Outlook],
+    slo: Slo,
+    *,
+    ahead_s: float | None = None,
+) -> Verdict:
+    """`ahead_s` are seconds of work, spread over the pool, of those before it in its line; None is
+    for the first, as only that one is admitted.
+
+    Without an outlook nothing is predicted, and the first is admitted whatever it is.
+    """
+    waited_s = now_s - arrived_s
+    latest_s, after_s = -inf, inf
+    for queue_s, work_s in outlooks:
+        patience_s = patience_of(work_s, slo)
+        before_s = queue_s + (ahead_s or 0.0)
+        if ahead_s is None and waited_s + before_s <= patience_s:
+            return Admit()
+        latest_s = max(latest_s, patience_s - waited_s - (1 - _DRAIN_DOUBT) * before_s)
+        after_s = min(after_s, before_s - patience_s)
+    if after_s == inf:
+        return Admit() if ahead_s is None else Wait(slo.ttft_s, _LEAST_RETRY_S)
+    drain_s = min(max(_LEAST_RETRY_S, after_s), _MOST_RETRY_S)
+    return Wait(latest_s, drain_s) if latest_s > 0 else Reject(drain_s)
+
+
+def patience_of(work_s: float, slo: Slo) -> float:
+    """How long a prompt that takes `work_s` itself may wait, here and at its worker."""
+    return max(slo.ttft_s - work_s, slo.ttft_s / 2, work_s)
+
+
+class _Asking:
+    """One sequence that wants to be placed. `wake` makes it look again, once it is in line.
+
+    Its time begins here: a restart that it has waited for before is no load.
+    """
+
+    __slots__ = ("came_s", "progress", "slo_class", "wake", "work_s")
+
+    def __init__(self, progress: Progress, slo_class: SloClass, now_s: float) -> None:
+        self.progress = progress
+        self.slo_class = slo_class
+        self.came_s = now_s
+        self.work_s = 0.0
+        self.wake = asyncio.Event()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.progress.request.prompt_tokens)
+
+
+class Admission:
+    """The lines of one router. Only the first of a line looks for a place, when a report comes, so
+    what waits costs nothing but its timer.
+    """
+
+    def __init__(
+        self,
+        chooser: Chooser,
+        clock: Clock,
+        bounds: QueueBounds,
+        watcher: FlowWatcher,
+        *,
+        enabled: bool = True,
+        local: bool = True,
+    ) -> None:
+        self._local = local
+        self._chooser = chooser
+        self._clock = clock
+        self._bounds = bounds
+        self._watcher = watcher
+        self._enabled = enabled
+        self._lines: dict[str, deque[_Asking]] = defaultdict(deque)
+        self._started: Counter[RequestId] = Counter()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in all lines."""
+        return sum(map(len, self._lines.values()))
+
+    def look(self) -> None:
+        """A worker has reported, or one came or left: the first of each line may find a place."""
+        for line in self._lines.values():
+            if line:
+                line[0].wake.set()
+
+    @asynccontextmanager
+    async def admitted(
+        self, progress: Progress, slo_class: SloClass
+    ) -> AsyncIterator[Considered | None]:
+        """A block around all attempts of a sequence. Enters with the place found for its prefill,
+        which holds until the next `await`; None leaves the choice to the attempt.
+
+        Raises Overloaded and DeadlineExceeded. Once one choice of a request has entered, its others
+        are not refused: the client may have tokens of it.
+        """
+        request_id = progress.request.request_id
+        considered = await self._admit(_Asking(progress, slo_class, self._clock.now_s()))
+        if considered is not None:
+            self._watcher.placed(considered.local.verdict)
+        self._started[request_id] += 1
+        try:
+            yield considered
+        finally:
+            self._started[request_id] -= 1
+            if not self._started[request_id]:
+                del self._started[request_id]
+
+    async def _admit(self, asking: _Asking) -> Considered | None:
+        considered, verdict = self._judge(asking, None)
+        if isinstance(verdict, Wait) and self._full(asking.prompt_tokens):
+            verdict = Reject(verdict.drain_s, RejectReason.QUEUE_FULL)
+        if isinstance(verdict, Wait):
+            considered = await self._wait(asking, considered)
+        elif isinstance(verdict, Reject):
+            raise self._refusal(verdict, asking.slo_class)
+        self._watcher.admitted(self._clock.now_s() - asking.came_s)
+        return considered
+
+    async def _wait(self, asking: _Asking, considered: Considered | None) -> Considered | None:
+        """In line until there is a place. Raises Overloaded and DeadlineExceeded."""
+        line = self._lines[asking.slo_class.name]
+        asking.work_s = _work_s(considered)
+        line.append(asking)
+        self._watcher.queued(self.waiting)
+        try:
+            while True:
+                asking.wake.clear()
+                considered, verdict = self._judge(asking, considered)
+                if isinstance(verdict, Admit):
+                    return considered
+                if isinstance(verdict, Reject):
+                    raise self._refusal(verdict, asking.slo_class)
+                await _either(asking.wake, min(verdict.recheck_s, asking.progress.remaining_s))
+        finally:
+            was_first = line[0] is asking
+            line.remove(asking)
+            self._watcher.queued(self.waiting)
+            if was_first and line:
+                # Its task runs after this one, which submits its prompt before it waits again.
+                line[0].wake.set()
+
+    def _judge(
+        self, asking: _Asking, before: Considered | None
+    ) -> tuple[Considered | None, Verdict]:
+        """Of one in line, or one that comes, and the place it would get now.
+
+        `before` is what was considered for it last time. Raises DeadlineExceeded.
+        """
+        request, line = asking.progress.request, self._lines[asking.slo_class.name]
+        if asking.progress.remaining_s <= 0:
+            raise DeadlineExceeded("the request's time is up, and no worker was free in time")
+        total_tokens = len(request.prompt_tokens) + request.sampling.max_tokens
+        try:
+            considered = self._chooser.consider(
+                request.prompt_tokens,
+                request.cache_salt,
+                hashes=None if before is None else before.query.hashes,
+                local_total=total_tokens if self._local else None,
+            )
+        except NoWorkers:
+            return None, Admit()  # the attempt's to wait for, or to fail with
+        is_local = considered.local.placement is not None
+        if is_local or not self._enabled or request.request_id in self._started:
+            return considered, Admit()
+        is_first = not line or line[0] is asking
+        verdict = decide(
+            self._clock.now_s(),
+            asking.came_s,
+            considered.outlooks(),
+            asking.slo_class.slo,
+            ahead_s=None if is_first else _ahead_s(line, asking) / len(considered.query.pool),
+        )
+        return considered, verdict
+
+    def _full(self, prompt_tokens: int) -> bool:
+        """An empty queue takes any prompt."""
+        waiting = self.waiting
+        tokens = sum(entry.prompt_tokens for line in self._lines.values() for entry in line)
+        over_tokens = tokens + prompt_tokens > self._bounds.prompt_tokens
+        return waiting > 0 and (waiting >= self._bounds.requests or over_tokens)
+
+    def _refusal(self, verdict: Reject, slo_class: SloClass) -> Overloaded:
+        self._watcher.rejected(verdict.reason)
+        target = f"the first token would miss its target of {slo_class.slo.ttft_s:g} s"
+        full = "too many requests wait for a worker"
+        why = target if verdict.reason is RejectReason.TARGET else full
+        return Overloaded(
+            f"{why}; try again later (slo.ttft_ms sets the target, router.admission switches this)",
+            retry_after_s=verdict.retry_after_s,
+        )
+
+
+def _work_s(considered: Considered | None) -> float:
+    """The least its prompt takes anywhere."""
+    return min((o.work_s for o in considered.outlooks()), default=0.0) if considered else 0.0
+
+
+def _ahead_s(line: Iterable[_Asking], asking: _Asking) -> float:
+    """Seconds of work of those before `asking`; of all if it is not in line yet."""
+    return sum(other.work_s for other in takewhile(lambda other: other is not asking, line))
+
+
+async def _either(event: asyncio.Event, timeout_s: float) -> None:
+    """Until the event, or so long."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()

@@ -1,0 +1,389 @@
+"""Who is placed, who waits and who is refused; and the line of those who wait."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from random import Random
+
+import pytest
+
+from core.clock import Clock, FakeClock, SystemClock
+from core.errors import DeadlineExceeded, NoWorkers, Overloaded
+from core.ids import Role, WorkerId
+from core.messages import LegTimes
+from router.admission import (
+    Admission,
+    Admit,
+    QueueBounds,
+    Reject,
+    SloClass,
+    Verdict,
+    Wait,
+    decide,
+    patience_of,
+)
+from router.chooser import Chooser, Considered, Outlook
+from router.config import RouterConfig
+from router.policies.base import Decision, Slo
+from router.policies.build import build_policies
+from router.progress import Progress
+from router.watcher import RejectReason, Unwatched
+from tests.builders import make_prompt, make_request, prefill_submit, running_cluster, soon, until
+from tests.router.views import Workers
+
+SLO = Slo(ttft_s=2.0, tpot_s=0.1)
+
+
+def verdict(
+    *outlooks: tuple[float, float], waited_s: float = 0.0, ahead_s: float | None = None
+) -> Verdict:
+    seen = [Outlook(queue_s, work_s) for queue_s, work_s in outlooks]
+    return decide(100.0 + waited_s, 100.0, seen, SLO, ahead_s=ahead_s)
+
+
+# -- the decision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("work_s", "patience_s"), [(0.0, 2.0), (0.5, 1.5), (1.0, 1.0), (1.5, 1.5), (30.0, 30.0)]
+)
+def test_patience_is_what_the_target_leaves_or_as_long_as_the_prompt_computes(
+    work_s: float, patience_s: float
+) -> None:
+    assert patience_of(work_s, SLO) == patience_s
+
+
+def test_a_prompt_that_keeps_its_target_is_admitted() -> None:
+    assert verdict((1.5, 0.5)) == Admit()
+
+
+@pytest.mark.parametrize("work_s", [2.5, 60.0])
+def test_a_prompt_that_alone_takes_longer_than_the_target_is_admitted(work_s: float) -> None:
+    assert verdict((0.0, work_s)) == Admit()
+
+
+def test_one_worker_that_keeps_the_target_is_enough() -> None:
+    assert verdict((50.0, 0.5), (0.5, 0.5)) == Admit()
+
+
+def test_an_idle_worker_counts_although_a_cache_promises_less_work_elsewhere() -> None:
+    assert verdict((50.0, 0.1), (0.0, 30.0)) == Admit()
+
+
+def test_a_queue_a_little_too_long_is_waited_for() -> None:
+    assert verdict((2.0, 0.5)) == Wait(recheck_s=0.5, drain_s=1.0)
+
+
+def test_a_queue_that_would_have_to_drain_twice_as_fast_is_refused_at_once() -> None:
+    assert verdict((3.0, 0.5)) == Reject(retry_after_s=1.5)
+    assert verdict((9.0, 0.5), (8.0, 0.5)) == Reject(retry_after_s=6.5)
+
+
+def test_a_refused_one_is_told_a_second_at_least_and_a_minute_at_most() -> None:
+    assert verdict((0.5, 0.5), waited_s=1.4) == Reject(retry_after_s=1.0)
+    assert verdict((1000.0, 0.5)) == Reject(retry_after_s=60.0)
+
+
+def test_waiting_uses_up_the_patience() -> None:
+    assert verdict((1.0, 0.5), waited_s=0.6) == Wait(recheck_s=pytest.approx(0.4), drain_s=1.0)
+    assert isinstance(verdict((1.0, 0.5), waited_s=1.01), Reject)
+
+
+def test_who_is_not_first_in_line_waits_or_is_refused_for_those_ahead() -> None:
+    assert isinstance(verdict((0.0, 0.5), ahead_s=1.0), Wait)
+    assert verdict((0.0, 0.5), ahead_s=4.0) == Reject(retry_after_s=2.5)
+
+
+def test_what_is_not_measured_is_admitted() -> None:
+    assert verdict() == Admit()
+
+
+# -- the line -----------------------------------------------------------------------------------
+
+
+class Places:
+    """In place of the chooser: answers what the test says of the workers."""
+
+    def __init__(self, *outlooks: tuple[float, float]) -> None:
+        workers = Workers()
+        workers.add("a")
+        self._query = workers.prefill()
+        self.now = outlooks
+        self.looks = 0
+        self.gone = False
+
+    def consider(self, *_prompt: object, **_how: object) -> Considered:
+        self.looks += 1
+        if self.gone:
+            raise NoWorkers("none")
+        outlooks = [Outlook(queue_s, work_s) for queue_s, work_s in self.now]
+
+        class Seen(Considered):
+            def outlooks(self) -> Iterator[Outlook]:
+                return iter(outlooks)
+
+        return Seen(self._query, Decision(WorkerId("a"), ()))
+
+
+class Noted(Unwatched):
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+        self.reasons: list[RejectReason] = []
+
+    def rejected(self, reason: RejectReason) -> None:
+        self.reasons.append(reason)
+
+    def queued(self, requests: int) -> None:
+        self.lengths.append(requests)
+
+
+BOUNDS = QueueBounds(requests=10, prompt_tokens=1000)
+BUSY, FREE = (2.0, 0.1), (0.0, 0.1)
+
+
+class Door:
+    """An admission over `Places`, and the requests that came to it."""
+
+    def __init__(
+        self,
+        group: asyncio.TaskGroup,
+        *,
+        bounds: QueueBounds = BOUNDS,
+        clock: Clock | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.places = Places(BUSY)
+        self.noted = Noted()
+        self.clock = clock or FakeClock()
+        self.admission = Admission(
+            self.places,  # type: ignore[arg-type]
+            self.clock,
+            bounds,
+            self.noted,
+            enabled=enabled,
+        )
+        self.entered: list[str] = []
+        self.refused: dict[str, Exception] = {}
+        self.leave = asyncio.Event()
+        self._group = group
+
+    async def come(
+        self, name: str, tokens: int = 10, *, deadline_s: float = 60.0, late_s: float = 0.0
+    ) -> "asyncio.Task[None]":
+        task = self._group.create_task(self._enter(name, tokens, deadline_s, late_s))
+        await self.settle()
+        return task
+
+    async def settle(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def _enter(self, name: str, tokens: int, deadline_s: float, late_s: float) -> None:
+        request = make_request(
+            make_prompt(tokens), name=name.partition("/")[0], deadline_s=deadline_s
+        )
+        progress = Progress(request, self.clock)
+        progress.arrived_at_s -= late_s
+        try:
+            async with self.admission.admitted(progress, SloClass(name="default", slo=SLO)):
+                self.entered.append(name)
+                self.places.now = (BUSY,)  # it is submitted, and fills the worker
+                await self.leave.wait()
+        except (Overloaded, DeadlineExceeded) as error:
+            self.refused[name] = error
+
+    async def report(self, *outlooks: tuple[float, float]) -> None:
+        self.places.now = outlooks
+        self.admission.look()
+        await self.settle()
+
+
+@asynccontextmanager
+async def door(
+    bounds: QueueBounds = BOUNDS,
+    *,
+    clock: Clock | None = None,
+    enabled: bool = True,
+) -> AsyncIterator[Door]:
+    async with asyncio.TaskGroup() as group:
+        yield (opened := Door(group, bounds=bounds, clock=clock, enabled=enabled))
+        opened.leave.set()
+        opened.places.now = (FREE,)
+        while opened.admission.waiting:
+            await opened.report(FREE)
+
+
+async def test_who_waits_is_placed_when_a_report_makes_room_one_at_a_time_in_order() -> None:
+    async with door() as d:
+        for name in ("a", "b", "c"):
+            await d.come(name)
+        assert d.entered == []
+        await d.report(FREE)
+        assert d.entered == ["a"]
+        await d.report(FREE)
+        assert d.entered == ["a", "b"]
+        assert d.noted.lengths == [1, 2, 3, 2, 1]
+
+
+async def test_a_report_makes_only_the_first_of_the_line_look() -> None:
+    async with door() as d:
+        for name in ("a", "b", "c"):
+            await d.come(name)
+        looks = d.places.looks
+        await d.report(BUSY)
+        assert d.places.looks == looks + 1
+
+
+async def test_who_comes_later_does_not_pass_those_who_wait() -> None:
+    async with door() as d:
+        await d.come("a")
+        d.places.now = (FREE,)
+        await d.come("b")
+        assert d.entered == []
+        await d.report(FREE)
+        assert d.entered == ["a"]
+
+
+async def test_past_hope_the_refusal_comes_at_once_and_says_when_to_come_again() -> None:
+    async with door() as d:
+        d.places.now = ((12.0, 0.5),)
+        await d.come("a")
+        error = d.refused["a"]
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s == 10.5
+        assert "2 s" in error.message
+        assert d.noted.reasons == [RejectReason.TARGET]
+
+
+async def test_who_has_waited_in_vain_is_refused_before_the_target_has_passed() -> None:
+    async with door(clock=(clock := FakeClock())) as d:
+        await d.come("a")
+        clock.advance(1.0)
+        await d.report(BUSY)
+        assert isinstance(d.refused["a"], Overloaded)
+
+
+async def test_without_any_report_the_wait_ends_by_itself() -> None:
+    async with door(clock=SystemClock()) as d:
+        d.places.now = ((2.98, 0.5),)
+        await d.come("a")
+        await until(lambda: "a" in d.refused, "the refusal")
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [QueueBounds(requests=2, prompt_tokens=1000), QueueBounds(requests=10, prompt_tokens=25)],
+    ids=["requests", "tokens"],
+)
+async def test_a_full_queue_takes_no_more(bounds: QueueBounds) -> None:
+    async with door(bounds) as d:
+        for name in ("a", "b", "c"):
+            await d.come(name)
+        assert list(d.refused) == ["c"]
+        assert d.noted.reasons == [RejectReason.QUEUE_FULL]
+        assert d.admission.waiting == 2
+
+
+async def test_an_empty_queue_takes_a_prompt_of_any_length() -> None:
+    async with door(QueueBounds(requests=10, prompt_tokens=25)) as d:
+        await d.come("a", 100)
+        assert d.admission.waiting == 1
+
+
+async def test_a_client_that_leaves_is_out_of_the_line_at_once() -> None:
+    async with door() as d:
+        first = await d.come("a")
+        await d.come("b")
+        first.cancel()
+        await d.settle()
+        assert d.admission.waiting == 1
+        await d.report(FREE)
+        assert d.entered == ["b"]
+
+
+async def test_the_next_choice_of_a_request_under_way_is_not_refused() -> None:
+    async with door() as d:
+        d.places.now = (FREE,)
+        await d.come("a/0")
+        d.places.now = ((100.0, 0.5),)
+        await d.come("a/1")
+        d.places.now = ((100.0, 0.5),)
+        await d.come("b/0")
+        assert d.entered == ["a/0", "a/1"]
+        assert list(d.refused) == ["b/0"]
+
+
+async def test_a_request_whose_time_is_up_leaves_the_line() -> None:
+    async with door(clock=(clock := FakeClock())) as d:
+        await d.come("a", deadline_s=0.4)
+        clock.advance(0.41)
+        await d.report(BUSY)
+        assert isinstance(d.refused["a"], DeadlineExceeded)
+
+
+async def test_a_restart_that_was_waited_for_does_not_count_as_load() -> None:
+    async with door() as d:
+        d.places.now = (FREE,)
+        await d.come("a", late_s=10.0)
+        assert d.entered == ["a"]
+
+
+async def test_without_workers_the_attempt_finds_out() -> None:
+    async with door() as d:
+        d.places.gone = True
+        await d.come("a")
+        assert d.entered == ["a"]
+
+
+async def test_switched_off_everything_is_admitted() -> None:
+    async with door(enabled=False) as d:
+        d.places.now = ((100.0, 0.5),)
+        await d.come("a")
+        assert d.entered == ["a"]
+
+
+# -- over real workers --------------------------------------------------------------------------
+
+
+def outlooks_of(chooser: Chooser, prompt: Sequence[int]) -> list[Outlook]:
+    return list(chooser.consider(prompt, "").outlooks())
+
+
+async def test_a_real_workers_report_lets_the_first_in() -> None:
+    async with running_cluster(prefill=1, decode=1, gated_prefill=True) as cluster:
+        clock, prompt = FakeClock(), make_prompt(40)
+        config = RouterConfig()
+        chooser = Chooser(cluster.fleet, build_policies(config), clock, Random(0))
+        link = cluster.fleet.link(Role.PREFILL, WorkerId("prefill-0"))
+        for _ in range(4):
+            chooser.prefilled(link, 100, LegTimes(prefill_s=10.0))
+            clock.advance(1.0)
+        assert link.view is not None
+        link.submit(lambda number: prefill_submit(number, make_prompt(400, 1)), ignore, 400)
+        ((queue_s, work_s),) = outlooks_of(chooser, prompt)
+        slo = Slo(ttft_s=queue_s / 1.5 + work_s, tpot_s=1.0)
+        admission = Admission(chooser, clock, BOUNDS, Unwatched())
+        cluster.fleet.on_load = admission.look
+        progress = Progress(make_request(prompt, deadline_s=600.0), clock)
+
+        async def enter() -> Considered | None:
+            async with admission.admitted(progress, SloClass(name="c", slo=slo)) as place:
+                return place
+
+        entering = asyncio.create_task(enter())
+        await until(lambda: admission.waiting == 1, "a place in the line")
+        cluster.prefill[0].gate.open()
+        place = await soon(entering)
+        assert isinstance(place, Considered)
+        assert next(place.outlooks()).queue_s < queue_s / 1.5
+
+
+def ignore(_leg: object, _event: object) -> None:
+    """A leg nobody listens to."""
+
+
+def test_an_unmeasured_kind_has_no_outlook() -> None:
+    workers = Workers()
+    workers.add("a", queued=1000)
+    considered = Considered(workers.prefill(), Decision(WorkerId("a"), ()))
+    assert list(considered.outlooks()) == []
