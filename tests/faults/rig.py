@@ -81,7 +81,11 @@ class Shape:
                 "read_timeout_s": self.read_timeout_s,
                 "connect_timeout_s": 0.9,
             },
-            "router": {"max_attempts": 5},
+            "router": {
+                "max_attempts": 5,
+                "local_prefill": False,  # a row asks for the hand-off it damages
+                "eject_after_failures": 0,  # and for the worker it names
+            },
         }
 
 
