@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-_PACKAGES = ("torch", "nixl", "grpcio", "numpy")
+_PACKAGES = ("torch", "nixl", "uvloop", "numpy")
 _ASK_TIMEOUT_S = 10.0
 
 
