@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kv_transfer.codec import layout_from_wire
@@ -67,6 +68,7 @@ def settings(checkpoint: Path, kv_memory_mb: int = 96) -> dict[str, object]:
     return {
         "model": {"path": str(checkpoint)},
         "engine": {"kv_memory_mb": kv_memory_mb, "step_tokens": CHUNK, "dtype": "float32"},
+        "router": {"local_prefill": False},  # every prompt crosses
     }
 
 
@@ -129,6 +131,29 @@ async def test_every_edge_is_exact_cold_then_with_a_prefix_hit(cluster: Cluster)
     blocks = sum(-(-n // BLOCK) for n in EDGES) + sum(1 for n in EDGES if n % BLOCK)
     assert bytes_read(idle[1]) - moved == blocks * block_bytes
     assert [reply.pool_error for reply in idle] == ["", ""]
+
+
+async def test_prompts_whose_rest_the_decode_worker_computes_are_exact(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, yaml.safe_load(cluster.config.read_text()) | {"router": {}})
+    crossed: list[int] = []
+    async with flow_over(config, cluster.workers) as flow:
+        for turn in range(3):
+            for length in (WINDOW + 5, CHUNK + 5):
+                prompt = random_prompt(length, seed=5000 + length)
+                items = await collect(
+                    flow,
+                    make_request(
+                        f"l{turn}-{length}", prompt, max_tokens=NEW_TOKENS, return_logits=True
+                    ),
+                )
+                assert_equal(items, reference_answer(cluster.reference, prompt, NEW_TOKENS))
+                timings = items[-1].timings
+                assert timings is not None
+                crossed.append(timings.transfer_bytes)
+    assert min(crossed[:2]) > 0
+    assert min(crossed[2:]) == 0, "none was computed where it decodes"
 
 
 async def test_a_batch_of_sixteen_is_exact(cluster: Cluster) -> None:

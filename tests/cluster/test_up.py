@@ -158,7 +158,7 @@ def test_what_a_killed_controller_leaves_behind_is_swept() -> None:
         up.process.kill()
         up.process.wait()
         assert sweep_dead_runs(up.root) == [run.run_id]
-        assert not any(child.is_running() and child.status() != "zombie" for child in children)
+        assert not psutil.wait_procs(children, timeout=10)[1]
         assert up.ended_clean(run) == -signal.SIGKILL
 
 
