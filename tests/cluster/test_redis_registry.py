@@ -291,7 +291,7 @@ async def answers(cluster: Cluster, numbers: Iterator[int]) -> None:
 
 
 def known(fleet: Fleet) -> set[str]:
-    return {link.record.worker_id for role in Role for link in fleet.routable(role)}
+    return {str(worker_id) for role in Role for worker_id in fleet.pool(role).workers}
 
 
 @pytest.mark.usefixtures("short_leases")

@@ -301,7 +301,7 @@ async def test_reads_end_when_the_owner_is_killed_in_the_middle(kind: str) -> No
         for owner in (first, second):
             await soon(transport.connect(owner.shard, owner.memory))
         whole = make_plan([(0, 0, nbytes)])
-        reads = [transport.start_read(first.shard, whole) for _ in range(8)]
+        reads = [transport.start_read(first.shard, whole) for _ in range(64)]
         async with asyncio.timeout(BOUND_S):
             await reads[0]
         first.kill()
