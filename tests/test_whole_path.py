@@ -54,7 +54,9 @@ def roomy(model: Path, tmp_path: Path) -> Path:
 
 def timed_config(model: Path, directory: Path, kv_memory_mb: float) -> Path:
     engine = {"kind": "timed", "kv_memory_mb": kv_memory_mb}
-    return write_config(directory, {"model": {"path": str(model)}, "engine": engine})
+    router = {"admission": "off"}  # crowds, all of them to be answered
+    tree = {"model": {"path": str(model)}, "engine": engine, "router": router}
+    return write_config(directory, tree)
 
 
 class Oracle:

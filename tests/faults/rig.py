@@ -85,6 +85,7 @@ class Shape:
                 "max_attempts": 5,
                 "local_prefill": False,  # a row asks for the hand-off it damages
                 "eject_after_failures": 0,  # and for the worker it names
+                "admission": "off",  # and for all of its crowd
             },
         }
 
