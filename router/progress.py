@@ -4,15 +4,19 @@ Spans and metrics come from here, once per sequence: no token pays for them.
 """
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from core import telemetry
 from core.clock import Clock
 from core.errors import BatonError, Cancelled, InternalError
 from core.messages import LegTimes
 from core.stages import Stage
 from router.types import GenerateRequest, Timings
+
+log = logging.getLogger(__name__)
 
 OK = "ok"
 """The outcome of what came to its finish."""
@@ -160,4 +164,8 @@ class Observed:
     ) -> None:
         end = self._progress.end(error)
         for observer in self._observers:
-            observer.ended(end)
+            try:
+                observer.ended(end)
+            except Exception:  # what is counted must not change what the client gets
+                line = telemetry.log_line("observer_failed", request_id=end.request.request_id)
+                log.exception("%s", line)

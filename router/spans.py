@@ -51,7 +51,9 @@ class SpanRecorder:
                 attributes=_attributes(mark, end),
             )
             if following is None or following.attempt != mark.attempt:
-                _set_status(span, end.attempts[mark.attempt])
+                # Refused before its first attempt, the sequence has only its own outcome.
+                tried = mark.attempt < len(end.attempts)
+                _set_status(span, end.attempts[mark.attempt] if tried else end.outcome)
             span.end(ns(end.ended_at_s if following is None else following.at_s))
         _set_status(root, end.outcome)
         root.end(ns(end.ended_at_s))
