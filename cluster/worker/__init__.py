@@ -1,1 +1,1 @@
-"""One worker process: the engine, its KV and both roles behind doors for routers, workers, control."""
+"""One worker process: the engine, its KV and both roles behind its three doors."""
