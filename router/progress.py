@@ -14,12 +14,14 @@ from core.clock import Clock
 from core.errors import BatonError, Cancelled, InternalError
 from core.messages import LegTimes
 from core.stages import Stage
-from router.types import GenerateRequest, Timings
+from router.types import Enough, GenerateRequest, Timings
 
 log = logging.getLogger(__name__)
 
 OK = "ok"
 """The outcome of what came to its finish."""
+COMPLETE = frozenset({OK, Enough.code})
+"""Outcomes of answers that are whole: of the second kind a stop string ended, in the router."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,10 +39,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceEnd:
-    """How one sequence went. An outcome is OK, or the code of an error of core.errors.
-
-    Cancelled's code also stands for a client that had enough: a stop string matched in the router.
-    """
+    """How one sequence went. An outcome is one of COMPLETE, or the code of what ended it."""
 
     request: GenerateRequest
     outcome: str

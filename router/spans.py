@@ -1,7 +1,7 @@
 """Spans of one sequence: its stages, in order, under one request span.
 
 A retry repeats stages, each with the number of its attempt. A span has the status error when what
-it stands for failed; one that was cancelled has not, as a stop string also ends a sequence so.
+it stands for failed; one whose client went away has not.
 """
 
 from itertools import pairwise
@@ -12,7 +12,7 @@ from core import telemetry
 from core.clock import Clock
 from core.errors import Cancelled
 from core.stages import Stage
-from router.progress import OK, Mark, SequenceEnd
+from router.progress import COMPLETE, Mark, SequenceEnd
 
 
 class SpanRecorder:
@@ -72,5 +72,5 @@ def _attributes(mark: Mark, end: SequenceEnd) -> dict[str, str | int | float]:
 
 
 def _set_status(span: Span, outcome: str) -> None:
-    if outcome not in (OK, Cancelled.code):
+    if outcome not in COMPLETE and outcome != Cancelled.code:
         span.set_status(Status(StatusCode.ERROR, outcome))

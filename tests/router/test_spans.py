@@ -20,7 +20,7 @@ from router.flow import Flow
 from router.policies.build import build_policies
 from router.progress import Mark, Observed, Progress, SequenceEnd
 from router.spans import SpanRecorder
-from router.types import Timings
+from router.types import Enough, Generated, Timings
 from tests.builders import Cluster, make_prompt, make_request, running_cluster, until_idle
 
 STAGES = list(telemetry.STAGE_SPANS.values())
@@ -221,6 +221,25 @@ async def test_a_client_that_leaves_early_is_recorded_as_cancelled() -> None:
         await until_idle(*cluster.workers)
     root, _ = recorded.spans()
     assert dict(root.attributes or {})[telemetry.ATTR_OUTCOME] == "cancelled"
+
+
+async def test_an_answer_that_a_stop_string_ends_is_whole_and_no_error() -> None:
+    class Sink:
+        def token(self, token: int) -> None:
+            raise Enough("a stop string matched")
+
+        def take(self, item: Generated) -> None:
+            pass
+
+    async with running_cluster(prefill=1, decode=1) as cluster:
+        flow, recorded = recorded_flow(cluster)
+        with pytest.raises(Enough):
+            async with asyncio.timeout(20):
+                await flow.run(make_request([1]), Sink())
+    root, stages = recorded.spans()
+    assert dict(root.attributes or {})[telemetry.ATTR_OUTCOME] == "enough"
+    assert names(stages) == STAGES
+    assert {span.status.status_code for span in [root, *stages]} == {StatusCode.UNSET}
 
 
 async def test_an_answer_of_one_token_moves_nothing() -> None:
