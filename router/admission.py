@@ -115,12 +115,14 @@ def patience_of(work_s: float, slo: Slo) -> float:
 class _Asking:
     """One sequence that wants to be placed. `wake` makes it look again, once it is in line.
 
-    Its time begins here: a restart that it has waited for before is no load.
+    Its time begins here: a restart that it has waited for, before or since, is no load. `gap_s` is
+    what all such gaps had taken when it came.
     """
 
-    __slots__ = ("came_s", "progress", "slo_class", "wake", "work_s")
+    __slots__ = ("came_s", "gap_s", "progress", "slo_class", "wake", "work_s")
 
-    def __init__(self, progress: Progress, slo_class: SloClass, now_s: float) -> None:
+    def __init__(self, progress: Progress, slo_class: SloClass, now_s: float, gap_s: float) -> None:
+        self.gap_s = gap_s
         self.progress = progress
         self.slo_class = slo_class
         self.came_s = now_s
@@ -130,6 +132,30 @@ class _Asking:
     @property
     def prompt_tokens(self) -> int:
         return len(self.progress.request.prompt_tokens)
+
+
+class _Gap:
+    """Time in which there was no worker, as far as those in line have noticed."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        """Of those that have ended."""
+        self._since_s: float | None = None
+
+    def begin(self, now_s: float) -> float:
+        """There is none; answers the seconds since when."""
+        if self._since_s is None:
+            self._since_s = now_s
+        return now_s - self._since_s
+
+    def end(self, now_s: float) -> None:
+        """There is one, perhaps again."""
+        self.total_s = self.until(now_s)
+        self._since_s = None
+
+    def until(self, now_s: float) -> float:
+        """As `total_s`, with the one that has not ended."""
+        return self.total_s + (0.0 if self._since_s is None else now_s - self._since_s)
 
 
 class Admission:
@@ -146,7 +172,10 @@ class Admission:
         *,
         enabled: bool = True,
         local: bool = True,
+        worker_wait_s: float = 15.0,
     ) -> None:
+        self._worker_wait_s = worker_wait_s
+        self._gap = _Gap()
         self._local = local
         self._chooser = chooser
         self._clock = clock
@@ -174,11 +203,14 @@ class Admission:
         """A block around all attempts of a sequence. Enters with the place found for its prefill,
         which holds until the next `await`; None leaves the choice to the attempt.
 
-        Raises Overloaded and DeadlineExceeded. Once one choice of a request has entered, its others
-        are not refused: the client may have tokens of it.
+        A line waits while no worker is there, up to `worker_wait_s`; then it gets NoWorkers.
+
+        Raises Overloaded, NoWorkers and DeadlineExceeded. Once one choice of a request has entered,
+        its others are not refused: the client may have tokens of it.
         """
         request_id = progress.request.request_id
-        considered = await self._admit(_Asking(progress, slo_class, self._clock.now_s()))
+        now_s = self._clock.now_s()
+        considered = await self._admit(_Asking(progress, slo_class, now_s, self._gap.until(now_s)))
         if considered is not None:
             self._watcher.placed(considered.local.verdict)
         self._started[request_id] += 1
@@ -201,7 +233,7 @@ class Admission:
         return considered
 
     async def _wait(self, asking: _Asking, considered: Considered | None) -> Considered | None:
-        """In line until there is a place. Raises Overloaded and DeadlineExceeded."""
+        """In line until there is a place. Raises Overloaded, NoWorkers and DeadlineExceeded."""
         line = self._lines[asking.slo_class.name]
         asking.work_s = _work_s(considered)
         line.append(asking)
@@ -228,7 +260,7 @@ class Admission:
     ) -> tuple[Considered | None, Verdict]:
         """Of one in line, or one that comes, and the place it would get now.
 
-        `before` is what was considered for it last time. Raises DeadlineExceeded.
+        `before` is what was considered for it last time. Raises NoWorkers and DeadlineExceeded.
         """
         request, line = asking.progress.request, self._lines[asking.slo_class.name]
         if asking.progress.remaining_s <= 0:
@@ -242,14 +274,20 @@ class Admission:
                 local_total=total_tokens if self._local else None,
             )
         except NoWorkers:
-            return None, Admit()  # the attempt's to wait for, or to fail with
+            if not line or request.request_id in self._started:
+                return None, Admit()  # the attempt's to wait for, or to fail with
+            left_s = self._worker_wait_s - self._gap.begin(self._clock.now_s())
+            if left_s <= 0:
+                raise
+            return None, Wait(left_s, _LEAST_RETRY_S)
+        self._gap.end(self._clock.now_s())
         is_local = considered.local.placement is not None
         if is_local or not self._enabled or request.request_id in self._started:
             return considered, Admit()
         is_first = not line or line[0] is asking
         verdict = decide(
             self._clock.now_s(),
-            asking.came_s,
+            asking.came_s + self._gap.total_s - asking.gap_s,
             considered.outlooks(),
             asking.slo_class.slo,
             ahead_s=None if is_first else _ahead_s(line, asking) / len(considered.query.pool),

@@ -120,7 +120,7 @@ class Attempt:
         self._progress.attempts += 1
         self._progress.mark(Stage.ROUTE)
         if considered is not None and considered.local.placement is not None:
-            self._submit_local(considered.local.placement)
+            self._submit_local(self._chooser.place_locally(considered.local.placement))
         else:
             self._submit_prefill(considered)
 

@@ -17,11 +17,11 @@ from router.curves import Curves
 from router.fleet import Fleet
 from router.local import LocalOption, LocalVerdict, is_short, judge_local
 from router.outliers import NO_OUTLIERS, Outliers
-from router.place import DecodePoolQuery, Knowledge, PrefillPoolQuery
+from router.place import DecodeCacheQuery, DecodePoolQuery, Knowledge, PrefillPoolQuery
 from router.policies.base import Decision, Scored
 from router.policies.build import Policies
 from router.pool import Pool
-from router.progress import OK, SequenceEnd
+from router.progress import COMPLETE, SequenceEnd
 from router.watcher import Unwatched
 
 _LOCAL_LOOKS = 4
@@ -54,6 +54,14 @@ class Local(NamedTuple):
 
     verdict: LocalVerdict
     placement: Placement | None = None
+
+
+class Explained(NamedTuple):
+    """Both legs of a prompt, which are one where `local` says LOCAL."""
+
+    prefill: Decision
+    decode: Decision
+    local: LocalVerdict
 
 
 class Considered(NamedTuple):
@@ -135,13 +143,18 @@ class Chooser:
             source=query.source(chosen, self._fleet.everyone, failed),
         )
 
+    def place_locally(self, placement: Placement) -> Placement:
+        """As `place`, for one found in `Considered.local`."""
+        self._placed(Role.DECODE, placement.decision.worker_id, self._clock.now_s())
+        return placement
+
     def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local:
         """The best of the few decode workers that hold most of the prompt, if any does."""
         pool = self._fleet.pool(Role.DECODE)
         if not pool.workers:
             return Local(LocalVerdict.LONG)
         tokens, now_s, closed = prefill.tokens, prefill.now_s, self._closed(pool, ())
-        cached = PrefillPoolQuery(
+        cached = DecodeCacheQuery(
             pool, self._known, now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
         )
         left = [(tokens - cached.cached_tokens(w), w) for w in cached.holders(_LOCAL_LOOKS)]
@@ -188,11 +201,13 @@ class Chooser:
     def for_move(
         self, context_tokens: int, total_tokens: int, source: Incarnation, to: WorkerId | None
     ) -> Placement:
-        """Another decode worker than `source`, `to` or any. Raises NoWorkers."""
+        """Another decode worker than `source`, `to` (ejected or not) or any. Raises NoWorkers."""
         pool = self._fleet.pool(Role.DECODE)
         closed = pool.named((source,))
         if to is not None:
             closed |= frozenset(pool.workers) - {to}
+        elif len(closed) < len(pool.workers):
+            closed = self._closed(pool, (source,))
         if len(closed) == len(pool.workers):
             raise NoWorkers(f"no other decode worker {to or ''} is ready".replace("  ", " "))
         query = self._decode_query(pool, context_tokens, total_tokens, "", closed)
@@ -203,14 +218,23 @@ class Chooser:
         pool = self._fleet.pool(Role.DECODE)
         return len(pool.named(excluding)) < len(pool.workers)
 
-    def explain(self, tokens: Sequence[int], cache_salt: str, total_tokens: int) -> list[Decision]:
-        """Where such a prompt would be prefilled and decoded now. Raises NoWorkers."""
-        prefill = self._policies.prefill.choose(self._prefill_query(tokens, cache_salt, ()))
+    def explain(
+        self, tokens: Sequence[int], cache_salt: str, total_tokens: int, *, local: bool
+    ) -> Explained:
+        """Where such a prompt would be prefilled and decoded now; `local`: a decode worker may do
+        both. Raises NoWorkers.
+        """
+        considered = self.consider(tokens, cache_salt, local_total=total_tokens if local else None)
+        verdict, placement = considered.local
+        if placement is not None:
+            return Explained(placement.decision, placement.decision, verdict)
+        prefill = considered.decision
         owner = self._fleet.link(Role.PREFILL, prefill.worker_id)
         address = owner.view.hello.peer_address if owner.view is not None else ""
-        pool, none = self._pool(Role.DECODE), frozenset[WorkerId]()
-        query = self._decode_query(pool, len(tokens), total_tokens, address, none)
-        return [prefill, self._policies.decode.choose(query)]
+        pool = self._pool(Role.DECODE)
+        closed = self._closed(pool, ())
+        query = self._decode_query(pool, len(tokens), total_tokens, address, closed)
+        return Explained(prefill, self._policies.decode.choose(query), verdict)
 
     # -- learning from answers ------------------------------------------------------------------
 
@@ -238,7 +262,7 @@ class Chooser:
 
     def ended(self, end: SequenceEnd) -> None:
         """Implements router.progress.SequenceObserver."""
-        if end.outcome != OK or end.timings.attempts != 1:
+        if end.outcome not in COMPLETE or end.timings.attempts != 1:
             return
         times, now_s, curves = end.timings, end.ended_at_s, self._known.curves
         curves.saw_output(end.output_tokens)

@@ -207,6 +207,8 @@ class WorkerLink:
             raise WorkerLost(f"it speaks protocol {hello.protocol_major}, not {PROTOCOL_MAJOR}")
         if hello.model_id != self._model_id:
             raise WorkerLost(f"it serves model {hello.model_id}, not {self._model_id}")
+        if hello.incarnation != self.record.incarnation:
+            raise WorkerLost(f"{self.record.router_address} is another worker's now")
         return WorkerView(hello, self._index.join(hello.worker_id))
 
     def _receive(self, view: WorkerView, raw: worker_pb2.ToRouter) -> None:

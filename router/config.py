@@ -30,7 +30,7 @@ class RouterConfig(Settings):
     api_keys: tuple[str, ...] = ()
     """Accepted bearer tokens; empty accepts every caller."""
     request_timeout_s: float = Field(600.0, gt=0)
-    """Every request ends by then, whatever happens."""
+    """Every request ends by then, or a second later, whatever happens."""
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0)
     stream_buffer_events: int = Field(1024, ge=16)
     """Events that may wait for a client that reads too slowly."""

@@ -16,7 +16,7 @@ from random import Random
 
 from core import telemetry
 from core.clock import Clock
-from core.errors import InvalidRequest, Overloaded, Unavailable
+from core.errors import InvalidRequest, NoWorkers, Overloaded, Unavailable
 from core.ids import Incarnation, RequestId, Role, WorkerId
 from router.admission import Admission, QueueBounds, SloClass
 from router.attempt import Attempt
@@ -24,6 +24,7 @@ from router.chooser import Chooser, Considered
 from router.client import WorkerLink
 from router.config import RouterConfig
 from router.fleet import Fleet
+from router.local import LocalVerdict
 from router.outliers import OutlierRules, Outliers
 from router.policies.base import Decision
 from router.policies.build import Policies
@@ -78,6 +79,7 @@ class Flow:
             watcher,
             enabled=config.admission == "slo",
             local=config.local_prefill,
+            worker_wait_s=config.worker_wait_s,
         )
         fleet.on_load = self._admission.look
         self._running: dict[tuple[RequestId, int], Attempt] = {}
@@ -111,7 +113,9 @@ class Flow:
                 return
             except Unavailable as error:
                 overload = isinstance(error, Overloaded)
-                begun = begun or not overload or bool(progress.tokens)
+                # Where there was no worker, nothing has begun.
+                waits = isinstance(error, Overloaded | NoWorkers)
+                begun = begun or bool(progress.tokens) or not waits
                 tries += not (overload and begun)
                 self._consider_retry(progress, attempt, error, tries)
             place = None
@@ -189,8 +193,16 @@ class Flow:
     def explain_route(self, request: GenerateRequest) -> tuple[RouteChoice, ...]:
         """See router.types.RouteExplainer."""
         total_tokens = len(request.prompt_tokens) + request.sampling.max_tokens
-        decisions = self._chooser.explain(request.prompt_tokens, request.cache_salt, total_tokens)
-        return tuple(_choice(leg, d) for leg, d in zip(Role, decisions, strict=True))
+        explained = self._chooser.explain(
+            request.prompt_tokens,
+            request.cache_salt,
+            total_tokens,
+            local=self._config.local_prefill,
+        )
+        return (
+            _choice(Role.PREFILL, explained.prefill, explained.local),
+            _choice(Role.DECODE, explained.decode, explained.local),
+        )
 
     def limits(self) -> ServingLimits:
         return self._fleet.limits
@@ -207,7 +219,7 @@ def _outlier_rules(config: RouterConfig) -> OutlierRules:
     return OutlierRules(failures=config.eject_after_failures, eject_s=config.eject_s)
 
 
-def _choice(leg: Role, decision: Decision) -> RouteChoice:
+def _choice(leg: Role, decision: Decision, local: LocalVerdict) -> RouteChoice:
     return RouteChoice(
         leg=leg,
         worker_id=decision.worker_id,
@@ -217,6 +229,7 @@ def _choice(leg: Role, decision: Decision) -> RouteChoice:
             for worker_id, cost, terms in decision.candidates
         ),
         line=decision.explain(),
+        local=local,
     )
 
 

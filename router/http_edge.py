@@ -22,7 +22,6 @@ from core.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
-    RequestTooLarge,
     Unavailable,
 )
 from core.ids import RequestId
@@ -30,6 +29,7 @@ from core.openai import OpenAiRequest
 from router.answer import Answer
 from router.chunks import AnswerHead, answer_body, error_event
 from router.config import RouterConfig
+from router.http_body import read_body
 from router.http_errors import ClientGone, ClientTooSlow
 from router.http_reply import Reply
 from router.http_stream import collect_answer, stream_answers
@@ -106,7 +106,8 @@ class Exchange:
         """Serve the request; raises nothing."""
         error: BatonError | None = None
         try:
-            async with asyncio.timeout(self._edge.settings.request_timeout_s):
+            # The generator ends it in time, and knows whom it waited for; this is the backstop.
+            async with asyncio.timeout(self._edge.settings.request_timeout_s + _FAREWELL_S):
                 await self._serve()
         except TimeoutError:
             error = DeadlineExceeded("the request's time is up")
@@ -124,7 +125,9 @@ class Exchange:
 
     async def _serve(self) -> None:
         edge = self._edge
-        body = await _read_body(self._scope, self._receive, edge.settings.max_body_bytes)
+        body = await read_body(self._scope, self._receive, edge.settings.max_body_bytes)
+        if not body:
+            raise InvalidRequest("the body is empty; send a JSON object")
         async with attended(self._receive) as group:
             request = self._request_type.parse(body)
             ends_s = self._started_s + edge.settings.request_timeout_s
@@ -261,24 +264,3 @@ async def _raise_on_disconnect(receive: Receive) -> None:
 async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytearray:
-    """Raises RequestTooLarge as soon as that is known, leaving the rest unread."""
-    too_large = RequestTooLarge(f"the body is larger than {max_bytes} bytes")
-    length = header(scope, b"content-length")
-    if length is not None and length.isdigit() and int(length) > max_bytes:
-        raise too_large
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone("the client closed the connection")
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
-            raise too_large
-        if not message.get("more_body", False):
-            break
-    if not body:
-        raise InvalidRequest("the body is empty; send a JSON object")
-    return body

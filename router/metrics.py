@@ -104,7 +104,7 @@ class FlowMetrics:
         self._attempts = Counter(
             telemetry.ATTEMPTS,
             "Placements of sequences, by outcome: ok or the code of what ended them "
-            "(cancelled: the client went away, or a stop string matched)",
+            "(enough: a stop string matched; cancelled: the client went away)",
             ("outcome",),
             registry=registry,
         )

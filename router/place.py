@@ -132,6 +132,16 @@ class PrefillPoolQuery(PoolQuery):
         )
 
 
+class DecodeCacheQuery(PrefillPoolQuery):
+    """Of decode workers that may compute a prompt themselves. What was submitted there and is in no
+    report yet are mostly hand-offs, which are load but no prefill to wait for.
+    """
+
+    def queued_tokens(self, worker: WorkerId) -> int:
+        load = self._views[worker].load
+        return 0 if load is None else load.queued_tokens
+
+
 def _busy(view: WorkerView) -> tuple[int, WorkerId]:
     return view.sequences, view.hello.worker_id
 

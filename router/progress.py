@@ -4,18 +4,24 @@ Spans and metrics come from here, once per sequence: no token pays for them.
 """
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from core import telemetry
 from core.clock import Clock
 from core.errors import BatonError, Cancelled, InternalError
 from core.messages import LegTimes
 from core.stages import Stage
-from router.types import GenerateRequest, Timings
+from router.types import Enough, GenerateRequest, Timings
+
+log = logging.getLogger(__name__)
 
 OK = "ok"
 """The outcome of what came to its finish."""
+COMPLETE = frozenset({OK, Enough.code})
+"""Outcomes of answers that are whole: of the second kind a stop string ended, in the router."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +39,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceEnd:
-    """How one sequence went. An outcome is OK, or the code of an error of core.errors.
-
-    Cancelled's code also stands for a client that had enough: a stop string matched in the router.
-    """
+    """How one sequence went. An outcome is one of COMPLETE, or the code of what ended it."""
 
     request: GenerateRequest
     outcome: str
@@ -160,4 +163,8 @@ class Observed:
     ) -> None:
         end = self._progress.end(error)
         for observer in self._observers:
-            observer.ended(end)
+            try:
+                observer.ended(end)
+            except Exception:  # what is counted must not change what the client gets
+                line = telemetry.log_line("observer_failed", request_id=end.request.request_id)
+                log.exception("%s", line)

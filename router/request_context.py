@@ -15,7 +15,7 @@ from core.ids import RequestId, new_request_id
 from router.http_reply import Reply
 
 MAX_ID_CHARS = 128
-_PROTECTED = ("/v1/", "/control/")
+_PROTECTED = ("/v1/", "/control/", "/debug/")
 
 
 class RequestContext:

@@ -75,13 +75,9 @@ class Planner:
         ModelNotFound, Overloaded, NoWorkers.
         """
         self._check_model(body.model)
-        prompts = await self._prompts(body)
         per_prompt = body.n or 1
-        if len(prompts) * per_prompt > MAX_CHOICES:
-            raise InvalidRequest(
-                f"{len(prompts)} prompts times n = {per_prompt} is more than {MAX_CHOICES} choices",
-                param="n",
-            )
+        _check_choices(body, per_prompt)
+        prompts = await self._prompts(body)
         chat = isinstance(body, ChatCompletionRequest)
         seed = secrets.randbits(63) if body.seed is None else body.seed & _SEED_MASK
         choices: list[PlannedChoice] = []
@@ -173,6 +169,16 @@ def _first(asked: T | None, default: T | None, otherwise: T) -> T:
     if asked is not None:
         return asked
     return otherwise if default is None else default
+
+
+def _check_choices(body: OpenAiRequest, per_prompt: int) -> None:
+    """Before anything is tokenized: many short prompts cost more than one long one."""
+    prompts = len(body.prompt) if isinstance(body, CompletionRequest) else 1
+    if prompts * per_prompt > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{prompts} prompts times n = {per_prompt} is more than {MAX_CHOICES} choices",
+            param="prompt" if prompts > MAX_CHOICES else "n",
+        )
 
 
 def _prompt_param(body: OpenAiRequest) -> str:

@@ -1,7 +1,7 @@
 """Spans of one sequence: its stages, in order, under one request span.
 
 A retry repeats stages, each with the number of its attempt. A span has the status error when what
-it stands for failed; one that was cancelled has not, as a stop string also ends a sequence so.
+it stands for failed; one whose client went away has not.
 """
 
 from itertools import pairwise
@@ -12,7 +12,7 @@ from core import telemetry
 from core.clock import Clock
 from core.errors import Cancelled
 from core.stages import Stage
-from router.progress import OK, Mark, SequenceEnd
+from router.progress import COMPLETE, Mark, SequenceEnd
 
 
 class SpanRecorder:
@@ -51,7 +51,9 @@ class SpanRecorder:
                 attributes=_attributes(mark, end),
             )
             if following is None or following.attempt != mark.attempt:
-                _set_status(span, end.attempts[mark.attempt])
+                # Refused before its first attempt, the sequence has only its own outcome.
+                tried = mark.attempt < len(end.attempts)
+                _set_status(span, end.attempts[mark.attempt] if tried else end.outcome)
             span.end(ns(end.ended_at_s if following is None else following.at_s))
         _set_status(root, end.outcome)
         root.end(ns(end.ended_at_s))
@@ -70,5 +72,5 @@ def _attributes(mark: Mark, end: SequenceEnd) -> dict[str, str | int | float]:
 
 
 def _set_status(span: Span, outcome: str) -> None:
-    if outcome not in (OK, Cancelled.code):
+    if outcome not in COMPLETE and outcome != Cancelled.code:
         span.set_status(Status(StatusCode.ERROR, outcome))

@@ -19,6 +19,9 @@ from router.detokenize import Detokenizer, detokenizer_factory
 MAX_WAITING_CHARS = 256 * 1024 * 1024
 """Text that may wait for a thread, over all requests; more is refused as overload."""
 
+_TURN_CHARS = 64
+"""What a chat's message counts besides its text: the template runs once for each."""
+
 INLINE_CHARS = 2048
 """A text up to here is tokenized on the event loop, within a millisecond: to hand it to a thread
 and back costs about as much CPU, and the wait for the interpreter lock more time.
@@ -87,9 +90,8 @@ class Tokenizer:
                 "chat_template.jinja to the model's directory",
                 param="messages",
             )
-        turns = [self._turn(message) for message in messages]
-        size = sum(len(message.text) for message in messages)
-        return await self._in_thread(size, lambda: self._encode_turns(turns))
+        size = sum(map(_size, messages))
+        return await self._in_thread(size, lambda: self._encode_turns(messages))
 
     def detokenizer(self, after: Sequence[int] = ()) -> Detokenizer:
         """For one answer; `after` are the last tokens of a text that it continues."""
@@ -116,7 +118,8 @@ class Tokenizer:
         turn = {"role": role, "content": message.text}
         return turn if message.name is None else turn | {"name": message.name}
 
-    def _encode_turns(self, turns: list[dict[str, str]]) -> tuple[int, ...]:
+    def _encode_turns(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        turns = [self._turn(message) for message in messages]
         try:
             text: str = self._hf.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
@@ -131,3 +134,8 @@ class Tokenizer:
         # `encode` keeps offsets into the text besides, which takes a third more time.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
         return tuple(encoding.ids)
+
+
+def _size(message: ChatMessage) -> int:
+    """Characters, for the bounds on what is tokenized where."""
+    return len(message.text) + len(message.name or "") + _TURN_CHARS

@@ -6,6 +6,7 @@ from typing import Protocol
 from core.errors import Cancelled
 from core.ids import RequestId, Role, WorkerId
 from core.sampling import FinishReason, SamplingParams
+from router.local import LocalVerdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +135,8 @@ class TokenSink(Protocol):
 class Enough(Cancelled):
     """The sink needs no more tokens: a stop string matched."""
 
+    code = "enough"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteCandidate:
@@ -153,6 +156,8 @@ class RouteChoice:
     rule: str
     candidates: tuple[RouteCandidate, ...]
     line: str
+    local: LocalVerdict = LocalVerdict.OFF
+    """LOCAL: the decode worker computes the prompt itself, so both legs are one; or why not."""
 
 
 class RouteExplainer(Protocol):

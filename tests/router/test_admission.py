@@ -138,6 +138,7 @@ class Noted(Unwatched):
 
 
 BOUNDS = QueueBounds(requests=10, prompt_tokens=1000)
+WORKER_WAIT_S = 15.0
 BUSY, FREE = (2.0, 0.1), (0.0, 0.1)
 
 
@@ -161,6 +162,7 @@ class Door:
             bounds,
             self.noted,
             enabled=enabled,
+            worker_wait_s=WORKER_WAIT_S,
         )
         self.entered: list[str] = []
         self.refused: dict[str, Exception] = {}
@@ -189,7 +191,7 @@ class Door:
                 self.entered.append(name)
                 self.places.now = (BUSY,)  # it is submitted, and fills the worker
                 await self.leave.wait()
-        except (Overloaded, DeadlineExceeded) as error:
+        except (Overloaded, NoWorkers, DeadlineExceeded) as error:
             self.refused[name] = error
 
     async def report(self, *outlooks: tuple[float, float]) -> None:
@@ -333,6 +335,47 @@ async def test_without_workers_the_attempt_finds_out() -> None:
         d.places.gone = True
         await d.come("a")
         assert d.entered == ["a"]
+
+
+async def test_a_line_waits_while_no_worker_is_there_and_goes_on_one_at_a_time() -> None:
+    async with door() as d:
+        for name in ("a", "b"):
+            await d.come(name)
+        d.places.gone = True
+        await d.report()
+        await d.come("c")
+        assert (d.entered, d.admission.waiting) == ([], 3)
+        d.places.gone = False
+        await d.report(FREE)
+        assert (d.entered, d.admission.waiting) == (["a"], 2)
+
+
+async def test_a_restart_that_the_line_waited_for_is_no_load() -> None:
+    async with door(clock=(clock := FakeClock())) as d:
+        await d.come("a")
+        d.places.gone = True
+        await d.report()
+        clock.advance(WORKER_WAIT_S - 1)
+        d.places.gone = False
+        await d.report(BUSY)
+        assert (d.refused, d.admission.waiting) == ({}, 1)
+        clock.advance(1.0)
+        await d.report(BUSY)
+        assert isinstance(d.refused["a"], Overloaded)
+
+
+async def test_a_line_without_workers_for_too_long_is_told_so() -> None:
+    async with door(clock=(clock := FakeClock())) as d:
+        for name in ("a", "b"):
+            await d.come(name)
+        d.places.gone = True
+        await d.report()
+        clock.advance(WORKER_WAIT_S)
+        await d.report()
+        assert {name: type(error) for name, error in d.refused.items()} == {
+            "a": NoWorkers,
+            "b": NoWorkers,
+        }
 
 
 async def test_switched_off_everything_is_admitted() -> None:

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from core.blocks import chain_hashes, root_hash
 from core.clock import FakeClock
 from core.errors import NoWorkers
 from core.ids import Incarnation, Role, WorkerId
@@ -14,11 +15,15 @@ from core.stages import Stage
 from router.chooser import Chooser
 from router.config import RouterConfig
 from router.index import PrefixIndex
+from router.local import LocalVerdict
+from router.outliers import OutlierRules, Outliers
+from router.policies.base import Slo
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Mark, SequenceEnd
 from router.types import Timings
 from router.view import WorkerView
+from router.watcher import Unwatched
 from tests.builders import make_request
 from tests.router.views import HELLO, IDLE
 
@@ -55,9 +60,17 @@ class Workers:
         return Link(self.everyone.views[worker_id])
 
 
-def chooser(fleet: Workers, seed: int = 0) -> Chooser:
-    policies = build_policies(RouterConfig())
-    return Chooser(fleet, policies, FakeClock(1.0), Random(seed))  # type: ignore[arg-type]
+def chooser(fleet: Workers, seed: int = 0, outliers: Outliers | None = None) -> Chooser:
+    policies, clock = build_policies(RouterConfig()), FakeClock(1.0)
+    return Chooser(fleet, policies, clock, Random(seed), outliers)  # type: ignore[arg-type]
+
+
+def ejecting(fleet: Workers, name: str, *, eject_s: float = 60.0) -> Outliers:
+    """An opinion in which that worker was ejected at 0 s."""
+    outliers = Outliers(OutlierRules(failures=1, eject_s=eject_s), Unwatched())
+    role = fleet.everyone.views[WorkerId(name)].hello.role
+    outliers.failed(Incarnation(name), fleet.pool(role).incarnations, 0.0)
+    return outliers
 
 
 def end(step_s: float, *, outcome: str = "ok", attempts: int = 1) -> SequenceEnd:
@@ -84,12 +97,13 @@ def times(subject: Chooser, fleet: Workers) -> tuple[float, float]:
     return curves.of(kind).prefill.seconds(0, 40), curves.of(kind).decode.seconds(2, 100)
 
 
-def test_what_prefill_and_decode_take_is_learned_from_answers() -> None:
+@pytest.mark.parametrize("outcome", ["ok", "enough"], ids=["finish", "stop string"])
+def test_what_prefill_and_decode_take_is_learned_from_answers(outcome: str) -> None:
     fleet = Workers()
     subject = chooser(fleet)
     link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
     subject.prefilled(link, 40, LegTimes(prefill_s=4.0))  # type: ignore[arg-type]
-    subject.ended(end(step_s=0.5))
+    subject.ended(end(step_s=0.5, outcome=outcome))
     prefill_s, step_s = times(subject, fleet)
     assert prefill_s == pytest.approx(4.0, rel=0.2)
     assert step_s == pytest.approx(0.5, rel=0.2)
@@ -128,6 +142,66 @@ def test_a_move_goes_to_another_worker_or_to_the_one_named() -> None:
     assert named.decision.worker_id == "decode-3"
     with pytest.raises(NoWorkers, match="no other decode worker decode-1"):
         subject.for_move(40, 60, source, WorkerId("decode-1"))
+
+
+def test_a_move_avoids_an_ejected_worker_unless_it_is_named_or_the_last() -> None:
+    fleet = Workers(decode=3)
+    source = Incarnation("decode-1")
+    subject = chooser(fleet, outliers=ejecting(fleet, "decode-0"))
+    chosen = {subject.for_move(40, 60, source, None).decision.worker_id for _ in range(20)}
+    assert chosen == {"decode-2"}
+    named = subject.for_move(40, 60, source, WorkerId("decode-0"))
+    assert named.decision.worker_id == "decode-0"
+    pair = Workers(decode=2)
+    subject = chooser(pair, outliers=ejecting(pair, "decode-0"))
+    assert subject.for_move(40, 60, source, None).decision.worker_id == "decode-0"
+
+
+def holding(fleet: Workers, name: str) -> None:
+    """That worker has all of PROMPT."""
+    view = fleet.everyone.views[WorkerId(name)]
+    hashes = chain_hashes(PROMPT, view.hello.layout.block_size, root_hash(view.hello.model_id, ""))
+    view.holdings.stored(hashes)
+
+
+def measured(subject: Chooser, fleet: Workers) -> None:
+    """Prefills were, and no target stands in the way."""
+    kind = fleet.everyone.views[WorkerId("prefill-0")].kind
+    for i in range(8):
+        subject._known.curves.saw_prefill(kind, 0, 40, 4.0, float(i))
+    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=1e9))
+
+
+def test_a_prompt_computed_by_a_decode_worker_is_the_probe_of_an_ejected_one() -> None:
+    fleet = Workers(decode=2)
+    outliers = ejecting(fleet, "decode-0", eject_s=0.5)
+    subject = chooser(fleet, outliers=outliers)
+    holding(fleet, "decode-0")
+    measured(subject, fleet)
+    considered = subject.consider(PROMPT, "", local_total=60)
+    assert considered.local.placement is not None
+    assert outliers.shut(1.0) == []
+    subject.place_locally(considered.local.placement)
+    assert outliers.shut(1.0) == ["decode-0"]
+
+
+def test_an_explanation_says_when_the_decode_worker_computes_the_prompt() -> None:
+    fleet = Workers(decode=2)
+    subject = chooser(fleet)
+    holding(fleet, "decode-1")
+    measured(subject, fleet)
+    both = subject.explain(PROMPT, "", 60, local=True)
+    assert both.local is LocalVerdict.LOCAL
+    assert both.prefill.worker_id == both.decode.worker_id == "decode-1"
+    apart = subject.explain(PROMPT, "", 60, local=False)
+    assert (apart.local, apart.prefill.worker_id) == (LocalVerdict.OFF, "prefill-0")
+
+
+def test_an_explanation_leaves_out_ejected_workers_as_a_placement_does() -> None:
+    fleet = Workers(decode=2)
+    subject = chooser(fleet, outliers=ejecting(fleet, "decode-0"))
+    explained = {subject.explain(PROMPT, "", 60, local=True).decode.worker_id for _ in range(20)}
+    assert explained == {"decode-1"}
 
 
 def test_without_a_worker_of_the_role_there_is_no_placement() -> None:

@@ -243,10 +243,11 @@ async def test_a_newer_minor_version_and_its_messages_are_understood() -> None:
     [
         replace(HELLO, protocol_major=PROTOCOL_MAJOR + 1),
         replace(HELLO, model_id=ModelId("another")),
+        replace(HELLO, incarnation=Incarnation("a later one")),
         LOAD,
         RouterRefused(reason="not you"),
     ],
-    ids=["major version", "another model", "no hello", "refused"],
+    ids=["major version", "another model", "another incarnation", "no hello", "refused"],
 )
 async def test_a_worker_that_does_not_fit_is_not_routable(first: WorkerToRouter) -> None:
     async with scripted(first, LOAD) as (_, record):

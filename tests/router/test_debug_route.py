@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from core.ids import Role, WorkerId
+from router.local import LocalVerdict
 from router.types import GenerateRequest, RouteCandidate, RouteChoice
 from tests.builders import make_prompt, make_request, running_cluster
 from tests.router.http_builders import (
@@ -21,6 +22,7 @@ CHOICE = RouteChoice(
     rule="cost",
     candidates=(RouteCandidate(worker_id=WorkerId("p0"), cost=0.5, terms={"work_s": 0.5}),),
     line="p0 by cost: p0=0.5(work_s=0.5)",
+    local=LocalVerdict.SLOWER,
 )
 
 
@@ -58,6 +60,7 @@ async def test_a_body_of_either_endpoint_is_explained_and_not_run(tmp_path, body
             "rule": "cost",
             "candidates": [{"worker_id": "p0", "cost": 0.5, "terms": {"work_s": 0.5}}],
             "line": "p0 by cost: p0=0.5(work_s=0.5)",
+            "local": "slower",
         }
     ]
     (asked,) = explainer.asked

@@ -1,5 +1,6 @@
 """What goes wrong reaches the client as an HTTP error in OpenAI's shape, or as an error event."""
 
+import asyncio
 import json
 import logging
 
@@ -220,6 +221,26 @@ async def test_request_ends_at_its_deadline(tmp_path, first):
             [chunk async for chunk in stream]
         await generator.until_running(0)
     assert caught.value.code == "deadline_exceeded"
+
+
+@in_loop
+async def test_the_generator_is_first_to_end_what_runs_too_long(tmp_path):
+    async def waits_in_vain(request):
+        await asyncio.sleep(request.deadline_s)
+        raise DeadlineExceeded("worker p0 said nothing")
+        yield  # an async generator
+
+    generator = ScriptedGenerator(waits_in_vain)
+    folder = model_directory(tmp_path)
+    async with (
+        running(generator, folder, request_timeout_s=0.2) as server,
+        httpx.AsyncClient() as http,
+    ):
+        answer = await http.post(f"{server.url}/v1/chat/completions", json=GOOD)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        504,
+        "worker p0 said nothing",
+    )
 
 
 @in_loop

@@ -3,8 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.ids import Incarnation, WorkerId
+from core.ids import Incarnation, Role, WorkerId
 from core.messages import PrefixSource
+from router.place import DecodeCacheQuery
 from router.policies.base import Decision, Scored
 from tests.builders import QUICK
 from tests.router.views import BLOCK, CHAIN, Workers
@@ -124,6 +125,15 @@ def fleet(**cached: int) -> Workers:
     for name, blocks in cached.items():
         workers.add(name, cached=blocks)
     return workers
+
+
+def test_a_hand_off_not_yet_reported_is_no_prefill_to_wait_for_at_a_decode_worker() -> None:
+    workers = Workers(Role.DECODE)
+    workers.add("a", queued=7).submitted(1, 500)
+    pool, known = workers.pool, workers.known
+    query = DecodeCacheQuery(pool, known, 0.0, tokens=33, hashes=CHAIN)
+    assert query.queued_tokens(WorkerId("a")) == 7
+    assert workers.prefill().queued_tokens(WorkerId("a")) == 507
 
 
 def test_the_source_is_the_longest_holder() -> None:

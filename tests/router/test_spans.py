@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import aclosing
 from random import Random
+from typing import NoReturn
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -12,14 +13,14 @@ from opentelemetry.trace import StatusCode
 
 from core import telemetry
 from core.clock import Clock, FakeClock, SystemClock
-from core.errors import DeadlineExceeded, NoWorkers
+from core.errors import DeadlineExceeded, NoWorkers, Overloaded
 from core.stages import Stage
 from router.config import RouterConfig
 from router.flow import Flow
 from router.policies.build import build_policies
-from router.progress import Mark, SequenceEnd
+from router.progress import Mark, Observed, Progress, SequenceEnd
 from router.spans import SpanRecorder
-from router.types import Timings
+from router.types import Enough, Generated, Timings
 from tests.builders import Cluster, make_prompt, make_request, running_cluster, until_idle
 
 STAGES = list(telemetry.STAGE_SPANS.values())
@@ -222,6 +223,25 @@ async def test_a_client_that_leaves_early_is_recorded_as_cancelled() -> None:
     assert dict(root.attributes or {})[telemetry.ATTR_OUTCOME] == "cancelled"
 
 
+async def test_an_answer_that_a_stop_string_ends_is_whole_and_no_error() -> None:
+    class Sink:
+        def token(self, token: int) -> None:
+            raise Enough("a stop string matched")
+
+        def take(self, item: Generated) -> None:
+            pass
+
+    async with running_cluster(prefill=1, decode=1) as cluster:
+        flow, recorded = recorded_flow(cluster)
+        with pytest.raises(Enough):
+            async with asyncio.timeout(20):
+                await flow.run(make_request([1]), Sink())
+    root, stages = recorded.spans()
+    assert dict(root.attributes or {})[telemetry.ATTR_OUTCOME] == "enough"
+    assert names(stages) == STAGES
+    assert {span.status.status_code for span in [root, *stages]} == {StatusCode.UNSET}
+
+
 async def test_an_answer_of_one_token_moves_nothing() -> None:
     async with running_cluster(prefill=1, decode=1) as cluster:
         flow, recorded = recorded_flow(cluster)
@@ -229,6 +249,44 @@ async def test_an_answer_of_one_token_moves_nothing() -> None:
             assert len([i async for i in flow.generate(make_request([1], max_tokens=1))]) == 1
     _, stages = recorded.spans()
     assert names(stages) == ["admit", "route", "prefill"]
+
+
+async def test_a_sequence_refused_by_admission_is_an_error_of_that_stage_alone() -> None:
+    async with running_cluster(prefill=1, decode=1) as cluster:
+        flow, recorded = recorded_flow(cluster)
+        refusal = Overloaded("full", retry_after_s=3.0)
+
+        def refuse(*_: object) -> NoReturn:
+            raise refusal
+
+        flow._admission._judge = refuse  # type: ignore[method-assign]
+        with pytest.raises(Overloaded) as caught:
+            async with asyncio.timeout(20):
+                [item async for item in flow.generate(make_request([1]))]
+    root, stages = recorded.spans()
+    assert caught.value is refusal
+    assert names(stages) == ["admit"]
+    assert root.status.description == stages[0].status.description == refusal.code
+
+
+def test_what_fails_in_an_observer_is_logged_and_changes_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken:
+        def ended(self, end: SequenceEnd) -> None:
+            raise IndexError
+
+    heard: list[SequenceEnd] = []
+
+    class Next:
+        def ended(self, end: SequenceEnd) -> None:
+            heard.append(end)
+
+    progress = Progress(make_request([1]), FakeClock())
+    with pytest.raises(Overloaded, match="full"), Observed(progress, (Broken(), Next())):
+        raise Overloaded("full")
+    assert [end.outcome for end in heard] == [Overloaded.code]
+    assert "observer_failed request_id=req" in caplog.messages
 
 
 async def test_a_deadline_that_passes_is_an_error_of_the_stage_it_passed_in() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 from http_builders import CHAT_TEMPLATE, TEXT, byte_level_bpe, in_loop, model_directory
@@ -58,6 +59,27 @@ async def test_text_over_what_may_wait_is_overload(tmp_path, monkeypatch):
         assert len(await tokenizer.encode_text("x" * 600)) > 0
     finally:
         tokenizer.close()
+
+
+@pytest.mark.parametrize("many", [{"content": ""}, {"content": "", "name": "n" * 3000}])
+@in_loop
+async def test_many_empty_messages_or_long_names_are_no_work_for_the_loop(tmp_path, many):
+    tokenizer = Tokenizer.load(model_directory(tmp_path), 1)
+    threads: list[str] = []
+    encode = tokenizer._encode_turns
+
+    def noting(messages):
+        threads.append(threading.current_thread().name)
+        return encode(messages)
+
+    tokenizer._encode_turns = noting
+    try:
+        await tokenizer.encode_chat([ChatMessage(role="user", content="short")])
+        await tokenizer.encode_chat([ChatMessage(role="user", **many)] * 100)
+    finally:
+        tokenizer.close()
+    assert threads[0] == threading.main_thread().name
+    assert threads[1].startswith("tokenizer")
 
 
 @pytest.mark.parametrize(
