@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import Machine, arena_device, describe_machine
 from benchmarks.plot import draw_plot
+from benchmarks.processes import Pairs
 from benchmarks.types import Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
 from cluster.tables import new_table, print_table
@@ -88,10 +89,12 @@ def choose_parts(bench: Bench, names: Sequence[str]) -> list[Part]:
 
 
 def _measure(parts: Sequence[Part], device: str, *, quick: bool) -> Iterator[tuple[str, Finding]]:
-    for i, part in enumerate(parts):
-        title = f"{i + 1}/{len(parts)} {part.name}"
-        with _progress(title, part.what) as report:
-            yield part.name, part.run(Run(quick=quick, device=device, progress=report))
+    with Pairs() as pairs:
+        for i, part in enumerate(parts):
+            title = f"{i + 1}/{len(parts)} {part.name}"
+            with _progress(title, part.what) as report:
+                run = Run(quick=quick, device=device, progress=report, pairs=pairs)
+                yield part.name, part.run(run)
 
 
 @contextmanager

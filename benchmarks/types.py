@@ -11,6 +11,8 @@ from core.errors import BatonError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from benchmarks.processes import Pairs
+
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
@@ -63,6 +65,7 @@ class Run:
     quick: bool
     device: str
     progress: Progress
+    pairs: Pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
