@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -163,6 +164,32 @@ class Pair:
         for child in self._children:
             child.join()
         self._children.clear()
+
+
+class Pairs:
+    """Pairs by environment, each started when it is first asked for: a start takes seconds."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._pairs: dict[tuple[tuple[str, str], ...], Pair] = {}
+
+    def __enter__(self) -> Pairs:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def of(self, environment: Mapping[str, str]) -> Pair:
+        """The idle pair with these variables set."""
+        key = tuple(sorted(environment.items()))
+        if key not in self._pairs:
+            self._pairs[key] = self._open.enter_context(Pair(environment))
+        return self._pairs[key]
 
 
 class _Child:

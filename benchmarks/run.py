@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import Machine, arena_device, describe_machine
 from benchmarks.plot import draw_plot
+from benchmarks.processes import Pairs
 from benchmarks.types import Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
 from cluster.tables import new_table, print_table
@@ -91,11 +92,18 @@ def choose_parts(bench: Bench, names: Sequence[str]) -> list[Part]:
 
 
 def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[tuple[str, Finding]]:
-    for i, part in enumerate(parts):
-        title = f"{i + 1}/{len(parts)} {part.name}"
-        with _progress(title, part.what) as report:
-            run = Run(quick=options.quick, device=device, progress=report, traces=options.traces)
-            yield part.name, part.run(run)
+    with Pairs() as pairs:
+        for i, part in enumerate(parts):
+            title = f"{i + 1}/{len(parts)} {part.name}"
+            with _progress(title, part.what) as report:
+                run = Run(
+                    quick=options.quick,
+                    device=device,
+                    progress=report,
+                    pairs=pairs,
+                    traces=options.traces,
+                )
+                yield part.name, part.run(run)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from core.errors import BatonError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from benchmarks.processes import Pairs
+
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
@@ -66,6 +68,7 @@ class Run:
     quick: bool
     device: str
     progress: Progress
+    pairs: Pairs
     traces: tuple[Path, ...] = ()
 
 

@@ -290,8 +290,7 @@ class ServedWorker:
 
     async def stop_serving(self) -> None:
         """As if the process died: every stream to it breaks at once."""
-        await self.peers.aclose()
-        await self.server.stop(None)
+        await asyncio.gather(self.server.stop(None), self.peers.aclose())
 
 
 def make_settings(

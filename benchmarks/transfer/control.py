@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.numbers import Samples
-from benchmarks.processes import Pair, Side
+from benchmarks.processes import Side
 from benchmarks.transfer.path import SHM, ucx_tls
 from benchmarks.transfer.rig import LLAMA_8B, ArenaTask, Door, OwnerRig, owner_rig, reader_rig
 from benchmarks.types import BenchFailed, Finding, Part, ResultTable, Run, Target
@@ -129,8 +129,8 @@ def run(run: Run) -> Finding:
         handoffs=60 if run.quick else 500,
         warm_up=5,
     )
-    with Pair(ucx_tls(SHM, run.device)) as pair:
-        result = pair.run(own, read, task, progress=run.progress, timeout_s=_TIMEOUT_S)
+    pair = run.pairs.of(ucx_tls(SHM, run.device))
+    result = pair.run(own, read, task, progress=run.progress, timeout_s=_TIMEOUT_S)
     p50_ms = result.begun.median_s * 1e3
     rows = (
         _cells("read asked of the transport", result.asked),

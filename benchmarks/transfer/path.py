@@ -46,15 +46,15 @@ def run(run: Run) -> Finding:
     """Shared memory and TCP by nixl with raw reads beside it, then the collective backend."""
     results: dict[str, list[SizeResult]] = {}
     for way in (SHM, TCP):
-        with Pair(ucx_tls(way, run.device)) as pair:
-            results[way] = [
-                _measure(pair, run, "nixl", run.device, size) for size in _sizes(quick=run.quick)
+        pair = run.pairs.of(ucx_tls(way, run.device))
+        results[way] = [
+            _measure(pair, run, "nixl", run.device, size) for size in _sizes(quick=run.quick)
+        ]
+        if way == TCP:
+            results[COLLECTIVE] = [
+                _measure(pair, run, "collective", "cpu", size)
+                for size in _collective_sizes(quick=run.quick)
             ]
-            if way == TCP:
-                results[COLLECTIVE] = [
-                    _measure(pair, run, "collective", "cpu", size)
-                    for size in _collective_sizes(quick=run.quick)
-                ]
     return _finding(results)
 
 

@@ -274,7 +274,8 @@ async def test_a_source_lost_in_the_copy_costs_an_attempt() -> None:
         await s.source.stop_serving()
         report = await migrating
         assert not report.moved
-        assert "was lost" in report.reason
+        # of its two streams, to the router and to the destination, either may be seen to end first
+        assert "was lost" in report.reason or "stream to the KV owner" in report.reason
         await s.right_to_the_end(attempts=2, migrations=0)
 
 
