@@ -340,7 +340,7 @@ class Attempt:
             Generated(
                 tokens=tokens.tokens,
                 finish=tokens.finish,
-                cached_tokens=progress.prefill_times.cached_tokens,
+                cached_tokens=progress.cached_tokens,
                 timings=progress.timings() if tokens.finish is not None else None,
                 logits=tokens.logits,
             )

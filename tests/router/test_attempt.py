@@ -388,6 +388,17 @@ async def test_a_decode_worker_that_computes_the_prompt_gives_all_tokens() -> No
     assert (timings.prefill_s, timings.cached_tokens, timings.attempts) == (0.5, 8, 1)
 
 
+async def test_cached_tokens_of_the_answer_do_not_count_as_the_prompts() -> None:
+    s = Scene()
+    s.progress.emit(tuple(range(8)))  # in an attempt before
+    items: list[Generated] = []
+    s.take = items.append  # type: ignore[method-assign]
+    with s:
+        s.prefill.say(replace(tokens(8), times=LegTimes(cached_tokens=len(PROMPT) + 4)))
+    assert [item.cached_tokens for item in items] == [len(PROMPT)]
+    assert s.progress.timings().cached_tokens == len(PROMPT)
+
+
 async def test_its_no_leaves_the_way_by_a_prefill_worker() -> None:
     s = Scene()
     with s.attempt:
