@@ -446,6 +446,18 @@ async def test_a_submit_that_is_neither_accepted_nor_refused_is_tried_elsewhere(
         assert ejected(s) == ["d0"]
 
 
+async def test_an_answer_that_was_there_when_its_time_was_up_still_counts() -> None:
+    with Scene(answer_s=0.0) as s:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        s.source.say(Accepted(number=0))
+        s.begin()
+        s.source.say(tokens(2, finish=FinishReason.LENGTH))
+        await soon(s.attempt.end())
+        assert s.tokens == [0, 1, 2]
+        assert ejected(s) == []
+
+
 async def test_an_accepted_leg_may_take_its_time() -> None:
     with Scene(answer_s=0.01, deadline_s=0.1) as s:
         s.source.say(Accepted(number=0))
