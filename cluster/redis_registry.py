@@ -158,14 +158,16 @@ class RedisRegistry:
 
     async def workers(self) -> Records:
         """Sorted by worker_id. Records that this version cannot read are left out."""
-        members = cast("Awaitable[set[bytes]]", self._redis.smembers(self._keys.workers))
-        ids = sorted(member.decode() for member in await self._call(members))
-        if not ids:
+        answer = cast("Awaitable[set[bytes]]", self._redis.smembers(self._keys.workers))
+        members = sorted(await self._call(answer))
+        if not members:
             return ()
-        texts = await self._call(self._redis.mget([self._keys.worker(each) for each in ids]))
-        if gone := [each for each, text in zip(ids, texts, strict=True) if text is None]:
-            keys = [self._keys.workers, *(self._keys.worker(each) for each in gone)]
-            await self._call(self._forget(keys, gone))
+        # What is no UTF-8 was not written by a worker: it has no record, and is forgotten.
+        keys = [self._keys.worker(member.decode(errors="replace")) for member in members]
+        texts = await self._call(self._redis.mget(keys))
+        if gone := [i for i, text in enumerate(texts) if text is None]:
+            gone_keys = [self._keys.workers, *(keys[i] for i in gone)]
+            await self._call(self._forget(gone_keys, [members[i] for i in gone]))
         present = [cast("bytes", text) for text in texts if text is not None]
         # Most reads bring what the last one did, and routers read while they serve.
         self._decoded = {text: self._decode(text) for text in present}

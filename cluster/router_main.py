@@ -125,6 +125,7 @@ async def run_router(
                 silence_s=config.router.worker_silence_s,
                 index_bytes=config.router.index_max_mb * 1024 * 1024,
             )
+            metrics.watch_index(fleet.index)
             flow = _flow(config, fleet, metrics, clock)
             app = create_app(
                 flow,

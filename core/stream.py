@@ -88,12 +88,17 @@ class MessageStream(Generic[In]):
         """On its way, or dropped when the stream has ended, which the reading side says.
 
         Another end that does not read for so long that too much is unsent is a lost one: a peer
-        that misses messages cannot be told from one that ignores them.
+        that misses messages cannot be told from one that ignores them. A message that is too large
+        ends the stream for the same reason.
         """
         transport = self._writer.transport
         if transport.is_closing():
             return
         body = message.SerializeToString()
+        if len(body) > _MAX_MESSAGE_BYTES:
+            # The other end would refuse it, as if this one spoke something else.
+            self.abort(f"a message of {len(body)} bytes; {_MAX_MESSAGE_BYTES} may be sent")
+            return
         transport.write(_LENGTH.pack(len(body)) + body)
         if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self.abort("the other end does not read its stream")

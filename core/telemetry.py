@@ -52,6 +52,9 @@ PAIR_SECONDS = "baton_kv_pair_seconds_total"
 PAIR_HIDDEN = "baton_kv_pair_hidden_seconds_total"
 PAIR_FAILURES = "baton_kv_pair_failures_total"
 WORKERS_CONNECTED = "baton_workers_connected"
+WORKERS_LEFT_OUT = "baton_workers_left_out"
+INDEX_BLOCKS = "baton_index_blocks"
+INDEX_NOT_TAKEN = "baton_index_blocks_not_taken"
 
 SPAN_REQUEST = "request"
 STAGE_SPANS: dict[Stage, str] = {stage: stage.label for stage in Stage if stage is not Stage.DONE}

@@ -13,8 +13,9 @@ as long as it computes. Over all candidates the policy looked at:
     wait     w + queue / 2  <= patience on one of them: a queue may drain twice as fast as predicted
     reject   otherwise; where no prediction is wrong by more than that, waiting was for nothing
 
-An idle worker always admits, so a prediction that is far too high corrects itself. Late binding and
-early rejection are those of Mooncake (FAST'25, section 5.2) and P/D-Serve (arXiv 2408.08147).
+An idle worker admits whoever has not outwaited its patience, so a prediction that is far too high
+corrects itself. Late binding and early rejection are those of Mooncake (FAST'25, section 5.2) and
+P/D-Serve (arXiv 2408.08147).
 """
 
 import asyncio

@@ -52,6 +52,8 @@ from router.types import Generated, MigrationReport, TokenSink
 
 log = logging.getLogger(__name__)
 
+_SECOND_LOOK_S = 0.05
+
 
 class Attempt:
     """As a block: it begins with the prefill, and leaves no leg open however it ends."""
@@ -205,7 +207,12 @@ class Attempt:
     def _expect_answer(self, leg: Leg) -> None:
         """A worker accepts or rejects at once, or does not hear us, whatever else it may say."""
         loop = asyncio.get_running_loop()
-        self._unanswered[leg] = loop.call_later(self._answer_s, self._give_up, leg)
+        self._unanswered[leg] = loop.call_later(self._answer_s, self._look_again, leg)
+
+    def _look_again(self, leg: Leg) -> None:
+        """After a pause of this process the timer may come before an answer that waits unread."""
+        loop = asyncio.get_running_loop()
+        self._unanswered[leg] = loop.call_later(_SECOND_LOOK_S, self._give_up, leg)
 
     def _answered(self, leg: Leg) -> None:
         timer = self._unanswered.pop(leg, None)
@@ -340,7 +347,7 @@ class Attempt:
             Generated(
                 tokens=tokens.tokens,
                 finish=tokens.finish,
-                cached_tokens=progress.prefill_times.cached_tokens,
+                cached_tokens=progress.cached_tokens,
                 timings=progress.timings() if tokens.finish is not None else None,
                 logits=tokens.logits,
             )

@@ -40,7 +40,8 @@ class RouterConfig(Settings):
     worker_silence_s: float = Field(5.0, gt=2.0)
     """A worker that says nothing for so long is lost; it sends a heartbeat every second."""
     worker_wait_s: float = Field(15.0, ge=0)
-    """A request waits for so long, in all, while a pool has no routable worker: a restart."""
+    """A request waits for so long, in all, while a pool has no routable worker: a restart. One held
+    for its TTFT target waits as long anew."""
     max_attempts: int = Field(3, ge=1)
     """Placements tried for one sequence before its error reaches the client."""
     prefill_policy: PrefillPolicyName = "baton"

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from core.errors import Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.registry import Registry, WorkerRecord
 from router.client import WorkerLink
@@ -81,17 +80,11 @@ class Fleet:
     async def run(self) -> None:
         """Follow the registry until cancelled."""
         async with asyncio.TaskGroup() as group:
-            while True:
-                try:
-                    async for records in self._registry.watch():
-                        self._wanted = {record.incarnation: record for record in records}
-                        for record in records:
-                            if record.incarnation not in self._links:
-                                link = self._link(record)
-                                group.create_task(self._keep(link))
-                except Unavailable as error:
-                    log.warning("registry_unreachable error=%s", error)
-                await asyncio.sleep(_RECONNECT_S)
+            async for records in self._registry.watch():  # which never ends by itself
+                self._wanted = {record.incarnation: record for record in records}
+                for record in records:
+                    if record.incarnation not in self._links:
+                        group.create_task(self._keep(self._link(record)))
 
     def _link(self, record: WorkerRecord) -> WorkerLink:
         link = WorkerLink(

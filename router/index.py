@@ -20,6 +20,8 @@ from core.ids import BlockHash, WorkerId
 DEFAULT_MAX_BYTES = 1 << 30
 _SHARDS = 256
 """By the first byte of a hash: small dicts grow and are swept without a pause one could notice."""
+_SWEPT_PER_OPEN = 8
+"""Some milliseconds, in a full index."""
 _ENTRY_BYTES = 144
 """Of the key (a bytes object of 16) and a dict entry just after the dict has doubled."""
 _BITS_PER_DIGIT = 30
@@ -120,7 +122,11 @@ class PrefixIndex:
     # -- slots ----------------------------------------------------------------------------------
 
     def _open(self, worker_id: WorkerId) -> int:
-        """A slot nobody sees yet; answers its bit."""
+        """A slot nobody sees yet; answers its bit. The bound shrinks with every slot there ever was
+        at a time, so those that are gone are swept faster while new ones are asked for.
+        """
+        for _ in range(_SWEPT_PER_OPEN):
+            self.sweep()
         if self._free:
             slot = self._free.pop()
             self._owners[slot] = worker_id

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from core import telemetry
 from core.ids import Role
+from router.index import PrefixIndex
 from router.local import LocalVerdict
 from router.progress import SequenceEnd
 from router.types import WorkerStatus
@@ -86,8 +87,30 @@ class EdgeMetrics:
         def count(role: Role) -> int:
             return sum(view.connected and view.role == role for view in workers())
 
+        left_out = Gauge(
+            telemetry.WORKERS_LEFT_OUT,
+            "Workers this router leaves out of placement now, as they failed or were slow",
+            ("role",),
+            registry=self.registry,
+        )
+
+        def count_ejected(role: Role) -> int:
+            return sum(view.ejected and view.role == role for view in workers())
+
         for role in Role:
             connected.labels(role).set_function(partial(count, role))
+            left_out.labels(role).set_function(partial(count_ejected, role))
+
+    def watch_index(self, index: PrefixIndex) -> None:
+        """Read its size whenever the metrics are read."""
+        Gauge(
+            telemetry.INDEX_BLOCKS, "Blocks in the prefix index", registry=self.registry
+        ).set_function(lambda: index.blocks)
+        Gauge(
+            telemetry.INDEX_NOT_TAKEN,
+            "Cached blocks that found the prefix index full, since the start",
+            registry=self.registry,
+        ).set_function(lambda: index.not_taken)
 
     def render(self) -> bytes:
         """Prometheus' text format."""

@@ -80,6 +80,11 @@ class Progress:
     def remaining_s(self) -> float:
         return self.arrived_at_s + self.request.deadline_s - self._clock.now_s()
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt; a continuation may find tokens of the answer cached as well."""
+        return min(self.prefill_times.cached_tokens, len(self.request.prompt_tokens))
+
     def mark(self, stage: Stage, worker_id: str = "") -> None:
         """The stage begins now."""
         attempt, at_s = max(0, self.attempts - 1), self._clock.now_s()
@@ -115,7 +120,7 @@ class Progress:
             transfer_hidden_s=self.decode_times.transfer_hidden_s,
             decode_s=decode_s,
             tpot_s=decode_s / gaps,
-            cached_tokens=self.prefill_times.cached_tokens,
+            cached_tokens=self.cached_tokens,
             fetched_tokens=self.prefill_times.fetched_tokens,
             fetched_bytes=self.prefill_times.transfer_bytes,
             migrations=self.migrations,

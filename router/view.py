@@ -1,8 +1,5 @@
 """What the router believes of one worker. A hint: the worker's own accept or reject repairs it."""
 
-from collections.abc import Sequence
-
-from core.ids import BlockHash
 from core.messages import KvEvents, KvSnapshot, KvStored, LoadReport, WorkerHello
 from router.curves import WorkerKind, kind_of
 from router.index import Holdings
@@ -84,7 +81,3 @@ class WorkerView:
         if message.last:
             self.holdings.swap()
             self._next_event, self._asked = message.next_number, False
-
-    def cached_blocks(self, hashes: Sequence[BlockHash]) -> int:
-        """Length of the longest prefix of `hashes` held, in blocks."""
-        return self.holdings.depth(hashes)

@@ -65,8 +65,8 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerIdentity:
-    """Who this process is, and where its doors are: `address` for routers, `peer_address` for
-    workers that read from here.
+    """Who this process is, and where two of its doors are: `address` for control calls,
+    `peer_address` for workers that read from here. That for routers is in its record only.
     """
 
     worker_id: WorkerId

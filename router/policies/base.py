@@ -1,9 +1,10 @@
 """The seam of placement: what a policy may ask about a request and the workers, and its answer.
 
-The router asks a policy to `choose`, which changes nothing, and tells it with `placed` once the
-request was submitted where it chose. A query answers lazily, so that a decision costs what it looks
-at, not what there is: `pool` is one object for as long as no worker comes or goes. Randomness and
-time come with the query; the live router and the replay ask the same policies the same way.
+The router asks a policy to `choose`, which remembers nothing of the request (what it keeps may
+follow the pool), and tells it with `placed` once the request was submitted where it chose. A query
+answers lazily, so that a decision costs what it looks at, not what there is: `pool` is one object
+for as long as no worker comes or goes. Randomness and time come with the query; the live router and
+the replay ask the same policies the same way.
 """
 
 from collections.abc import Iterable, Sequence

@@ -9,7 +9,7 @@ exploited there goes to the least loaded. The published cost also has M, recompu
 evicted: no router sees that, and in full caches it grows with P on every worker alike.
 """
 
-from collections import defaultdict, deque
+from collections import Counter, deque
 
 from core.ids import WorkerId
 from router.policies.base import (
@@ -33,11 +33,12 @@ class Preble:
 
     def __init__(self) -> None:
         self._window: deque[tuple[float, WorkerId, float]] = deque()
-        self._load_s: dict[WorkerId, float] = defaultdict(float)
+        self._load_s: dict[WorkerId, float] = {}
+        self._prompts: Counter[WorkerId] = Counter()
 
     def choose(self, query: PrefillQuery) -> Decision:
         load_s, workers = self._load_s, shuffled(query, open_workers(query))
-        loads = [Scored(w, load_s[w], (("load_s", load_s[w]),)) for w in workers]
+        loads = [Scored(w, s, (("load_s", s),)) for w in workers for s in (load_s.get(w, 0.0),)]
         holders = query.holders(_HOLDERS)
         matched = query.cached_tokens(holders[0]) if holders else 0
         if matched <= query.tokens - matched:
@@ -53,11 +54,18 @@ class Preble:
     def placed(self, query: PrefillQuery, decision: Decision) -> None:
         old_s = query.now_s - _WINDOW_S
         while self._window and (self._window[0][0] < old_s or len(self._window) >= _WINDOW_PROMPTS):
-            _, worker, work_s = self._window.popleft()
-            self._load_s[worker] -= work_s
-        _, work_s = query.ttft_s(decision.worker_id)
-        self._window.append((query.now_s, decision.worker_id, work_s))
-        self._load_s[decision.worker_id] += work_s
+            self._forget(*self._window.popleft())
+        chosen, (_, work_s) = decision.worker_id, query.ttft_s(decision.worker_id)
+        self._window.append((query.now_s, chosen, work_s))
+        self._load_s[chosen] = self._load_s.get(chosen, 0.0) + work_s
+        self._prompts[chosen] += 1
+
+    def _forget(self, _at_s: float, worker: WorkerId, work_s: float) -> None:
+        """With its last prompt in the window a worker is forgotten, whether it is there or gone."""
+        self._load_s[worker] -= work_s
+        self._prompts[worker] -= 1
+        if not self._prompts[worker]:
+            del self._load_s[worker], self._prompts[worker]
 
 
 def _explore(query: PrefillQuery, load: Scored) -> Scored:

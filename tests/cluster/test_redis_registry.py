@@ -121,6 +121,15 @@ async def test_ids_of_expired_leases_do_not_pile_up(shared: RedisServer, cluster
             assert client.smembers(f"{{baton:{cluster}}}:workers") == {b"decode-0"}
 
 
+async def test_an_id_that_is_no_text_is_forgotten(shared: RedisServer, cluster: str) -> None:
+    async with registry_of(shared, cluster) as registry:
+        await registry.register(record(), TTL_S)
+        with closing(shared.client) as client:
+            client.sadd(f"{{baton:{cluster}}}:workers", b"\xff\xfe")
+            assert await registry.workers() == (record(),)
+            assert client.smembers(f"{{baton:{cluster}}}:workers") == {b"decode-0"}
+
+
 async def test_every_key_of_a_cluster_expires(shared: RedisServer, cluster: str) -> None:
     async with registry_of(shared, cluster) as registry:
         await registry.check()
@@ -291,7 +300,7 @@ async def answers(cluster: Cluster, numbers: Iterator[int]) -> None:
 
 
 def known(fleet: Fleet) -> set[str]:
-    return {str(worker_id) for role in Role for worker_id in fleet.pool(role).workers}
+    return {worker_id for role in Role for worker_id in fleet.pool(role).workers}
 
 
 @pytest.mark.usefixtures("short_leases")

@@ -136,6 +136,13 @@ async def test_another_end_that_does_not_read_is_given_up() -> None:
                 await soon(stream.read())
 
 
+async def test_a_message_that_no_end_would_read_is_not_sent_and_named() -> None:
+    async with echo() as address, dial(address, Raw) as stream:
+        stream.send(Raw(bytes(17 * 1024 * 1024)))
+        with pytest.raises(StreamBroken, match=r"a message of 17825792 bytes; 16777216 may"):
+            await soon(stream.read())
+
+
 async def test_no_message_waits_for_the_acknowledgement_of_another() -> None:
     with listen("127.0.0.1", 0) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

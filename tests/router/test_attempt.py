@@ -388,6 +388,17 @@ async def test_a_decode_worker_that_computes_the_prompt_gives_all_tokens() -> No
     assert (timings.prefill_s, timings.cached_tokens, timings.attempts) == (0.5, 8, 1)
 
 
+async def test_cached_tokens_of_the_answer_do_not_count_as_the_prompts() -> None:
+    s = Scene()
+    s.progress.emit(tuple(range(8)))  # in an attempt before
+    items: list[Generated] = []
+    s.take = items.append  # type: ignore[method-assign]
+    with s:
+        s.prefill.say(replace(tokens(8), times=LegTimes(cached_tokens=len(PROMPT) + 4)))
+    assert [item.cached_tokens for item in items] == [len(PROMPT)]
+    assert s.progress.timings().cached_tokens == len(PROMPT)
+
+
 async def test_its_no_leaves_the_way_by_a_prefill_worker() -> None:
     s = Scene()
     with s.attempt:
@@ -433,6 +444,18 @@ async def test_a_submit_that_is_neither_accepted_nor_refused_is_tried_elsewhere(
             await soon(s.attempt.end())
         assert s.source.record.incarnation in s.failed
         assert ejected(s) == ["d0"]
+
+
+async def test_an_answer_that_was_there_when_its_time_was_up_still_counts() -> None:
+    with Scene(answer_s=0.0) as s:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        s.source.say(Accepted(number=0))
+        s.begin()
+        s.source.say(tokens(2, finish=FinishReason.LENGTH))
+        await soon(s.attempt.end())
+        assert s.tokens == [0, 1, 2]
+        assert ejected(s) == []
 
 
 async def test_an_accepted_leg_may_take_its_time() -> None:

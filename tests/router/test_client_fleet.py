@@ -164,7 +164,7 @@ async def test_a_cache_that_fills_is_seen() -> None:
         link.submit(one_prefill(), Events(), 22)
         await until(lambda: len(served.worker.pool.hashes()) == 5)
         hashes = served.worker.pool.hashes()
-        await until(lambda: link.view is not None and link.view.cached_blocks(hashes) == 5)
+        await until(lambda: link.view is not None and link.view.holdings.depth(hashes) == 5)
 
 
 # -- a worker that says what it is told ----------------------------------------------------------

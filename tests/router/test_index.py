@@ -116,6 +116,18 @@ def test_a_slot_given_out_again_knows_nothing_of_its_last_owner() -> None:
     assert len(bits) <= 3
 
 
+def test_workers_that_come_and_go_with_nobody_else_to_speak_use_few_slots() -> None:
+    index, blocks = PrefixIndex(), chain(3)
+    before = joined(index, "w", *blocks)
+    bits = {before.bit}
+    for _ in range(500):
+        before.leave()
+        before = joined(index, "w", *blocks)
+        bits.add(before.bit)
+    assert len(bits) < 80
+    assert before.depth(blocks) == 3
+
+
 def test_a_full_index_takes_up_nothing_new_and_forgets_nothing_old() -> None:
     index = PrefixIndex(max_bytes=20 * 200)
     first, second = chain(15), chain(15, branch=1)

@@ -1,7 +1,11 @@
 """What the flow counts of a sequence at its end, and the workers a scrape sees."""
 
+from dataclasses import replace
+
 from prometheus_client import CollectorRegistry
 
+from core.ids import BlockHash, WorkerId
+from router.index import PrefixIndex
 from router.metrics import EdgeMetrics, FlowMetrics
 from router.progress import SequenceEnd
 from router.types import Timings, WorkerStatus
@@ -114,3 +118,23 @@ def test_connected_workers_are_counted_when_the_metrics_are_read() -> None:
     ]
     assert connected() == [1, 1]
     assert b'baton_workers_connected{role="decode"} 1.0' in metrics.render()
+
+
+def test_workers_left_out_are_counted_by_role() -> None:
+    metrics = EdgeMetrics()
+    view = WorkerStatus(worker_id="p0", role="prefill", address="x", connected=True)
+    views = [view, replace(view, worker_id="p1", ejected=True)]
+    metrics.watch_workers(lambda: views)
+    read = metrics.registry.get_sample_value
+    assert read("baton_workers_left_out", {"role": "prefill"}) == 1
+    assert read("baton_workers_left_out", {"role": "decode"}) == 0
+
+
+def test_an_index_that_is_full_says_so() -> None:
+    metrics, index = EdgeMetrics(), PrefixIndex(max_bytes=20 * 200)
+    metrics.watch_index(index)
+    holdings = index.join(WorkerId("w"))
+    holdings.gather([BlockHash(i.to_bytes(16, "little")) for i in range(40)])
+    read = metrics.registry.get_sample_value
+    assert read("baton_index_blocks") == index.max_blocks < 40
+    assert read("baton_index_blocks_not_taken") == 40 - index.max_blocks

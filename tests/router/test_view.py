@@ -70,14 +70,14 @@ def test_events_in_order_are_applied() -> None:
     assert view.apply_events(stored(1, A, B))
     removed = KvEvents(first_number=2, events=(KvRemoved(hashes=(B,)),))
     assert view.apply_events(removed)
-    assert view.cached_blocks([A, B]) == 1
+    assert view.holdings.depth([A, B]) == 1
 
 
 def test_a_gap_asks_for_one_snapshot_and_changes_nothing() -> None:
     view = view_of(A)
     assert not view.apply_events(stored(2, B))
     assert view.apply_events(stored(3, C))
-    assert view.cached_blocks([A, B]) == 1
+    assert view.holdings.depth([A, B]) == 1
 
 
 def test_a_gap_after_the_snapshot_asks_again() -> None:
@@ -85,14 +85,14 @@ def test_a_gap_after_the_snapshot_asks_again() -> None:
     assert not view.apply_events(stored(2, B))
     view.apply_snapshot(KvSnapshot(next_number=4, hashes=(A, B)))
     assert not view.apply_events(stored(5, C))
-    assert view.cached_blocks([A, B, C]) == 2
+    assert view.holdings.depth([A, B, C]) == 2
 
 
 def test_events_a_snapshot_holds_already_are_skipped() -> None:
     view = view_of(A, next_number=3)
     old = KvEvents(first_number=1, events=(KvRemoved(hashes=(A,)), KvRemoved(hashes=(A,))))
     assert view.apply_events(old)
-    assert view.cached_blocks([A]) == 1
+    assert view.holdings.depth([A]) == 1
 
 
 def test_of_events_that_overlap_a_snapshot_the_new_ones_count() -> None:
@@ -101,19 +101,19 @@ def test_of_events_that_overlap_a_snapshot_the_new_ones_count() -> None:
         first_number=1, events=(KvRemoved(hashes=(A,)), KvStored(parent=A, hashes=(B,)))
     )
     assert view.apply_events(both)
-    assert view.cached_blocks([A, B]) == 2
+    assert view.holdings.depth([A, B]) == 2
 
 
 def test_events_before_the_first_snapshot_are_in_it() -> None:
     view = new_view()
     assert view.apply_events(stored(7, B))
-    assert view.cached_blocks([B]) == 0
+    assert view.holdings.depth([B]) == 0
 
 
 def test_a_snapshot_replaces_what_was_known_only_when_complete() -> None:
     view = view_of(A)
     view.apply_snapshot(KvSnapshot(next_number=9, hashes=(B,), last=False))
-    assert (view.cached_blocks([A]), view.cached_blocks([B])) == (1, 0)
+    assert (view.holdings.depth([A]), view.holdings.depth([B])) == (1, 0)
     view.apply_snapshot(KvSnapshot(next_number=9, hashes=(C,), last=True))
-    assert [view.cached_blocks([h]) for h in (A, B, C)] == [0, 1, 1]
+    assert [view.holdings.depth([h]) for h in (A, B, C)] == [0, 1, 1]
     assert view.apply_events(stored(9, A))

@@ -106,6 +106,17 @@ def test_preble_explores_where_least_was_placed_in_the_last_minutes() -> None:
     assert sorted(loads.values()) == [33.0, 66.0]
 
 
+def test_preble_forgets_a_worker_with_its_last_prompt_in_the_window() -> None:
+    workers, policy = fleet(a=(0, 0, 0)), Preble()
+    first = workers.prefill()
+    policy.placed(first, policy.choose(first))
+    policy.placed(first, policy.choose(first))
+    later = fleet(b=(0, 0, 0)).prefill(now_s=181.0)
+    policy.placed(later, policy.choose(later))
+    assert list(policy._load_s) == ["b"]
+    assert list(policy._prompts) == ["b"]
+
+
 def test_preble_redirects_from_the_most_to_the_least_loaded() -> None:
     workers, policy = fleet(a=(8, 0, 0), b=(0, 0, 0)), Preble()
     for i in range(101):
