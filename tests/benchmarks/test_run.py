@@ -74,7 +74,10 @@ def test_a_part_run_for_real_ends_with_one_json_object(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_an_interrupted_bench_leaves_no_process() -> None:
-    command = [sys.executable, "-c", "from cluster.cli import main; main()", "bench", "transfer"]
+    # a shell starts what runs in its background with SIGINT ignored
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heed}; from cluster.cli import main; main()"
+    command = [sys.executable, "-c", program, "bench", "transfer"]
     bench = subprocess.Popen(
         [*command, "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
