@@ -1,0 +1,1 @@
+"""How long a step takes, as a model of it: what the timed engine sleeps and the simulator counts."""
