@@ -12,7 +12,7 @@ While a step is in flight nothing it reads or writes is freed: a sequence finish
 its blocks back when the step has ended.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -41,7 +41,7 @@ class Schedulable(Protocol):
     @property
     def pending_tokens(self) -> int: ...
 
-    def block_hashes(self, count: int, block_size: int) -> list[BlockHash]: ...
+    def block_hashes(self, count: int, block_size: int) -> Sequence[BlockHash]: ...
 
 
 S = TypeVar("S", bound=Schedulable)
