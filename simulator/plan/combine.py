@@ -1,0 +1,135 @@
+"""From what one worker of each phase serves to whole plans that are worth simulating. Pure.
+
+DistServe (OSDI'24): algorithm 1 (any placement) takes the best worker of each phase and as many of
+each as the rate needs, algorithm 2 (slow network) packs both phases into a node. Here the GPUs are
+given and the rate is sought, so all pairs of workers are kept, each with its best P:D ratio.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from simulator.plan.types import Affinity, Option, Plan, Pool, Problem
+
+_FULL = 0.75
+"""A plan that leaves more than a quarter of the GPUs idle is no use of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A worker of one phase (or of both), and the requests/s that it serves alone."""
+
+    option: Option
+    step_tokens: int
+    rps: float
+
+    @property
+    def rps_per_gpu(self) -> float:
+        return self.rps / self.option.tp
+
+    def pool(self, workers: int) -> Pool:
+        return Pool(option=self.option, step_tokens=self.step_tokens, workers=workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan and the rate that one copy of it should serve, by its phases."""
+
+    plan: Plan
+    rps: float
+
+    @property
+    def rps_per_gpu(self) -> float:
+        return self.rps * self.plan.copies / self.plan.gpus
+
+
+def pair_up(
+    problem: Problem, prefills: Sequence[Phase], decodes: Sequence[Phase]
+) -> list[Candidate]:
+    """The best ratio of every pair, best pair first."""
+    found: list[Candidate] = []
+    for prefill in prefills:
+        for decode in decodes:
+            ratios = list(_ratios(problem, prefill, decode))
+            if ratios:
+                most = max(candidate.plan.gpus for candidate in ratios)
+                found.append(max(ratios, key=lambda candidate: _worth(candidate, most)))
+    return sorted(found, key=lambda candidate: -candidate.rps_per_gpu)
+
+
+def neighbours(problem: Problem, plan: Plan) -> list[Plan]:
+    """The plan with one prefill worker more or less, and as many decode workers as then fit."""
+    if plan.decode is None:
+        return []
+    found: list[Plan] = []
+    for prefills in (plan.prefill.workers - 1, plan.prefill.workers + 1):
+        room = _room(problem, plan.prefill.option, plan.decode.option, prefills)
+        if prefills > 0 and room > 0:
+            prefill = replace(plan.prefill, workers=prefills)
+            found.append(replace(plan, prefill=prefill, decode=replace(plan.decode, workers=room)))
+    return found
+
+
+def colocate(problem: Problem, phases: Sequence[Phase]) -> list[Candidate]:
+    """Every worker that does both, as often as there are GPUs for it; best first. Where its KV
+    would go does not matter, so affinity does not either.
+    """
+    counts = gpus_of(problem)
+    found: list[Candidate] = []
+    for phase in phases:
+        workers = min(problem.gpus, counts[phase.option.gpu]) // phase.option.tp
+        if workers > 0 and phase.rps > 0:
+            plan = Plan(prefill=phase.pool(workers), decode=None)
+            found.append(Candidate(plan, phase.rps * workers))
+    return sorted(found, key=lambda candidate: -candidate.rps_per_gpu)
+
+
+def gpus_of(problem: Problem) -> Mapping[str, int]:
+    """How many of each kind there are."""
+    return {offer.gpu: offer.count for offer in problem.offers}
+
+
+def _worth(candidate: Candidate, most: int) -> tuple[bool, float, int]:
+    plan = candidate.plan
+    return plan.gpus >= _FULL * most, candidate.rps_per_gpu, plan.gpus
+
+
+def _ratios(problem: Problem, prefill: Phase, decode: Phase) -> Iterator[Candidate]:
+    """Each number of prefill workers with the decode workers it feeds, as far as they fit."""
+    if prefill.rps <= 0 or decode.rps <= 0:
+        return
+    prefills = 1
+    while (room := _room(problem, prefill.option, decode.option, prefills)) > 0:
+        fed = prefills * prefill.rps / decode.rps
+        for decodes in {max(1, min(room, int(fed))), min(room, int(fed) + 1)}:
+            plan = Plan(
+                prefill=prefill.pool(prefills),
+                decode=decode.pool(decodes),
+                copies=_copies(problem, prefill.option),
+            )
+            yield Candidate(plan, min(prefills * prefill.rps, decodes * decode.rps))
+        prefills += 1
+
+
+def _room(problem: Problem, prefill: Option, decode: Option, prefills: int) -> int:
+    """Decode workers that fit beside so many prefill workers; of one node, with low affinity."""
+    counts, used = gpus_of(problem), prefills * prefill.tp
+    if problem.affinity is Affinity.LOW:
+        if prefill.gpu != decode.gpu:
+            return 0
+        return (_node_gpus(problem, prefill) - used) // decode.tp
+    left = min(problem.gpus - used, counts[decode.gpu])
+    if prefill.gpu == decode.gpu:
+        left = min(left, counts[decode.gpu] - used)
+    elif used > counts[prefill.gpu]:
+        return 0
+    return left // decode.tp
+
+
+def _copies(problem: Problem, option: Option) -> int:
+    if problem.affinity is Affinity.HIGH:
+        return 1
+    return min(problem.gpus, gpus_of(problem)[option.gpu]) // _node_gpus(problem, option)
+
+
+def _node_gpus(problem: Problem, option: Option) -> int:
+    return min(problem.node_gpus, problem.gpus, gpus_of(problem)[option.gpu])

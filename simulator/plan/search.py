@@ -1,0 +1,207 @@
+"""The search: phases alone, then the best whole plans, then their neighbours, all by simulation.
+
+Rounds are tasks that know nothing of each other, so any number of processes gives one answer.
+"""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Protocol
+
+from simulator.plan.advice import advise
+from simulator.plan.combine import Candidate, Phase, colocate, neighbours, pair_up
+from simulator.plan.trial import Setup, decode_setup, find_goodput, plan_setup, prefill_setup
+from simulator.plan.types import Answer, Goodput, Option, Plan, Pool, Problem, Rated
+
+_WORTH = 0.6
+"""Workers whose goodput per GPU is below this share of the best get no further chunk sizes."""
+_WHOLE = 4
+_WHOLE_COLOCATED = 2
+_CLIMBS = 3
+
+
+class Progress(Protocol):
+    """Hears how far a round is."""
+
+    def __call__(self, text: str, done: int, total: int) -> None: ...
+
+
+Rate = Callable[[str, Sequence[Setup]], list[Goodput]]
+
+
+def search(
+    problem: Problem, *, processes: int = 1, progress: Progress, rate_rps: float | None = None
+) -> Answer:
+    """The answer for `problem`. `rate_rps` is what the cluster shall serve, if that is known: it
+    decides whether fewer GPUs would do.
+    """
+    with _rating(problem, processes, progress) as rate:
+        prefills = _by_chunk(
+            problem, rate, "prefill workers", lambda o, c: prefill_setup(problem, o, c)
+        )
+        decodes = _rate_decodes(problem, rate)
+        both = _by_chunk(
+            problem, rate, "colocated workers", lambda o, c: _colocated_setup(problem, o, c)
+        )
+        colocated = _rate_plans(
+            problem, rate, "colocated plans", _distinct(colocate(problem, both))[:_WHOLE_COLOCATED]
+        )
+        best = _climb(problem, rate, pair_up(problem, _best_chunks(prefills), decodes)[:_WHOLE])
+    served = [rated for rated in colocated if rated.goodput.rps > 0]
+    baseline = max(served, key=lambda rated: rated.rps_per_gpu, default=None)
+    ranked = tuple(sorted((r for r in best if r.goodput.rps > 0), key=lambda r: -r.rps_per_gpu))
+    return Answer(
+        best=ranked,
+        colocated=baseline,
+        warnings=tuple(
+            advise(
+                problem,
+                ranked,
+                baseline,
+                prefills=prefills,
+                decodes=decodes,
+                both=both,
+                rate_rps=rate_rps,
+            )
+        ),
+        simulated=len(best) + len(colocated),
+    )
+
+
+# -- rounds -------------------------------------------------------------------------------------
+
+
+def _by_chunk(
+    problem: Problem, rate: Rate, what: str, setup: Callable[[Option, int], Setup]
+) -> list[Phase]:
+    """All workers with the middle chunk size, then the good ones with the others."""
+    chunks = sorted(problem.chunks)
+    middle = chunks[len(chunks) // 2]
+    first = _rate_phases(rate, what, [(o, middle) for o in problem.options], setup)
+    best = max((phase.rps_per_gpu for phase in first), default=0.0)
+    good = [phase.option for phase in first if phase.rps_per_gpu >= _WORTH * best]
+    rest = [(option, chunk) for option in good for chunk in chunks if chunk != middle]
+    return first + _rate_phases(rate, f"{what}, other chunk sizes", rest, setup)
+
+
+def _rate_phases(
+    rate: Rate,
+    what: str,
+    workers: Sequence[tuple[Option, int]],
+    setup: Callable[[Option, int], Setup],
+) -> list[Phase]:
+    goodputs = rate(what, [setup(option, chunk) for option, chunk in workers])
+    return [
+        Phase(option, chunk, goodput.rps)
+        for (option, chunk), goodput in zip(workers, goodputs, strict=True)
+    ]
+
+
+def _rate_decodes(problem: Problem, rate: Rate) -> list[Phase]:
+    chunk = min(problem.chunks)  # a decode worker prefills only what is nearly all cached
+    return _rate_phases(
+        rate,
+        "decode workers",
+        [(option, chunk) for option in problem.options],
+        lambda option, _: decode_setup(problem, option),
+    )
+
+
+def _rate_plans(
+    problem: Problem, rate: Rate, what: str, candidates: Sequence[Candidate]
+) -> list[Rated]:
+    setups = [plan_setup(problem, c.plan, c.rps) for c in candidates]
+    goodputs = rate(what, setups)
+    return [
+        Rated(plan=candidate.plan, goodput=goodput)
+        for candidate, goodput in zip(candidates, goodputs, strict=True)
+    ]
+
+
+def _climb(problem: Problem, rate: Rate, candidates: Sequence[Candidate]) -> list[Rated]:
+    """The candidates, then from the best of them to better neighbours."""
+    rated = _rate_plans(problem, rate, "whole plans", candidates)
+    for _ in range(_CLIMBS):
+        best = max(rated, key=lambda one: one.rps_per_gpu, default=None)
+        if best is None or best.goodput.rps == 0:
+            return rated
+        known = {_shape(one.plan) for one in rated}
+        near = [p for p in neighbours(problem, best.plan) if _shape(p) not in known]
+        guesses = [Candidate(plan, best.goodput.rps) for plan in near]
+        rated += _rate_plans(problem, rate, "other P:D ratios", guesses)
+        if max(rated, key=lambda one: one.rps_per_gpu) is best:
+            return rated
+    return rated
+
+
+def _colocated_setup(problem: Problem, option: Option, step_tokens: int) -> Setup:
+    pool = Pool(option=option, step_tokens=step_tokens, workers=1)
+    guess_rps = 0.4 * prefill_setup(problem, option, step_tokens).guess_rps
+    return plan_setup(problem, Plan(prefill=pool, decode=None), guess_rps, run_s=0.0)
+
+
+def _best_chunks(phases: Sequence[Phase]) -> list[Phase]:
+    """One of each worker; of chunk sizes that serve the same, the smallest."""
+    best: dict[tuple[str, int], Phase] = {}
+    for phase in sorted(phases, key=lambda phase: (-phase.rps, phase.step_tokens)):
+        best.setdefault((phase.option.gpu, phase.option.tp), phase)
+    return list(best.values())
+
+
+def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The best of each worker, whatever its chunk size."""
+    best: dict[tuple[str, int], Candidate] = {}
+    for candidate in candidates:
+        option = candidate.plan.prefill.option
+        best.setdefault((option.gpu, option.tp), candidate)
+    return list(best.values())
+
+
+def _shape(plan: Plan) -> tuple[tuple[str, int, int, int], ...]:
+    return tuple((p.option.gpu, p.option.tp, p.step_tokens, p.workers) for p in plan.pools)
+
+
+# -- processes ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _rating(problem: Problem, processes: int, progress: Progress) -> Iterator[Rate]:
+    """A way to rate setups. Leaving the block ends all processes, whatever they do."""
+    if processes <= 1:
+        yield lambda what, setups: _collect(
+            what, len(setups), progress, (find_goodput(problem, setup) for setup in setups)
+        )
+        return
+    context = get_context("spawn")
+    with context.Pool(processes, initializer=_begin, initargs=(problem,)) as pool:
+        yield lambda what, setups: _collect(
+            what, len(setups), progress, pool.imap(_rate_here, setups)
+        )
+
+
+def _collect(
+    what: str, total: int, progress: Progress, goodputs: Iterable[Goodput]
+) -> list[Goodput]:
+    progress(what, 0, total)
+    found: list[Goodput] = []
+    for goodput in goodputs:
+        found.append(goodput)
+        progress(what, len(found), total)
+    return found
+
+
+_problem: Problem | None = None
+
+
+def _begin(problem: Problem) -> None:
+    """In a process of the pool: Ctrl-C is for the one that waits for it."""
+    global _problem  # noqa: PLW0603 - what a process of the pool works on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _problem = problem
+
+
+def _rate_here(setup: Setup) -> Goodput:
+    if _problem is None:
+        raise RuntimeError("the pool's processes were not begun")
+    return find_goodput(_problem, setup)

@@ -1,0 +1,152 @@
+"""What is planned, and what a plan is."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from engine.latency.base import LatencyModel
+from router.policies.base import Slo
+from simulator.workload.types import SimRequest
+
+
+class Affinity(StrEnum):
+    """How fast KV crosses nodes (DistServe, OSDI'24, section 4).
+
+    HIGH: fast enough for any placement (its algorithm 1). LOW: prefill and decode workers that hand
+    over to each other share a node, so KV stays on NVLink (its algorithm 2).
+    """
+
+    HIGH = "high"
+    LOW = "low"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to build a worker: `tp` GPUs of one kind, and what they hold and take."""
+
+    gpu: str
+    tp: int
+    latency: LatencyModel
+    kv_tokens: int
+    """Tokens of KV that fit beside the weights, all ranks together."""
+    nic_bytes_per_s: float
+    nvlink_bytes_per_s: float
+    """Of all its GPUs, one way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """GPUs of a kind, at most `count` of them."""
+
+    gpu: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What is planned for.
+
+    `requests` are offered at any rate by stretching their arrivals; `block_size` is that of their
+    hashes. `share` of the requests keep both targets of `slo` at a rate that counts as served.
+    `chunks` are the step budgets tried, in tokens. A run of one phase takes `phase_requests` of the
+    requests, one of a whole plan all that come in `run_s`, and no fewer than a phase's.
+    """
+
+    options: tuple[Option, ...]
+    offers: tuple[Offer, ...]
+    gpus: int
+    slo: Slo
+    share: float
+    requests: tuple[SimRequest, ...]
+    block_size: int
+    kv_bytes_per_token: int
+    affinity: Affinity = Affinity.HIGH
+    node_gpus: int = 8
+    chunks: tuple[int, ...] = (512, 2048, 8192)
+    max_batch: int = 256
+    phase_requests: int = 500
+    run_s: float = 60.0
+    width: float = 0.03
+    """Relative width at which the search for a rate stops."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Equal workers of a plan."""
+
+    option: Option
+    step_tokens: int
+    workers: int
+
+    @property
+    def gpus(self) -> int:
+        return self.workers * self.option.tp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Pools, `copies` times: with low affinity the pools are those of one node. A plan without a
+    decode pool is colocated: its workers do both.
+    """
+
+    prefill: Pool
+    decode: Pool | None
+    copies: int = 1
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        return (self.prefill,) if self.decode is None else (self.prefill, self.decode)
+
+    @property
+    def gpus(self) -> int:
+        """Of all copies."""
+        return self.copies * sum(pool.gpus for pool in self.pools)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodput:
+    """The highest rate found at which enough requests keep their targets, and how they fared there.
+
+    0 requests/s where no rate does; the other numbers are then those of the lowest rate tried.
+    """
+
+    rps: float
+    share: float
+    ttft_p90_s: float
+    tpot_p90_s: float
+    hit_share: float
+    """Prompt tokens that were cached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rated:
+    """A plan and what the simulator says of it."""
+
+    plan: Plan
+    goodput: Goodput
+
+    @property
+    def rps_per_gpu(self) -> float:
+        return self.goodput.rps * self.plan.copies / self.plan.gpus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The best plans, best first, the best colocated one, and what a buyer must be told.
+
+    `best` is empty where no disaggregated plan keeps the targets at any rate, `colocated` None
+    where no colocated one does.
+    """
+
+    best: tuple[Rated, ...]
+    colocated: Rated | None
+    warnings: tuple[str, ...]
+    simulated: int
+    """Plans that were simulated as a whole."""
+
+    @property
+    def margin(self) -> float | None:
+        """By what share the best is above the next."""
+        if len(self.best) < 2:
+            return None
+        return self.best[0].rps_per_gpu / self.best[1].rps_per_gpu - 1
