@@ -26,6 +26,7 @@ from simulator.events import Events
 from simulator.sequence import SimSequence
 
 _MOST_STEPS = 1 << 20
+_IDLE_SWEEP_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +148,7 @@ class SimWorker:
         lost = [*self.scheduler.waiting, *self.scheduler.running]
         for sequence in lost:
             self._bring_up(sequence)
-            sequence.joined = -1
+            sequence.joined = sequence.turn = -1
         self._dead, self._run = True, None
         return lost
 
@@ -237,6 +238,8 @@ class SimWorker:
         self._run = run
         if run is not None:
             self._end_later(run)
+        else:
+            self._events.at(self._events.now_s() + _IDLE_SWEEP_S, SimWorker.look, self)
 
     def _end_later(self, run: _Run) -> None:
         if run.batch is None and not run.chunks:
@@ -265,7 +268,7 @@ class SimWorker:
     def _decode(self, sequence: SimSequence) -> None:
         """It takes part in every step from now on."""
         self._order += 1
-        sequence.joined = self._steps
+        sequence.joined, sequence.turn = self._steps, self._order
         self._decodes += 1
         self._context_tokens += sequence.known_tokens
         first = sequence.known_tokens == sequence.context_tokens
@@ -286,7 +289,7 @@ class SimWorker:
         if prompts:
             fed_prompts = [(s, n) for s, n in zip(self._prompts, chunks, strict=True) if n]
             return _Run(now_s, 1, decodes, fed_prompts)
-        while self._ends[0][2].state is SequenceState.DONE:
+        while self._ends[0][2].turn != self._ends[0][1]:
             heapq.heappop(self._ends)
         steps = min(_MOST_STEPS, self._ends[0][0] - self._steps)
         return _Run(now_s, min(steps, self._steps_with_room(steps)), decodes)
@@ -305,7 +308,7 @@ class SimWorker:
         growth, size, pool = self._growth, self._size, self.pool
         while growth and growth[0][0] <= step:
             due, order, sequence = growth[0]
-            if sequence.state is not SequenceState.RUNNING:
+            if sequence.turn != order:
                 heapq.heappop(growth)
                 continue
             fresh = pool.allocate(1)
@@ -319,11 +322,10 @@ class SimWorker:
         """The scheduler's own plan over the true sequences; it may preempt."""
         for sequence in self.scheduler.running:
             self._bring_up(sequence)
+            sequence.joined = sequence.turn = -1
         batch = self.scheduler.next_batch(self._events.now_s())
         self._decodes = self._context_tokens = 0
         self._prompts, self._ends, self._growth = [], [], []
-        for sequence in self.scheduler.running:
-            sequence.joined = -1
         self._recount()
         return _Run(self._events.now_s(), 1, 0, batch=batch) if batch else None
 
@@ -374,11 +376,12 @@ class SimWorker:
             self._sort_prompts(done)
         ends = self._ends
         while ends and ends[0][0] <= self._steps:
-            sequence = heapq.heappop(ends)[2]
-            if sequence.state is SequenceState.DONE:
+            _, order, sequence = heapq.heappop(ends)
+            if sequence.turn != order:
                 continue
             self._bring_up(sequence)
             self._leave_decodes(sequence)
+            sequence.publish(self.pool, self._size)
             self._sampled(sequence)
 
     def _sort_prompts(self, done: list[SimSequence]) -> None:
@@ -430,7 +433,7 @@ class SimWorker:
             sequence.joined = self._steps
 
     def _leave_decodes(self, sequence: SimSequence) -> None:
-        sequence.joined = -1
+        sequence.joined = sequence.turn = -1
         self._decodes -= 1
         self._context_tokens -= sequence.known_tokens
 
