@@ -11,13 +11,16 @@ class TimedConfig(Settings):
     """Latency model of the engine without a model, and the KV it pretends to compute.
 
     A step takes `prefill + decode` milliseconds, each term only when the step has such work:
-    prefill = a + b*n + c*n^2 for n prompt tokens, decode = a + b*B + c*sum(ctx) for B sequences.
+    prefill = a + b*n + c*n^2 + h*pairs for n prompt tokens, decode = a + b*B + c*sum(ctx) for B
+    sequences. See engine/latency/fitted.py.
     The defaults are Llama-3-8B at TP1 on an H100 (sum of measured kernels, a lower bound).
     """
 
     prefill_base_ms: float = Field(3.91, ge=0)
     prefill_per_token_ms: float = Field(0.01424, ge=0)
     prefill_per_token2_ms: float = Field(7.56e-7, ge=0)
+    prefill_per_pair_ms: float = Field(0.0, ge=0)
+    """Per pair of a new token and a token that it attends to: what a long history costs a chunk."""
     decode_base_ms: float = Field(6.12, ge=0)
     decode_per_sequence_ms: float = Field(0.0091, ge=0)
     decode_per_context_token_ms: float = Field(4.21e-5, ge=0)

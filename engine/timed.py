@@ -18,7 +18,9 @@ from core.errors import BatonError, ConfigError, KvMismatch
 from core.ids import ModelId, SequenceId
 from core.kv import KvLayout
 from engine.arena import Arena
-from engine.config import EngineConfig, TimedConfig
+from engine.config import EngineConfig
+from engine.latency.base import LatencyModel, StepShape
+from engine.latency.fitted import FittedLatency
 from engine.sizing import arena_blocks
 from engine.types import EngineInfo, Sampled, SeqStep
 
@@ -53,7 +55,7 @@ class TimedEngine:
     ) -> None:
         layout = timed_layout(config)
         num_blocks = arena_blocks(layout, config)
-        self._timed = config.timed
+        self._latency: LatencyModel = FittedLatency.of(config.timed)
         self._sleep = sleep
         self._arena = Arena(layout, num_blocks)
         marked = slice(None, None, config.timed.kv_marked_every_bytes // 8)
@@ -80,7 +82,7 @@ class TimedEngine:
 
     def step(self, batch: Sequence[SeqStep]) -> list[Sampled | BatonError | None]:
         results = [self._advance(part) for part in batch]
-        self._sleep(step_seconds(self._timed, batch))
+        self._sleep(self._latency.step_s(step_shape(batch)))
         return results
 
     def close(self) -> None:
@@ -143,18 +145,14 @@ class TimedEngine:
             self._positions -= len(self._known.pop(next(iter(self._known))).states)
 
 
-def step_seconds(timed: TimedConfig, batch: Sequence[SeqStep]) -> float:
-    """Model time of a step: linear and quadratic in prefill tokens, linear in decode context."""
-    prefill = sum(part.end - part.start for part in batch if not _is_decode(part))
+def step_shape(batch: Sequence[SeqStep]) -> StepShape:
+    """What a latency model must know of a batch. One token after others is a decode."""
     decodes = [part.end for part in batch if _is_decode(part)]
-    total_ms = 0.0
-    if prefill:
-        total_ms += timed.prefill_base_ms + timed.prefill_per_token_ms * prefill
-        total_ms += timed.prefill_per_token2_ms * prefill * prefill
-    if decodes:
-        total_ms += timed.decode_base_ms + timed.decode_per_sequence_ms * len(decodes)
-        total_ms += timed.decode_per_context_token_ms * sum(decodes)
-    return total_ms / 1000.0
+    return StepShape(
+        prefill=[(part.start, part.end) for part in batch if not _is_decode(part)],
+        decode_sequences=len(decodes),
+        decode_context_tokens=sum(decodes),
+    )
 
 
 def timed_layout(config: EngineConfig) -> KvLayout:

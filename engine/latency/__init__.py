@@ -1,1 +1,1 @@
-"""How long a step takes: what the timed engine sleeps and the simulator counts."""
+"""How long a step of a model takes on a device: fitted, interpolated, or from first principles."""

@@ -9,7 +9,9 @@ from core.ids import BlockHash
 class SimRequest:
     """One request. `hashes` are those of the prompt's full blocks, chained; empty shares nothing.
 
-    `output_tokens` (>= 1) is what it will generate, which nobody is told before it ends.
+    `output_tokens` (>= 1) is what it will generate, which nobody is told before it ends. A request
+    with a `think_s` comes so many seconds after the answer before it in its session ended, if the
+    loop is closed; in an open loop, all come at their `at_s`.
     """
 
     at_s: float
@@ -17,6 +19,7 @@ class SimRequest:
     output_tokens: int
     hashes: tuple[BlockHash, ...] = ()
     session: str = ""
+    think_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@ import pytest
 from core.errors import ConfigError, KvMismatch
 from core.ids import BlockId
 from engine.config import TimedConfig
-from engine.timed import TimedEngine, step_seconds
+from engine.latency.fitted import FittedLatency
+from engine.timed import TimedEngine, step_shape
 from engine.types import Sampled
 from tests.builders import (
     VOCAB_SIZE,
@@ -148,7 +149,7 @@ def test_a_step_takes_the_time_of_the_latency_model(
     feeds: list[tuple[int, int]], milliseconds: float
 ) -> None:
     batch = [make_step([0] * end, start, end, range(3)) for start, end in feeds]
-    assert step_seconds(TIMED, batch) == pytest.approx(milliseconds / 1000)
+    assert FittedLatency.of(TIMED).step_s(step_shape(batch)) == pytest.approx(milliseconds / 1000)
 
 
 def test_a_step_sleeps_its_model_time_once() -> None:
@@ -156,7 +157,7 @@ def test_a_step_sleeps_its_model_time_once() -> None:
     engine = make_engine(8, sleep=slept.append)
     step = make_step(PROMPT, 0, len(PROMPT), TABLE)
     engine.step([step])
-    assert slept == [step_seconds(TimedConfig(), [step])]
+    assert slept == [FittedLatency.of(TimedConfig()).step_s(step_shape([step]))]
 
 
 def sparse_engine() -> TimedEngine:
