@@ -25,3 +25,8 @@ def refuse_sequence(
     if open_legs >= config.max_sequences:
         return Overloaded(f"{open_legs} sequences are held already")
     return None
+
+
+def pull_headroom_blocks(running: int) -> int:
+    """Free blocks a pull leaves: one for each running sequence to grow into."""
+    return running

@@ -16,19 +16,36 @@ def plan_step(pending: Sequence[int], step_tokens: int, max_batch: int) -> list[
     A sequence with one pending token decodes (or finishes a prefill, the same work). When there are
     more decodes than `max_batch` the first ones go; callers rotate the order for fairness.
     """
-    feed = [0] * len(pending)
-    left = max_batch
-    budget = step_tokens
-    kept = 1 if max_batch > 1 and any(tokens > 1 for tokens in pending) else 0
-    for i, tokens in enumerate(pending):
-        if tokens == 1 and left > kept:
-            feed[i] = 1
-            left -= 1
-            budget -= 1
-    for i, tokens in enumerate(pending):
-        if tokens > 1 and left > 0 and (budget > 0 or kept):
-            feed[i] = min(tokens, max(budget, 1))
-            left -= 1
-            budget -= feed[i]
-            kept = 0
+    prompts = [tokens for tokens in pending if tokens > 1]
+    decodes, chunks = share_step(len(pending) - len(prompts), prompts, step_tokens, max_batch)
+    chunk = iter(chunks)
+    feed: list[int] = []
+    for tokens in pending:
+        if tokens > 1:
+            feed.append(next(chunk))
+        else:
+            feed.append(1 if decodes > 0 else 0)
+            decodes -= 1
     return feed
+
+
+def share_step(
+    decodes: int, prompts: Sequence[int], step_tokens: int, max_batch: int
+) -> tuple[int, list[int]]:
+    """How many of the sequences with one pending token go, and what each of the others is fed.
+
+    `plan_step` for those who need not know who decodes, only how many do.
+    """
+    kept = 1 if max_batch > 1 and prompts else 0
+    fed = min(decodes, max_batch - kept)
+    left, budget = max_batch - fed, step_tokens - fed
+    chunks: list[int] = []
+    for tokens in prompts:
+        count = 0
+        if left > 0 and (budget > 0 or kept):
+            count = min(tokens, max(budget, 1))
+            left -= 1
+            budget -= count
+            kept = 0
+        chunks.append(count)
+    return fed, chunks

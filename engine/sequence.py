@@ -75,6 +75,11 @@ class Sequence:
         return self.state is SequenceState.DONE
 
     @property
+    def known_tokens(self) -> int:
+        """Of the context and sampled so far."""
+        return len(self.tokens)
+
+    @property
     def pending_tokens(self) -> int:
         """Tokens whose KV is not computed yet."""
         return len(self.tokens) - self.computed

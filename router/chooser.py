@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from random import Random
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 from core.blocks import chain_hashes, root_hash
 from core.clock import Clock
@@ -12,10 +12,9 @@ from core.errors import NoWorkers
 from core.ids import BlockHash, Incarnation, Role, WorkerId
 from core.messages import LegTimes, PrefixSource
 from core.stages import Stage
-from router.client import WorkerLink
 from router.curves import Curves
-from router.fleet import Fleet
 from router.local import LocalOption, LocalVerdict, is_short, judge_local
+from router.members import L, Members
 from router.outliers import NO_OUTLIERS, Outliers
 from router.place import DecodeCacheQuery, DecodePoolQuery, Knowledge, PrefillPoolQuery
 from router.policies.base import Decision, Scored
@@ -30,13 +29,13 @@ _FEW_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class Placement(Generic[L]):
     """The link chosen, why, and the load the leg will be to it (tokens).
 
     `source` is another worker that holds more of the prompt than the chosen one.
     """
 
-    link: WorkerLink
+    link: L
     decision: Decision
     load_tokens: int
     source: PrefixSource | None = None
@@ -49,11 +48,11 @@ class Outlook(NamedTuple):
     work_s: float
 
 
-class Local(NamedTuple):
+class Local(NamedTuple, Generic[L]):
     """Whether a decode worker computes the prompt itself, and which."""
 
     verdict: LocalVerdict
-    placement: Placement | None = None
+    placement: Placement[L] | None = None
 
 
 class Explained(NamedTuple):
@@ -64,14 +63,14 @@ class Explained(NamedTuple):
     local: LocalVerdict
 
 
-class Considered(NamedTuple):
+class Considered(NamedTuple, Generic[L]):
     """A prefill worker chosen for a prompt, which was not submitted there yet. With a placement in
     `local` it is not needed.
     """
 
     query: PrefillPoolQuery
     decision: Decision
-    local: Local = Local(LocalVerdict.OFF)
+    local: Local[L] = Local(LocalVerdict.OFF)
 
     def outlooks(self) -> Iterator[Outlook]:
         """At the chosen worker first, then at the other candidates; of those only that are of a
@@ -84,7 +83,7 @@ class Considered(NamedTuple):
                 yield Outlook(*query.ttft_s(worker))
 
 
-class Chooser:
+class Chooser(Generic[L]):
     """`failed` are those a request has failed on: chosen again only if there is no other.
 
     The `for_*` methods note that the sequence is submitted where they say, `explain` nothing.
@@ -92,7 +91,7 @@ class Chooser:
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: Members[L],
         policies: Policies,
         clock: Clock,
         random: Random,
@@ -106,7 +105,7 @@ class Chooser:
 
     def for_prefill(
         self, tokens: Sequence[int], cache_salt: str, failed: set[Incarnation]
-    ) -> Placement:
+    ) -> Placement[L]:
         """A prefill worker for a prompt. Raises NoWorkers."""
         return self.place(self.consider(tokens, cache_salt, failed), failed)
 
@@ -118,7 +117,7 @@ class Chooser:
         *,
         hashes: Sequence[BlockHash] | None = None,
         local_total: int | None = None,
-    ) -> Considered:
+    ) -> Considered[L]:
         """As `for_prefill`, before it is submitted there; `hashes` of the prompt, if known already.
 
         With `local_total`, the tokens the sequence may grow to, a decode worker may be found
@@ -130,7 +129,9 @@ class Chooser:
             return Considered(query, decision)
         return Considered(query, decision, self._local(query, decision, local_total))
 
-    def place(self, considered: Considered, failed: Collection[Incarnation] = ()) -> Placement:
+    def place(
+        self, considered: Considered[L], failed: Collection[Incarnation] = ()
+    ) -> Placement[L]:
         """The prompt will be submitted where it was considered, without an `await` in between."""
         query, decision = considered.query, considered.decision
         self._policies.prefill.placed(query, decision)
@@ -143,12 +144,12 @@ class Chooser:
             source=query.source(chosen, self._fleet.everyone, failed),
         )
 
-    def place_locally(self, placement: Placement) -> Placement:
+    def place_locally(self, placement: Placement[L]) -> Placement[L]:
         """As `place`, for one found in `Considered.local`."""
         self._placed(Role.DECODE, placement.decision.worker_id, self._clock.now_s())
         return placement
 
-    def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local:
+    def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local[L]:
         """The best of the few decode workers that hold most of the prompt, if any does."""
         pool = self._fleet.pool(Role.DECODE)
         if not pool.workers:
@@ -188,7 +189,7 @@ class Chooser:
         failed: set[Incarnation],
         *,
         kv_address: str = "",
-    ) -> Placement:
+    ) -> Placement[L]:
         """A decode worker for a sequence of so many tokens that may grow to `total_tokens`.
 
         `kv_address` is that of the worker that has its KV. Raises NoWorkers.
@@ -200,7 +201,7 @@ class Chooser:
 
     def for_move(
         self, context_tokens: int, total_tokens: int, source: Incarnation, to: WorkerId | None
-    ) -> Placement:
+    ) -> Placement[L]:
         """Another decode worker than `source`, `to` (ejected or not) or any. Raises NoWorkers."""
         pool = self._fleet.pool(Role.DECODE)
         closed = pool.named((source,))
@@ -238,7 +239,7 @@ class Chooser:
 
     # -- learning from answers ------------------------------------------------------------------
 
-    def prefilled(self, link: WorkerLink, tokens: int, times: LegTimes) -> None:
+    def prefilled(self, link: L, tokens: int, times: LegTimes) -> None:
         """A prompt of so many tokens has its first token from there."""
         view, now_s, curves = link.view, self._clock.now_s(), self._known.curves
         if view is None:
@@ -251,7 +252,7 @@ class Chooser:
             peers = self._fleet.pool(Role.PREFILL).incarnations
             self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
 
-    def decoding(self, link: WorkerLink) -> None:
+    def decoding(self, link: L) -> None:
         """A sequence has its first token of its decode from there."""
         self._outliers.answered(link.record.incarnation, self._clock.now_s())
 
@@ -264,15 +265,24 @@ class Chooser:
         """Implements router.progress.SequenceObserver."""
         if end.outcome not in COMPLETE or end.timings.attempts != 1:
             return
-        times, now_s, curves = end.timings, end.ended_at_s, self._known.curves
-        curves.saw_output(end.output_tokens)
-        view = self._fleet.everyone.views.get(WorkerId(times.decode_worker))
+        times = end.timings
         began = next((mark.at_s for mark in end.marks if mark.stage is Stage.DECODE), None)
-        steps = end.output_tokens - 2  # the prefill's token, and the one that began the decode
-        if view is None or view.load is None or began is None or steps < _FEW_TOKENS:
+        alone = began is not None and not times.migrations
+        decode_s = end.ended_at_s - began if began is not None and alone else None
+        self.answer_ended(WorkerId(times.decode_worker), end.output_tokens, decode_s)
+
+    def answer_ended(self, worker: WorkerId, output_tokens: int, decode_s: float | None) -> None:
+        """An answer is complete, at the first attempt. `decode_s`: since its second token, if all
+        of that passed on `worker`.
+        """
+        now_s, curves = self._clock.now_s(), self._known.curves
+        curves.saw_output(output_tokens)
+        view = self._fleet.everyone.views.get(worker)
+        steps = output_tokens - 2  # the prefill's token, and the one that began the decode
+        if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
             return
-        if not times.migrations and view.load.running:
-            step_s, load = (now_s - began) / steps, view.load
+        if view.load.running:
+            step_s, load = decode_s / steps, view.load
             predicted_s = curves.of(view.kind).decode.seconds(load.running, load.context_tokens)
             curves.saw_decode(view.kind, load.running, load.context_tokens, step_s, now_s)
             peers = self._fleet.pool(Role.DECODE).incarnations
@@ -315,7 +325,7 @@ class Chooser:
             closed=closed,
         )
 
-    def _decode_placement(self, query: DecodePoolQuery, context_tokens: int) -> Placement:
+    def _decode_placement(self, query: DecodePoolQuery, context_tokens: int) -> Placement[L]:
         decision = self._policies.decode.choose(query)
         self._policies.decode.placed(query, decision)
         link = self._fleet.link(Role.DECODE, decision.worker_id)

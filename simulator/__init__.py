@@ -1,1 +1,1 @@
-"""The production decisions under a virtual clock: requests, workers and links as events on a heap."""
+"""The production decisions under a virtual clock: requests, workers, links as events on a heap."""

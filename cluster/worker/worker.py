@@ -30,6 +30,7 @@ from core.messages import (
     WorkerToRouter,
 )
 from decode_worker.config import DecodeConfig
+from decode_worker.policy import pull_headroom_blocks
 from decode_worker.role import DecodeRole
 from engine.arena import Arena
 from engine.config import EngineConfig
@@ -115,7 +116,7 @@ class Worker:
             transports=transports,
             hello=self.peer_hello,
             config=settings.transfer,
-            headroom=lambda: self.runner.load().running,
+            headroom=lambda: pull_headroom_blocks(self.runner.load().running),
         )
         self.prefill = PrefillRole(
             info=info,

@@ -1,0 +1,230 @@
+"""What runs in the next step of a worker, and which blocks it has: the decisions of the runner.
+
+Synchronous, and without a clock, a thread or a model of its own. `engine/runner.py` drives it in a
+loop; the simulator drives the same one under a virtual clock.
+
+    enqueue -> waiting --admit (all blocks of its context, or it stays)--> running -> done
+                 ^------------ preempted: blocks back, KV recomputed later ----'| ^
+                                                                           hold v | resume
+                                                                              held -> removed
+
+While a step is in flight nothing it reads or writes is freed: a sequence finished meanwhile gives
+its blocks back when the step has ended.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from core.errors import InternalError
+from core.ids import BlockHash, BlockId
+from engine.planner import plan_step
+from engine.pool import BlockPool
+from engine.sequence import SequenceState
+
+
+class Schedulable(Protocol):
+    """What scheduling has to know of a sequence, and writes to it; see engine.sequence.Sequence."""
+
+    state: SequenceState
+    arrived_at_s: float
+    started_at_s: float | None
+    computed: int
+    cached_tokens: int
+    published: int
+    blocks: list[BlockId]
+    on_preempted: Callable[[], None] | None
+
+    @property
+    def known_tokens(self) -> int: ...
+
+    @property
+    def pending_tokens(self) -> int: ...
+
+    def block_hashes(self, count: int, block_size: int) -> Sequence[BlockHash]: ...
+
+
+S = TypeVar("S", bound=Schedulable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerLoad:
+    """What the loop has to do."""
+
+    queued_tokens: int
+    waiting: int
+    running: int
+    context_tokens: int
+
+
+class Scheduler(Generic[S]):
+    """Owns the queues. `on_admitted` hears of sequences that begin with a cached prefix."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        step_tokens: int,
+        max_batch: int,
+        on_admitted: Callable[[S], None],
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._step_tokens = step_tokens
+        self._max_batch = max_batch
+        self._on_admitted = on_admitted
+        self.waiting: list[S] = []
+        self.running: list[S] = []
+        self.held: list[S] = []
+        self._in_flight: set[int] = set()
+        self._late_release: list[list[BlockId]] = []
+        self.preemptions = 0
+
+    # -- coming and going -----------------------------------------------------------------------
+
+    def enqueue(self, sequence: S) -> None:
+        """A sequence whose context must (in part) be computed here."""
+        sequence.cached_tokens = len(self._lookup(sequence)) * self._block_size
+        self.waiting.append(sequence)
+
+    def join(self, sequence: S, now_s: float) -> None:
+        """A sequence whose blocks are in place: their references are the scheduler's now."""
+        sequence.state = SequenceState.RUNNING
+        sequence.started_at_s = now_s
+        self.running.append(sequence)
+
+    def hold(self, sequence: S) -> None:
+        """Take a running sequence out of the batch, between two of its steps."""
+        if sequence.state is not SequenceState.RUNNING or id(sequence) in self._in_flight:
+            raise InternalError("a sequence cannot be held now")
+        self.running.remove(sequence)
+        sequence.state = SequenceState.HELD
+        self.held.append(sequence)
+
+    def resume(self, sequence: S) -> None:
+        """A held one goes on."""
+        self.held.remove(sequence)
+        sequence.state = SequenceState.RUNNING
+        self.running.append(sequence)
+
+    def finish(self, sequence: S) -> None:
+        """It is done, wherever it is now; its blocks go back, at the latest when the step ends."""
+        match sequence.state:
+            case SequenceState.WAITING:
+                self.waiting.remove(sequence)
+            case SequenceState.HELD:
+                self.held.remove(sequence)
+            case _:
+                self.running.remove(sequence)
+        sequence.state = SequenceState.DONE
+        blocks, sequence.blocks = sequence.blocks, []
+        if id(sequence) in self._in_flight:
+            self._late_release.append(blocks)
+        else:
+            self._pool.release(blocks)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits or runs, and no step still holds blocks of what was removed."""
+        open_ = self.waiting or self.running or self.held
+        return not (open_ or self._in_flight or self._late_release)
+
+    def load(self) -> RunnerLoad:
+        """True load, for reports and admission."""
+        queued = sum(s.pending_tokens - s.cached_tokens for s in self.waiting)
+        queued += sum(s.pending_tokens for s in self.running if s.pending_tokens > 1)
+        return RunnerLoad(
+            queued_tokens=queued,
+            waiting=len(self.waiting),
+            running=len(self.running) + len(self.held),
+            context_tokens=sum(s.known_tokens for s in [*self.running, *self.held]),
+        )
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def next_batch(self, now_s: float) -> list[tuple[S, int]]:
+        """Who is fed how many tokens now; all of them have the blocks for it. Empty: nothing can
+        run. It is in flight until `step_ended`.
+        """
+        self.admit(now_s)
+        feed = plan_step(
+            [s.pending_tokens for s in self.running], self._step_tokens, self._max_batch
+        )
+        batch: list[tuple[S, int]] = []
+        for sequence, count in zip(list(self.running), feed, strict=True):
+            running = sequence.state is SequenceState.RUNNING
+            if count and running and self._grow(sequence, sequence.computed + count):
+                batch.append((sequence, count))
+        batch = [(s, count) for s, count in batch if s.state is SequenceState.RUNNING]
+        if len(self.running) > self._max_batch:
+            self.running = self.running[self._max_batch :] + self.running[: self._max_batch]
+        self._in_flight = {id(sequence) for sequence, _ in batch}
+        return batch
+
+    def step_ended(self) -> None:
+        """The step reads and writes no more."""
+        self._in_flight = set()
+        for blocks in self._late_release:
+            self._pool.release(blocks)
+        self._late_release.clear()
+
+    def admit(self, now_s: float) -> None:
+        """Those that wait begin, in order, until one does not find its blocks."""
+        while self.waiting and self._admit(self.waiting[0], now_s):
+            pass
+
+    def _admit(self, sequence: S, now_s: float) -> bool:
+        """Take all blocks of the known tokens, reusing cached ones, or leave it waiting."""
+        cached = self._lookup(sequence)
+        missing = -(-sequence.known_tokens // self._block_size) - len(cached)
+        if missing > self._pool.available_beside(cached):
+            return False
+        self._pool.acquire(cached)
+        fresh = self._pool.allocate(missing)
+        if fresh is None:
+            raise InternalError("allocation failed although the blocks were counted")
+        sequence.blocks = [*cached, *fresh]
+        sequence.published = len(cached)
+        sequence.computed = len(cached) * self._block_size
+        if sequence.started_at_s is None:
+            sequence.cached_tokens = sequence.computed
+            sequence.started_at_s = now_s
+        sequence.state = SequenceState.RUNNING
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        if sequence.computed:
+            self._on_admitted(sequence)
+        return True
+
+    def _lookup(self, sequence: S) -> list[BlockId]:
+        """Cached blocks of its known tokens, but for the last one, which must be fed."""
+        full = (sequence.known_tokens - 1) // self._block_size
+        return self._pool.lookup(sequence.block_hashes(full, self._block_size))
+
+    def _grow(self, sequence: S, end: int) -> bool:
+        """Blocks up to position `end`; preempts the youngest when there are none left."""
+        missing = -(-end // self._block_size) - len(sequence.blocks)
+        while missing > 0:
+            fresh = self._pool.allocate(missing)
+            if fresh is not None:
+                sequence.blocks.extend(fresh)
+                return True
+            youngest = max(self.running, key=lambda s: s.arrived_at_s)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: S) -> None:
+        """Give its blocks back and compute its KV again later; the text stays the same."""
+        self.preemptions += 1
+        if sequence.on_preempted is not None:
+            sequence.on_preempted()  # ends a lease, which would keep the blocks
+        self.running.remove(sequence)
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.cached_tokens = 0
+        sequence.published = sequence.computed = 0
+        sequence.state = SequenceState.WAITING
+        self.waiting.insert(0, sequence)

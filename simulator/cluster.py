@@ -1,0 +1,276 @@
+"""A simulated cluster: built from its spec, run over requests, answering a record per request."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from core.ids import WorkerId
+from core.messages import KvRemoved, KvStored
+from router.index import PrefixIndex
+from simulator.events import Events
+from simulator.fleet import Member, SimFleet, make_hello, make_record
+from simulator.handoff import PullQueue
+from simulator.job import Record
+from simulator.links import Network, Port
+from simulator.router import SimRouter
+from simulator.spec import Failure, PoolSpec, SimSpec
+from simulator.worker import SimWorker
+from simulator.workload.types import SimRequest
+
+_PROGRESS_EVERY = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One pool at one moment. Shares are 0 to 1."""
+
+    at_s: float
+    workers: int
+    queued_tokens: int
+    running: int
+    kv_share: float
+    busy_share: float
+    """Of the time since the last sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A run: records in order of arrival, samples by pool, and how large it was."""
+
+    records: tuple[Record, ...]
+    samples: dict[str, tuple[Sample, ...]]
+    ended_s: float
+    events: int
+    busy_share: dict[str, float]
+    """By pool: share of its workers' time that steps took, until the last request's arrival."""
+    kv_moved_bytes: int
+    preemptions: int
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place for a worker: its lives follow one another."""
+
+    pool: PoolSpec
+    name: str
+    domain: int
+    port: Port
+    life: int = 0
+    member: Member | None = None
+    busy_s: float = 0.0
+    """Of earlier lives."""
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class _Pool:
+    spec: PoolSpec
+    slots: list[_Slot]
+    samples: list[Sample] = field(default_factory=list)
+    busy_s: float = 0.0
+
+
+class Cluster:
+    """`run` is called once."""
+
+    def __init__(self, spec: SimSpec) -> None:
+        self._spec = spec
+        self._events = Events()
+        self._random = Random(spec.seed)
+        self._network = Network(spec.network.uplink_bytes_per_s)
+        self._index = PrefixIndex()
+        self._records: list[Record] = []
+        self._ended = 0
+        self._on_progress: Callable[[int], None] = lambda done: None
+        self._routers = [
+            SimRouter(
+                spec,
+                SimFleet(self._index, sees_truth=spec.report_s == 0),
+                self._events,
+                self._network,
+                random=Random(self._random.random()),
+                on_end=self._note_end,
+            )
+            for _ in range(spec.routers)
+        ]
+        self._coming: Iterator[SimRequest] = iter(())
+        self._every_s = 0.0
+        self._pools = self._lay_out()
+
+    def run(
+        self, requests: Sequence[SimRequest], on_progress: Callable[[int], None] | None = None
+    ) -> Outcome:
+        """All requests, to their end. `on_progress` hears how many have ended."""
+        self._on_progress = on_progress or self._on_progress
+        self._coming = iter(requests)
+        horizon_s = requests[-1].at_s if requests else 0.0
+        for failure in self._spec.failures:
+            self._events.at(failure.at_s, self._fail, failure)
+        self._next_arrival(None)
+        self._every_s = horizon_s / max(1, self._spec.samples)
+        if self._every_s > 0:
+            self._events.at(self._every_s, self._sample, horizon_s)
+        busy: dict[str, float] = {}
+        self._events.at(horizon_s, self._note_busy, busy)
+        while self._ended < len(requests) and self._events.pending:
+            self._events.run_some(_PROGRESS_EVERY)
+        members = [m for p in self._pools.values() for s in p.slots if (m := s.member)]
+        return Outcome(
+            records=tuple(sorted(self._records, key=_arrival)),
+            samples={name: tuple(pool.samples) for name, pool in self._pools.items()},
+            ended_s=self._events.now_s(),
+            events=self._events.happened,
+            busy_share=busy,
+            kv_moved_bytes=sum(
+                slot.port.received.carried_bytes for p in self._pools.values() for slot in p.slots
+            ),
+            preemptions=sum(m.worker.scheduler.preemptions for m in members)
+            + sum(slot.preemptions for p in self._pools.values() for slot in p.slots),
+        )
+
+    # -- building -------------------------------------------------------------------------------
+
+    def _lay_out(self) -> dict[str, _Pool]:
+        pools: dict[str, _Pool] = {}
+        number, per_domain = 0, self._spec.network.domain_workers
+        for pool in self._spec.pools:
+            slots: list[_Slot] = []
+            for i in range(pool.workers):
+                domain = number // per_domain if per_domain else 0
+                port = self._network.port(domain, pool.worker.nic_bytes_per_s)
+                slot = _Slot(pool, f"{pool.name}-{i:05d}", domain, port)
+                slots.append(slot)
+                number += 1
+                if pool.ready_s > 0:
+                    self._events.at(pool.ready_s, self._add, slot)
+                else:
+                    self._add(slot)
+            pools[pool.name] = _Pool(pool, slots)
+        return pools
+
+    def _add(self, slot: _Slot) -> None:
+        """A new life, with an empty cache."""
+        slot.life += 1
+        queue = PullQueue()
+        unheard: list[KvStored | KvRemoved] = []
+        live = self._spec.report_s == 0
+
+        def on_kv(events: Sequence[KvStored | KvRemoved]) -> None:
+            unheard.extend(events)
+            if live:
+                member.tell()
+
+        worker = SimWorker(
+            WorkerId(slot.name),
+            slot.pool.worker,
+            self._events,
+            on_kv=on_kv,
+            on_space=queue.look,
+        )
+        hello = make_hello(slot.name, slot.pool.role, worker, slot.domain, slot.life)
+        holdings = self._index.join(hello.worker_id)
+        holdings.gather(())
+        holdings.swap()
+        member = Member(
+            record=make_record(hello),
+            hello=hello,
+            worker=worker,
+            queue=queue,
+            port=slot.port,
+            pool=slot.pool.name,
+            holdings=holdings,
+            unheard=unheard,
+        )
+        slot.member = member
+        for router in self._routers:
+            router.fleet.join(member)
+        if not live:
+            first_s = self._random.random() * self._spec.report_s
+            self._events.at(self._events.now_s() + first_s, self._report, slot)
+
+    def _report(self, slot: _Slot) -> None:
+        """What a worker says now, all routers hear now; then nothing for a while."""
+        member = slot.member
+        if member is None:
+            return
+        member.tell()
+        for router in self._routers:
+            router.fleet.link(member.hello.role, member.hello.worker_id).reported()
+        self._events.at(self._events.now_s() + self._spec.report_s, self._report, slot)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def _next_arrival(self, request: SimRequest | None) -> None:
+        """One arrival is on the heap at a time."""
+        if request is not None:
+            routers = self._routers
+            router = routers[0]
+            if len(routers) > 1:
+                router = routers[self._random.randrange(len(routers))]
+            router.arrive(request)
+        coming = next(self._coming, None)
+        if coming is not None:
+            self._events.at(coming.at_s, self._next_arrival, coming)
+
+    def _note_end(self, record: Record) -> None:
+        self._records.append(record)
+        self._ended += 1
+        if self._ended % _PROGRESS_EVERY == 0:
+            self._on_progress(self._ended)
+
+    # -- failures -------------------------------------------------------------------------------
+
+    def _fail(self, failure: Failure) -> None:
+        slot = self._pools[failure.pool].slots[failure.worker]
+        member = slot.member
+        if member is None:
+            return
+        slot.member = None
+        slot.busy_s += member.worker.busy_s
+        slot.preemptions += member.worker.scheduler.preemptions
+        for router in self._routers:
+            router.fleet.leave(member.hello.worker_id)
+        member.holdings.leave()
+        member.worker.die()
+        for router in self._routers:
+            router.lost(member)
+        if failure.restart_s is not None:
+            self._events.at(self._events.now_s() + failure.restart_s, self._add, slot)
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def _note_busy(self, busy: dict[str, float]) -> None:
+        """Utilisation until the last arrival."""
+        now_s = max(1e-9, self._events.now_s())
+        for name, pool in self._pools.items():
+            busy[name] = self._busy_s(pool) / now_s / max(1, len(pool.slots))
+
+    def _busy_s(self, pool: _Pool) -> float:
+        lives = sum(s.member.worker.busy_s for s in pool.slots if s.member is not None)
+        return lives + sum(slot.busy_s for slot in pool.slots)
+
+    def _sample(self, horizon_s: float) -> None:
+        now_s = self._events.now_s()
+        for pool in self._pools.values():
+            pool.samples.append(self._look_at(pool, now_s))
+        if now_s + self._every_s <= horizon_s + 1e-9:
+            self._events.at(now_s + self._every_s, self._sample, horizon_s)
+
+    def _look_at(self, pool: _Pool, now_s: float) -> Sample:
+        loads = [slot.member.worker.load() for slot in pool.slots if slot.member is not None]
+        free = sum(load.free_blocks for load in loads)
+        blocks = sum(load.total_blocks for load in loads)
+        busy_s, before_s = self._busy_s(pool), pool.busy_s
+        pool.busy_s = busy_s
+        return Sample(
+            at_s=now_s,
+            workers=len(loads),
+            queued_tokens=sum(load.queued_tokens for load in loads),
+            running=sum(load.running for load in loads),
+            kv_share=1 - free / blocks if blocks else 0.0,
+            busy_share=(busy_s - before_s) / self._every_s / max(1, len(pool.slots)),
+        )
+
+
+def _arrival(record: Record) -> float:
+    return record.at_s

@@ -1,0 +1,170 @@
+"""One request on its way through the simulated cluster: its legs, and what became of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import TYPE_CHECKING
+
+from core.ids import BlockHash, Incarnation
+from simulator.fleet import Member, SimLink
+from simulator.handoff import Handoff
+from simulator.sequence import SimSequence
+from simulator.workload.types import SimRequest
+
+if TYPE_CHECKING:
+    from simulator.router import SimRouter
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of a request. Times are nan where it did not get so far."""
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    first_s: float = nan
+    end_s: float = nan
+    transfer_s: float = 0.0
+    """From the first token to the KV being usable where the answer goes on."""
+    attempts: int = 0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    outcome: str = "unfinished"
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_s - self.at_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time between its tokens; 0 of a single one."""
+        gaps = self.output_tokens - 1
+        return (self.end_s - self.first_s) / gaps if gaps > 0 else self.end_s - self.first_s
+
+
+class Job:
+    """A request at its router. `emitted` tokens have reached the client."""
+
+    __slots__ = (
+        "attempt",
+        "began_s",
+        "decode",
+        "emitted",
+        "failed",
+        "legs",
+        "record",
+        "request",
+        "router",
+    )
+
+    def __init__(self, request: SimRequest, router: "SimRouter") -> None:
+        self.request = request
+        self.router = router
+        self.record = Record(request.at_s, request.prompt_tokens, request.output_tokens)
+        self.emitted = 0
+        self.attempt = 0
+        self.failed: set[Incarnation] = set()
+        self.legs: list[Leg] = []
+        self.decode: SimLink | None = None
+        self.began_s = nan
+
+    @property
+    def context_tokens(self) -> int:
+        return self.request.prompt_tokens + self.emitted
+
+    @property
+    def outputs_left(self) -> int:
+        return self.request.output_tokens - self.emitted
+
+    def has_leg_on(self, member: Member) -> bool:
+        return any(leg.link.member is member for leg in self.legs)
+
+    def generating(self) -> "list[Leg]":
+        """The leg that gives the answer's tokens, once it does."""
+        return [leg for leg in self.legs if not isinstance(leg, PrefillLeg)]
+
+    def hashes(self, block_size: int) -> Sequence[BlockHash]:
+        """Of the prompt's full blocks."""
+        return self.request.hashes[: self.request.prompt_tokens // block_size]
+
+
+class Leg:
+    """A part of an attempt on one worker. `over`: nothing it hears counts any more."""
+
+    __slots__ = ("handoff", "job", "link", "over", "sequence")
+
+    def __init__(self, job: Job, link: SimLink, outputs_left: int, now_s: float) -> None:
+        self.job = job
+        self.link = link
+        self.over = False
+        self.handoff: Handoff | None = None
+        size = link.member.worker.spec.block_size
+        self.sequence = SimSequence(
+            self,
+            context_tokens=job.context_tokens,
+            outputs_left=outputs_left,
+            hashes=job.hashes(size),
+            arrived_at_s=now_s,
+        )
+
+    def computed(self, sequence: SimSequence) -> None:
+        pass
+
+    def first_token(self, sequence: SimSequence) -> bool:
+        return True
+
+    def ended(self, sequence: SimSequence) -> None:
+        if not self.over:
+            self.job.router.finished(self.job)
+
+    def drop(self) -> None:
+        """End what it does; its worker may be dead."""
+        if self.over:
+            return
+        self.over = True
+        if self.handoff is not None:
+            self.handoff.abort()
+        self.link.member.worker.cancel(self.sequence)
+
+
+class PrefillLeg(Leg):
+    """Computes the prompt and gives its KV away; ends with the first token."""
+
+    def __init__(self, job: Job, link: SimLink, now_s: float) -> None:
+        super().__init__(job, link, 1, now_s)
+
+    def computed(self, sequence: SimSequence) -> None:
+        if self.handoff is None:
+            return
+        size = self.link.member.worker.spec.block_size
+        whole = sequence.computed >= sequence.context_tokens
+        full = sequence.computed // size * size
+        self.handoff.announce(sequence.context_tokens if whole else full)
+
+    def first_token(self, sequence: SimSequence) -> bool:
+        if not self.over:
+            if self.handoff is not None:
+                self.handoff.lease(sequence.blocks)
+            self.job.router.prefilled(self, ended=self.job.outputs_left == 1)
+        return False
+
+
+class ComputeLeg(Leg):
+    """Computes the prompt where the answer goes on."""
+
+    def __init__(self, job: Job, link: SimLink, now_s: float) -> None:
+        super().__init__(job, link, job.outputs_left, now_s)
+
+    def first_token(self, sequence: SimSequence) -> bool:
+        if not self.over:
+            self.job.router.prefilled(self, ended=False)
+        return True
+
+
+class DecodeLeg(Leg):
+    """Generates from KV that comes from elsewhere."""
+
+    def __init__(self, job: Job, link: SimLink, now_s: float) -> None:
+        super().__init__(job, link, job.outputs_left, now_s)

@@ -1,0 +1,329 @@
+"""One router under the virtual clock: production choices and admission, simulated legs.
+
+    arrive -> admitted (or waits in line, or refused) -> placed -> first token -> last token
+                                  ^---- a leg's worker is lost: again, from the tokens so far
+
+Who goes where is `router.chooser.Chooser`'s to say, who is admitted `router.admission.decide`'s,
+whether a worker takes a leg its role's policy's. Here is only the order of the hops, as
+router/attempt.py has it, without the waits that a lost message would need.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from random import Random
+
+from core.errors import InvalidRequest, NoWorkers
+from core.ids import WorkerId
+from core.messages import LegTimes
+from decode_worker.config import DecodeConfig
+from decode_worker.policy import refuse_sequence
+from prefill_worker.config import PrefillConfig
+from prefill_worker.policy import refuse_prompt
+from router.admission import Admit, Reject, Verdict, decide
+from router.chooser import Chooser, Considered, Placement
+from router.outliers import OutlierRules, Outliers
+from router.policies.build import build_policies
+from router.watcher import Unwatched
+from simulator.events import Events
+from simulator.fleet import Member, SimFleet, SimLink
+from simulator.handoff import Handoff
+from simulator.job import ComputeLeg, DecodeLeg, Job, PrefillLeg, Record
+from simulator.links import Network
+from simulator.spec import SimSpec
+from simulator.workload.types import SimRequest
+
+_LOOK_S = 0.02
+"""The first of the line looks for a place so often; the live router does with each load report."""
+_RETRY_S = 0.25
+
+
+class SimRouter:
+    """`arrive` with each request; `on_end` hears of each record that is complete."""
+
+    def __init__(
+        self,
+        spec: SimSpec,
+        fleet: SimFleet,
+        events: Events,
+        network: Network,
+        *,
+        random: Random,
+        on_end: Callable[[Record], None],
+    ) -> None:
+        self.fleet = fleet
+        self._spec = spec
+        self._events = events
+        self._network = network
+        self._on_end = on_end
+        rules = OutlierRules(failures=spec.router.eject_after_failures, eject_s=spec.router.eject_s)
+        self._chooser: Chooser[SimLink] = Chooser(
+            fleet,
+            build_policies(spec.router, spec.slo),
+            events,
+            random,
+            Outliers(rules, Unwatched()),
+        )
+        self._is_local = spec.router.local_prefill and not spec.is_colocated
+        self._prefill_config = PrefillConfig(max_queued_tokens=spec.max_queued_tokens)
+        self._decode_config = DecodeConfig(max_sequences=spec.max_sequences)
+        self._line: deque[tuple[Job, float]] = deque()
+        self._looking = False
+        self._jobs: dict[int, Job] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return len(self._line)
+
+    # -- admission ------------------------------------------------------------------------------
+
+    def arrive(self, request: SimRequest) -> None:
+        """A client asks."""
+        job = Job(request, self)
+        self._jobs[id(job)] = job
+        considered, verdict = self._judge(job, first=not self._line)
+        if isinstance(verdict, Admit):
+            self._start(job, considered)
+        elif isinstance(verdict, Reject) or self._is_full(job):
+            self._end(job, "refused")
+        else:
+            self._line.append((job, _work_s(considered)))
+            self._look_later()
+
+    def _judge(self, job: Job, *, first: bool) -> tuple[Considered[SimLink] | None, Verdict]:
+        try:
+            considered = self._consider(job)
+        except NoWorkers:
+            return None, Admit()  # the attempt's to wait for
+        if self._spec.router.admission == "off" or considered.local.placement is not None:
+            return considered, Admit()
+        ahead_s = sum(work_s for _, work_s in self._line) / len(considered.query.pool)
+        verdict = decide(
+            self._events.now_s(),
+            job.request.at_s,
+            considered.outlooks(),
+            self._spec.slo,
+            ahead_s=None if first else ahead_s,
+        )
+        return considered, verdict
+
+    def _is_full(self, job: Job) -> bool:
+        config, line = self._spec.router, self._line
+        tokens = sum(other.request.prompt_tokens for other, _ in line)
+        over = tokens + job.request.prompt_tokens > config.admission_max_tokens
+        return bool(line) and (len(line) >= config.admission_max_requests or over)
+
+    def _look_later(self) -> None:
+        if not self._looking:
+            self._looking = True
+            self._events.at(self._events.now_s() + _LOOK_S, SimRouter._look, self)
+
+    def _look(self) -> None:
+        self._looking = False
+        while self._line:
+            job = self._line[0][0]
+            considered, verdict = self._judge(job, first=True)
+            if isinstance(verdict, Admit):
+                self._line.popleft()
+                self._start(job, considered)
+            elif isinstance(verdict, Reject):
+                self._line.popleft()
+                self._end(job, "refused")
+            else:
+                self._look_later()
+                return
+
+    # -- hops -----------------------------------------------------------------------------------
+
+    def _consider(self, job: Job) -> Considered[SimLink]:
+        total = job.request.prompt_tokens + self._max_tokens(job)
+        return self._chooser.consider(
+            range(job.context_tokens),
+            "",
+            job.failed,
+            hashes=job.request.hashes,
+            local_total=total if self._is_local else None,
+        )
+
+    def _max_tokens(self, job: Job) -> int:
+        return max(self._spec.max_tokens, job.request.output_tokens)
+
+    def _start(self, job: Job, considered: Considered[SimLink] | None) -> None:
+        """An attempt, where it was considered just now."""
+        try:
+            considered = considered or self._consider(job)
+        except NoWorkers:
+            self._events.at(self._events.now_s() + _RETRY_S, self._again, job)
+            return
+        job.record.attempts += 1
+        local = considered.local.placement
+        if local is not None:
+            self._compute(job, self._chooser.place_locally(local), is_local=True)
+        elif self._spec.is_colocated:
+            self._compute(job, self._chooser.place(considered, job.failed), is_local=False)
+        else:
+            self._prefill(job, self._chooser.place(considered, job.failed))
+
+    def _again(self, job: Job) -> None:
+        left_s = self._spec.router.request_timeout_s - (self._events.now_s() - job.request.at_s)
+        if left_s <= 0:
+            self._end(job, "deadline")
+        else:
+            self._start(job, None)
+
+    def _compute(self, job: Job, placed: Placement[SimLink], *, is_local: bool) -> None:
+        """One worker does it all: it is a prefill worker by what it takes, unless it is local."""
+        link, now_s = placed.link, self._events.now_s()
+        if not self._takes(job, link, decodes=True):
+            return
+        job.record.prefill_worker = job.record.decode_worker = link.record.worker_id
+        link.submitted(placed.load_tokens)
+        job.decode = link
+        leg = ComputeLeg(job, link, now_s)
+        job.legs = [leg]
+        link.member.worker.compute(leg.sequence)
+
+    def _prefill(self, job: Job, placed: Placement[SimLink]) -> None:
+        link, now_s = placed.link, self._events.now_s()
+        if not self._takes(job, link, decodes=False):
+            return
+        job.record.prefill_worker = link.record.worker_id
+        link.submitted(placed.load_tokens)
+        leg = PrefillLeg(job, link, now_s)
+        job.legs = [leg]
+        if job.emitted + 1 < self._max_tokens(job) and not self._hand_over(job, leg, now_s):
+            return
+        link.member.worker.compute(leg.sequence)
+
+    def _hand_over(self, job: Job, prefill: PrefillLeg, now_s: float) -> bool:
+        """Choose where the answer goes on, before the prompt is computed."""
+        source = prefill.link.member
+        try:
+            placed = self._chooser.for_decode(
+                job.context_tokens,
+                job.request.prompt_tokens + self._max_tokens(job),
+                job.failed,
+                kv_address=source.hello.peer_address,
+            )
+        except NoWorkers:
+            self._events.at(now_s + _RETRY_S, self._again, job)
+            return False
+        link = placed.link
+        if not self._takes(job, link, decodes=True):
+            return False
+        link.submitted(placed.load_tokens)
+        job.decode, job.record.decode_worker = link, link.record.worker_id
+        leg = DecodeLeg(job, link, now_s)
+        size = link.member.worker.spec.block_size
+        leg.handoff = prefill.handoff = Handoff(
+            self._events,
+            source=source.worker,
+            target=link.member.worker,
+            queue=link.member.queue,
+            path=self._network.path(source.port, link.member.port),
+            control_s=self._spec.network.control_s,
+            sequence=leg.sequence,
+            hashes=job.hashes(size),
+            on_usable=lambda handoff: self._decoding(job),
+        )
+        job.legs.append(leg)
+        return True
+
+    def _takes(self, job: Job, link: SimLink, *, decodes: bool) -> bool:
+        """Whether the worker takes a leg, by its own policy; if not, the job goes on elsewhere."""
+        spec, load = link.member.hello, link.member.worker.load()
+        capacity = min(spec.context_tokens, spec.num_blocks * spec.layout.block_size)
+        if decodes:
+            refusal = refuse_sequence(
+                job.context_tokens,
+                job.outputs_left,
+                capacity,
+                load.running + load.waiting,
+                self._decode_config,
+            )
+        else:
+            refusal = refuse_prompt(
+                job.context_tokens, capacity, load.queued_tokens, self._prefill_config
+            )
+        if refusal is None:
+            return True
+        for leg in job.legs:
+            leg.drop()
+        if isinstance(refusal, InvalidRequest):
+            self._end(job, "too_long")
+        else:
+            self._events.at(self._events.now_s() + _RETRY_S, self._again, job)
+        return False
+
+    # -- what legs say --------------------------------------------------------------------------
+
+    def prefilled(self, leg: PrefillLeg | ComputeLeg, *, ended: bool) -> None:
+        """The first token of this attempt; with `ended` also the answer's last."""
+        job, now_s, sequence = leg.job, self._events.now_s(), leg.sequence
+        job.emitted += 1
+        started_s = sequence.started_at_s if sequence.started_at_s is not None else now_s
+        record = job.record
+        if record.first_s != record.first_s:
+            record.first_s = now_s
+            record.cached_tokens = min(sequence.cached_tokens, job.request.prompt_tokens)
+            record.queue_s = started_s - sequence.arrived_at_s
+        times = LegTimes(
+            queue_s=started_s - sequence.arrived_at_s,
+            prefill_s=now_s - started_s,
+            cached_tokens=sequence.cached_tokens,
+        )
+        self._chooser.prefilled(leg.link, sequence.context_tokens, times)
+        job.began_s = now_s
+        if ended:
+            for other in job.legs:
+                other.drop()
+            self._complete(job)
+
+    def _decoding(self, job: Job) -> None:
+        now_s = self._events.now_s()
+        job.record.transfer_s = now_s - job.began_s
+        job.began_s = now_s
+        job.legs = job.generating()
+        if job.decode is not None:
+            self._chooser.decoding(job.decode)
+
+    def finished(self, job: Job) -> None:
+        """The last token is out."""
+        self._complete(job)
+
+    def lost(self, member: Member) -> None:
+        """A worker has died: what had a leg there goes on elsewhere, from its tokens so far."""
+        for job in [j for j in self._jobs.values() if j.has_leg_on(member)]:
+            self._continue(job, member)
+
+    def _continue(self, job: Job, member: Member) -> None:
+        for leg in job.legs:
+            leg.drop()
+        job.failed.add(member.record.incarnation)
+        left = min([job.outputs_left, *(leg.sequence.outputs_left for leg in job.generating())])
+        job.emitted = job.request.output_tokens - max(1, left)
+        job.legs = []
+        if job.record.attempts >= self._spec.router.max_attempts:
+            self._end(job, "failed")
+        else:
+            self._start(job, None)
+
+    def _complete(self, job: Job) -> None:
+        record, now_s = job.record, self._events.now_s()
+        if record.attempts == 1 and job.decode is not None:
+            worker = WorkerId(record.decode_worker)
+            self._chooser.answer_ended(worker, record.output_tokens, now_s - job.began_s)
+        self._end(job, "ok")
+
+    def _end(self, job: Job, outcome: str) -> None:
+        job.legs = []
+        self._jobs.pop(id(job), None)
+        job.record.outcome = outcome
+        if outcome == "ok":
+            job.record.end_s = self._events.now_s()
+        self._on_end(job.record)
+
+
+def _work_s(considered: Considered[SimLink] | None) -> float:
+    """The least its prompt takes anywhere."""
+    return min((o.work_s for o in considered.outlooks()), default=0.0) if considered else 0.0

@@ -1,0 +1,101 @@
+"""A sequence as scheduling sees it: lengths and hashes instead of tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from core.ids import BlockHash, BlockId
+from engine.pool import BlockPool
+from engine.sequence import SequenceState
+
+_ROOT = BlockHash(bytes(16))
+
+
+class Leg(Protocol):
+    """Whoever submitted a sequence. After `ended` its blocks are given back."""
+
+    def computed(self, sequence: "SimSequence") -> None:
+        """More KV of its context is final."""
+        ...
+
+    def first_token(self, sequence: "SimSequence") -> bool:
+        """Its context is computed and a token sampled; answers whether it goes on here."""
+        ...
+
+    def ended(self, sequence: "SimSequence") -> None:
+        """Its last token is out."""
+        ...
+
+
+class SimSequence:
+    """Implements engine.scheduler.Schedulable. `outputs_left` counts the tokens to sample here.
+
+    While it decodes in a run of steps, the worker brings the counts up to date when they matter:
+    `joined` is the worker's step count they are true at, and `turn` names its
+    stay in the batch; -1 outside.
+    """
+
+    __slots__ = (
+        "_hashes",
+        "arrived_at_s",
+        "blocks",
+        "cached_tokens",
+        "cancelled",
+        "computed",
+        "context_tokens",
+        "joined",
+        "known_tokens",
+        "leg",
+        "on_preempted",
+        "outputs_left",
+        "published",
+        "queued_tokens",
+        "started_at_s",
+        "state",
+        "turn",
+    )
+
+    def __init__(
+        self,
+        leg: Leg,
+        *,
+        context_tokens: int,
+        outputs_left: int,
+        hashes: Sequence[BlockHash],
+        arrived_at_s: float,
+    ) -> None:
+        self.leg = leg
+        self.context_tokens = self.known_tokens = context_tokens
+        self.outputs_left = outputs_left
+        self._hashes = hashes
+        self.arrived_at_s = arrived_at_s
+        self.started_at_s: float | None = None
+        self.state = SequenceState.WAITING
+        self.computed = 0
+        self.cached_tokens = 0
+        self.published = 0
+        self.blocks: list[BlockId] = []
+        self.on_preempted: Callable[[], None] | None = None
+        self.cancelled = False
+        self.joined = self.turn = -1
+        self.queued_tokens = 0
+
+    @property
+    def pending_tokens(self) -> int:
+        return self.known_tokens - self.computed
+
+    def block_hashes(self, count: int, block_size: int) -> Sequence[BlockHash]:
+        """Of blocks of the prompt; what it generates has no hash here."""
+        return self._hashes[:count]
+
+    def publish(self, pool: BlockPool, block_size: int) -> None:
+        """As engine.sequence.Sequence.publish."""
+        hashes, full = self._hashes, min(self.computed // block_size, len(self._hashes))
+        for i in range(self.published, full):
+            parent = hashes[i - 1] if i else _ROOT
+            self.blocks[i] = pool.publish(self.blocks[i], hashes[i], parent)
+        self.published = max(self.published, full)
+
+    def append(self) -> None:
+        """A token was sampled."""
+        self.known_tokens += 1
+        self.outputs_left -= 1

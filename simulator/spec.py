@@ -1,0 +1,80 @@
+"""What is simulated: pools of workers, the network between them, routers, failures."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from router.config import RouterConfig
+from router.policies.base import Slo
+from simulator.worker import WorkerSpec
+
+
+class PoolRole(StrEnum):
+    """What a pool does; colocated workers compute a prompt and its answer, as most servers do."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """Equal workers. `ready_s`: when they are up."""
+
+    name: str
+    role: PoolRole
+    workers: int
+    worker: WorkerSpec
+    ready_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """`control_s` is what closing a hand-off takes after its last byte. Workers are dealt to
+    domains of `domain_workers` in order of their pools; 0 puts all into one.
+    """
+
+    control_s: float = 0.001
+    uplink_bytes_per_s: float = 400e9
+    domain_workers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A worker dies with all it holds. `restart_s` later another one is in its place, if any."""
+
+    at_s: float
+    pool: str
+    worker: int
+    restart_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimSpec:
+    """One run, but for its requests. The same seed and requests give the same run.
+
+    With `report_s` a router hears of load and caches only every so often, as every worker reports;
+    0 lets it see what is. `max_tokens` is what clients ask for at most.
+    """
+
+    pools: tuple[PoolSpec, ...]
+    router: RouterConfig = field(default_factory=RouterConfig)
+    slo: Slo
+    network: NetworkSpec = NetworkSpec()
+    routers: int = 1
+    report_s: float = 0.0
+    max_tokens: int = 2048
+    max_queued_tokens: int = 1_000_000
+    max_sequences: int = 1024
+    failures: tuple[Failure, ...] = ()
+    samples: int = 200
+    seed: int = 0
+
+    @property
+    def gpus(self) -> int:
+        """Of all pools."""
+        return sum(pool.workers * pool.worker.gpus for pool in self.pools)
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether no pool only decodes."""
+        return all(pool.role is not PoolRole.DECODE for pool in self.pools)

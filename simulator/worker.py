@@ -1,0 +1,476 @@
+"""A worker under the virtual clock: the production scheduler, with steps that take model time.
+
+    idle --work--> step in flight --its end--> next step ... --nothing left--> idle
+
+Steps that only decode are the same step again and again until a sequence ends, blocks run out or
+somebody comes, so they are one event (`_Run.steps`), timed by the model's closed form. What changes
+a batch costs O(log n) of its size n. Where the choice is not plain (more sequences than
+`max_batch`, or too few blocks), the scheduler plans each step over the true sequences; with
+`stepwise` it plans every step, which tests compare.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from core.errors import InternalError
+from core.ids import BlockHash, BlockId, WorkerId
+from core.messages import KvRemoved, KvStored, LoadReport
+from decode_worker.policy import pull_headroom_blocks
+from engine.latency.base import LatencyModel, StepShape
+from engine.planner import share_step
+from engine.pool import BlockPool
+from engine.scheduler import Scheduler
+from engine.sequence import SequenceState
+from simulator.events import Events
+from simulator.sequence import SimSequence
+
+_MOST_STEPS = 1 << 20
+_IDLE_SWEEP_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What one worker is. `kv_blocks` of `block_size` tokens; `gpus` it occupies."""
+
+    latency: LatencyModel
+    kv_blocks: int
+    block_size: int
+    step_tokens: int = 512
+    max_batch: int = 256
+    kv_bytes_per_token: int = 131_072
+    nic_bytes_per_s: float = 50e9
+    gpus: int = 1
+
+
+@dataclass(slots=True)
+class _Run:
+    """Equal steps in flight. `batch` is what the scheduler planned, where it did."""
+
+    began_s: float
+    steps: int
+    sequences: int
+    chunks: list[tuple[SimSequence, int]] = field(default_factory=list)
+    batch: list[tuple[SimSequence, int]] | None = None
+    ends_s: float = 0.0
+
+
+class SimWorker:
+    """One life of one worker."""
+
+    def __init__(
+        self,
+        worker_id: WorkerId,
+        spec: WorkerSpec,
+        events: Events,
+        *,
+        on_kv: Callable[[Sequence[KvStored | KvRemoved]], None] = lambda events: None,
+        on_space: Callable[[], None] = lambda: None,
+        stepwise: bool = False,
+    ) -> None:
+        self.worker_id = worker_id
+        self.spec = spec
+        self.pool = BlockPool(spec.kv_blocks)
+        self.scheduler = Scheduler[SimSequence](
+            self.pool,
+            block_size=spec.block_size,
+            step_tokens=spec.step_tokens,
+            max_batch=spec.max_batch,
+            on_admitted=lambda sequence: sequence.leg.computed(sequence),
+        )
+        self.busy_s = 0.0
+        """Seconds of steps that have ended."""
+        self._pulls = self._pulling_tokens = 0
+        self._events = events
+        self._size = spec.block_size
+        self._on_kv = on_kv
+        self._on_space = on_space
+        self._stepwise = stepwise
+        self._run: _Run | None = None
+        self._settling = False
+        self._dead = False
+        self._steps = 0
+        self._decodes = 0
+        self._context_tokens = 0
+        """What the decoding sequences attend to in the step that comes."""
+        self._prompts: list[SimSequence] = []
+        self._fresh: list[SimSequence] = []
+        """Running, and neither in a decode run nor among the prompts yet."""
+        self._ends: list[tuple[int, int, SimSequence]] = []
+        self._growth: list[tuple[int, int, SimSequence]] = []
+        self._order = 0
+        self._cancelled = False
+        self._queued_tokens = 0
+        self._report: LoadReport | None = None
+        self._report_s = -1.0
+
+    # -- work that comes and goes ---------------------------------------------------------------
+
+    def compute(self, sequence: SimSequence) -> None:
+        """Its context is computed here, then it goes on."""
+        self.scheduler.enqueue(sequence)
+        sequence.queued_tokens = sequence.pending_tokens - sequence.cached_tokens
+        self._queued_tokens += sequence.queued_tokens
+        self.look()
+
+    def join(self, sequence: SimSequence) -> None:
+        """Its blocks are in place."""
+        self.scheduler.join(sequence, self._events.now_s())
+        self._fresh.append(sequence)
+        self.look()
+
+    def cancel(self, sequence: SimSequence) -> None:
+        """It ends with the step in flight, and its leg hears nothing more."""
+        if sequence.state is not SequenceState.DONE:
+            sequence.cancelled = self._cancelled = True
+            self.look()
+
+    def look(self) -> None:
+        """Something has changed: a run of steps ends with the step in flight, an idle worker begins
+        one.
+        """
+        self._report = None
+        if self._settling or self._dead:
+            return
+        run = self._run
+        if run is None:
+            self._begin()
+        elif run.steps > 1:
+            steps = self._done_steps(run) + 1
+            if steps < run.steps:
+                run.steps = steps
+                self._end_later(run)
+
+    def die(self) -> list[SimSequence]:
+        """Nothing happens here any more; answers what it ran, counts true at this moment."""
+        if self._run is not None and self._run.batch is None and not self._run.chunks:
+            self._count(self._done_steps(self._run))
+        lost = [*self.scheduler.waiting, *self.scheduler.running]
+        for sequence in lost:
+            self._bring_up(sequence)
+            sequence.joined = sequence.turn = -1
+        self._dead, self._run = True, None
+        return lost
+
+    def reserve(
+        self, hashes: Sequence[BlockHash], num_blocks: int
+    ) -> tuple[list[BlockId], list[BlockId]] | None:
+        """Cached blocks and fresh ones to receive the rest of `num_blocks`, as kv_transfer's reader
+        takes them: all, beside the headroom of those that run, or nothing.
+        """
+        run, pool = self._run, self.pool
+        if run is not None and run.batch is None and run.steps > 1:
+            self._grow(self._steps + self._done_steps(run))
+        cached = pool.lookup(hashes)
+        missing = num_blocks - len(cached)
+        headroom = pull_headroom_blocks(len(self.scheduler.running))
+        if pool.available_beside(cached) - missing < headroom:
+            return None
+        pool.acquire(cached)
+        fresh = pool.reserve(missing)
+        if fresh is None:
+            raise InternalError("reserving failed although the blocks were counted")
+        self._report = None
+        if run is not None and pool.available < self._decodes * (run.steps // self._size + 1):
+            self.look()
+        return cached, fresh
+
+    def pulling(self, sequences: int, tokens: int) -> None:
+        """So many more hand-offs of so many tokens are on their way here, or fewer."""
+        self._pulls += sequences
+        self._pulling_tokens += tokens
+        self._report = None
+
+    def tell_kv(self) -> None:
+        """Whoever follows this worker's cache hears what has changed."""
+        events = self.pool.take_events()
+        if events:
+            self._on_kv(events)
+
+    # -- load -----------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens not computed yet."""
+        return self._queued_tokens
+
+    def load(self, last_submit: int = 0) -> LoadReport:
+        """As cluster.worker reports it. Within a run of steps its progress is interpolated."""
+        now_s = self._events.now_s()
+        if self._report is None or self._report_s != now_s or last_submit:
+            self._report, self._report_s = self._load(now_s, last_submit), now_s
+        return self._report
+
+    def _load(self, now_s: float, last_submit: int) -> LoadReport:
+        run, grown = self._run, 0
+        if run is not None and run.steps > 1 and run.ends_s > run.began_s:
+            share = (now_s - run.began_s) / (run.ends_s - run.began_s)
+            grown = int(share * run.steps) * run.sequences
+        context = self._context_tokens + grown + self._pulling_tokens
+        context += sum(sequence.known_tokens for sequence in self._prompts)
+        context += sum(sequence.known_tokens for sequence in self._fresh)
+        return LoadReport(
+            last_submit=last_submit,
+            queued_tokens=self._queued_tokens,
+            waiting=len(self.scheduler.waiting) + self._pulls,
+            running=len(self.scheduler.running),
+            context_tokens=context,
+            free_blocks=max(0, self.pool.available - grown // self._size),
+            total_blocks=self.pool.num_blocks,
+        )
+
+    # -- a step begins --------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._cancelled:
+            self._drop_cancelled()
+        self._admit()
+        if not self.scheduler.running:
+            self._run = None
+            return
+        run = None if self._stepwise else self._plan()
+        if run is None:
+            run = self._plan_by_scheduler()
+        self._run = run
+        if run is not None:
+            self._end_later(run)
+        else:
+            self._events.at(self._events.now_s() + _IDLE_SWEEP_S, SimWorker.look, self)
+
+    def _end_later(self, run: _Run) -> None:
+        if run.batch is None and not run.chunks:
+            seconds = self.spec.latency.decode_run_s(run.sequences, self._context_tokens, run.steps)
+        else:
+            seconds = self.spec.latency.step_s(self._shape(run))
+        run.ends_s = run.began_s + seconds
+        self._events.at(run.ends_s, self._end, run)
+
+    def _admit(self) -> None:
+        """Those that wait and fit begin; all that run are decodes, or prompts in order."""
+        scheduler = self.scheduler
+        if scheduler.waiting:
+            before = len(scheduler.running)
+            scheduler.admit(self._events.now_s())
+            for sequence in scheduler.running[before:]:
+                self._queued_tokens += _queued(sequence) - sequence.queued_tokens
+                self._fresh.append(sequence)
+        for sequence in self._fresh:
+            if sequence.pending_tokens > 1:
+                self._prompts.append(sequence)
+            else:
+                self._decode(sequence)
+        self._fresh.clear()
+
+    def _decode(self, sequence: SimSequence) -> None:
+        """It takes part in every step from now on."""
+        self._order += 1
+        sequence.joined, sequence.turn = self._steps, self._order
+        self._decodes += 1
+        self._context_tokens += sequence.known_tokens
+        first = sequence.known_tokens == sequence.context_tokens
+        until = self._steps + (1 if first else sequence.outputs_left)
+        heapq.heappush(self._ends, (until, self._order, sequence))
+        room = len(sequence.blocks) * self._size - sequence.computed
+        heapq.heappush(self._growth, (self._steps + room, self._order, sequence))
+
+    def _plan(self) -> _Run | None:
+        """The next run, where all decodes go on and their blocks suffice; else None."""
+        spec, now_s, decodes = self.spec, self._events.now_s(), self._decodes
+        prompts = [sequence.pending_tokens for sequence in self._prompts]
+        fed, chunks = share_step(decodes, prompts, spec.step_tokens, spec.max_batch)
+        if fed < decodes or len(self.scheduler.running) > spec.max_batch:
+            return None
+        if not self._grow(self._steps):
+            return None
+        if prompts:
+            fed_prompts = [(s, n) for s, n in zip(self._prompts, chunks, strict=True) if n]
+            return _Run(now_s, 1, decodes, fed_prompts)
+        while self._ends[0][2].turn != self._ends[0][1]:
+            heapq.heappop(self._ends)
+        steps = min(_MOST_STEPS, self._ends[0][0] - self._steps)
+        return _Run(now_s, min(steps, self._steps_with_room(steps)), decodes)
+
+    def _steps_with_room(self, steps: int) -> int:
+        """Of `steps`, those that surely do not run out of blocks; at least 1, which was grown."""
+        size, free, decodes = self._size, self.pool.available, self._decodes
+        if free >= decodes * (steps // size + 1):
+            return steps
+        if free >= decodes:
+            return max(1, (free // decodes - 1) * size)
+        return max(1, self._growth[0][0] - self._steps)
+
+    def _grow(self, step: int) -> bool:
+        """Blocks for all decodes up to and including `step`; False where there are none left."""
+        growth, size, pool = self._growth, self._size, self.pool
+        while growth and growth[0][0] <= step:
+            due, order, sequence = growth[0]
+            if sequence.turn != order:
+                heapq.heappop(growth)
+                continue
+            fresh = pool.allocate(1)
+            if fresh is None:
+                return False
+            sequence.blocks.extend(fresh)
+            heapq.heapreplace(growth, (due + size, order, sequence))
+        return True
+
+    def _plan_by_scheduler(self) -> _Run | None:
+        """The scheduler's own plan over the true sequences; it may preempt."""
+        for sequence in self.scheduler.running:
+            self._bring_up(sequence)
+            sequence.joined = sequence.turn = -1
+        batch = self.scheduler.next_batch(self._events.now_s())
+        self._decodes = self._context_tokens = 0
+        self._prompts, self._ends, self._growth = [], [], []
+        self._recount()
+        return _Run(self._events.now_s(), 1, 0, batch=batch) if batch else None
+
+    def _shape(self, run: _Run) -> StepShape:
+        if run.batch is None:
+            chunks = [(s.computed, s.computed + count) for s, count in run.chunks]
+            return StepShape(chunks, run.sequences, self._context_tokens)
+        prompts = [(s.computed, s.computed + n) for s, n in run.batch if s.pending_tokens > 1]
+        decodes = [s.known_tokens for s, _ in run.batch if s.pending_tokens == 1]
+        return StepShape(prompts, len(decodes), sum(decodes))
+
+    def _done_steps(self, run: _Run) -> int:
+        """Steps of a run that have ended by now; the last one has not."""
+        elapsed_s, low, high = self._events.now_s() - run.began_s, 0, run.steps - 1
+        seconds = self.spec.latency.decode_run_s
+        while low < high:
+            middle = (low + high + 1) >> 1
+            if seconds(run.sequences, self._context_tokens, middle) <= elapsed_s:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    # -- a step ends ----------------------------------------------------------------------------
+
+    def _end(self, run: _Run) -> None:
+        if run is not self._run or run.ends_s != self._events.now_s() or self._dead:
+            return  # it was cut short, and ended then
+        self._settling = True
+        self.busy_s += run.ends_s - run.began_s
+        if run.batch is not None:
+            self._apply(run.batch)
+        else:
+            self._apply_run(run)
+        self._run, self._settling = None, False
+        self._report = None
+        self._on_space()
+        self.tell_kv()
+        if self._run is None:  # else what came of it has begun the next
+            self._begin()
+
+    def _apply_run(self, run: _Run) -> None:
+        if not run.chunks and run.steps > 1:
+            self._grow(self._steps + run.steps - 1)
+        self._count(run.steps)
+        done = [s for s, count in run.chunks if self._feed(s, count)]
+        if run.chunks:
+            self._sort_prompts(done)
+        ends = self._ends
+        while ends and ends[0][0] <= self._steps:
+            _, order, sequence = heapq.heappop(ends)
+            if sequence.turn != order:
+                continue
+            self._bring_up(sequence)
+            self._leave_decodes(sequence)
+            sequence.publish(self.pool, self._size)
+            self._sampled(sequence)
+
+    def _sort_prompts(self, done: list[SimSequence]) -> None:
+        """A prompt of which one token is left is fed it with the decodes."""
+        left = [s for s in self._prompts if s not in done]
+        self._prompts = [s for s in left if s.pending_tokens > 1]
+        for sequence in left:
+            if sequence.pending_tokens == 1:
+                self._queued_tokens -= 1
+                self._fresh.append(sequence)
+
+    def _count(self, steps: int) -> None:
+        """So many steps of the decodes have ended."""
+        self._steps += steps
+        self._context_tokens += steps * self._decodes
+
+    def _feed(self, sequence: SimSequence, count: int) -> bool:
+        """Positions of a prompt were computed; whether they were its last, and a token sampled."""
+        sequence.computed += count
+        self._queued_tokens -= count
+        sequence.publish(self.pool, self._size)
+        if sequence.pending_tokens > 0:
+            sequence.leg.computed(sequence)
+            return False
+        sequence.append()
+        self._sampled(sequence)
+        return True
+
+    def _sampled(self, sequence: SimSequence) -> None:
+        """A token that may be its first or its last. If neither, it decodes on."""
+        goes_on = True
+        if sequence.known_tokens == sequence.context_tokens + 1:
+            sequence.leg.computed(sequence)
+            goes_on = sequence.leg.first_token(sequence)
+        if goes_on and sequence.outputs_left > 0:
+            self._fresh.append(sequence)
+            return
+        self.scheduler.finish(sequence)
+        if goes_on:
+            sequence.leg.ended(sequence)
+
+    def _bring_up(self, sequence: SimSequence) -> None:
+        """Counts of a decoding sequence, true at the last step that ended."""
+        if sequence.joined >= 0:
+            steps = self._steps - sequence.joined
+            sequence.computed += steps
+            sequence.known_tokens += steps
+            sequence.outputs_left -= steps
+            sequence.joined = self._steps
+
+    def _leave_decodes(self, sequence: SimSequence) -> None:
+        sequence.joined = sequence.turn = -1
+        self._decodes -= 1
+        self._context_tokens -= sequence.known_tokens
+
+    def _apply(self, batch: list[tuple[SimSequence, int]]) -> None:
+        """What the scheduler planned was done, step by step."""
+        self.scheduler.step_ended()
+        for sequence, count in batch:
+            sequence.computed += count
+            sequence.publish(self.pool, self._size)
+            if sequence.pending_tokens == 0:
+                sequence.append()
+                self._sampled(sequence)
+            else:
+                sequence.leg.computed(sequence)
+        self._fresh = list(self.scheduler.running)
+        self._recount()
+
+    def _drop_cancelled(self) -> None:
+        self._cancelled = False
+        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+            if not sequence.cancelled:
+                continue
+            if sequence.joined >= 0:
+                self._bring_up(sequence)
+                self._leave_decodes(sequence)
+            self.scheduler.finish(sequence)
+        self._prompts = [s for s in self._prompts if not s.cancelled]
+        self._fresh = [s for s in self._fresh if not s.cancelled]
+        self._recount()
+
+    def _recount(self) -> None:
+        """The queued tokens, from the sequences themselves."""
+        for sequence in self.scheduler.waiting:
+            sequence.queued_tokens = sequence.pending_tokens - sequence.cached_tokens
+        self._queued_tokens = self.scheduler.load().queued_tokens
+
+
+def _queued(sequence: SimSequence) -> int:
+    """Prompt tokens of a running sequence that count as queued; a lone one is a decode."""
+    return sequence.pending_tokens if sequence.pending_tokens > 1 else 0
