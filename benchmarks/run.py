@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import Machine, arena_device, describe_machine
-from benchmarks.plot import draw_plot
 from benchmarks.processes import Pairs
 from benchmarks.types import Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
+from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
 
