@@ -26,6 +26,7 @@ from core.errors import InvalidRequest
 BENCHES = {
     "router": "the front door: CPU per token and request, latency added, idle streams",
     "routing": "placement decisions: replayed traces under every policy, and what one costs",
+    "simulator": "requests simulated per second of one core, and the memory they take",
     "transfer": "the KV hand-off between two processes: what it costs, what it hides",
 }
 """What each bench measures. Its `BENCH` is in benchmarks/NAME/bench.py, imported when it runs."""

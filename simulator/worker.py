@@ -207,8 +207,10 @@ class SimWorker:
             share = (now_s - run.began_s) / (run.ends_s - run.began_s)
             grown = int(share * run.steps) * run.sequences
         context = self._context_tokens + grown + self._pulling_tokens
-        context += sum(sequence.known_tokens for sequence in self._prompts)
-        context += sum(sequence.known_tokens for sequence in self._fresh)
+        for sequence in self._prompts:
+            context += sequence.known_tokens
+        for sequence in self._fresh:
+            context += sequence.known_tokens
         return LoadReport(
             last_submit=last_submit,
             queued_tokens=self._queued_tokens,
