@@ -7,6 +7,7 @@ The second is the form DistServe and xLLM fit (OSDI'24, section 4.2; arXiv 2510.
 are arithmetic on frozen coefficients, so that a decision may ask for a dozen of them.
 """
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 from typing import NewType
@@ -167,15 +168,20 @@ def residual_quantiles(lengths: tuple[int, ...], count: int = _QUANTILES) -> tup
     Of answers with these lengths, seen at a random moment, the share with more than r to go is
     sum(max(0, length - r)) / sum(lengths) (renewal theory's residual life). Descending.
     """
-    total = sum(lengths)
+    ordered = sorted(lengths)
+    total = sum(ordered)
     if not total:
         return (0,) * count
+    above = [0]  # above[i] is the sum of the i longest
+    for length in reversed(ordered):
+        above.append(above[-1] + length)
     quantiles: list[int] = []
     for k in range(1, count + 1):
-        low, high = 0, max(lengths)
+        low, high = 0, ordered[-1]
         while low < high:
             r = (low + high) // 2
-            if sum(length - r for length in lengths if length > r) * count > total * k:
+            longer = len(ordered) - bisect_right(ordered, r)
+            if (above[longer] - longer * r) * count > total * k:
                 low = r + 1
             else:
                 high = r

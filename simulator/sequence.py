@@ -30,7 +30,8 @@ class SimSequence:
     """Implements engine.scheduler.Schedulable. `outputs_left` counts the tokens to sample here.
 
     While it decodes in a run of steps, the worker brings the counts up to date when they matter:
-    `joined` is the worker's step count they are true at, -1 outside of runs.
+    `joined` is the worker's step count they are true at, and `turn` names its
+    stay in the batch; -1 outside.
     """
 
     __slots__ = (
@@ -50,6 +51,7 @@ class SimSequence:
         "queued_tokens",
         "started_at_s",
         "state",
+        "turn",
     )
 
     def __init__(
@@ -74,7 +76,7 @@ class SimSequence:
         self.blocks: list[BlockId] = []
         self.on_preempted: Callable[[], None] | None = None
         self.cancelled = False
-        self.joined = -1
+        self.joined = self.turn = -1
         self.queued_tokens = 0
 
     @property

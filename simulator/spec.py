@@ -40,7 +40,7 @@ class NetworkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A worker dies with all it holds. `restart_s` later another one is in its place; None: never."""
+    """A worker dies with all it holds. `restart_s` later another one is in its place, if any."""
 
     at_s: float
     pool: str

@@ -17,7 +17,7 @@ from core.errors import InternalError
 from core.ids import BlockHash, BlockId, WorkerId
 from core.messages import KvRemoved, KvStored, LoadReport
 from decode_worker.policy import pull_headroom_blocks
-from engine.latency.base import LatencyModel, StepShape
+from engine.latency.base import LatencyModel, StepShape, steps_within
 from engine.planner import share_step
 from engine.pool import BlockPool
 from engine.scheduler import Scheduler
@@ -26,6 +26,7 @@ from simulator.events import Events
 from simulator.sequence import SimSequence
 
 _MOST_STEPS = 1 << 20
+_IDLE_SWEEP_S = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +78,7 @@ class SimWorker:
             max_batch=spec.max_batch,
             on_admitted=lambda sequence: sequence.leg.computed(sequence),
         )
-        self.busy_s = 0.0
-        """Seconds of steps that have ended."""
+        self._busy_s = 0.0
         self._pulls = self._pulling_tokens = 0
         self._events = events
         self._size = spec.block_size
@@ -147,7 +147,7 @@ class SimWorker:
         lost = [*self.scheduler.waiting, *self.scheduler.running]
         for sequence in lost:
             self._bring_up(sequence)
-            sequence.joined = -1
+            sequence.joined = sequence.turn = -1
         self._dead, self._run = True, None
         return lost
 
@@ -189,13 +189,10 @@ class SimWorker:
     # -- load -----------------------------------------------------------------------------------
 
     @property
-    def running(self) -> int:
-        return len(self.scheduler.running)
-
-    @property
-    def queued_tokens(self) -> int:
-        """Uncached prompt tokens not computed yet."""
-        return self._queued_tokens
+    def busy_s(self) -> float:
+        """Seconds of steps so far."""
+        run = self._run
+        return self._busy_s + (0.0 if run is None else self._events.now_s() - run.began_s)
 
     def load(self, last_submit: int = 0) -> LoadReport:
         """As cluster.worker reports it. Within a run of steps its progress is interpolated."""
@@ -210,8 +207,10 @@ class SimWorker:
             share = (now_s - run.began_s) / (run.ends_s - run.began_s)
             grown = int(share * run.steps) * run.sequences
         context = self._context_tokens + grown + self._pulling_tokens
-        context += sum(sequence.known_tokens for sequence in self._prompts)
-        context += sum(sequence.known_tokens for sequence in self._fresh)
+        for sequence in self._prompts:
+            context += sequence.known_tokens
+        for sequence in self._fresh:
+            context += sequence.known_tokens
         return LoadReport(
             last_submit=last_submit,
             queued_tokens=self._queued_tokens,
@@ -237,6 +236,8 @@ class SimWorker:
         self._run = run
         if run is not None:
             self._end_later(run)
+        else:
+            self._events.at(self._events.now_s() + _IDLE_SWEEP_S, SimWorker.look, self)
 
     def _end_later(self, run: _Run) -> None:
         if run.batch is None and not run.chunks:
@@ -265,7 +266,7 @@ class SimWorker:
     def _decode(self, sequence: SimSequence) -> None:
         """It takes part in every step from now on."""
         self._order += 1
-        sequence.joined = self._steps
+        sequence.joined, sequence.turn = self._steps, self._order
         self._decodes += 1
         self._context_tokens += sequence.known_tokens
         first = sequence.known_tokens == sequence.context_tokens
@@ -286,7 +287,7 @@ class SimWorker:
         if prompts:
             fed_prompts = [(s, n) for s, n in zip(self._prompts, chunks, strict=True) if n]
             return _Run(now_s, 1, decodes, fed_prompts)
-        while self._ends[0][2].state is SequenceState.DONE:
+        while self._ends[0][2].turn != self._ends[0][1]:
             heapq.heappop(self._ends)
         steps = min(_MOST_STEPS, self._ends[0][0] - self._steps)
         return _Run(now_s, min(steps, self._steps_with_room(steps)), decodes)
@@ -305,7 +306,7 @@ class SimWorker:
         growth, size, pool = self._growth, self._size, self.pool
         while growth and growth[0][0] <= step:
             due, order, sequence = growth[0]
-            if sequence.state is not SequenceState.RUNNING:
+            if sequence.turn != order:
                 heapq.heappop(growth)
                 continue
             fresh = pool.allocate(1)
@@ -319,11 +320,10 @@ class SimWorker:
         """The scheduler's own plan over the true sequences; it may preempt."""
         for sequence in self.scheduler.running:
             self._bring_up(sequence)
+            sequence.joined = sequence.turn = -1
         batch = self.scheduler.next_batch(self._events.now_s())
         self._decodes = self._context_tokens = 0
         self._prompts, self._ends, self._growth = [], [], []
-        for sequence in self.scheduler.running:
-            sequence.joined = -1
         self._recount()
         return _Run(self._events.now_s(), 1, 0, batch=batch) if batch else None
 
@@ -337,15 +337,9 @@ class SimWorker:
 
     def _done_steps(self, run: _Run) -> int:
         """Steps of a run that have ended by now; the last one has not."""
-        elapsed_s, low, high = self._events.now_s() - run.began_s, 0, run.steps - 1
-        seconds = self.spec.latency.decode_run_s
-        while low < high:
-            middle = (low + high + 1) >> 1
-            if seconds(run.sequences, self._context_tokens, middle) <= elapsed_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        elapsed_s, latency = self._events.now_s() - run.began_s, self.spec.latency
+        context_tokens = self._context_tokens
+        return steps_within(latency, run.sequences, context_tokens, elapsed_s, run.steps - 1)
 
     # -- a step ends ----------------------------------------------------------------------------
 
@@ -353,7 +347,7 @@ class SimWorker:
         if run is not self._run or run.ends_s != self._events.now_s() or self._dead:
             return  # it was cut short, and ended then
         self._settling = True
-        self.busy_s += run.ends_s - run.began_s
+        self._busy_s += run.ends_s - run.began_s
         if run.batch is not None:
             self._apply(run.batch)
         else:
@@ -374,11 +368,12 @@ class SimWorker:
             self._sort_prompts(done)
         ends = self._ends
         while ends and ends[0][0] <= self._steps:
-            sequence = heapq.heappop(ends)[2]
-            if sequence.state is SequenceState.DONE:
+            _, order, sequence = heapq.heappop(ends)
+            if sequence.turn != order:
                 continue
             self._bring_up(sequence)
             self._leave_decodes(sequence)
+            sequence.publish(self.pool, self._size)
             self._sampled(sequence)
 
     def _sort_prompts(self, done: list[SimSequence]) -> None:
@@ -430,7 +425,7 @@ class SimWorker:
             sequence.joined = self._steps
 
     def _leave_decodes(self, sequence: SimSequence) -> None:
-        sequence.joined = -1
+        sequence.joined = sequence.turn = -1
         self._decodes -= 1
         self._context_tokens -= sequence.known_tokens
 

@@ -1,0 +1,86 @@
+"""A profile by the name a user gives.
+
+    roofline:h100                    the roofline of a device, for any model
+    distserve:opt-13b                coefficients of DistServe's simulator
+    FILE.json                        what `baton profile` wrote
+    NAME_prefill.npz                 Dynamo's planner; its NAME_decode.npz lies beside it
+    perf_model.csv.gz#MODEL/DEVICE   Splitwise
+    FOLDER/h100_sxm                  aiconfigurator's kernels: FOLDER/h100_sxm-gemm_perf.csv.gz, ...
+    NAME-attention.csv.gz            LLMServingSim; -dense and -per_sequence lie beside it
+
+Whole steps are interpolated (`table`) or fitted (`fitted`).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from engine.latency.devices import find_device
+from engine.latency.roofline import RooflineLatency
+from engine.latency.shapes import ModelShape, find_shape
+from simulator.profiles.fit import fit_latency
+from simulator.profiles.kernel_tables import read_aiconfigurator, read_llmservingsim
+from simulator.profiles.npz_curves import read_npz
+from simulator.profiles.own import read_own
+from simulator.profiles.published import distserve_latency
+from simulator.profiles.splitwise import read_splitwise
+from simulator.profiles.tables import table_of
+from simulator.profiles.types import BadProfile, Measured, Profile
+
+Kind = Literal["table", "fitted"]
+
+_OVERHEAD_S = 2e-3
+"""What a step takes beside its kernels, where a profile holds kernels alone."""
+
+
+def load_profile(
+    source: str, *, model: str | None = None, tp: int = 1, kind: Kind = "table"
+) -> Profile:
+    """`model` is a name or a checkpoint folder; profiles that are of no one model need it. Raises
+    BadProfile, or ConfigError for a model or device that is not known.
+    """
+    scheme, _, rest = source.partition(":")
+    if scheme == "roofline":
+        latency = RooflineLatency(model=_shape(source, model), device=find_device(rest), tp=tp)
+        return Profile(name=source, tp=tp, latency=latency)
+    if scheme == "distserve":
+        return Profile(name=source, tp=tp, latency=distserve_latency(rest, tp))
+    path, _, part = source.partition("#")
+    file = Path(path)
+    if file.suffix == ".json":
+        return _own(file, tp, kind)
+    if file.suffix == ".npz":
+        measured, kv_tokens = read_npz(file, tp)
+        return _of_steps(file.name.split("_prefill")[0], tp, measured, kv_tokens, kind)
+    if part:
+        name, _, hardware = part.partition("/")
+        measured = read_splitwise(file, name, hardware, tp)
+        return _of_steps(part, tp, measured, None, kind)
+    if "-attention." in file.name:
+        table = read_llmservingsim(file, _shape(source, model))
+        return Profile(name=file.name.split("-attention.")[0], tp=tp, latency=table)
+    if file.with_name(f"{file.name}-gemm_perf.csv.gz").is_file():
+        shape = _shape(source, model)
+        table = read_aiconfigurator(file, shape, tp, overhead_s=_OVERHEAD_S)
+        return Profile(name=f"{file.name} {shape.name}", tp=tp, latency=table)
+    raise BadProfile(
+        f"{source!r} is no profile: neither a file of a known format nor roofline:DEVICE"
+        " nor distserve:MODEL"
+    )
+
+
+def _own(file: Path, tp: int, kind: Kind) -> Profile:
+    own = read_own(file)
+    if own.tp != tp:
+        raise BadProfile(f"{file} was measured with tensor parallel degree {own.tp}, not {tp}")
+    return _of_steps(f"{own.model} on {own.device}", tp, own.measured, own.kv_tokens, kind)
+
+
+def _of_steps(name: str, tp: int, measured: Measured, kv_tokens: int | None, kind: Kind) -> Profile:
+    latency = table_of(measured) if kind == "table" else fit_latency(measured)
+    return Profile(name=name, tp=tp, latency=latency, kv_tokens=kv_tokens, measured=measured)
+
+
+def _shape(source: str, model: str | None) -> ModelShape:
+    if model is None:
+        raise BadProfile(f"{source} is of no one model: name the model, or give its folder")
+    return find_shape(model)

@@ -1,0 +1,218 @@
+"""Every format of profile, from a small file of its kind."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import ConfigError
+from engine.latency.base import StepShape
+from engine.latency.shapes import SHAPES, ModelShape
+from simulator.profiles.kernel_tables import read_aiconfigurator, read_llmservingsim
+from simulator.profiles.load import load_profile
+from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, write_own
+from simulator.profiles.types import BadProfile
+
+OWN = OwnProfile(
+    model="m",
+    device="d",
+    tp=2,
+    kv_tokens=5000,
+    prefill=tuple(PrefillRow(start=0, end=n, seconds=n / 1e4) for n in (100, 200, 400)),
+    decode=tuple(
+        DecodeRow(sequences=b, context_tokens=b * c, seconds=0.01 + b * c / 1e6)
+        for b in (1, 8)
+        for c in (100, 1000)
+    ),
+)
+
+
+def zipped(file: Path, text: str) -> Path:
+    file.write_bytes(gzip.compress(text.encode()))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["table", "fitted"])
+def test_our_own_format(tmp_path: Path, kind: str) -> None:
+    write_own(tmp_path / "p.json", OWN)
+    profile = load_profile(str(tmp_path / "p.json"), tp=2, kind=kind)  # type: ignore[arg-type]
+    assert (profile.name, profile.kv_tokens) == ("m on d", 5000)
+    assert profile.latency.step_s(StepShape([], 8, 800)) == pytest.approx(0.0108)
+    assert profile.latency.step_s(StepShape([(0, 200)])) == pytest.approx(0.02)
+
+
+def test_another_degree_than_was_measured_is_refused(tmp_path: Path) -> None:
+    write_own(tmp_path / "p.json", OWN)
+    with pytest.raises(BadProfile, match="degree 2, not 1"):
+        load_profile(str(tmp_path / "p.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no profile"),
+        (OWN.model_dump_json().replace("0.01}", "-1}", 1), "is no profile: prefill.0.seconds"),
+        (OWN.model_dump_json().replace("profile-1", "profile-9"), "of format 'baton-profile-9'"),
+    ],
+)
+def test_a_broken_file_is_a_sentence(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(BadProfile, match=message):
+        load_profile(str(tmp_path / "p.json"), tp=2)
+
+
+def write_npz(folder: Path) -> Path:
+    tp = np.array([[4], [2]])
+    np.savez(
+        folder / "x_prefill.npz",
+        prefill_isl=np.array([[100, 1000, 4000], [100, 1000, 4000]]),
+        prefill_ttft=np.array([[10.0, 55.0, 220.0], [20.0, 110.0, 440.0]]),
+        tp=tp,
+    )
+    np.savez(
+        folder / "x_decode.npz",
+        y_context_length=np.array([[500.0, 500, 2000, 2000]] * 2),
+        z_itl=np.array([[5.0, 10, 6, 20], [10.0, 20, 12, 40]]),
+        z_thpt_per_gpu=np.array([[50.0, 1600, 41.7, 200], [50.0, 1600, 41.7, 200]]),
+        max_kv_tokens=np.array([[9000], [4000]]),
+        tp=tp,
+    )
+    return folder / "x_prefill.npz"
+
+
+def test_dynamos_curves_of_one_degree(tmp_path: Path) -> None:
+    profile = load_profile(str(write_npz(tmp_path)), tp=2)
+    assert profile.kv_tokens == 4000
+    assert profile.latency.step_s(StepShape([(0, 1000)])) == pytest.approx(0.11)
+    assert profile.measured is not None
+    first, second, *_ = profile.measured.decode
+    assert (first.sequences, first.context_tokens) == (1, 500)
+    assert (second.sequences, second.context_tokens) == (64, 32_000)
+    assert profile.latency.step_s(StepShape([], 64, 32_000)) == pytest.approx(0.02)
+
+
+def test_a_degree_that_dynamo_did_not_measure_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadProfile, match=r"no tensor parallel degree 8, only \[4, 2\]"):
+        load_profile(str(write_npz(tmp_path)), tp=8)
+
+
+SPLITWISE = (
+    "model,hardware,prompt_size,batch_size,token_size,prompt_time,token_time,tensor_parallel\n"
+)
+SPLITWISE += "".join(
+    f"m,gpu,{prompt},{batch},128,{prompt / 10},{30 + batch},8\n"
+    for prompt, batch in ((128, 1), (512, 1), (2048, 1), (512, 8), (512, 32))
+)
+
+
+def test_splitwise(tmp_path: Path) -> None:
+    file = zipped(tmp_path / "perf_model.csv.gz", SPLITWISE)
+    profile = load_profile(f"{file}#m/gpu", tp=8)
+    assert profile.latency.step_s(StepShape([(0, 2048)])) == pytest.approx(0.2048)
+    assert profile.latency.step_s(StepShape([], 32, 32 * 576)) == pytest.approx(0.062)
+
+
+def test_splitwise_names_what_there_is(tmp_path: Path) -> None:
+    file = zipped(tmp_path / "perf_model.csv.gz", SPLITWISE)
+    with pytest.raises(BadProfile, match="only: m/gpu/8"):
+        load_profile(f"{file}#m/other", tp=8)
+
+
+TINY = ModelShape(
+    name="tiny", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=1000
+)
+
+
+def test_llmservingsim_sums_its_layers(tmp_path: Path) -> None:
+    file = zipped(
+        tmp_path / "g-attention.csv.gz",
+        "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n"
+        "16,0,0,0,10\n16,16,0,0,20\n0,0,1,16,5\n0,0,4,16,8\n16,0,1,16,999\n",
+    )
+    layers = ["layernorm", "qkv_proj", "rotary_emb", "o_proj", "gate_up_proj", "act_fn"]
+    layers += ["down_proj", "embedding", "final_layernorm"]
+    rows = "".join(f"{layer},{n},{n}\n" for layer in layers for n in (1, 100))
+    zipped(tmp_path / "g-dense.csv.gz", "layer,tokens,time_us\n" + rows)
+    zipped(
+        tmp_path / "g-per_sequence.csv.gz",
+        "layer,sequences,time_us\nlm_head,1,70\nlm_head,8,77\nsampler,1,7\nsampler,8,7\n",
+    )
+    table = read_llmservingsim(file, TINY)
+    dense = 2 * (2 + 6) + 2
+    assert table.step_s(StepShape([(16, 32)])) * 1e6 == pytest.approx(16 * dense + 77 + 2 * 20)
+    assert table.step_s(StepShape([], 4, 64)) * 1e6 == pytest.approx(4 * dense + 80 + 2 * 8)
+
+
+def write_kernels(prefix: Path) -> None:
+    """Products take a microsecond per 1000 x outputs x inputs, at any number of tokens."""
+    heads = "num_heads,num_key_value_heads,head_dim,attn_dtype,kv_cache_dtype,step,latency\n"
+    gemm = "gemm_dtype,m,n,k,latency\n" + "".join(
+        f"bfloat16,{m},{n},{k},{n * k / 1e6}\nfp8,{m},{n},{k},9999\n"
+        for m in (1, 4096)
+        for n in (64, 1024)
+        for k in (32, 128)
+    )
+    zipped(prefix.with_name("gpu-gemm_perf.csv.gz"), gemm)
+    zipped(
+        prefix.with_name("gpu-context_attention_perf.csv.gz"),
+        f"batch_size,isl,{heads}1,16,2,1,16,bfloat16,bfloat16,0,0.016\n"
+        "1,64,2,1,16,bfloat16,bfloat16,0,0.064\n8,64,2,1,16,bfloat16,bfloat16,0,9999\n",
+    )
+    zipped(
+        prefix.with_name("gpu-generation_attention_perf.csv.gz"),
+        f"batch_size,isl,{heads}1,1,2,1,16,bfloat16,bfloat16,63,0.01\n"
+        "8,1,2,1,16,bfloat16,bfloat16,63,0.08\n8,1,2,1,16,bfloat16,fp8,63,9999\n",
+    )
+    zipped(
+        prefix.with_name("gpu-custom_allreduce_perf.csv.gz"),
+        "num_gpus,message_size,latency,backend\n2,64,0.005,vllm_graph\n2,6400,0.5,vllm_graph\n"
+        "2,64,9999,vllm_eager\n4,64,9999,vllm_graph\n",
+    )
+
+
+def test_aiconfigurator_sums_the_kernels_of_a_rank(tmp_path: Path) -> None:
+    write_kernels(tmp_path / "gpu")
+    table = read_aiconfigurator(tmp_path / "gpu", TINY, 2, overhead_s=1e-3)
+    products_ms = (64 * 64 + 64 * 32 + 128 * 64 + 64 * 64) / 1e6
+    layers_ms = 2 * (products_ms + 2 * 0.005 * 8 + 0.08)
+    step_ms = table.step_s(StepShape([], 8, 8 * 64)) * 1e3
+    assert step_ms == pytest.approx(1 + layers_ms + 500 * 64 / 1e6)
+
+
+def test_experts_have_no_kernel_tables(tmp_path: Path) -> None:
+    moe = ModelShape(
+        name="moe",
+        layers=1,
+        hidden=1,
+        heads=1,
+        kv_heads=1,
+        head_dim=1,
+        ffn=1,
+        vocab=1,
+        experts=8,
+        top_k=2,
+    )
+    with pytest.raises(BadProfile, match="experts"):
+        read_aiconfigurator(tmp_path / "gpu", moe, 1)
+
+
+def test_a_roofline_and_published_coefficients_need_no_file() -> None:
+    roofline = load_profile("roofline:h100", model="llama-3-8b", tp=2)
+    assert 0.003 < roofline.latency.step_s(StepShape([], 1, 512)) < 0.01
+    published = load_profile("distserve:opt-13b", tp=1).latency
+    milliseconds = 18.10 + 2 + (0.1019 + 1e-4) * 500 + 7.12e-6 * 500**2
+    assert published.step_s(StepShape([(0, 500)])) == pytest.approx(milliseconds / 1e3)
+
+
+@pytest.mark.parametrize("source", ["nothing", "nothing.csv", "distserve:opt-1b"])
+def test_what_is_no_profile_is_a_sentence(source: str) -> None:
+    with pytest.raises(BadProfile, match=r"no profile|no fit"):
+        load_profile(source)
+
+
+def test_a_profile_of_no_one_model_asks_for_it() -> None:
+    with pytest.raises(BadProfile, match="name the model"):
+        load_profile("roofline:h100")
+    with pytest.raises(ConfigError, match=next(iter(SHAPES))):
+        load_profile("roofline:h100", model="unknown")
