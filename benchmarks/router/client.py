@@ -34,7 +34,8 @@ def chat_body(model: str, prompt: str, max_tokens: int) -> bytes:
 class Seen:
     """What a client saw of its answer; times by CLOCK_MONOTONIC, in seconds.
 
-    `events` are SSE events without the closing [DONE]; `reads` the pieces they came in.
+    `events` are SSE events without the closing [DONE]; `reads` the pieces they came in; `gaps_s`
+    the times between pieces, from the response's head on.
     """
 
     asked_at_s: float = 0.0
@@ -96,7 +97,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now_s, seen = time.monotonic(), self.seen
         if not self._body:
-            data = self._head(self._tail + data)
+            data = self._head(self._tail + data, now_s)
             if not data:
                 return
         # A mark may be cut in two: its beginning is looked at again, but holds no whole one.
@@ -104,33 +105,39 @@ class Client(asyncio.Protocol):
         events = text.count(_EVENT)
         self._tail = text[1 - len(_EVENT) :]
         seen.events += events
-        if events and not seen.first_at_s:
-            seen.first_at_s = now_s
-        elif events:
+        if events:
+            seen.first_at_s = seen.first_at_s or now_s
             seen.gaps_s.append(now_s - self._last_s)
-        self._last_s = now_s
+            self._last_s = now_s
         seen.reads += 1
         seen.nbytes += len(data)
         if text.endswith(_END) and self._done is not None:
             seen.ended_at_s = now_s
             seen.events -= 1  # [DONE]
-            self._done.set_result(seen)
+            if not self._done.done():
+                self._done.set_result(seen)
             self._done = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(BenchFailed(f"the router dropped an answer: {exc}"))
+        self._fail(f"the router dropped an answer: {exc or 'it closed the connection'}")
 
-    def _head(self, data: bytes) -> bytes:
+    def _fail(self, reason: str) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(BenchFailed(reason))
+        self._done = None
+
+    def _head(self, data: bytes, now_s: float) -> bytes:
         """What comes after the response's head; nothing while that is incomplete."""
         head, found, rest = data.partition(b"\r\n\r\n")
         if not found:
             self._tail = data
             return b""
         if not head.startswith(b"HTTP/1.1 200"):
-            raise BenchFailed(f"the router answered {data[:300]!r}")
-        self._tail, self._body = b"", True
+            self._fail(f"the router answered {data[:300]!r}")
+            self.close()
+            return b""
+        self._tail, self._body, self._last_s = b"", True, now_s
         return rest
 
 
