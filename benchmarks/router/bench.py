@@ -1,6 +1,17 @@
 """The bench `router`: its parts, in the order of the report."""
 
 from benchmarks.router import added, closed, idle, tokens
+from benchmarks.router.peers import report
 from benchmarks.types import Bench
 
-BENCH = Bench(name="router", parts=(tokens.PART, closed.PART, added.PART, idle.PART))
+BENCH = Bench(
+    name="router",
+    parts=(
+        tokens.PART,
+        closed.PART,
+        added.PART,
+        idle.PART,
+        report.SHORT_PART,
+        report.LONG_PART,
+    ),
+)
