@@ -1,14 +1,17 @@
 """Clients of the router's HTTP port: one object per request, all in one event loop.
 
 They read and count, and parse as little as they can, so that one core drives the router and the
-workers. Their sockets acknowledge when the kernel likes (delayed ACKs), as a client's do.
+workers. Their sockets acknowledge when the kernel likes (delayed ACKs), as a client's do; those of
+a client with `quick_acks` do so at once, which shows what delayed ACKs cost.
 """
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from benchmarks.types import BenchFailed
@@ -54,8 +57,9 @@ class Seen:
 class Client(asyncio.Protocol):
     """A keep-alive connection with at most one request in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quick_acks: bool = False) -> None:
         self.seen = Seen()
+        self._quick_acks = quick_acks
         self._transport: asyncio.Transport | None = None
         self._done: asyncio.Future[Seen] | None = None
         self._last_s = 0.0
@@ -63,9 +67,10 @@ class Client(asyncio.Protocol):
         self._body = False
 
     @classmethod
-    async def connect(cls, port: int) -> "Client":
+    async def connect(cls, port: int, *, quick_acks: bool = False) -> "Client":
         loop = asyncio.get_running_loop()
-        _, client = await loop.create_connection(cls, "127.0.0.1", port)
+        make = partial(cls, quick_acks=quick_acks)
+        _, client = await loop.create_connection(make, "127.0.0.1", port)
         return client
 
     def ask(self, body: bytes) -> "asyncio.Future[Seen]":
@@ -96,6 +101,9 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         now_s, seen = time.monotonic(), self.seen
+        if self._quick_acks and self._transport is not None:
+            wire = self._transport.get_extra_info("socket")  # the kernel forgets it now and then
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         if not self._body:
             data = self._head(self._tail + data, now_s)
             if not data:
@@ -142,7 +150,12 @@ class Client(asyncio.Protocol):
 
 
 async def closed_loop(
-    port: int, bodies: Callable[[int], bytes], *, streams: int, seconds: float
+    port: int,
+    bodies: Callable[[int], bytes],
+    *,
+    streams: int,
+    seconds: float,
+    quick_acks: bool = False,
 ) -> list[Seen]:
     """`streams` clients, each asking again as soon as it has its answer; answers that ended."""
     ends_s = time.monotonic() + seconds
@@ -150,7 +163,7 @@ async def closed_loop(
     asked = iter(range(1_000_000_000))
 
     async def one() -> None:
-        client = await Client.connect(port)
+        client = await Client.connect(port, quick_acks=quick_acks)
         try:
             while time.monotonic() < ends_s:
                 answers.append(await client.ask(bodies(next(asked))))

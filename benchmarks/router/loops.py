@@ -82,6 +82,7 @@ async def measure_loop(
     answer_tokens: int,
     seconds: float,
     step_s: float = 0.0,
+    quick_acks: bool = False,
 ) -> Loop:
     """Clients stop asking after `seconds`; what they have asked is answered and counts.
 
@@ -89,7 +90,7 @@ async def measure_loop(
     """
     front.step(step_s)
     began_s, cpu_s, workers_s = time.monotonic(), front.cpu_s(), front.workers_cpu_s()
-    answers = await _closed(front, body, clients, seconds)
+    answers = await _closed(front, body, clients, seconds, quick_acks=quick_acks)
     cpu_s, took_s = front.cpu_s() - cpu_s, time.monotonic() - began_s
     workers_s = front.workers_cpu_s() - workers_s
     events = sum(seen.events for seen in answers)
@@ -109,8 +110,13 @@ async def measure_loop(
     )
 
 
-async def measure_stalls(front: Front, body: Bodies, seconds: float) -> Loop:
-    """Few clients and slow steps, so that nothing but the network can pause an answer."""
+async def measure_stalls(
+    front: Front, body: Bodies, seconds: float, *, quick_acks: bool = False
+) -> Loop:
+    """Few clients and slow steps, so that little but the network can pause an answer.
+
+    Pauses that are still there with `quick_acks` have another cause than delayed ACKs of clients.
+    """
     return await measure_loop(
         front,
         body,
@@ -118,6 +124,7 @@ async def measure_stalls(front: Front, body: Bodies, seconds: float) -> Loop:
         answer_tokens=STALL_TOKENS,
         seconds=seconds,
         step_s=STALL_STEP_S,
+        quick_acks=quick_acks,
     )
 
 
@@ -142,10 +149,14 @@ def median_loop(loops: Sequence[Loop]) -> Loop:
     )
 
 
-async def _closed(front: Front, body: Bodies, clients: int, seconds: float) -> list[Seen]:
+async def _closed(
+    front: Front, body: Bodies, clients: int, seconds: float, *, quick_acks: bool = False
+) -> list[Seen]:
     try:
         async with asyncio.timeout(seconds + _TIMEOUT_S):
-            return await closed_loop(front.port, body, streams=clients, seconds=seconds)
+            return await closed_loop(
+                front.port, body, streams=clients, seconds=seconds, quick_acks=quick_acks
+            )
     except TimeoutError:
         raise BenchFailed(f"answers did not end within {_TIMEOUT_S:g} s") from None
     except ExceptionGroup as group:

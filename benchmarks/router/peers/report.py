@@ -57,7 +57,8 @@ _NOTES = (
     " the row with mockers adds its mock engine, which its transport is part of.",
     "Workers answer as fast as they can, a token of every answer per turn. 'events' are SSE events"
     " per answer, 'shared' is the share of them that came in one piece with an earlier one; stalls"
-    f" are pauses of 40 ms in answers of {STALL_TOKENS} tokens to 4 clients with delayed ACKs.",
+    f" are pauses of 40 ms in answers of {STALL_TOKENS} tokens to 4 clients with delayed ACKs,"
+    " 'quick' those left when the clients acknowledge at once, which have another cause.",
 )
 
 
@@ -65,7 +66,7 @@ def _table(outcomes: Sequence[Outcome], answer_tokens: int) -> ResultTable:
     rows: list[tuple[str, ...]] = []
     for outcome in outcomes:
         if outcome.reason:
-            rows.append((outcome.name, outcome.reason.splitlines()[0], *[""] * 9))
+            rows.append((outcome.name, outcome.reason.splitlines()[0], *[""] * 10))
             continue
         for clients in CLIENTS:
             loop = outcome.median(clients)
@@ -75,14 +76,13 @@ def _table(outcomes: Sequence[Outcome], answer_tokens: int) -> ResultTable:
     columns = ("router", "note", "clients", "answers/s", "answers/CPU-s", "tokens/CPU-s")
     return ResultTable(
         title=f"{answer_tokens} tokens per answer, closed loops",
-        columns=(*columns, "TTFT p50 ms", "p99 ms", "events", "shared", "stalls"),
+        columns=(*columns, "TTFT p50 ms", "p99 ms", "events", "shared", "stalls", "quick"),
         texts=2,
         rows=tuple(rows),
     )
 
 
 def _row(outcome: Outcome, loop: Loop) -> tuple[str, ...]:
-    stall = outcome.stall
     return (
         outcome.name,
         "" if outcome.peer is None else outcome.peer.version,
@@ -94,14 +94,19 @@ def _row(outcome: Outcome, loop: Loop) -> tuple[str, ...]:
         f"{loop.ttft_ms_p99:.1f}",
         f"{loop.events_per_answer:.1f}",
         f"{loop.coalesced_share:.0%}",
-        "" if stall is None else f"{stall.stalls} in {stall.answers}",
+        _stalls(outcome.stall),
+        _stalls(outcome.quick),
     )
+
+
+def _stalls(loop: Loop | None) -> str:
+    return "" if loop is None else f"{loop.stalls} in {loop.answers}"
 
 
 def _row_with_workers(outcome: Outcome, loop: Loop) -> tuple[str, ...]:
     rate = loop.answers_per_cpu_s_with_workers
     costs = (f"{rate:.0f}", f"{rate * loop.answer_tokens:.0f}")
-    return (outcome.name, "with mockers", f"{loop.clients}", "", *costs, *[""] * 5)
+    return (outcome.name, "with mockers", f"{loop.clients}", "", *costs, *[""] * 6)
 
 
 def _targets(outcomes: Sequence[Outcome], answer_tokens: int) -> list[Target]:
@@ -138,7 +143,7 @@ def _ratio(
 
 
 def _cell(outcome: Outcome, clients: int) -> Json:
-    loop, stall = outcome.median(clients), outcome.stall
+    loop = outcome.median(clients)
     per_cpu_s: list[Json] = [round(one.answers_per_cpu_s, 1) for one in outcome.loops[clients]]
     cell: dict[str, Json] = {
         "name": outcome.name,
@@ -154,7 +159,8 @@ def _cell(outcome: Outcome, clients: int) -> Json:
         "ttft_ms_p99": round(loop.ttft_ms_p99, 2),
         "events_per_answer": round(loop.events_per_answer, 2),
         "coalesced_share": round(loop.coalesced_share, 3),
-        "delayed_ack_stalls": None if stall is None else stall.stalls,
+        "pauses": None if outcome.stall is None else outcome.stall.stalls,
+        "pauses_with_quick_acks": None if outcome.quick is None else outcome.quick.stalls,
     }
     return cell
 

@@ -51,6 +51,8 @@ class Outcome:
     loops: dict[int, list[Loop]] = field(default_factory=dict)
     """By clients, one per round."""
     stall: Loop | None = None
+    quick: Loop | None = None
+    """The same with quick ACKs."""
     reason: str = ""
 
     def median(self, clients: int) -> Loop:
@@ -125,7 +127,9 @@ async def _turn(rig: Rig, answer_tokens: int, front: Front, outcome: Outcome, nu
     if number == 0:
         for clients in CLIENTS:
             await warm(front, body, clients=clients)
-        outcome.stall = await measure_stalls(front, bodies(rig, STALL_TOKENS, 0), _SECONDS)
+        few = bodies(rig, STALL_TOKENS, 0)
+        outcome.stall = await measure_stalls(front, few, _SECONDS)
+        outcome.quick = await measure_stalls(front, few, _SECONDS, quick_acks=True)
         return
     for clients in CLIENTS:
         outcome.loops.setdefault(clients, []).append(
