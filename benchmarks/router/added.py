@@ -35,7 +35,7 @@ def run(run: Run) -> Finding:
 
 
 async def _measure(run: Run, rig: Rig) -> Measured:
-    seconds, measured = 1.5 if run.quick else 6.0, Measured()
+    seconds, measured = 1.2 if run.quick else 6.0, Measured()
     await routed(rig, 0, _WARM_S)
     for seed in range(1, ROUNDS + 1):
         run.progress("open loops", seed - 1, ROUNDS)

@@ -42,7 +42,7 @@ def run(run: Run) -> Finding:
 
 
 async def _measure(run: Run, rig: Rig) -> Measured:
-    seconds, rounds = (0.6, 1) if run.quick else (2.0, ROUNDS)
+    seconds, rounds = (0.5, 1) if run.quick else (2.0, ROUNDS)
     cells = _CELLS[:2] if run.quick else _CELLS
     await warm(rig, _bodies(rig, REQUEST_TOKENS), clients=REQUEST_CLIENTS)
     requests: list[Loop] = []

@@ -84,7 +84,7 @@ def _counts(clients: list[Client]) -> tuple[int, int]:
 
 def run(run: Run) -> Finding:
     """Windows of one set of streams."""
-    seconds = 0.8 if run.quick else 3.0
+    seconds = 0.6 if run.quick else 3.0
     run.progress(f"{STREAMS} streams", 0, 1)
     return _finding(hosted(run).run(lambda rig: measure_tokens(rig, WINDOWS, seconds)))
 
