@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-faults check proto clean redis-server
+.PHONY: help demo test test-faults check proto clean redis-server peers
 
 help:
 	@echo "make demo    install into .venv, start a local cluster, send real chat requests, stop it"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-faults  every fault of the KV hand-off, 200 times each: about 15 minutes"
 	@echo "make check   format, lint, types, layers, generated code"
 	@echo "make proto   regenerate wire/ from proto/"
+	@echo "make peers   other routers for 'baton bench router --peers', each in its own environment"
 	@echo "make clean   remove .venv and caches"
 
 demo: .venv/installed
@@ -48,8 +49,11 @@ check: .venv/installed-test
 proto: .venv/installed-test
 	$(BIN)/python tools/proto.py generate
 
+peers: .venv/installed
+	@$(BIN)/python -m benchmarks.router.peers.install
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
 
 .venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,7 +1,9 @@
 """Which machine measured: numbers mean nothing without it."""
 
+import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -47,6 +49,13 @@ def arena_device(machine: Machine) -> str:
     import torch  # noqa: PLC0415 - seconds to import, and only asked where there is a GPU
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def raise_file_limit() -> float:
+    """Allow this process, and those it starts from now on, as many open files as it may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return math.inf if hard == resource.RLIM_INFINITY else hard
 
 
 def _cpu_model() -> str:

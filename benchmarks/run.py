@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.kept import Kept
 from benchmarks.machine import Machine, arena_device, describe_machine
 from benchmarks.processes import Pairs
-from benchmarks.types import Bench, Finding, Json, Part, ResultTable, Run, Target
+from benchmarks.types import PEERS, Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
 from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
@@ -34,7 +35,8 @@ BENCHES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line asks for. No `parts` means all of them.
+    """What the command line asks for. No `parts` means all of them, those that measure other
+    systems only with `peers`.
 
     The plot goes to `plot`, else into `out`, else into the current folder; with `out` the JSON
     object is written beside it.
@@ -42,6 +44,7 @@ class Options:
 
     quick: bool = False
     parts: tuple[str, ...] = ()
+    peers: bool = False
     traces: tuple[Path, ...] = ()
     only_json: bool = False
     out: Path | None = None
@@ -65,7 +68,7 @@ def run_bench(name: str, options: Options) -> None:
     """Measure and print. The last line of standard output is the JSON object."""
     logging.getLogger().addHandler(logging.NullHandler())  # what fails is raised
     bench = find_bench(name)
-    parts = choose_parts(bench, options.parts)
+    parts = choose_parts(bench, options.parts, {PEERS} if options.peers else ())
     machine = describe_machine()
     device = arena_device(machine)
     started_s = time.monotonic()
@@ -78,22 +81,29 @@ def run_bench(name: str, options: Options) -> None:
     print(json.dumps(result), flush=True)
 
 
-def choose_parts(bench: Bench, names: Sequence[str]) -> list[Part]:
-    """The parts named, in the bench's order. Raises InvalidRequest for one it does not have."""
+def choose_parts(bench: Bench, names: Sequence[str], options: Container[str] = ()) -> list[Part]:
+    """The parts named, in the bench's order; without names, all that need none but these options.
+
+    Raises InvalidRequest for a part or an option the bench does not have.
+    """
+    if options and not any(part.option in options for part in bench.parts):
+        raise InvalidRequest(f"bench {bench.name} knows no peers")
     known = [part.name for part in bench.parts]
     for name in names:
         if name not in known:
             raise InvalidRequest(
                 f"bench {bench.name} has no part {name!r}; it has: {', '.join(known)}"
             )
-    return [part for part in bench.parts if not names or part.name in names]
+    if names:
+        return [part for part in bench.parts if part.name in names]
+    return [part for part in bench.parts if part.option is None or part.option in options]
 
 
 # -- measuring ----------------------------------------------------------------------------------
 
 
 def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[tuple[str, Finding]]:
-    with Pairs() as pairs:
+    with Pairs() as pairs, Kept() as kept:
         for i, part in enumerate(parts):
             title = f"{i + 1}/{len(parts)} {part.name}"
             with _progress(title, part.what) as report:
@@ -102,6 +112,7 @@ def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[t
                     device=device,
                     progress=report,
                     pairs=pairs,
+                    kept=kept,
                     traces=options.traces,
                 )
                 yield part.name, part.run(run)
@@ -131,8 +142,10 @@ def _progress(title: str, what: str) -> Iterator[Report]:
 def _result(
     bench: Bench, findings: Mapping[str, Finding], machine: Machine, device: str, *, quick: bool
 ) -> dict[str, Json]:
-    """The JSON object: all keys of the bench, null for parts that were not run."""
-    result: dict[str, Json] = {key: None for part in bench.parts for key in part.keys}
+    """The JSON object: all keys of the bench, those of parts that were not run too."""
+    result: dict[str, Json] = {
+        key: part.otherwise.get(key) for part in bench.parts for key in part.keys
+    }
     for finding in findings.values():
         result.update(finding.keys)
     result["bench"] = bench.name

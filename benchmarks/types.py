@@ -12,9 +12,13 @@ from core.errors import BatonError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from benchmarks.kept import Kept
     from benchmarks.processes import Pairs
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+PEERS = "peers"
+"""The option of parts that measure other systems, which have to be installed first."""
 
 
 class BenchFailed(BatonError):
@@ -40,6 +44,15 @@ class Target:
     promise: str
     measured: str
     held: bool
+
+
+def at_most(what: str, value: float, limit: float, unit: str) -> Target:
+    """A Target that a number must not exceed."""
+    return Target(
+        promise=f"{what}: at most {limit:g} {unit}",
+        measured=f"{value:.2f} {unit}",
+        held=value <= limit,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,22 +82,29 @@ class Run:
     device: str
     progress: Progress
     pairs: Pairs
+    kept: Kept
     traces: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One measurement that can run alone. `keys` are those it adds to the JSON object."""
+    """One measurement that can run alone. `keys` are those it adds to the JSON object.
+
+    One with an `option` runs only where that is given, or its name. Keys of parts not run are null,
+    or what `otherwise` has for them.
+    """
 
     name: str
     what: str
     keys: tuple[str, ...]
     run: Callable[[Run], Finding]
+    option: str | None = None
+    otherwise: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Parts, run in order; `keys` of parts left out are null in the JSON object."""
+    """Parts, run in order."""
 
     name: str
     parts: tuple[Part, ...]

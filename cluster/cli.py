@@ -137,8 +137,13 @@ def bench(
     ] = None,
     trace: Annotated[
         list[Path] | None,
-        typer.Option(help="A trace to replay (bench routing); may be given again.", dir_okay=False),
+        typer.Option(
+            help="A trace of prompts (routing, router); may be given again.", dir_okay=False
+        ),
     ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Other systems too: see make peers (bench router).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON object alone.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the JSON object and the plot.", file_okay=False)
@@ -156,6 +161,7 @@ def bench(
     options = Options(
         quick=quick,
         parts=tuple(part or ()),
+        peers=peers,
         traces=tuple(trace or ()),
         only_json=as_json,
         out=out,

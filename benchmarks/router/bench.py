@@ -1,6 +1,20 @@
 """The bench `router`: its parts, in the order of the report."""
 
-from benchmarks.router import idle, load
+from benchmarks.router import added, closed, idle, lookup, tokens
+from benchmarks.router.peers import report
+from benchmarks.routing import decision
 from benchmarks.types import Bench
 
-BENCH = Bench(name="router", parts=(load.PART, idle.PART))
+BENCH = Bench(
+    name="router",
+    parts=(
+        tokens.PART,
+        closed.PART,
+        added.PART,
+        idle.PART,
+        decision.PART,
+        lookup.PART,
+        report.SHORT_PART,
+        report.LONG_PART,
+    ),
+)

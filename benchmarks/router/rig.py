@@ -4,15 +4,19 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
+import uvloop
 from tokenizers import Tokenizer
 
-from benchmarks.types import BenchFailed
+from benchmarks.machine import raise_file_limit
+from benchmarks.servers import Server, server
+from benchmarks.types import BenchFailed, Run
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.events import Event
 from cluster.registry_server import serve_registry
@@ -26,8 +30,9 @@ from engine.config import EngineConfig
 from router.config import RouterConfig
 from router.serve import bind_listener
 
+T = TypeVar("T")
+
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 5.0
 _REGISTERED_S = 3600.0
 MODEL = Path(__file__).parents[2] / "demo_model" / "checkpoint"
 _TEXT = Path(__file__).parents[2] / "README.md"
@@ -37,14 +42,10 @@ STEP_S = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandInProcess:
-    """One stand-in worker and how it is told its step time."""
+    """One stand-in worker."""
 
-    process: asyncio.subprocess.Process
+    server: Server
     record: WorkerRecord
-
-    def step(self, step_s: float) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.write(f"step {step_s}\n".encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +66,17 @@ class Rig:
         used = self.router.cpu_times()
         return used.user + used.system
 
+    def workers_cpu_s(self) -> float:
+        """The same of all stand-ins."""
+        return sum(worker.server.cpu_s() for worker in self.workers)
+
     def rss_bytes(self) -> int:
         return int(self.router.memory_info().rss)
 
     def step(self, step_s: float) -> None:
         """Set the decode step of all workers; sequences that run take it from their next one."""
         for worker in self.workers:
-            worker.step(step_s)
+            worker.server.tell(f"step {step_s}")
 
     def worker(self, role: Role) -> WorkerRecord:
         return next(w.record for w in self.workers if w.record.role is role)
@@ -81,6 +86,36 @@ class Rig:
         start = f"Request {number}. "
         text = self.text * (1 + chars // len(self.text))
         return (start + text)[:chars]
+
+
+class RigHost:
+    """A rig and the event loop it lives in, for parts of one run that share it."""
+
+    def __init__(self, runner: asyncio.Runner, rig: Rig) -> None:
+        self._runner = runner
+        self._rig = rig
+
+    def run(self, work: Callable[[Rig], Coroutine[None, None, T]]) -> T:
+        """Raises what `work` raises."""
+        return self._runner.run(work(self._rig))
+
+
+def hosted(run: Run) -> RigHost:
+    """The run's one router, as a cluster's serves all traffic; started when first asked for."""
+    run.progress("the router starts", 0, 1)
+    return run.kept.of(_host)
+
+
+@contextmanager
+def _host() -> Iterator[RigHost]:
+    raise_file_limit()  # the router inherits it
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        stack = AsyncExitStack()
+        rig = runner.run(stack.enter_async_context(router_rig()))
+        try:
+            yield RigHost(runner, rig)
+        finally:
+            runner.run(stack.aclose())
 
 
 @asynccontextmanager
@@ -106,7 +141,7 @@ async def router_rig(roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)) -> A
         model_id = describe_model(config.model.path, config.engine).model_id
         text = " ".join(_TEXT.read_text(encoding="utf-8").split())
         tokens = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text).ids
-        workers = await _workers(stack, roles, model_id, tokens)
+        workers = _workers(stack, roles, model_id, tokens)
         registry = MemoryRegistry(SystemClock())
         for worker in workers:
             await registry.register(worker.record, _REGISTERED_S)
@@ -124,30 +159,24 @@ async def router_rig(roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)) -> A
         )
 
 
-async def _workers(
+def _workers(
     stack: AsyncExitStack, roles: tuple[Role, ...], model_id: ModelId, text: list[int]
 ) -> tuple[StandInProcess, ...]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-")))
     file = folder / "text.json"
     file.write_text(json.dumps(text))
-    return tuple([await _worker(stack, role, model_id, file) for role in roles])
+    module = (sys.executable, "-m", "benchmarks.router.standin")
+    servers = [
+        stack.enter_context(server(f"{role}-{i}", (*module, role, model_id, str(file)), folder))
+        for i, role in enumerate(roles)
+    ]
+    return tuple(StandInProcess(server=s, record=_record(s)) for s in servers)
 
 
-async def _worker(
-    stack: AsyncExitStack, role: Role, model_id: ModelId, text: Path
-) -> StandInProcess:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.router.standin", role, model_id, str(text)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    stack.push_async_callback(_end, process)
-    line = b"" if process.stdout is None else await process.stdout.readline()
-    if not line:
-        raise BenchFailed("a stand-in worker did not start")
-    fields = json.loads(line)
-    record = WorkerRecord(
+def _record(worker: Server) -> WorkerRecord:
+    """What a stand-in prints."""
+    fields = json.loads(worker.first_line())
+    return WorkerRecord(
         worker_id=WorkerId(fields["worker_id"]),
         incarnation=Incarnation(fields["incarnation"]),
         role=Role(fields["role"]),
@@ -155,21 +184,8 @@ async def _worker(
         address=fields["address"],
         router_address=fields["router_address"],
         model_id=ModelId(fields["model_id"]),
-        pid=process.pid,
+        pid=worker.pid,
     )
-    return StandInProcess(process=process, record=record)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """It ends by itself when its input does."""
-    if process.stdin is not None:
-        process.stdin.close()
-    try:
-        async with asyncio.timeout(_STOP_TIMEOUT_S):
-            await process.wait()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
 
 
 async def _ready(router: RouterProcess, supervising: "asyncio.Task[None]") -> None:

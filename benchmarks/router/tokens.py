@@ -1,11 +1,21 @@
-"""CPU of the router per streamed token: many answers run, none begins or ends."""
+"""Part `tokens`: CPU of the router per streamed token: many answers run, none begins or ends."""
+
+from __future__ import annotations
 
 import asyncio
+import statistics
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from benchmarks.router.client import Client, chat_body
-from benchmarks.router.rig import STEP_S, Rig
-from benchmarks.types import BenchFailed
+from benchmarks.router.rig import STEP_S, Rig, hosted
+from benchmarks.types import BenchFailed, Finding, Part, ResultTable, Run, at_most
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TARGET_US = 20.0
+WINDOWS = 3
 
 STREAMS = 256
 _PROMPT_CHARS = 200
@@ -70,3 +80,57 @@ async def _window(rig: Rig, clients: list[Client], seconds: float) -> TokenWindo
 
 def _counts(clients: list[Client]) -> tuple[int, int]:
     return sum(c.seen.events for c in clients), sum(c.seen.reads for c in clients)
+
+
+def run(run: Run) -> Finding:
+    """Windows of one set of streams."""
+    seconds = 0.6 if run.quick else 3.0
+    run.progress(f"{STREAMS} streams", 0, 1)
+    return _finding(hosted(run).run(lambda rig: measure_tokens(rig, WINDOWS, seconds)))
+
+
+def _finding(windows: list[TokenWindow]) -> Finding:
+    costs = [window.cpu_us_per_token for window in windows]
+    token_us = statistics.median(costs)
+    rate = statistics.median(window.events / window.seconds for window in windows)
+    events = sum(window.events for window in windows)
+    coalesced = events - sum(window.reads for window in windows)
+    row = (
+        f"{token_us:.1f}",
+        f"{min(costs):.1f}..{max(costs):.1f}",
+        f"{rate:.0f}",
+        f"{coalesced} of {events}",
+    )
+    return Finding(
+        tables=(
+            ResultTable(
+                title=f"CPU of the router process per token: {STREAMS} streams, a token every"
+                f" {1e3 * STEP_S:g} ms",
+                columns=("us", "least..greatest", "tokens/s", "coalesced"),
+                texts=0,
+                rows=(row,),
+            ),
+        ),
+        targets=(at_most("router CPU per streamed token", token_us, TARGET_US, "us"),),
+        notes=(
+            "Workers are stand-ins that speak the real RouterStream and take no model time. Each"
+            " token is detokenized and is one SSE event. Clients use delayed ACKs.",
+        ),
+        keys={"cpu_us_per_token": round(token_us, 2), "coalesced_events": coalesced},
+        draw=lambda axes: _draw(axes, costs),
+    )
+
+
+def _draw(axes: Axes, costs: list[float]) -> None:
+    axes.bar([f"window {i + 1}" for i in range(len(costs))], costs)
+    axes.axhline(TARGET_US, color="gray", linestyle=":")
+    axes.set_ylabel("us of CPU")
+    axes.set_title(f"one streamed token, {STREAMS} streams")
+
+
+PART = Part(
+    name="tokens",
+    what="CPU per streamed token",
+    keys=("cpu_us_per_token", "coalesced_events"),
+    run=run,
+)

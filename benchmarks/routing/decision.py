@@ -1,9 +1,9 @@
 """Part `decision`: what one placement costs, with a million blocks indexed, hashing left out.
 
 Timed is all the router does between the block hashes and the submit: the query, the policy's
-choice, noting it, and finding who else holds the prefix. Prompts are those of the first trace, cut
-into 16-token blocks, whole ones; some of them are cached on the workers they were dealt to, and
-chains of no prompt fill the index up to its million.
+choice, noting it, and finding who else holds the prefix. Prompts are those of the first trace, or
+drawn like one, cut into 16-token blocks, whole ones; some of them are cached on the workers they
+were dealt to, and chains of no prompt fill the index up to its million.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from benchmarks.numbers import Samples, percentile
+from benchmarks.routing.synthetic import BLOCK_TOKENS, synthetic_prompts
 from benchmarks.routing.traces import Prompt, finer, load_trace
-from benchmarks.types import BenchFailed, Finding, Part, ResultTable, Run, Target
+from benchmarks.types import Finding, Part, ResultTable, Run, Target
 from core.blocks import chain_hashes
 from core.ids import BlockHash, Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
@@ -61,15 +62,10 @@ class Cost:
 
 
 def run(run: Run) -> Finding:
-    """Raises BenchFailed without a trace."""
-    if not run.traces:
-        raise BenchFailed(
-            "bench routing takes its prompts from a trace: give one with --trace FILE"
-        )
-    trace = load_trace(run.traces[0], _WHOLE)
-    parts = max(1, trace.block_size // _BLOCK)
-    prompts = [Prompt(p.at_s, p.tokens, finer(p.hashes, parts)) for p in trace.prompts(_PROMPTS, 0)]
-    costs = [_measure(run, workers, prompts, 2000 if run.quick else 20_000) for workers in _FLEETS]
+    """Of prompts of the first trace, or of drawn ones. Raises BenchFailed for what is no trace."""
+    prompts = fine_prompts(run)
+    decisions = 2000 if run.quick else 20_000
+    costs = [_measure(run, workers, prompts, decisions) for workers in _FLEETS]
     few, many = costs
     ratio = many.us(0.99) / few.us(0.99)
     return Finding(
@@ -91,9 +87,26 @@ def run(run: Run) -> Finding:
             "decision_us_p99_64": round(few.us(0.99), 1),
             "decision_us_p99_1024": round(many.us(0.99), 1),
             "index_bytes_per_block": round(few.bytes_per_block or 0.0, 1),
+            "decision_prompts": _source(run),
         },
+        notes=(f"Prompts: {_source(run)}.",),
         draw=lambda axes: _draw(axes, costs),
     )
+
+
+def fine_prompts(run: Run) -> list[Prompt]:
+    """In blocks of 16 tokens."""
+    if run.traces:
+        trace = load_trace(run.traces[0], _WHOLE)
+        coarse, block = trace.prompts(_PROMPTS, 0), trace.block_size
+    else:
+        coarse, block = synthetic_prompts(_PROMPTS, 0), BLOCK_TOKENS
+    parts = max(1, block // _BLOCK)
+    return [Prompt(p.at_s, p.tokens, finer(p.hashes, parts)) for p in coarse]
+
+
+def _source(run: Run) -> str:
+    return run.traces[0].name if run.traces else "synthetic, drawn like Mooncake's conversations"
 
 
 def _measure(run: Run, workers: int, prompts: Sequence[Prompt], decisions: int) -> Cost:
@@ -239,6 +252,7 @@ PART = Part(
         "decision_us_p99_64",
         "decision_us_p99_1024",
         "index_bytes_per_block",
+        "decision_prompts",
     ),
     run=run,
 )

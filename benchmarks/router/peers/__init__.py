@@ -1,0 +1,1 @@
+"""Other routers, each in an environment of its own: how to install and start them."""
