@@ -28,7 +28,7 @@ def run_worker(arguments: list[str]) -> int:
 
 
 def run_frozen_worker(arguments: list[str]) -> int:
-    """A worker that takes its time, and reports for ever that it is idle, as it was at its start."""
+    """A worker that takes its time, and reports for ever that it is idle, as at its start."""
     vars(worker_module).update(RouterOutlet=FrozenOutlet)
     vars(timed).update(step_seconds=lambda *_: _FROZEN_STEP_S)
     return run_worker(arguments)
