@@ -1,0 +1,1 @@
+"""Four routers over one fleet of workers, and what goes wrong in it. All processes are real."""

@@ -1,0 +1,44 @@
+"""What the forked processes run: the routers' and workers' own mains, and workers with a fault."""
+
+import sys
+
+from cluster import router_main
+from cluster.worker import __main__ as worker_main
+from cluster.worker import host
+from cluster.worker import worker as worker_module
+from cluster.worker.outlet import RouterOutlet
+from core.messages import LoadReport
+from engine import timed
+
+LEASE_S = 1.0
+"""Of a worker's place in the registry; 10 s outside tests. It is renewed three times as often."""
+_FROZEN_STEP_S = 0.3
+
+
+def run_router(arguments: list[str]) -> int:
+    """`python -m cluster.router_main`"""
+    return router_main.main(arguments)
+
+
+def run_worker(arguments: list[str]) -> int:
+    """`python -m cluster.worker`, but with a short lease in the registry."""
+    vars(host).update(_REGISTER_TTL_S=LEASE_S)
+    sys.argv = ["cluster.worker", *arguments]
+    return worker_main.main()
+
+
+def run_frozen_worker(arguments: list[str]) -> int:
+    """A worker that takes its time, and reports for ever that it is idle, as at its start."""
+    vars(worker_module).update(RouterOutlet=FrozenOutlet)
+    vars(timed).update(step_seconds=lambda *_: _FROZEN_STEP_S)
+    return run_worker(arguments)
+
+
+class FrozenOutlet(RouterOutlet):
+    """Its heartbeats go on; their content is the first report's."""
+
+    _first: LoadReport | None = None
+
+    def report(self, load: LoadReport, now_s: float) -> None:
+        self._first = self._first or load
+        super().report(self._first, now_s)
