@@ -46,6 +46,9 @@ from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_YOUNG_OBJECTS = 10_000
+"""Made between two looks for cycles. A request's own objects mostly end with it, without one."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM or SIGINT, 1 for a bad set-up."""
@@ -140,6 +143,7 @@ async def run_router(
             # What is here stays: a full collection need not look at a million objects of imports.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(_YOUNG_OBJECTS, 20, 50)
             async with asyncio.TaskGroup() as group:
                 following = group.create_task(fleet.run())
                 await serve(app, listener, stop=stop, grace_s=config.drain_timeout_s)

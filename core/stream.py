@@ -8,6 +8,10 @@ round trips: gRPC's asyncio stream 0.44 ms on busy processes and 1.2 ms on idle 
 thread wakes the loop through a socket), this one 0.05 ms on uvloop. A router reads some seven
 messages per request. Neither stream needs anything else of HTTP/2: there is one per pair. Its ends
 notice by messages of their own that the other hangs; that a machine has died TCP's keepalive says.
+
+What is sent within one turn of the event loop leaves together at its end, and what has arrived
+together is read at once: a write or a wake-up costs more than the message (45 to 65 us where two
+processes share two cores of a virtual machine, against some 5 us).
 """
 
 import asyncio
@@ -24,6 +28,9 @@ from core.errors import ConfigError
 _LENGTH = struct.Struct(">I")
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _MAX_UNSENT_BYTES = 2 * _MAX_MESSAGE_BYTES
+_MAX_HELD_BYTES = 64 * 1024
+"""Of one turn; more leaves at once."""
+_READ_BYTES = 256 * 1024
 _BACKLOG = 512
 _LINGER_S = 2.0
 _DEAD_MACHINE = (
@@ -62,27 +69,45 @@ class MessageStream(Generic[In]):
         self._writer = writer
         self._parse = parse
         self._aborted = ""
+        self._received = bytearray()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._loop = asyncio.get_running_loop()
 
     async def read(self) -> In | None:
         """The next message; None when the other end has closed. Raises StreamBroken."""
-        try:
-            head = await self._reader.readexactly(_LENGTH.size)
-            (length,) = _LENGTH.unpack(head)
-            if length > _MAX_MESSAGE_BYTES:
-                raise StreamBroken(f"a message of {length} bytes: it speaks something else")
-            body = await self._reader.readexactly(length)
-        except asyncio.IncompleteReadError as error:
-            if self._aborted:
-                raise StreamBroken(self._aborted) from None
-            if error.partial or error.expected != _LENGTH.size:
-                raise StreamBroken("it ended within a message") from None
-            return None
-        except OSError as error:
-            raise StreamBroken(_text(error)) from None
+        received = self._received
+        while (body := self._next_body()) is None:
+            try:
+                data = await self._reader.read(_READ_BYTES)
+            except OSError as error:
+                raise StreamBroken(_text(error)) from None
+            if not data:
+                if self._aborted:
+                    raise StreamBroken(self._aborted)
+                if received:
+                    raise StreamBroken("it ended within a message")
+                return None
+            received += data
         try:
             return self._parse(body)
         except DecodeError as error:
             raise StreamBroken(f"not a message of this stream: {error}") from None
+
+    def _next_body(self) -> bytes | None:
+        """Of what was received, the first whole message. Raises StreamBroken."""
+        received = self._received
+        if len(received) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(received)
+        if length > _MAX_MESSAGE_BYTES:
+            raise StreamBroken(f"a message of {length} bytes: it speaks something else")
+        end = _LENGTH.size + length
+        if len(received) < end:
+            return None
+        body = bytes(received[_LENGTH.size : end])
+        del received[:end]
+        return body
 
     def send(self, message: Sendable) -> None:
         """On its way, or dropped when the stream has ended, which the reading side says.
@@ -91,20 +116,33 @@ class MessageStream(Generic[In]):
         that misses messages cannot be told from one that ignores them. A message that is too large
         ends the stream for the same reason.
         """
-        transport = self._writer.transport
-        if transport.is_closing():
+        if self._writer.transport.is_closing():
             return
         body = message.SerializeToString()
         if len(body) > _MAX_MESSAGE_BYTES:
             # The other end would refuse it, as if this one spoke something else.
             self.abort(f"a message of {len(body)} bytes; {_MAX_MESSAGE_BYTES} may be sent")
             return
-        transport.write(_LENGTH.pack(len(body)) + body)
+        if not self._held:
+            self._loop.call_soon(self._flush)
+        self._held += (_LENGTH.pack(len(body)), body)
+        self._held_bytes += len(body)
+        if self._held_bytes > _MAX_HELD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Hand what is held to the transport, which sends it at once if it can."""
+        held, self._held, self._held_bytes = self._held, [], 0
+        transport = self._writer.transport
+        if not held or transport.is_closing():
+            return
+        transport.write(b"".join(held))
         if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self.abort("the other end does not read its stream")
 
     def close(self) -> None:
         """Close once what was sent is out, or in a while."""
+        self._flush()
         transport = self._writer.transport
         transport.close()
         if transport.get_write_buffer_size():
@@ -112,6 +150,7 @@ class MessageStream(Generic[In]):
 
     def abort(self, reason: str = "") -> None:
         """Close at once; what was not sent yet is lost. With a reason, reading raises it."""
+        self._flush()
         self._aborted = self._aborted or reason
         self._writer.transport.abort()
 

@@ -336,8 +336,11 @@ class Chooser(Generic[L]):
         """The failed and the ejected ones; when that is everybody, the failed ones; when that is,
         too, nobody.
         """
+        shut = self._outliers.shut(self._clock.now_s())
+        if not failed and not shut:
+            return frozenset()
         known = pool.named(failed)
-        for closed in (known | pool.named(self._outliers.shut(self._clock.now_s())), known):
+        for closed in (known | pool.named(shut), known):
             if len(closed) < len(pool.workers):
                 return closed
         return frozenset()

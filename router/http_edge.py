@@ -10,8 +10,9 @@ is watched: a client that goes away cancels all its choices at once.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from starlette.types import Receive, Scope, Send
 
@@ -31,7 +32,7 @@ from router.chunks import AnswerHead, answer_body, error_event
 from router.config import RouterConfig
 from router.http_body import read_body
 from router.http_errors import ClientGone, ClientTooSlow
-from router.http_reply import Reply
+from router.http_reply import Line, Reply, line_of
 from router.http_stream import collect_answer, stream_answers
 from router.metrics import EdgeMetrics
 from router.request_context import header, request_id_of
@@ -128,7 +129,7 @@ class Exchange:
         body = await read_body(self._scope, self._receive, edge.settings.max_body_bytes)
         if not body:
             raise InvalidRequest("the body is empty; send a JSON object")
-        async with attended(self._receive) as group:
+        async with Attended(line_of(self._scope)) as group:
             request = self._request_type.parse(body)
             ends_s = self._started_s + edge.settings.request_timeout_s
             plan = await edge.planner.plan(request, self._request_id, ends_s)
@@ -233,32 +234,52 @@ class Exchange:
         )
 
 
-@contextlib.asynccontextmanager
-async def attended(receive: Receive) -> AsyncGenerator[asyncio.TaskGroup, None]:
+class Attended(asyncio.TaskGroup):
     """A task group that fails with ClientGone when the client goes away.
 
     Of what its tasks and its body raise, one error comes out by itself. On success it waits for
     its tasks; on any error it cancels them.
     """
-    failure: BaseException | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(_raise_on_disconnect(receive))
-            try:
-                yield group
-            finally:
-                watcher.cancel()
-    except BaseExceptionGroup as errors:
-        # A bug before anything else, so that it is logged; then the first error.
-        bugs = [error for error in errors.exceptions if not isinstance(error, BatonError)]
-        failure = (bugs or errors.exceptions)[0]
-    if failure is not None:
-        raise failure
 
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        self._line = line
+        self._owner = asyncio.current_task()
+        self._gone = False
 
-async def _raise_on_disconnect(receive: Receive) -> None:
-    await _wait_for_disconnect(receive)
-    raise ClientGone("the client closed the connection")
+    async def __aenter__(self) -> Self:
+        self._line.attend(self._leave)
+        return await super().__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        failure: BaseException | None = None
+        try:
+            await super().__aexit__(kind, error, trace)
+        except BaseExceptionGroup as errors:
+            # A bug before anything else, so that it is logged; then the first error.
+            bugs = [error for error in errors.exceptions if not isinstance(error, BatonError)]
+            failure = (bugs or errors.exceptions)[0]
+        except asyncio.CancelledError as cancelled:
+            failure = cancelled
+        finally:
+            self._line.attend(None)
+        if self._gone and self._owner is not None:
+            stopped = self._owner.uncancel() > 0
+            if not stopped and (isinstance(failure, asyncio.CancelledError | BatonError)):
+                failure = ClientGone("the client closed the connection")
+        if failure is not None:
+            raise failure
+
+    def _leave(self) -> None:
+        """The owner waits somewhere within the block."""
+        if self._owner is not None and not self._gone:
+            self._gone = True
+            self._owner.cancel()
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

@@ -1,5 +1,6 @@
 """One HTTP response: what was already sent, and the two ways to send: a JSON body or SSE."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.types import Scope, Send
@@ -23,16 +24,25 @@ request's connection, for chunks of a body whose head was sent.
 class Line(Protocol):
     """A connection that takes chunks without a coroutine per chunk; the server's side of a stream.
 
-    `write` never waits and never raises: while `paused`, or once the client has gone, it is for the
-    caller not to pile up more. `drain` returns when the connection is not paused.
+    `put` never waits and never raises: while `paused`, or once the client has gone, it is for the
+    caller not to pile up more. `drain` returns when the connection is not paused. `attend` has
+    `lost` called once the connection has ended, until another call withdraws it.
     """
 
     @property
     def paused(self) -> bool: ...
 
-    def write(self, chunk: bytes) -> None: ...
+    def put(self, chunk: bytes) -> None: ...
 
     async def drain(self) -> None: ...
+
+    def attend(self, lost: Callable[[], None] | None) -> None: ...
+
+
+def line_of(scope: Scope) -> Line:
+    """Of this request's connection."""
+    line: Line = scope["extensions"][LINE_EXTENSION]["line"]
+    return line
 
 
 class Reply:
@@ -70,8 +80,12 @@ class Reply:
                 (b"x-accel-buffering", b"no"),
             ],
         )
-        line: Line = self._scope["extensions"][LINE_EXTENSION]["line"]
-        return line
+        return line_of(self._scope)
+
+    @property
+    def paused(self) -> bool:
+        """What is sent now waits for the client."""
+        return line_of(self._scope).paused
 
     async def end(self, chunk: bytes) -> None:
         await self._send({"type": "http.response.body", "body": chunk, "more_body": False})

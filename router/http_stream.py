@@ -62,7 +62,7 @@ class Outflow:
             self._hold(event)
         else:
             self.writes += 1
-            line.write(event)
+            line.put(event)
 
     def put_last(self, event: bytes) -> None:
         """Take an event of those that end a producer's answer; they leave together with `close`,
@@ -92,9 +92,11 @@ class Outflow:
         await self._something()
         if self._error is not None and not self._held:
             raise self._error
-        line = await self._bounded(reply.start_stream())
+        start = reply.start_stream()
+        line = await (self._bounded(start) if reply.paused else start)
         while True:
-            await self._bounded(line.drain())
+            if line.paused:
+                await self._bounded(line.drain())
             if self._open == 0:
                 self.writes += bool(self._held)
                 return b"".join(self._held)
@@ -144,7 +146,7 @@ class Outflow:
 
     def _release(self, line: Line) -> None:
         self.writes += 1
-        line.write(b"".join(self._held))
+        line.put(b"".join(self._held))
         self._held.clear()
         self._held_bytes = 0
         self._ready = False
@@ -178,11 +180,11 @@ class Voice:
 
     def take(self, item: Generated) -> None:
         answer, outflow = self._answer, self._outflow
-        if self._first:
-            outflow.put(self._first)
-            self._first = b""
         pieces = answer.feed(item)
         put = outflow.put if answer.finish is None else outflow.put_last
+        if self._first:
+            (outflow.put_last if pieces else put)(self._first)  # it leaves with what follows
+            self._first = b""
         for piece in pieces:
             put(self._encoder.text(piece))
         if answer.finish is not None:

@@ -74,6 +74,7 @@ class Progress:
         self.prefill_times = LegTimes()
         self.decode_times = LegTimes()
         self.marks: list[Mark] = []
+        self._final: Timings | None = None
         self.mark(Stage.ADMIT)
 
     @property
@@ -103,7 +104,15 @@ class Progress:
         self.tokens.append(token)
 
     def timings(self) -> Timings:
-        """Up to now; complete once the last token is out."""
+        """Up to now; complete, and made once, when the last token is out."""
+        if self._final is not None:
+            return self._final
+        timings = self._timings()
+        if self.finished:
+            self._final = timings
+        return timings
+
+    def _timings(self) -> Timings:
         gaps = max(1, len(self.tokens) - 1)
         decode_s = self.last_at_s - self.first_at_s
         return Timings(

@@ -9,11 +9,11 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from core.errors import ConfigError
@@ -115,33 +115,90 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.attended: set[_Line] = set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for line in tuple(self.attended):
+            line.lost()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {
             ABORT_EXTENSION: {"abort": self.transport.abort},
-            LINE_EXTENSION: {"line": _Line(self.transport, self.flow)},
+            LINE_EXTENSION: {"line": _Line(self)},
         }
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.cycle.scope is self.scope:
+            # The cycle's task has not begun: all that it writes passes the line.
+            line = self.scope["extensions"][LINE_EXTENSION]["line"]
+            self.cycle.transport = cast(asyncio.Transport, line)
 
 
 class _Line:
     """Implements router.http_reply.Line: writes HTTP/1.1 chunks past uvicorn's own `send`.
 
-    uvicorn has sent a head without a length, which makes it chunked, and ends the body itself.
+    uvicorn has sent a head without a length, which makes it chunked, and ends the body itself. It
+    takes this for the transport: a head is held until what follows it, or until the loop's next
+    turn, as two writes cost the router and the client twice.
     """
 
-    __slots__ = ("_flow", "_transport")
+    __slots__ = ("_flow", "_head", "_headed", "_loop", "_lost", "_protocol", "_transport")
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
-        self._transport = transport
-        self._flow = flow
+    def __init__(self, protocol: _Protocol) -> None:
+        self._protocol = protocol
+        self._transport = protocol.transport
+        self._flow = protocol.flow
+        self._loop = protocol.loop
+        self._head = b""
+        self._headed = False
+        self._lost: Callable[[], None] | None = None
 
     @property
     def paused(self) -> bool:
         return self._flow.write_paused
 
-    def write(self, chunk: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+    def put(self, chunk: bytes) -> None:
+        self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
     async def drain(self) -> None:
         await self._flow.drain()
+
+    def attend(self, lost: Callable[[], None] | None) -> None:
+        self._lost = lost
+        if lost is None:
+            self._protocol.attended.discard(self)
+        else:
+            self._protocol.attended.add(self)
+            self._flow.resume_reading()  # a connection that is not read is not seen to end
+
+    def lost(self) -> None:
+        """The connection has ended."""
+        if self._lost is not None:
+            self._lost()
+
+    # -- what uvicorn does with a transport ------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        if self._headed:
+            self._write(data)
+        else:
+            self._headed, self._head = True, data
+            self._loop.call_soon(self._write, b"")
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self._write(b"")
+        self._transport.close()
+
+    def _write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        if data and not self._transport.is_closing():
+            self._transport.write(data)

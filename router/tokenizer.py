@@ -15,6 +15,7 @@ from core.errors import ConfigError, InvalidRequest, Overloaded
 from core.openai import ChatMessage
 from engine.weights import check_tokenizer, read_json
 from router.detokenize import Detokenizer, detokenizer_factory
+from router.word_cache import WordCache
 
 MAX_WAITING_CHARS = 256 * 1024 * 1024
 """Text that may wait for a thread, over all requests; more is refused as overload."""
@@ -46,6 +47,8 @@ class Tokenizer:
         self._backend.no_padding()
         self.vocab_size: int = len(hf_tokenizer)
         self._detokenizers = detokenizer_factory(self._backend)
+        self._words = WordCache.of(self._backend)
+        self._adds_special = bool(self._backend.encode("", add_special_tokens=True).ids)
         self._knows_developer = "developer" in str(hf_tokenizer.chat_template)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self._waiting_chars = 0
@@ -131,6 +134,9 @@ class Tokenizer:
         return self._encode(text, special=False)
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+        special = special and self._adds_special
+        if self._words is not None and not special:
+            return self._words.encode(text)
         # `encode` keeps offsets into the text besides, which takes a third more time.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
         return tuple(encoding.ids)

@@ -146,3 +146,69 @@ async def test_a_message_that_no_end_would_read_is_not_sent_and_named() -> None:
 async def test_no_message_waits_for_the_acknowledgement_of_another() -> None:
     with listen("127.0.0.1", 0) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+class Noted:
+    """A writer whose transport notes every write."""
+
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+        self.transport = self
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+
+def noted() -> tuple[Noted, MessageStream[Raw]]:
+    writer = Noted()
+    return writer, MessageStream(asyncio.StreamReader(), writer, Raw)  # type: ignore[arg-type]
+
+
+async def test_messages_of_one_turn_leave_in_one_write() -> None:
+    writer, stream = noted()
+    for message in (b"a", b"", b"bc"):
+        stream.send(Raw(message))
+    assert writer.writes == []
+    await asyncio.sleep(0)
+    assert writer.writes == [b"\0\0\0\1a\0\0\0\0\0\0\0\2bc"]
+
+
+@pytest.mark.parametrize("end", [MessageStream.close, MessageStream.abort])
+async def test_what_was_sent_before_an_end_leaves(
+    end: Callable[[MessageStream[Raw]], None],
+) -> None:
+    writer, stream = noted()
+    stream.send(Raw(b"last"))
+    end(stream)
+    assert writer.writes == [b"\0\0\0\4last"]
+    await asyncio.sleep(0)
+    assert len(writer.writes) == 1
+
+
+async def test_much_of_one_turn_is_not_held() -> None:
+    writer, stream = noted()
+    stream.send(Raw(bytes(100_000)))
+    assert len(writer.writes) == 1
+
+
+async def test_messages_that_came_together_are_read_one_by_one() -> None:
+    writer = Noted()
+    reader = asyncio.StreamReader()
+    stream = MessageStream(reader, writer, Raw)  # type: ignore[arg-type]
+    reader.feed_data(b"\0\0\0\1a\0\0\0\2b")
+    reader.feed_data(b"c\0\0")
+    assert [await stream.read(), await stream.read()] == [b"a", b"bc"]
+    reader.feed_data(b"\0\0")
+    assert await stream.read() == b""

@@ -169,7 +169,7 @@ class Client:
     def paused(self):
         return not self._open.is_set()
 
-    def write(self, chunk):
+    def put(self, chunk):
         self.chunks.append(chunk)
 
     async def drain(self):
