@@ -15,11 +15,14 @@ processes share two cores of a virtual machine, against some 5 us).
 """
 
 import asyncio
+import os
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Generic, Protocol, TypeVar
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
@@ -30,7 +33,7 @@ _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _MAX_UNSENT_BYTES = 2 * _MAX_MESSAGE_BYTES
 _MAX_HELD_BYTES = 64 * 1024
 """Of one turn; more leaves at once."""
-_READ_BYTES = 256 * 1024
+_MAX_UNREAD_BYTES = 128 * 1024
 _BACKLOG = 512
 _LINGER_S = 2.0
 _DEAD_MACHINE = (
@@ -56,58 +59,133 @@ class Sendable(Protocol):
 In = TypeVar("In")
 
 
-class MessageStream(Generic[In]):
+class MessageStream(asyncio.Protocol, Generic[In]):
     """One end. One task reads; `send` and `abort` never wait and may be called at any time."""
 
     def __init__(
         self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
         parse: Callable[[bytes], In],
+        connected: "Callable[[MessageStream[In]], None] | None" = None,
     ) -> None:
-        self._reader = reader
-        self._writer = writer
         self._parse = parse
+        self._connected = connected
+        self._transport: asyncio.Transport
+        self._unread = bytearray()
+        self._paused = False
+        self._ended = False
+        self._error: BaseException | None = None
         self._aborted = ""
-        self._received = bytearray()
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._loop = asyncio.get_running_loop()
+        self._take: Callable[[In], bool] | None = None
+        self._waiter: asyncio.Future[In | None] | None = None
+        self._side: ThreadDoor | None = None
+
+    # -- reading --------------------------------------------------------------------------------
 
     async def read(self) -> In | None:
         """The next message; None when the other end has closed. Raises StreamBroken."""
-        received = self._received
-        while (body := self._next_body()) is None:
-            try:
-                data = await self._reader.read(_READ_BYTES)
-            except OSError as error:
-                raise StreamBroken(_text(error)) from None
-            if not data:
-                if self._aborted:
-                    raise StreamBroken(self._aborted)
-                if received:
-                    raise StreamBroken("it ended within a message")
-                return None
-            received += data
-        try:
-            return self._parse(body)
-        except DecodeError as error:
-            raise StreamBroken(f"not a message of this stream: {error}") from None
+        return await self.deliver(_takes_nothing)
 
-    def _next_body(self) -> bytes | None:
-        """Of what was received, the first whole message. Raises StreamBroken."""
-        received = self._received
-        if len(received) < _LENGTH.size:
+    async def deliver(self, take: Callable[[In], bool]) -> In | None:
+        """Give every message to `take` as it arrives, from inside the event loop's own callback:
+        no task is woken for it. Answers the first message that `take` did not take (False), None
+        when the other end has closed. Raises StreamBroken, and what `take` raises.
+        """
+        message = self._give(take)
+        if message is not None:
+            return message
+        if self._ended:
+            self._raise_end()
             return None
-        (length,) = _LENGTH.unpack_from(received)
-        if length > _MAX_MESSAGE_BYTES:
-            raise StreamBroken(f"a message of {length} bytes: it speaks something else")
-        end = _LENGTH.size + length
-        if len(received) < end:
-            return None
-        body = bytes(received[_LENGTH.size : end])
-        del received[:end]
-        return body
+        self._resume()
+        self._waiter = self._loop.create_future()
+        self._take = take
+        try:
+            return await self._waiter
+        finally:
+            self._take = self._waiter = None
+
+    def _give(self, take: Callable[[In], bool]) -> In | None:
+        """Give away what is here, up to the first message that is not taken."""
+        if self._error is not None:
+            self._raise_end()
+        unread = self._unread
+        while len(unread) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(unread)
+            if length > _MAX_MESSAGE_BYTES:
+                raise StreamBroken(f"a message of {length} bytes: it speaks something else")
+            end = _LENGTH.size + length
+            if len(unread) < end:
+                return None
+            body = bytes(memoryview(unread)[_LENGTH.size : end])
+            del unread[:end]
+            try:
+                message = self._parse(body)
+            except DecodeError as error:
+                raise StreamBroken(f"not a message of this stream: {error}") from None
+            if not take(message):
+                return message
+        return None
+
+    def _raise_end(self) -> None:
+        if self._aborted:
+            raise StreamBroken(self._aborted)
+        if self._error is not None:
+            raise StreamBroken(_text(self._error))
+        if self._unread:
+            raise StreamBroken("it ended within a message")
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+
+    # -- called by the event loop ---------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by type
+        if self._connected is not None:
+            self._connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        take, waiter = self._take, self._waiter
+        if take is not None and waiter is not None and not waiter.done():
+            try:
+                message = self._give(take)
+            except Exception as error:  # noqa: BLE001 - raised where `deliver` is awaited
+                waiter.set_exception(error)
+            else:
+                if message is not None:
+                    waiter.set_result(message)
+                return
+        if len(self._unread) > _MAX_UNREAD_BYTES and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self._end(None)
+        return True  # what is to be sent may still go out
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._close_side()
+        self._end(error)
+
+    def _end(self, error: Exception | None) -> None:
+        self._ended = True
+        self._error = self._error or error
+        if self._waiter is None or self._waiter.done():
+            return
+        try:
+            self._raise_end()
+        except StreamBroken as broken:
+            self._waiter.set_exception(broken)
+        else:
+            self._waiter.set_result(None)
+
+    # -- writing --------------------------------------------------------------------------------
 
     def send(self, message: Sendable) -> None:
         """On its way, or dropped when the stream has ended, which the reading side says.
@@ -116,7 +194,7 @@ class MessageStream(Generic[In]):
         that misses messages cannot be told from one that ignores them. A message that is too large
         ends the stream for the same reason.
         """
-        if self._writer.transport.is_closing():
+        if self._transport.is_closing():
             return
         body = message.SerializeToString()
         if len(body) > _MAX_MESSAGE_BYTES:
@@ -133,26 +211,107 @@ class MessageStream(Generic[In]):
     def _flush(self) -> None:
         """Hand what is held to the transport, which sends it at once if it can."""
         held, self._held, self._held_bytes = self._held, [], 0
-        transport = self._writer.transport
+        transport = self._transport
         if not held or transport.is_closing():
             return
-        transport.write(b"".join(held))
+        frames = b"".join(held)
+        if self._side is None:
+            transport.write(frames)
+        else:
+            self._side.write(frames)
         if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self.abort("the other end does not read its stream")
+
+    def thread_door(self) -> "ThreadDoor":
+        """A way for other threads to send short messages; it ends with the stream."""
+        if self._side is None:
+            abort = partial(self.abort, "half a message was sent")
+            on_half = partial(self._loop.call_soon_threadsafe, abort)
+            self._side = ThreadDoor(self._transport, self._has_unsent, on_half)
+        return self._side
 
     def close(self) -> None:
         """Close once what was sent is out, or in a while."""
         self._flush()
-        transport = self._writer.transport
+        self._close_side()
+        transport = self._transport
         transport.close()
         if transport.get_write_buffer_size():
-            asyncio.get_running_loop().call_later(_LINGER_S, transport.abort)
+            self._loop.call_later(_LINGER_S, transport.abort)
 
     def abort(self, reason: str = "") -> None:
         """Close at once; what was not sent yet is lost. With a reason, reading raises it."""
         self._flush()
         self._aborted = self._aborted or reason
-        self._writer.transport.abort()
+        self._close_side()
+        self._transport.abort()
+
+    def _has_unsent(self) -> bool:
+        return bool(self._held or self._transport.get_write_buffer_size())
+
+    def _close_side(self) -> None:
+        if self._side is not None:
+            self._side.close()
+
+
+class ThreadDoor:
+    """Sends from any thread, past the event loop, while that has nothing unsent.
+
+    It has the socket under a number of its own: by the time a thread uses it, that of the transport
+    may be another file's. Two numbers of one socket keep it open, so this closes before that.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        has_unsent: Callable[[], bool],
+        on_half: Callable[[], object],
+    ) -> None:
+        self._transport = transport
+        self._has_unsent = has_unsent
+        self._on_half = on_half
+        self._lock = threading.Lock()
+        self._number = os.dup(transport.get_extra_info("socket").fileno())
+        self._open = True
+        self._half = False
+
+    def send(self, frame: bytes) -> bool:
+        """From any thread; True: it is out. False: nothing of it is, and the event loop may try."""
+        with self._lock:
+            if not self._open or self._has_unsent():
+                return False
+            try:
+                sent = os.write(self._number, frame)
+            except OSError:  # full, or broken, which the reading side says
+                return False
+            self._half = sent < len(frame)
+        if self._half:
+            with suppress(RuntimeError):  # the event loop is closed, and the socket with it
+                self._on_half()
+        return True
+
+    def write(self, frame: bytes) -> None:
+        """From the event loop. After half a message nothing may follow."""
+        with self._lock:
+            if not self._half:
+                self._transport.write(frame)
+
+    def close(self) -> None:
+        """May repeat."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                os.close(self._number)
+
+
+def framed(message: Sendable) -> bytes:
+    """As it goes over the wire."""
+    body = message.SerializeToString()
+    return _LENGTH.pack(len(body)) + body
+
+
+def _takes_nothing(_message: object) -> bool:
+    return False
 
 
 @asynccontextmanager
@@ -161,12 +320,14 @@ async def dial(address: str, parse: Callable[[bytes], In]) -> AsyncIterator[Mess
     host, _, port = address.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise StreamBroken(f"{address!r} is no host:port")
+    loop = asyncio.get_running_loop()
     try:
-        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        transport, stream = await loop.create_connection(
+            lambda: MessageStream(parse), host.strip("[]"), int(port)
+        )
     except OSError as error:
         raise StreamBroken(f"{address}: {_text(error)}") from None
-    _set_options(writer.get_extra_info("socket"), _DEAD_MACHINE)
-    stream: MessageStream[In] = MessageStream(reader, writer, parse)
+    _set_options(transport.get_extra_info("socket"), _DEAD_MACHINE)
     try:
         yield stream
     finally:
@@ -215,15 +376,16 @@ async def accepting(
 
     async with asyncio.TaskGroup() as group:
 
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            stream: MessageStream[In] = MessageStream(reader, writer, parse)
+        def connected(stream: MessageStream[In]) -> None:
             if closing:  # accepted by the kernel before the server was closed
                 stream.abort()
                 return
             open_streams.add(stream)
             group.create_task(run(stream))
 
-        server = await asyncio.start_server(connected, sock=listener, backlog=_BACKLOG)
+        server = await asyncio.get_running_loop().create_server(
+            lambda: MessageStream(parse, connected), sock=listener, backlog=_BACKLOG
+        )
         try:
             yield
         finally:
@@ -238,6 +400,6 @@ def _set_options(sock: socket.socket, options: Sequence[tuple[int, int, int]]) -
         sock.setsockopt(level, name, value)
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     strerror = error.strerror if isinstance(error, OSError) else None
     return strerror or str(error) or type(error).__name__

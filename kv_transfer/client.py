@@ -20,7 +20,8 @@ from core.ids import (
     shard_id,
 )
 from core.messages import PROTOCOL_MAJOR
-from core.stream import MessageStream, StreamBroken, dial
+from core.stream import MessageStream, StreamBroken, dial, framed
+from kv_transfer.closing import ClosingQuestion
 from kv_transfer.codec import (
     UnknownMessage,
     from_owner_from_wire,
@@ -70,16 +71,17 @@ class OwnerAddress:
 class BoundLease:
     """What arrives for one lease: announcements, then its end. `changed` wakes the one pull.
 
-    `asked` is set once the closing question was sent: from then on a HELD may be under way.
+    `on_announce` is called for each announcement as it is heard, before `changed`.
     """
 
     def __init__(self, lease_id: LeaseId) -> None:
         self.lease_id = lease_id
         self.inbox: deque[Announce] = deque()
         self.changed = asyncio.Event()
+        self.on_announce: Callable[[], None] | None = None
         self.failure: TransferFailed | None = None
-        self.asked = False
-        self.closed: asyncio.Future[Closed] = asyncio.get_running_loop().create_future()
+        self.question = ClosingQuestion()
+        self.closed: Closed | None = None
 
     def hear(self, announce: Announce) -> None:
         """More blocks are final."""
@@ -87,14 +89,22 @@ class BoundLease:
             self.fail(TransferFailed("the pull fell behind its announcements"))
             return
         self.inbox.append(announce)
+        if self.on_announce is not None:
+            self.on_announce()
         self.changed.set()
+
+    def answer(self, closed: Closed) -> None:
+        """The closing question's; one that nobody asked for is none."""
+        if self.question.asked and self.closed is None:
+            self.closed = closed
+            self.changed.set()
 
     def fail(self, failure: TransferFailed) -> None:
         """Nothing more comes; the closing question stays unanswered."""
         self.failure = self.failure or failure
+        if self.closed is None:
+            self.closed = Closed(lease_id=self.lease_id, outcome=LeaseOutcome.ABORTED)
         self.changed.set()
-        if not self.closed.done():
-            self.closed.set_result(Closed(lease_id=self.lease_id, outcome=LeaseOutcome.ABORTED))
 
     def raise_failure(self) -> None:
         """Raise what ended the lease, if anything did."""
@@ -155,6 +165,7 @@ class PeerConnection:
         """Bound inside; on the way out the owner is told, unless the lease was closed."""
         async with self._hold(lease_id) as lease:
             self.bind_again(lease_id, sequence_id, 0)
+            self._prepare(lease)
             yield lease
 
     def bind_again(self, lease_id: LeaseId, sequence_id: SequenceId, first_index: int) -> None:
@@ -194,6 +205,7 @@ class PeerConnection:
                 "the KV owner holds no more of the prefix", cause=TransferCause.NOT_HELD
             )
         async with self._hold(fetched.lease_id) as lease:
+            self._prepare(lease)
             yield lease, fetched.block_ids
 
     @asynccontextmanager
@@ -208,12 +220,18 @@ class PeerConnection:
             yield lease
         finally:
             del self._leases[lease_id]
-            if lease.asked:
+            if lease.question.withdraw():
                 self._asked[lease_id] = None  # a HELD under way is the answer to this pull alone
                 if len(self._asked) > _ASKED_LEASES:
                     self._asked.popitem(last=False)
-            if not lease.closed.done():
+            if lease.closed is None:
                 self._send(Abort(lease_id=lease_id, reason="the reader gave up"))
+
+    def _prepare(self, lease: BoundLease) -> None:
+        """So that the thread that sees the last read end has only to send."""
+        if self._stream is not None:
+            close = from_reader_to_wire(Close(lease_id=lease.lease_id))
+            lease.question.prepare(self._stream.thread_door(), framed(close))
 
     def send_ready(self, lease_id: LeaseId) -> None:
         """All that was announced of a running sequence is here."""
@@ -222,16 +240,21 @@ class PeerConnection:
     async def close_lease(
         self, lease: BoundLease, verify: tuple[BlockId, ...], timeout_s: float
     ) -> Closed:
-        """Ask the closing question, again when the answer is late; silence is UNKNOWN."""
-        lease.asked = True
-        for _ in range(_CLOSE_ASKS):
-            self._send(Close(lease_id=lease.lease_id, verify=verify))
+        """Ask the closing question, unless it was asked when the last read ended, and again when
+        the answer is late; silence is UNKNOWN.
+        """
+        for attempt in range(_CLOSE_ASKS):
+            if lease.question.claim() or attempt:
+                self._send(Close(lease_id=lease.lease_id, verify=verify))
             try:
-                async with asyncio.timeout(timeout_s / _CLOSE_ASKS):  # wait_for of 3.11 can
-                    return await asyncio.shield(lease.closed)  # swallow a cancel
+                async with asyncio.timeout(timeout_s / _CLOSE_ASKS):
+                    while lease.closed is None:
+                        lease.changed.clear()
+                        await lease.changed.wait()
+                    return lease.closed
             except TimeoutError:
                 continue
-        return Closed(lease_id=lease.lease_id, outcome=LeaseOutcome.UNKNOWN)
+        return lease.closed or Closed(lease_id=lease.lease_id, outcome=LeaseOutcome.UNKNOWN)
 
     def _raise_lost(self) -> None:
         if self._lost is not None:
@@ -272,9 +295,7 @@ class PeerConnection:
                 group.create_task(self._renew()),
                 group.create_task(self._end_retired()),
             ]
-            while (raw := await stream.read()) is not None:
-                self._heard += 1
-                self._dispatch(raw)
+            await stream.deliver(self._dispatch)
             for helper in helpers:
                 helper.cancel()
 
@@ -309,13 +330,15 @@ class PeerConnection:
                 shard_id(hello.incarnation, rank), shard.memories
             )
 
-    def _dispatch(self, raw: peer_pb2.FromOwner) -> None:
+    def _dispatch(self, raw: peer_pb2.FromOwner) -> bool:
+        self._heard += 1
         try:
             message = from_owner_from_wire(raw)
         except UnknownMessage as unknown:
             log.info("peer_message_skipped %s", unknown)
-            return
-        self.hear(message)
+        else:
+            self.hear(message)
+        return True
 
     def hear(self, message: FromOwner) -> None:
         """One message of the owner, to whom it concerns."""
@@ -336,8 +359,7 @@ class PeerConnection:
             case Announce():
                 lease.hear(message)
             case Closed():
-                if lease.asked and not lease.closed.done():
-                    lease.closed.set_result(message)
+                lease.answer(message)
             case Abort():
                 expired = message.outcome is LeaseOutcome.EXPIRED
                 cause = TransferCause.EXPIRED if expired else TransferCause.OWNER_ENDED

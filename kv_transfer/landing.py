@@ -12,6 +12,7 @@ from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.checksum import checksum_blocks, pick_blocks
 from kv_transfer.client import BoundLease, PeerConnection
+from kv_transfer.closing import ClosingQuestion
 from kv_transfer.config import TransferConfig
 from kv_transfer.messages import LeaseOutcome
 from kv_transfer.metrics import PullStats
@@ -37,10 +38,16 @@ class Room(Protocol):
         self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
     ) -> Reserved: ...
 
+    def reserve_now(self, hashes: Sequence[BlockHash], num_blocks: int) -> Reserved | None: ...
+
     def try_reserve(self, cached: list[BlockId], num_blocks: int) -> Reserved | None: ...
 
     def start_reads(
-        self, connection: PeerConnection, remote: list[BlockId], local: list[BlockId]
+        self,
+        connection: PeerConnection,
+        remote: list[BlockId],
+        local: list[BlockId],
+        question: ClosingQuestion,
     ) -> "list[asyncio.Future[ReadStats]]": ...
 
     def give_back(self, landing: "Landing") -> None: ...
@@ -100,12 +107,18 @@ class Landing:
         start = first_index + skip - len(self.cached)
         local = self.fresh[start : start + len(remote)]
         self._remote.update(zip(range(start, start + len(remote)), remote, strict=True))
-        for read in self._room.start_reads(self._connection, remote, local):
+        question = self._lease.question
+        for read in self._room.start_reads(self._connection, remote, local, question):
             self.reads.append(read)
             if self._running == 0:
                 self._since_s = time.monotonic()
             self._running += 1
             read.add_done_callback(self._read_ended)
+
+    def all_posted(self) -> None:
+        """Nothing follows. The closing question may be asked as soon as the reads have ended."""
+        if self._room.config.verify == "off":
+            self._lease.question.arm()
 
     def _read_ended(self, _read: "asyncio.Future[ReadStats]") -> None:
         self._running -= 1

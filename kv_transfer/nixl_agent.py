@@ -28,6 +28,7 @@ from nixl._api import nixl_agent, nixl_agent_config
 from core.errors import InternalError
 from engine.arena import Arena
 from kv_transfer.messages import Memory
+from kv_transfer.transport import OnEnd
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +133,12 @@ class Agent:
 
     # -- reads ----------------------------------------------------------------------------------
 
-    def post(self, remote: Remote, rows: _Rows) -> int | None:
+    def post(self, remote: Remote, rows: _Rows, on_end: OnEnd | None = None) -> int | None:
         """Begin to read `rows` (see ReadPlan; never empty). Answers a number to poll it by, or
         None: it has ended, as over shared memory, where the copy happens in this call.
 
-        Raises ReadRefused or PeerLost.
+        `on_end` is called when the read has ended well, here or in `poll`, before its handle is
+        released. Raises ReadRefused or PeerLost.
         """
         few = rows.tolist() if len(rows) <= _FEW_ROWS else None
         self._check_rows(remote, rows, few)
@@ -150,11 +152,12 @@ class Agent:
             raise ReadRefused(f"NIXL refused the read: {_text(error)}") from None
         self._posted += 1
         self._handles[self._posted] = handle
-        return None if self._ended(self._posted, self._nixl.transfer, "posting") else self._posted
+        ended = self._ended(self._posted, self._nixl.transfer, "posting", on_end)
+        return None if ended else self._posted
 
-    def poll(self, number: int) -> bool:
+    def poll(self, number: int, on_end: OnEnd | None = None) -> bool:
         """Whether the read has ended well. Raises PeerLost: it has ended badly."""
-        return self._ended(number, self._nixl.check_xfer_state, "polling")
+        return self._ended(number, self._nixl.check_xfer_state, "polling", on_end)
 
     def destroy(self) -> None:
         """End everything. On return no byte of any read can arrive, whatever its peer does.
@@ -176,7 +179,9 @@ class Agent:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _ended(self, number: int, ask: Callable[[Handle], str], what: str) -> bool:
+    def _ended(
+        self, number: int, ask: Callable[[Handle], str], what: str, on_end: OnEnd | None
+    ) -> bool:
         try:
             status = ask(self._handles[number])
         except _LOST as error:
@@ -188,6 +193,8 @@ class Agent:
             return False
         if status != "DONE":
             raise AgentBroken(f"{what} a read: status {status}")
+        if on_end is not None:
+            on_end()
         self._release(number)
         return True
 

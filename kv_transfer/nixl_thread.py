@@ -26,7 +26,7 @@ from engine.arena import Arena
 from kv_transfer.messages import Memory
 from kv_transfer.nixl_agent import Agent, AgentBroken, PeerLost, ReadRefused, Remote
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import OnEnd, ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class _Reading:
     number: int
     plan: ReadPlan
     future: "asyncio.Future[ReadStats]"
+    on_end: OnEnd | None
     started_s: float
     overdue: bool = False
 
@@ -152,7 +153,13 @@ class TransferThread:
             self._forget(self._peers[shard])
         self._resolve(future, None)
 
-    def read(self, shard: ShardId, plan: ReadPlan, future: "asyncio.Future[ReadStats]") -> None:
+    def read(
+        self,
+        shard: ShardId,
+        plan: ReadPlan,
+        future: "asyncio.Future[ReadStats]",
+        on_end: OnEnd | None,
+    ) -> None:
         """Post a read."""
         peer = self._peers.get(shard)
         if peer is None:
@@ -160,7 +167,7 @@ class TransferThread:
         started_s = time.monotonic()
         try:
             peer.remote = peer.remote or self._agent.add(peer.memory)
-            number = self._agent.post(peer.remote, plan.rows)
+            number = self._agent.post(peer.remote, plan.rows, on_end)
         except PeerLost:
             self._forget(peer)
             raise
@@ -172,7 +179,7 @@ class TransferThread:
             self._resolve(future, _stats(plan, started_s))
         else:
             peer.reads += 1
-            self._readings.append(_Reading(peer, number, plan, future, started_s))
+            self._readings.append(_Reading(peer, number, plan, future, on_end, started_s))
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -259,7 +266,7 @@ class TransferThread:
         overdue = 0
         for reading in list(self._readings):
             try:
-                done = self._agent.poll(reading.number)
+                done = self._agent.poll(reading.number, reading.on_end)
             except PeerLost as lost:
                 self._ended(reading)
                 self._forget(reading.peer)

@@ -14,7 +14,7 @@ A pull follows a lease of a prefill, or of a running sequence; a fetch takes cac
 import asyncio
 from collections.abc import Sequence
 
-from core.errors import TransferCause, TransferFailed
+from core.errors import BatonError, TransferCause, TransferFailed
 from core.ids import BlockHash, BlockId, SequenceId
 from kv_transfer.client import BoundLease, PeerConnection
 from kv_transfer.landing import Landing, Reserved, Room
@@ -47,20 +47,24 @@ class Pulling:
         self._announced: set[int] = set()
         self._first_gap = 0
         self._said_ready = False
+        self._waits_for_room = False
+        self._failure: BatonError | None = None
 
     async def run(self) -> tuple[Announce, Landing]:
         """Read everything and ask; answers the final announcement and usable blocks, or raises."""
         usable = False
+        self._lease.on_announce = self._heard
         try:
             final = await self._follow()
             if final.ended:
                 return final, self._nothing()
-            landing = await self._land(self._num_blocks(final))
+            landing = self._landing or await self._make_room(self._num_blocks(final))
             await landing.settle()
             await landing.confirm()
             usable = True
             return final, landing
         finally:
+            self._lease.on_announce = None
             if not usable and self._landing is not None:
                 self._room.give_back(self._landing)
 
@@ -68,10 +72,13 @@ class Pulling:
         """Post a read per announcement until nothing is missing; answers the final one."""
         while True:
             self._lease.changed.clear()
-            while self._lease.inbox:
-                await self._take(self._lease.inbox.popleft())
-                if self._final is not None and self._final.ended:
-                    return self._final
+            if self._failure is not None:
+                raise self._failure
+            while not self._take_all():
+                first = self._lease.inbox[0]
+                await self._make_room(first.first_index + len(first.block_ids))
+            if self._final is not None and self._final.ended:
+                return self._final
             if self._landing is not None:
                 self._landing.raise_failed_read()
             if self._final is not None and self._first_gap >= self._num_blocks(self._final):
@@ -80,24 +87,49 @@ class Pulling:
             self._ask_for_rest()
             await self._hear()
 
-    async def _take(self, announce: Announce) -> None:
+    def _heard(self) -> None:
+        """An announcement came: its reads are posted before any task is woken for it."""
+        if self._failure is None and not self._waits_for_room:
+            try:
+                self._take_all()
+            except BatonError as error:
+                self._failure = error
+
+    def _take_all(self) -> bool:
+        """Do what was announced; False: the first announcement left needs memory first."""
+        inbox = self._lease.inbox
+        while inbox and not (self._final is not None and self._final.ended):
+            if not self._take(inbox[0]):
+                return False
+            inbox.popleft()
+        return True
+
+    def _take(self, announce: Announce) -> bool:
         if announce.sequence_id != self._sequence_id:
             raise TransferFailed(
                 "the KV owner announced blocks of another sequence",
                 cause=TransferCause.OTHER_PROTOCOL,
             )
+        landing = self._landing
+        if announce.block_ids and not announce.ended:
+            landing = self._land(announce.first_index + len(announce.block_ids))
+            if landing is None:
+                return False
         if announce.final and self._final is None:
             self._final = announce
-            if self._landing is not None:
-                self._landing.note_final()
-        if announce.ended or not announce.block_ids:
-            return
-        landing = await self._land(announce.first_index + len(announce.block_ids))
-        limit = len(landing.blocks)
-        for start, block_ids in self._news(announce, limit):
+            if landing is not None:
+                landing.note_final()
+        if landing is not None and not announce.ended:
+            self._post(announce, landing)
+        return True
+
+    def _post(self, announce: Announce, landing: Landing) -> None:
+        for start, block_ids in self._news(announce, len(landing.blocks)):
             landing.post(start, block_ids)
         while self._first_gap in self._announced:
             self._first_gap += 1
+        if self._final is not None and self._first_gap >= self._num_blocks(self._final):
+            landing.all_posted()
 
     def _news(self, announce: Announce, limit: int) -> list[tuple[int, list[BlockId]]]:
         """What an announcement says for the first time, as runs of consecutive blocks."""
@@ -112,20 +144,42 @@ class Pulling:
                 runs.append((index, [block_id]))
         return runs
 
-    async def _land(self, num_blocks: int) -> Landing:
-        """Where the blocks go: of a prefill all of them at once, of a running sequence at need."""
+    def _land(self, num_blocks: int) -> Landing | None:
+        """Where the blocks go: of a prefill all of them at once, of a running sequence at need.
+
+        None: that has to be waited for.
+        """
         if self._landing is None:
             if self._live:
                 cached = self._room.pool.lookup(self._hashes)
-                reserved = self._at_once(cached, max(num_blocks, len(cached)))
-            else:
-                whole = self._room.arena.layout.num_blocks(self._context_tokens)
-                reserved = await self._room.reserve(self._hashes, whole, self._lease)
-            self._landing = Landing(self._room, self._connection, self._lease, reserved)
-        elif self._live and num_blocks > len(self._landing.blocks):
+                return self._land_in(self._at_once(cached, max(num_blocks, len(cached))))
+            reserved = self._room.reserve_now(self._hashes, self._whole)
+            return None if reserved is None else self._land_in(reserved)
+        if self._live and num_blocks > len(self._landing.blocks):
             more = self._at_once([], num_blocks - len(self._landing.blocks))
             self._landing.fresh += more.fresh
         return self._landing
+
+    async def _make_room(self, num_blocks: int) -> Landing:
+        """As `_land`, and wait where that is needed."""
+        landing = self._land(num_blocks)
+        if landing is not None:
+            return landing
+        self._waits_for_room = True
+        try:
+            reserved = await self._room.reserve(self._hashes, self._whole, self._lease)
+        finally:
+            self._waits_for_room = False
+        return self._land_in(reserved)
+
+    def _land_in(self, reserved: Reserved) -> Landing:
+        self._landing = Landing(self._room, self._connection, self._lease, reserved)
+        return self._landing
+
+    @property
+    def _whole(self) -> int:
+        """Blocks of the whole context."""
+        return self._room.arena.layout.num_blocks(self._context_tokens)
 
     def _at_once(self, cached: list[BlockId], num_blocks: int) -> Reserved:
         reserved = self._room.try_reserve(cached, num_blocks)
@@ -197,6 +251,7 @@ class Fetching:
         usable = False
         try:
             landing.post(len(cached), block_ids)
+            landing.all_posted()
             await landing.settle()
             await landing.confirm()
             usable = True

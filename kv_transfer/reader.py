@@ -22,6 +22,7 @@ from core.messages import Handoff, PrefixSource
 from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.client import BoundLease, OwnerAddress, PeerConnection
+from kv_transfer.closing import ClosingQuestion
 from kv_transfer.config import TransferConfig
 from kv_transfer.landing import Landing, Reserved
 from kv_transfer.messages import PeerHello
@@ -114,6 +115,7 @@ class Reader:
         self._reachable: OrderedDict[WorkerId, tuple[ShardId, ...]] = OrderedDict()
         self._space = asyncio.Event()
         self._turn = asyncio.Lock()  # first come, first served: a long prompt is not starved
+        self._in_line = 0
 
     async def __aenter__(self) -> "Reader":
         await self._tasks.__aenter__()
@@ -284,18 +286,33 @@ class Reader:
         Takes the cached prefix and the rest in one step: a pull that waits holds nothing, so no
         two of them wait for each other. Raises what ended the lease meanwhile.
         """
-        async with self._turn:
-            while True:
-                reserved = self.try_reserve(self.pool.lookup(hashes), num_blocks)
-                if reserved is not None:
-                    return reserved
-                self._space.clear()
-                lease.raise_failure()
-                try:
-                    async with asyncio.timeout(_SPACE_RECHECK_S):
-                        await self._space.wait()
-                except TimeoutError:
-                    continue
+        self._in_line += 1
+        try:
+            async with self._turn:
+                return await self._wait_for_room(hashes, num_blocks, lease)
+        finally:
+            self._in_line -= 1
+
+    def reserve_now(self, hashes: Sequence[BlockHash], num_blocks: int) -> Reserved | None:
+        """As `reserve`, if nobody waits and there is memory."""
+        if self._in_line:
+            return None
+        return self.try_reserve(self.pool.lookup(hashes), num_blocks)
+
+    async def _wait_for_room(
+        self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
+    ) -> Reserved:
+        while True:
+            reserved = self.try_reserve(self.pool.lookup(hashes), num_blocks)
+            if reserved is not None:
+                return reserved
+            self._space.clear()
+            lease.raise_failure()
+            try:
+                async with asyncio.timeout(_SPACE_RECHECK_S):
+                    await self._space.wait()
+            except TimeoutError:
+                continue
 
     def try_reserve(self, cached: list[BlockId], num_blocks: int) -> Reserved | None:
         """Take `cached`, and fresh blocks for the rest of `num_blocks`, now or not at all."""
@@ -309,15 +326,21 @@ class Reader:
         return Reserved(cached, fresh)
 
     def start_reads(
-        self, connection: PeerConnection, remote: list[BlockId], local: list[BlockId]
+        self,
+        connection: PeerConnection,
+        remote: list[BlockId],
+        local: list[BlockId],
+        question: ClosingQuestion,
     ) -> "list[asyncio.Future[ReadStats]]":
         """Post the reads of these blocks, one per rank of the owner that has a part of them."""
         plans = plan_read(connection.shapes, self._shape, remote, local)
         incarnation = connection.door.incarnation
-        return [
-            self._transports.start_read(shard_id(incarnation, rank), plan)
-            for rank, plan in plans.items()
-        ]
+        reads = []
+        for rank, plan in plans.items():
+            question.read_begun()
+            shard = shard_id(incarnation, rank)
+            reads.append(self._transports.start_read(shard, plan, question.read_ended))
+        return reads
 
     def give_back(self, landing: Landing) -> None:
         """Release everything after a failure, blocks under a running read when it ends."""

@@ -10,11 +10,7 @@ from core.messages import PROTOCOL_MAJOR
 from core.stream import MessageStream, StreamBroken, accepting
 from engine.arena import Arena
 from kv_transfer.checksum import checksum_blocks
-from kv_transfer.codec import (
-    UnknownMessage,
-    from_owner_to_wire,
-    from_reader_from_wire,
-)
+from kv_transfer.codec import UnknownMessage, from_owner_to_wire, from_reader_from_wire
 from kv_transfer.messages import Close, FromOwner, FromReader, PeerHello, Refused
 from kv_transfer.owner import Owner
 from wire import peer_pb2
@@ -75,25 +71,29 @@ class PeerDoor:
                 raise NotServed(str(error)) from None
 
     async def _read(self, reader: str, stream: Stream) -> None:
-        while (raw := await stream.read()) is not None:
+        """Messages are answered within the event loop's read callback, but for a question with
+        checksums: it waits for them, and what follows waits too. Its blocks stay leased meanwhile.
+        """
+
+        def take(raw: peer_pb2.FromReader) -> bool:
             try:
                 message = from_reader_from_wire(raw)
             except UnknownMessage as unknown:
                 log.info("peer_message_skipped %s", unknown)
-                continue
-            await self._handle(reader, message)
-
-    async def _handle(self, reader: str, message: FromReader) -> None:
-        """A question with checksums waits for them; the blocks stay leased meanwhile."""
-        if (
-            isinstance(message, Close)
-            and message.verify
-            and self._owner.may_verify(reader, message)
-        ):
-            checksums = await checksum_blocks(self._arena, message.verify)
-            self._owner.close(reader, message, checksums)
-        else:
+                return True
+            if isinstance(message, Close) and message.verify:
+                return False
             self._owner.handle(reader, message)
+            return True
+
+        while (raw := await stream.deliver(take)) is not None:
+            question = from_reader_from_wire(raw)
+            assert isinstance(question, Close)
+            if self._owner.may_verify(reader, question):
+                checksums = await checksum_blocks(self._arena, question.verify)
+                self._owner.close(reader, question, checksums)
+            else:
+                self._owner.handle(reader, question)
 
 
 def _check_hello(mine: PeerHello, hello: FromReader | None) -> PeerHello:

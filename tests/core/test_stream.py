@@ -149,11 +149,10 @@ async def test_no_message_waits_for_the_acknowledgement_of_another() -> None:
 
 
 class Noted:
-    """A writer whose transport notes every write."""
+    """A transport that notes every write."""
 
     def __init__(self) -> None:
         self.writes: list[bytes] = []
-        self.transport = self
         self.closed = False
 
     def write(self, data: bytes) -> None:
@@ -172,43 +171,42 @@ class Noted:
 
 
 def noted() -> tuple[Noted, MessageStream[Raw]]:
-    writer = Noted()
-    return writer, MessageStream(asyncio.StreamReader(), writer, Raw)  # type: ignore[arg-type]
+    transport, stream = Noted(), MessageStream(Raw)
+    stream.connection_made(transport)  # type: ignore[arg-type]
+    return transport, stream
 
 
 async def test_messages_of_one_turn_leave_in_one_write() -> None:
-    writer, stream = noted()
+    transport, stream = noted()
     for message in (b"a", b"", b"bc"):
         stream.send(Raw(message))
-    assert writer.writes == []
+    assert transport.writes == []
     await asyncio.sleep(0)
-    assert writer.writes == [b"\0\0\0\1a\0\0\0\0\0\0\0\2bc"]
+    assert transport.writes == [b"\0\0\0\1a\0\0\0\0\0\0\0\2bc"]
 
 
 @pytest.mark.parametrize("end", [MessageStream.close, MessageStream.abort])
 async def test_what_was_sent_before_an_end_leaves(
     end: Callable[[MessageStream[Raw]], None],
 ) -> None:
-    writer, stream = noted()
+    transport, stream = noted()
     stream.send(Raw(b"last"))
     end(stream)
-    assert writer.writes == [b"\0\0\0\4last"]
+    assert transport.writes == [b"\0\0\0\4last"]
     await asyncio.sleep(0)
-    assert len(writer.writes) == 1
+    assert len(transport.writes) == 1
 
 
 async def test_much_of_one_turn_is_not_held() -> None:
-    writer, stream = noted()
+    transport, stream = noted()
     stream.send(Raw(bytes(100_000)))
-    assert len(writer.writes) == 1
+    assert len(transport.writes) == 1
 
 
 async def test_messages_that_came_together_are_read_one_by_one() -> None:
-    writer = Noted()
-    reader = asyncio.StreamReader()
-    stream = MessageStream(reader, writer, Raw)  # type: ignore[arg-type]
-    reader.feed_data(b"\0\0\0\1a\0\0\0\2b")
-    reader.feed_data(b"c\0\0")
+    _, stream = noted()
+    stream.data_received(b"\0\0\0\1a\0\0\0\2b")
+    stream.data_received(b"c\0\0")
     assert [await stream.read(), await stream.read()] == [b"a", b"bc"]
-    reader.feed_data(b"\0\0")
+    stream.data_received(b"\0\0")
     assert await stream.read() == b""

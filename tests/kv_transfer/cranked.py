@@ -6,7 +6,7 @@ delivers them, late, twice or never.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -130,6 +130,13 @@ class Pipe(Generic[T]):
         return self._delivered.popleft()
 
 
+class NoDoor:
+    """Threads cannot send: all messages are in the hands of the test."""
+
+    def send(self, _frame: bytes) -> bool:
+        return False
+
+
 class Link:
     """One PeerStream. `door` is the owner's handler of it, `reader` who said hello."""
 
@@ -177,6 +184,14 @@ class ReaderEnd:
             raise StreamBroken("cut")
         return message
 
+    async def deliver(self, take: Callable[[peer_pb2.FromOwner], bool]) -> peer_pb2.FromOwner:
+        while take(message := await self.read()):
+            pass
+        return message
+
+    def thread_door(self) -> NoDoor:
+        return NoDoor()
+
 
 class OwnerEnd:
     """The stream as PeerDoor has it."""
@@ -189,6 +204,13 @@ class OwnerEnd:
 
     async def read(self) -> peer_pb2.FromReader | None:
         return await self._link.to_owner.read()
+
+    async def deliver(
+        self, take: Callable[[peer_pb2.FromReader], bool]
+    ) -> peer_pb2.FromReader | None:
+        while (message := await self.read()) is not None and take(message):
+            pass
+        return message
 
 
 class Network:

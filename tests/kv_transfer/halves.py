@@ -35,7 +35,7 @@ from kv_transfer.owner import Owner, Send
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest, Reader
 from kv_transfer.server import serving_peers
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import OnEnd, ReadStats
 from kv_transfer.transports import Transports
 from tests.builders import WAIT_S, until
 
@@ -67,7 +67,9 @@ class HoldingTransport:
     async def connect(self, peer: ShardId, memory: Memory) -> None:
         await self._inner.connect(peer, memory)
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
+    ) -> "asyncio.Future[ReadStats]":
         self.reads += 1
         if not self.holds:
             return self._inner.start_read(peer, plan)
