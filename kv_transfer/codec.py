@@ -1,5 +1,6 @@
 """Typed values to and from the wire: what all services share, and the PeerStream's messages."""
 
+from collections.abc import Iterable
 from typing import cast, get_args
 
 from core.blocks import HASH_BYTES
@@ -79,6 +80,11 @@ def hashes_from_wire(data: bytes) -> tuple[BlockHash, ...]:
     return tuple(BlockHash(data[i : i + HASH_BYTES]) for i in range(0, len(data), HASH_BYTES))
 
 
+def _block_ids(numbers: Iterable[int]) -> tuple[BlockId, ...]:
+    """Ids cost nothing at run time but the calls that would make each of them one."""
+    return cast(tuple[BlockId, ...], tuple(numbers))
+
+
 def sequence_id_to_wire(sequence_id: SequenceId) -> common_pb2.SequenceId:
     return common_pb2.SequenceId(
         request_id=sequence_id.request_id, choice=sequence_id.choice, attempt=sequence_id.attempt
@@ -146,7 +152,7 @@ def from_reader_from_wire(message: peer_pb2.FromReader) -> FromReader:
         case "close":
             return Close(
                 lease_id=LeaseId(message.close.lease_id),
-                verify=tuple(BlockId(i) for i in message.close.verify),
+                verify=_block_ids(message.close.verify),
             )
         case "abort":
             return _abort_from_wire(message.abort)
@@ -206,7 +212,7 @@ def from_owner_from_wire(message: peer_pb2.FromOwner) -> FromOwner:
                 lease_id=LeaseId(announce.lease_id),
                 sequence_id=sequence_id_from_wire(announce.sequence_id),
                 first_index=announce.first_index,
-                block_ids=tuple(BlockId(i) for i in announce.block_ids),
+                block_ids=_block_ids(announce.block_ids),
                 final=announce.final,
                 tokens=tuple(announce.tokens),
                 ended=announce.ended,
@@ -215,7 +221,7 @@ def from_owner_from_wire(message: peer_pb2.FromOwner) -> FromOwner:
             return Fetched(
                 number=message.fetched.number,
                 lease_id=LeaseId(message.fetched.lease_id),
-                block_ids=tuple(BlockId(i) for i in message.fetched.block_ids),
+                block_ids=_block_ids(message.fetched.block_ids),
             )
         case "renewed":
             return Renewed()

@@ -70,6 +70,8 @@ class Landing:
         self._since_s = 0.0
         self._seconds = 0.0
         self._hidden_s = 0.0
+        self.stats = PullStats()
+        """Set when the reads have ended well."""
 
     @property
     def num_cached(self) -> int:
@@ -85,8 +87,7 @@ class Landing:
         """No posted read is under way."""
         return self._running == 0
 
-    @property
-    def stats(self) -> PullStats:
+    def _sum_up(self) -> PullStats:
         """Of a hand-off whose reads have ended well."""
         ended = [read.result() for read in self.reads]
         return PullStats(
@@ -158,6 +159,7 @@ class Landing:
 
     async def confirm(self) -> None:
         """Ask the closing question; on return the blocks are usable, one running reference each."""
+        self.stats = self._sum_up()
         picked = self._to_verify()
         ask = self._connection.close_lease(
             self._lease, tuple(self._remote[i] for i in picked), self._room.config.read_timeout_s

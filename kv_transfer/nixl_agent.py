@@ -133,12 +133,12 @@ class Agent:
 
     # -- reads ----------------------------------------------------------------------------------
 
-    def post(self, remote: Remote, rows: _Rows, on_end: OnEnd | None = None) -> int | None:
+    def post(self, remote: Remote, rows: _Rows, on_end: OnEnd) -> int | None:
         """Begin to read `rows` (see ReadPlan; never empty). Answers a number to poll it by, or
         None: it has ended, as over shared memory, where the copy happens in this call.
 
-        `on_end` is called when the read has ended well, here or in `poll`, before its handle is
-        released. Raises ReadRefused or PeerLost.
+        `on_end` is called when the read has ended well, here or in `poll`, and before its handle is
+        released: that takes time, for which nobody shall wait. Raises ReadRefused or PeerLost.
         """
         few = rows.tolist() if len(rows) <= _FEW_ROWS else None
         self._check_rows(remote, rows, few)
@@ -155,7 +155,7 @@ class Agent:
         ended = self._ended(self._posted, self._nixl.transfer, "posting", on_end)
         return None if ended else self._posted
 
-    def poll(self, number: int, on_end: OnEnd | None = None) -> bool:
+    def poll(self, number: int, on_end: OnEnd) -> bool:
         """Whether the read has ended well. Raises PeerLost: it has ended badly."""
         return self._ended(number, self._nixl.check_xfer_state, "polling", on_end)
 
@@ -179,9 +179,7 @@ class Agent:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _ended(
-        self, number: int, ask: Callable[[Handle], str], what: str, on_end: OnEnd | None
-    ) -> bool:
+    def _ended(self, number: int, ask: Callable[[Handle], str], what: str, on_end: OnEnd) -> bool:
         try:
             status = ask(self._handles[number])
         except _LOST as error:
@@ -193,8 +191,7 @@ class Agent:
             return False
         if status != "DONE":
             raise AgentBroken(f"{what} a read: status {status}")
-        if on_end is not None:
-            on_end()
+        on_end()
         self._release(number)
         return True
 

@@ -54,9 +54,8 @@ class _Reading:
 
     peer: _Peer
     number: int
-    plan: ReadPlan
     future: "asyncio.Future[ReadStats]"
-    on_end: OnEnd | None
+    on_end: OnEnd
     started_s: float
     overdue: bool = False
 
@@ -165,9 +164,15 @@ class TransferThread:
         if peer is None:
             raise ReadRefused(f"not connected to {shard}: connect again")
         started_s = time.monotonic()
+
+        def ended() -> None:
+            if on_end is not None:
+                on_end()
+            self._resolve(future, _stats(plan, started_s))
+
         try:
             peer.remote = peer.remote or self._agent.add(peer.memory)
-            number = self._agent.post(peer.remote, plan.rows, on_end)
+            number = self._agent.post(peer.remote, plan.rows, ended)
         except PeerLost:
             self._forget(peer)
             raise
@@ -175,11 +180,9 @@ class TransferThread:
             del self._peers[shard]
             raise
         self._moved_s = time.monotonic()
-        if number is None:
-            self._resolve(future, _stats(plan, started_s))
-        else:
+        if number is not None:
             peer.reads += 1
-            self._readings.append(_Reading(peer, number, plan, future, on_end, started_s))
+            self._readings.append(_Reading(peer, number, future, ended, started_s))
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -277,7 +280,6 @@ class TransferThread:
                 raise
             if done:
                 self._ended(reading)
-                self._resolve(reading.future, _stats(reading.plan, reading.started_s))
             elif time.monotonic() - reading.started_s > self._read_timeout_s:
                 overdue += 1
                 reading.overdue = True

@@ -13,6 +13,8 @@ A pull follows a lease of a prefill, or of a running sequence; a fetch takes cac
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import copy_context
+from functools import partial
 
 from core.errors import BatonError, TransferCause, TransferFailed
 from core.ids import BlockHash, BlockId, SequenceId
@@ -53,7 +55,8 @@ class Pulling:
     async def run(self) -> tuple[Announce, Landing]:
         """Read everything and ask; answers the final announcement and usable blocks, or raises."""
         usable = False
-        self._lease.on_announce = self._heard
+        # what happens in the stream's callback belongs to this pull all the same
+        self._lease.on_announce = partial(copy_context().run, self._heard)
         try:
             final = await self._follow()
             if final.ended:

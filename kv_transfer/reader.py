@@ -154,7 +154,7 @@ class Reader:
                     live=request.handoff.live,
                 )
                 final, landing = await pulling.run()
-        self._count(connection, landing.stats)
+        self._count_soon(connection, landing.stats)
         return Pulled(
             blocks=landing.blocks,
             cached_blocks=landing.num_cached,
@@ -177,7 +177,7 @@ class Reader:
             connection = await self._connect(door)
             fetching = Fetching(self, connection, request.sequence_id, request.hashes)
             landing = await fetching.run()
-        self._count(connection, landing.stats)
+        self._count_soon(connection, landing.stats)
         return FetchedPrefix(
             blocks=landing.blocks, cached_blocks=landing.num_cached, stats=landing.stats
         )
@@ -185,6 +185,10 @@ class Reader:
     def predict_s(self, nbytes: int) -> float:
         """How long a hand-off of `nbytes` is likely to take, fitted to those that were."""
         return self._fit.predict(nbytes)
+
+    def _count_soon(self, connection: PeerConnection, stats: PullStats) -> None:
+        """Whoever waits for the blocks goes first."""
+        asyncio.get_running_loop().call_soon(self._count, connection, stats)
 
     def _count(self, connection: PeerConnection, stats: PullStats) -> None:
         pair = self.metrics.pair(connection.door.worker_id)

@@ -2,7 +2,9 @@
 
 Owner and reader are two processes. Per round and in turn: the hand-off from its handle to usable
 blocks; raw NIXL reads of exactly the fragments that this hand-off posted, prepared and unprepared;
-and memcpy of them within the reader, the limit of any way.
+and memcpy of them within the reader, the limit of any way. Each begins after a word with the owner:
+a hand-off needs one for its handle, and what ran without a pause after another copy of the same
+bytes would find caches that a hand-off does not.
 """
 
 import time
@@ -72,9 +74,17 @@ class SizeResult:
 
 @dataclass(frozen=True, slots=True)
 class _Want:
-    """Reader to owner: a finished lease on all blocks for hand-off `number`; 0 ends the work."""
+    """Reader to owner: a finished lease on all blocks for hand-off `number`, or only a word; 0 ends
+    the work.
+    """
 
     number: int
+    lease: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """Owner to reader, where no lease was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,9 @@ async def own(side: Side, task: ThroughputTask) -> None:
             raw = RawAgent(rig.arena, "raw-owner")
             side.send(raw.memory)
         while (want := await side.receive(_Want)).number:
+            if not want.lease:
+                side.send(_Word())
+                continue
             lease = rig.open(want.number)
             rig.finish(lease, blocks)
             side.send(_Ready(lease.lease_id, tuple(lease.blocks)))
@@ -132,15 +145,18 @@ def _ways(handoff: "_Handoff", raw: "RawAgent | None") -> dict[str, Callable[[],
     spare = torch.ones_like(target)
 
     async def memcpy_s() -> float:
+        await handoff.word()
         return copy_rows_s(target, spare, handoff.plan)
 
     ways: dict[str, Callable[[], Awaitable[float]]] = {PATH: handoff.measure_s}
     if raw is not None:
 
         async def prepared_s() -> float:
+            await handoff.word()
             return raw.prepared_s(handoff.plan)
 
         async def unprepared_s() -> float:
+            await handoff.word()
             return raw.unprepared_s(handoff.plan)
 
         ways[PREPARED], ways[UNPREPARED] = prepared_s, unprepared_s
@@ -166,6 +182,11 @@ class _Handoff:
         self.rig = rig
         self._door = door
         self._number = 0
+
+    async def word(self) -> None:
+        """What comes before a hand-off, without a lease."""
+        self._side.send(_Want(-1, lease=False))
+        await self._side.receive(_Word)
 
     async def measure_s(self) -> float:
         self._number += 1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import ConfigError
-from core.stream import MessageStream, StreamBroken, accepting, address_of, dial, listen
+from core.stream import MessageStream, StreamBroken, accepting, address_of, dial, framed, listen
 from tests.builders import WAIT_S, soon
 
 
@@ -53,6 +53,109 @@ def test_messages_arrive_whole_and_in_order(run: Run, messages: list[bytes]) -> 
             assert [await soon(stream.read()) for _ in messages] == messages
 
     run(exchange())
+
+
+@LOOPS
+@given(
+    messages=st.lists(st.binary(max_size=70_000), min_size=1, max_size=8), first=st.integers(1, 8)
+)
+@settings(max_examples=20, deadline=None)
+def test_a_function_takes_messages_until_it_leaves_one_to_the_task(
+    run: Run, messages: list[bytes], first: int
+) -> None:
+    taken: list[bytes] = []
+
+    def take(message: Raw) -> bool:
+        taken.append(message)
+        return len(taken) % first != 0
+
+    async def exchange() -> None:
+        async with echo() as address, dial(address, Raw) as stream:
+            for message in messages:
+                stream.send(Raw(message))
+            for left in range(first - 1, len(messages), first):
+                assert await soon(stream.deliver(take)) == messages[left]
+            assert taken == messages[: len(messages) // first * first]
+
+    run(exchange())
+
+
+async def test_what_a_taker_raises_is_raised_where_messages_are_delivered() -> None:
+    def take(_: Raw) -> bool:
+        raise LookupError("no such lease")
+
+    async with echo() as address, dial(address, Raw) as stream:
+        delivering = asyncio.create_task(stream.deliver(take))
+        stream.send(Raw(b"x"))
+        with pytest.raises(LookupError, match="no such lease"):
+            await soon(delivering)
+
+
+async def test_a_taker_ends_with_its_stream() -> None:
+    async with echo() as address:
+        async with dial(address, Raw) as stream:
+            delivering = asyncio.create_task(stream.deliver(lambda _: True))
+            stream.send(Raw(b"x"))
+            await asyncio.sleep(0)
+        assert await soon(delivering) is None
+
+
+@LOOPS
+def test_a_thread_and_the_event_loop_send_whole_messages_to_one_stream(run: Run) -> None:
+    mine, theirs = [bytes([i]) * 300 for i in range(40)], [bytes([i]) * 17 for i in range(100, 140)]
+
+    async def exchange() -> None:
+        async with echo() as address, dial(address, Raw) as stream:
+            door = stream.thread_door()
+
+            def send_theirs() -> list[bool]:
+                return [door.send(framed(Raw(message))) for message in theirs]
+
+            sending = asyncio.create_task(asyncio.to_thread(send_theirs))
+            for message in mine:
+                stream.send(Raw(message))
+                await asyncio.sleep(0)
+            out = [m for m, sent in zip(theirs, await soon(sending), strict=True) if sent]
+            heard = [await soon(stream.read()) for _ in range(len(mine) + len(out))]
+            assert [m for m in heard if len(m or b"") == 300] == mine
+            assert [m for m in heard if len(m or b"") == 17] == out
+            assert out
+
+    run(exchange())
+
+
+async def test_a_thread_sends_nothing_past_unsent_messages() -> None:
+    listener = listen("127.0.0.1", 0)  # the kernel accepts; nobody reads
+    with listener:
+        async with dial(address_of(listener), Raw) as stream:
+            stream.send(Raw(bytes(15 * 1024 * 1024)))
+            assert not stream.thread_door().send(framed(Raw(b"x")))
+
+
+@LOOPS
+def test_a_thread_sends_nothing_once_its_stream_has_ended(run: Run) -> None:
+    async def scene() -> None:
+        async with echo() as address, dial(address, Raw) as stream:
+            door = stream.thread_door()
+            assert door.send(framed(Raw(b"x")))
+            stream.abort()
+            assert not door.send(framed(Raw(b"x")))
+
+    run(scene())
+
+
+async def test_the_other_end_hears_of_an_abort_although_threads_had_a_door() -> None:
+    ended = asyncio.Event()
+
+    async def serve(stream: MessageStream[Raw]) -> None:
+        await stream.read()
+        ended.set()
+
+    listener = listen("127.0.0.1", 0)
+    async with accepting(listener, Raw, serve), dial(address_of(listener), Raw) as stream:
+        stream.thread_door()
+        stream.abort()
+        await soon(ended.wait())
 
 
 @pytest.mark.parametrize("turns", range(5))
