@@ -10,8 +10,8 @@ messages per request. Neither stream needs anything else of HTTP/2: there is one
 notice by messages of their own that the other hangs; that a machine has died TCP's keepalive says.
 
 What is sent within one turn of the event loop leaves together at its end, and what has arrived
-together is read at once: a write or a wake-up costs more than the message (45 to 65 us where two
-processes share two cores of a virtual machine, against some 5 us).
+together is read at once. In a sampling profile of a loaded router, on two virtual cores, each write
+of uvloop, which sends at once, stood for some 36 to 67 us.
 """
 
 import asyncio

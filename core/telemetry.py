@@ -89,5 +89,7 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = str(value)
+    if isinstance(value, int):
+        return text
     plain = text.isprintable() and text != "" and _QUOTED.search(text) is None
     return text if plain else json.dumps(text)

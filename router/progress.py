@@ -7,7 +7,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from core import telemetry
 from core.clock import Clock
@@ -24,8 +24,7 @@ COMPLETE = frozenset({OK, Enough.code})
 """Outcomes of answers that are whole: of the second kind a stop string ended, in the router."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
+class Mark(NamedTuple):
     """A stage began, at this monotonic time; it ends where the next mark is, or with the sequence.
 
     `worker_id` is the worker it waits for, empty where that is the router.
@@ -89,7 +88,7 @@ class Progress:
     def mark(self, stage: Stage, worker_id: str = "") -> None:
         """The stage begins now."""
         attempt, at_s = max(0, self.attempts - 1), self._clock.now_s()
-        self.marks.append(Mark(stage=stage, at_s=at_s, attempt=attempt, worker_id=worker_id))
+        self.marks.append(Mark(stage, at_s, attempt, worker_id))
 
     def emit(self, tokens: tuple[int, ...]) -> None:
         """These go to the client now."""

@@ -163,7 +163,11 @@ class _Line:
         return self._flow.write_paused
 
     def put(self, chunk: bytes) -> None:
-        self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        data = b"%x\r\n%b\r\n" % (len(chunk), chunk)
+        if self._head:
+            self._write(data)
+        elif not self._transport.is_closing():
+            self._transport.write(data)
 
     async def drain(self) -> None:
         await self._flow.drain()
