@@ -91,17 +91,27 @@ class MessageStream(Generic[In]):
         that misses messages cannot be told from one that ignores them. A message that is too large
         ends the stream for the same reason.
         """
+        body = message.SerializeToString()
+        if not self._write(body):
+            self.abort(f"a message of {len(body)} bytes; {_MAX_MESSAGE_BYTES} may be sent")
+
+    def try_send(self, message: Sendable) -> bool:
+        """As `send`; but False for a message that is too large, which is not sent and ends nothing.
+
+        The other end would refuse it, as if this one spoke something else.
+        """
+        return self._write(message.SerializeToString())
+
+    def _write(self, body: bytes) -> bool:
+        if len(body) > _MAX_MESSAGE_BYTES:
+            return False
         transport = self._writer.transport
         if transport.is_closing():
-            return
-        body = message.SerializeToString()
-        if len(body) > _MAX_MESSAGE_BYTES:
-            # The other end would refuse it, as if this one spoke something else.
-            self.abort(f"a message of {len(body)} bytes; {_MAX_MESSAGE_BYTES} may be sent")
-            return
+            return True
         transport.write(_LENGTH.pack(len(body)) + body)
         if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self.abort("the other end does not read its stream")
+        return True
 
     def close(self) -> None:
         """Close once what was sent is out, or in a while."""
