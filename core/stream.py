@@ -194,19 +194,29 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         that misses messages cannot be told from one that ignores them. A message that is too large
         ends the stream for the same reason.
         """
-        if self._transport.is_closing():
-            return
         body = message.SerializeToString()
-        if len(body) > _MAX_MESSAGE_BYTES:
-            # The other end would refuse it, as if this one spoke something else.
+        if not self._hold(body):
             self.abort(f"a message of {len(body)} bytes; {_MAX_MESSAGE_BYTES} may be sent")
-            return
+
+    def try_send(self, message: Sendable) -> bool:
+        """As `send`; but False for a message that is too large, which is not sent and ends nothing.
+
+        The other end would refuse it, as if this one spoke something else.
+        """
+        return self._hold(message.SerializeToString())
+
+    def _hold(self, body: bytes) -> bool:
+        if len(body) > _MAX_MESSAGE_BYTES:
+            return False
+        if self._transport.is_closing():
+            return True
         if not self._held:
             self._loop.call_soon(self._flush)
         self._held += (_LENGTH.pack(len(body)), body)
         self._held_bytes += len(body)
         if self._held_bytes > _MAX_HELD_BYTES:
             self._flush()
+        return True
 
     def _flush(self) -> None:
         """Hand what is held to the transport, which sends it at once if it can."""

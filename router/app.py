@@ -8,11 +8,10 @@ POST /debug/route                            explains a placement; only with an 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -35,6 +34,7 @@ from router.http_body import BodyLimit
 from router.http_edge import Edge, GenerateEndpoint
 from router.http_errors import error_body, error_headers
 from router.metrics import EdgeMetrics
+from router.openapi import ERRORS, describe
 from router.request_context import RequestContext, request_id_of
 from router.requests import Planner
 from router.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def create_app(
 ) -> FastAPI:
     """Wire the HTTP edge. `model_names` are equal names of the one model, at least one."""
     metrics.watch_workers(generator.workers)
-    app = RouterApp(title="Baton", openapi_url="/openapi.json", redoc_url=None)
+    app = RouterApp(title="Baton", openapi_url="/openapi.json", redoc_url=None, responses=ERRORS)
     app.hot = {}
     app.router.redirect_slashes = False
     app.add_middleware(  # within the next one: a caller without a key has no body read
@@ -137,7 +137,7 @@ def create_app(
     _add_control(app, generator)
     if explainer is not None:
         _add_debug(app, explainer, planner, clock, settings.request_timeout_s)
-    _describe(app)
+    describe(app, model_names)
     return app
 
 
@@ -164,14 +164,14 @@ def _add_probes(app: FastAPI, generator: Generator, metrics: EdgeMetrics) -> Non
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"model": dict[str, str], "description": "Not ready"}})
     async def ready(response: Response) -> dict[str, str]:
         if generator.limits().ready:
             return {"status": "ready"}
         response.status_code = 503
         return {"status": "not_ready", "reason": _why_not_ready(generator)}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -200,61 +200,6 @@ def _why_not_ready(generator: Generator) -> str:
     if missing:
         return f"no {' and no '.join(missing)} worker is connected"
     return "no pair of prefill and decode workers is routable"
-
-
-def _describe(app: FastAPI) -> None:
-    """Put the raw ASGI endpoints into the OpenAPI document too."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for path, request_type, _ in _GENERATING:
-                document["paths"][path] = _operation(request_type)
-                schema = request_type.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas.update(schema.pop("$defs", {}))
-                schemas[request_type.__name__] = schema
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _operation(request_type: type[OpenAiRequest]) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{request_type.__name__}"}
-    return {
-        "post": {
-            "summary": "Generate an answer, streamed as server-sent events or whole",
-            "parameters": [
-                {
-                    "name": "x-baton-timings",
-                    "in": "header",
-                    "required": False,
-                    "description": "1: what ends a choice carries a `baton` object with its times",
-                    "schema": {"type": "string", "enum": ["1"]},
-                },
-                {
-                    "name": "x-request-id",
-                    "in": "header",
-                    "required": False,
-                    "description": "Echoed on the response; part of the id in logs",
-                    "schema": {"type": "string", "maxLength": 128},
-                },
-            ],
-            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-            "responses": {
-                "200": {
-                    "description": "The answer in OpenAI's format",
-                    "content": {
-                        "application/json": {"schema": {"type": "object"}},
-                        "text/event-stream": {"schema": {"type": "string"}},
-                    },
-                },
-                "4XX": {"description": "The request must change; OpenAI's error format"},
-                "5XX": {"description": "It could not be served; OpenAI's error format"},
-            },
-        }
-    }
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

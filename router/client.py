@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from typing import Protocol
 
 from core.channel import describe_break, heed_cancel
-from core.errors import WorkerLost
+from core.errors import RequestTooLarge, WorkerLost
 from core.ids import ModelId
 from core.messages import (
     PROTOCOL_MAJOR,
@@ -121,13 +121,16 @@ class WorkerLink:
         listener: LegListener,
         load_tokens: int,
     ) -> Leg:
-        """Open a leg. Raises WorkerLost when the stream has ended."""
-        if self.view is None:
+        """Open a leg. Raises WorkerLost when the stream has ended, RequestTooLarge for a submit
+        that no worker would read: the other legs of the stream go on.
+        """
+        if self.view is None or self._stream is None:
             raise WorkerLost(f"worker {self.record.worker_id} is not connected")
         number, self._next_number = self._next_number, self._next_number + 1
+        if not self._stream.try_send(to_worker(build(number))):
+            raise RequestTooLarge("the request is too large to be sent to a worker")
         leg = self._legs[number] = Leg(self, number, listener)
         self.view.submitted(number, load_tokens)
-        self.send(build(number))
         return leg
 
     def cancel(self, leg: Leg, reason: str) -> None:

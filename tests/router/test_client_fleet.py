@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from core.clock import SystemClock
-from core.errors import WorkerLost
+from core.errors import RequestTooLarge, WorkerLost
 from core.ids import BlockHash, Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
 from core.messages import (
@@ -126,6 +126,20 @@ async def test_a_cancelled_leg_is_freed_at_the_worker_and_says_no_more() -> None
         served.gate.open()
         await until_idle(served.worker)
         assert events.kinds() == [Accepted]
+
+
+async def test_a_submit_that_is_too_large_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with linked_worker(gated=True) as (link, served):
+        events = Events()
+        link.submit(one_prefill(), events, 22)
+        monkeypatch.setattr("core.stream._MAX_MESSAGE_BYTES", 100)
+        with pytest.raises(RequestTooLarge):
+            link.submit(lambda n: prefill_submit(n, make_prompt(200)), Events(), 200)
+        assert link.view is not None
+        assert link.view.unseen_tokens <= 22
+        monkeypatch.undo()
+        served.gate.open()
+        await until(lambda: events.kinds() == [Accepted, LegTokens])
 
 
 async def test_a_lost_worker_fails_every_open_leg_once() -> None:

@@ -348,7 +348,13 @@ async def test_openapi_document_describes_the_generating_endpoints(tmp_path):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         assert body["schema"]["$ref"] == f"#/components/schemas/{name}"
         assert "model" in schemas[name]["required"]
+        assert schemas[name]["properties"]["model"]["enum"] == [MODEL]
     assert "ChatMessage" in schemas
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            error = operation["responses"]["4XX"]["content"]["application/json"]["schema"]
+            assert error == {"$ref": "#/components/schemas/ErrorBody"}
+            assert "422" not in operation["responses"]
 
 
 def test_every_error_of_the_tree_has_a_status_a_client_can_act_on():

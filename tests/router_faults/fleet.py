@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from core import telemetry
 from core.clock import SystemClock
 from core.ids import Role
-from tests.cluster.test_router_main import MODEL, bare_directory
+from tests.cluster.test_router_main import bare_directory
 from tests.forks import Forked, Main, fork
 from tests.processes import write_config
 from tests.redis_server import RedisServer, redis_server
@@ -31,7 +31,10 @@ START_S = 40.0
 WAIT_S = 15.0
 
 
-def settings_of(model: Path, redis_url: str, **router: object) -> dict[str, object]:
+Settings = dict[str, dict[str, object]]
+
+
+def settings_of(model: Path) -> Settings:
     """The cluster config: short waits, a small arena, steps short enough for many requests."""
     return {
         "model": {"path": str(model)},
@@ -52,12 +55,9 @@ def settings_of(model: Path, redis_url: str, **router: object) -> dict[str, obje
             "request_timeout_s": REQUEST_TIMEOUT_S,
             "tokenizer_threads": 1,
             "local_prefill": False,  # each request has a hand-off to lose
-            **router,
         },
         # A fault may cost a pause of seconds, which is no reason to refuse: no request is lost.
         "slo": {"ttft_ms": 1000 * REQUEST_TIMEOUT_S},
-        "registry": {"kind": "redis", "url": redis_url, "cluster": "faults"},
-        "drain_timeout_s": 1.0,
     }
 
 
@@ -71,7 +71,7 @@ class RunningWorker:
 
     async def ready(self) -> None:
         """Wait for the record that it prints when it serves."""
-        address = await _found(self.process, r'^\{.*"address": "([^"]+)".*$')
+        address = await found(self.process, r'^\{.*"address": "([^"]+)".*$')
         self._channel = grpc.aio.insecure_channel(address)
 
     async def stats(self) -> worker_pb2.StatsReply:
@@ -107,13 +107,15 @@ class RunningRouter:
 class RunningFleet:
     """Entered by `running_fleet`."""
 
-    def __init__(self, folder: Path, redis: RedisServer, client: httpx.AsyncClient) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, redis: RedisServer, client: httpx.AsyncClient
+    ) -> None:
         self.redis = redis
         self.client = client
         self.folder = folder
-        self.model = MODEL
-        settings = settings_of(bare_directory(folder), redis.url)
-        self.config = write_config(folder, settings)
+        self.model = Path(str(settings["model"]["path"])).name
+        registry = {"kind": "redis", "url": redis.url, "cluster": "faults"}
+        self.config = write_config(folder, {**settings, "registry": registry})
         self.workers: dict[str, RunningWorker] = {}
         self.routers: list[RunningRouter] = []
         self._logs = 0
@@ -209,25 +211,30 @@ def _brief(reply: worker_pb2.StatsReply) -> str:
 
 @asynccontextmanager
 async def running_fleet(
-    folder: Path, prefill: Sequence[str] = PREFILL, decode: Sequence[str] = DECODE
+    folder: Path,
+    settings: Settings | None = None,
+    *,
+    routers: int = ROUTERS,
+    workers: Sequence[str] = (*PREFILL, *DECODE),
 ) -> AsyncIterator[RunningFleet]:
     """Everything started and connected; killed on the way out."""
+    settings = settings or settings_of(bare_directory(folder))
     async with AsyncExitStack() as stack:
         redis = stack.enter_context(redis_server())
         client = await stack.enter_async_context(
             httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S + 5, trust_env=False)
         )
-        fleet = RunningFleet(folder, redis, client)
+        fleet = RunningFleet(folder, settings, redis, client)
         stack.push_async_callback(fleet.close)
-        for _ in range(ROUTERS):
+        for _ in range(routers):
             fleet.start_router()
-        for name in (*prefill, *decode):
+        for name in workers:
             await fleet.start_worker(name)
         await fleet.connected()
         yield fleet
 
 
-async def _found(process: Forked, pattern: str) -> str:
+async def found(process: Forked, pattern: str) -> str:
     """The first group of a line of its log."""
     give_up_s = _now_s() + START_S
     while True:
