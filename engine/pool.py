@@ -58,7 +58,7 @@ class BlockPool:
         self._used_at = [0] * num_blocks
         self._free: deque[BlockId] = deque(BlockId(i) for i in range(num_blocks))
         self._by_hash: dict[BlockHash, BlockId] = {}
-        self._children: Counter[BlockHash] = Counter()
+        self._children: dict[BlockHash, int] = {}
         self._num_cached = 0
         self._leaves: list[tuple[int, BlockId]] = []  # a heap; stale entries are skipped
         self._tick = 0
@@ -91,7 +91,7 @@ class BlockPool:
         self._hash[block_id] = block_hash
         self._parent[block_id] = parent
         self._by_hash[block_hash] = block_id
-        self._children[parent] += 1
+        self._children[parent] = self._children.get(parent, 0) + 1
         self._record_stored(parent, block_hash)
         return block_id
 
@@ -102,7 +102,7 @@ class BlockPool:
         """
         for block_id in reversed(block_ids):
             block_hash = self._hash[block_id]
-            if block_hash is None or self._children[block_hash]:
+            if block_hash is None or block_hash in self._children:
                 continue
             if self._running[block_id] + self._leased[block_id] == 1:
                 self._unpublish(block_id)
@@ -265,7 +265,7 @@ class BlockPool:
                 in_use = self._state[block_id] is BlockState.IN_USE
                 if above is not None and in_use and self._state[above] is BlockState.CACHED:
                     problems.append(f"block {block_id} is in use below the cached block {above}")
-        if children != +self._children:
+        if dict(children) != self._children:
             problems.append("child counts differ from the index")
         hashed = sum(block_hash is not None for block_hash in self._hash)
         if hashed != len(self._by_hash):
@@ -289,7 +289,7 @@ class BlockPool:
         """Free the least recently used leaf of the prefix tree."""
         while True:
             used_at, block_id = heapq.heappop(self._leaves)
-            if self._is_leaf(block_id) and self._used_at[block_id] == used_at:
+            if self._used_at[block_id] == used_at and self._is_leaf(block_id):
                 break
         self._num_cached -= 1
         self._unpublish(block_id)
@@ -300,7 +300,7 @@ class BlockPool:
         return (
             self._state[block_id] is BlockState.CACHED
             and block_hash is not None
-            and self._children[block_hash] == 0
+            and block_hash not in self._children
         )
 
     def _unpublish(self, block_id: BlockId) -> None:
@@ -308,10 +308,12 @@ class BlockPool:
         if block_hash is None or parent is None:
             raise InternalError(f"block {block_id} has no hash to remove")
         del self._by_hash[block_hash]
-        del self._children[block_hash]
+        self._children.pop(block_hash, None)
         self._hash[block_id] = self._parent[block_id] = None
-        self._children[parent] -= 1
-        if self._children[parent] == 0:
+        left = self._children[parent] - 1
+        if left:
+            self._children[parent] = left
+        else:
             del self._children[parent]
             above = self._by_hash.get(parent)
             if above is not None and self._is_leaf(above):
