@@ -277,23 +277,42 @@ class BlockPool:
     def _take(self, count: int, state: BlockState) -> list[BlockId] | None:
         if count > self.available:
             return None
-        while len(self._free) < count:
-            self._evict_one()
+        short = count - len(self._free)
+        if short > 0:
+            self._evict(short)
         taken = [self._free.popleft() for _ in range(count)]
         for block_id in taken:
             self._state[block_id] = state
             self._running[block_id] = 1 if state is BlockState.IN_USE else 0
         return taken
 
-    def _evict_one(self) -> None:
-        """Free the least recently used leaf of the prefix tree."""
-        while True:
-            used_at, block_id = heapq.heappop(self._leaves)
-            if self._used_at[block_id] == used_at and self._is_leaf(block_id):
-                break
-        self._num_cached -= 1
-        self._unpublish(block_id)
-        self._to_free(block_id)
+    def _evict(self, count: int) -> None:
+        """Free the `count` least recently used leaves of the prefix tree, of which there are as
+        many as cached blocks: a leaf that goes may leave its parent as one.
+        """
+        leaves, children, by_hash = self._leaves, self._children, self._by_hash
+        states, cached, removed = self._state, BlockState.CACHED, list[BlockHash]()
+        while len(removed) < count:
+            used_at, block_id = heapq.heappop(leaves)
+            block_hash, parent = self._hash[block_id], self._parent[block_id]
+            if self._used_at[block_id] != used_at or states[block_id] is not cached:
+                continue
+            if block_hash is None or parent is None or block_hash in children:
+                continue
+            del by_hash[block_hash]
+            self._hash[block_id] = self._parent[block_id] = None
+            left = children[parent] - 1
+            if left:
+                children[parent] = left
+            else:
+                del children[parent]
+                above = by_hash.get(parent)
+                if above is not None and states[above] is cached:
+                    heapq.heappush(leaves, (self._used_at[above], above))
+            self._to_free(block_id)
+            removed.append(block_hash)
+        self._num_cached -= count
+        self._record_removed(removed)
 
     def _is_leaf(self, block_id: BlockId) -> bool:
         block_hash = self._hash[block_id]
@@ -318,7 +337,7 @@ class BlockPool:
             above = self._by_hash.get(parent)
             if above is not None and self._is_leaf(above):
                 heapq.heappush(self._leaves, (self._used_at[above], above))
-        self._record_removed(block_hash)
+        self._record_removed([block_hash])
 
     def _settle(self, block_id: BlockId) -> None:
         """Nobody refers to it any more."""
@@ -364,12 +383,12 @@ class BlockPool:
         else:
             self._events.append(_Run(parent=parent, hashes=[block_hash]))
 
-    def _record_removed(self, block_hash: BlockHash) -> None:
+    def _record_removed(self, hashes: list[BlockHash]) -> None:
         last = self._events[-1] if self._events else None
         if last is not None and last.parent is None:
-            last.hashes.append(block_hash)
+            last.hashes += hashes
         else:
-            self._events.append(_Run(parent=None, hashes=[block_hash]))
+            self._events.append(_Run(parent=None, hashes=hashes))
 
 
 @dataclass(slots=True, kw_only=True)
