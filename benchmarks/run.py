@@ -27,6 +27,7 @@ BENCHES = {
     "router": "the front door: CPU per token and request, latency added, idle streams",
     "routing": "placement decisions: replayed traces under every policy, and what one costs",
     "transfer": "the KV hand-off between two processes: what it costs, what it hides",
+    "validate": "the simulator against formulas, published results and a real run",
 }
 """What each bench measures. Its `BENCH` is in benchmarks/NAME/bench.py, imported when it runs."""
 
@@ -42,6 +43,7 @@ class Options:
     quick: bool = False
     parts: tuple[str, ...] = ()
     traces: tuple[Path, ...] = ()
+    profiles: Path | None = None
     only_json: bool = False
     out: Path | None = None
     plot: Path | None = None
@@ -102,6 +104,7 @@ def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[t
                     progress=report,
                     pairs=pairs,
                     traces=options.traces,
+                    profiles=options.profiles,
                 )
                 yield part.name, part.run(run)
 

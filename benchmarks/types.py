@@ -62,7 +62,7 @@ class Progress(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """How a part shall measure. `device` is a torch device that holds the KV arenas, `traces` the
-    files a user gave to replay.
+    files a user gave to replay, `profiles` the folder of measured profiles.
     """
 
     quick: bool
@@ -70,6 +70,7 @@ class Run:
     progress: Progress
     pairs: Pairs
     traces: tuple[Path, ...] = ()
+    profiles: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

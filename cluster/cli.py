@@ -139,6 +139,10 @@ def bench(
         list[Path] | None,
         typer.Option(help="A trace to replay (bench routing); may be given again.", dir_okay=False),
     ] = None,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(help="Folder of measured profiles (bench validate).", file_okay=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON object alone.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the JSON object and the plot.", file_okay=False)
@@ -157,6 +161,7 @@ def bench(
         quick=quick,
         parts=tuple(part or ()),
         traces=tuple(trace or ()),
+        profiles=profiles,
         only_json=as_json,
         out=out,
         plot=plot,
