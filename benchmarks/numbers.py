@@ -3,9 +3,13 @@ run changes all sides of it.
 """
 
 import statistics
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from random import Random
+
+from core.estimate import Estimate, percentile
+
+__all__ = ["Estimate", "Samples", "interleave", "percentile"]
 
 _ORDER_SEED = 0
 
@@ -31,36 +35,6 @@ class Samples:
     def spread(self) -> str:
         """Least and greatest, in ms."""
         return f"{min(self.seconds) * 1e3:.2f}..{max(self.seconds) * 1e3:.2f}"
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value at `share` (0 to 1) of the sorted values, interpolated between neighbours."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-_T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, of 1 to 9 degrees of freedom."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean and half the width of its 95 % confidence interval."""
-
-    mean: float
-    half: float
-
-    @staticmethod
-    def of(values: Sequence[float]) -> "Estimate":
-        """From 2 to 10 independent values; one alone has an endless interval."""
-        mean, count = statistics.fmean(values), len(values)
-        if count < 2:
-            return Estimate(mean, float("inf"))
-        half = _T_95[min(count, 10) - 2] * statistics.stdev(values) / count**0.5
-        return Estimate(mean, half)
 
 
 async def interleave(

@@ -16,16 +16,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import Machine, arena_device, describe_machine
-from benchmarks.plot import draw_plot
 from benchmarks.processes import Pairs
 from benchmarks.types import Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
+from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
 
 BENCHES = {
     "router": "the front door: CPU per token and request, latency added, idle streams",
     "routing": "placement decisions: replayed traces under every policy, and what one costs",
+    "simulator": "requests simulated per second of one core, and the memory they take",
     "transfer": "the KV hand-off between two processes: what it costs, what it hides",
     "validate": "the simulator against formulas, published results and a real run",
 }

@@ -169,6 +169,96 @@ def bench(
     run_bench(name, options)
 
 
+TraceOption = Annotated[
+    str,
+    typer.Option(
+        help="Requests: a trace file of any known format, or a generator such as poisson:rate=4."
+    ),
+]
+RequestsOption = Annotated[
+    int | None, typer.Option(help="So many requests: the first ones, or repeated.", min=1)
+]
+MostPromptOption = Annotated[
+    int | None, typer.Option(help="Longer prompts are cut to so many tokens.", min=1)
+]
+PlotOption = Annotated[Path | None, typer.Option(help="PNG file for the plot.", dir_okay=False)]
+
+
+@app.command()
+def simulate(
+    trace: TraceOption,
+    *,
+    config: ConfigOption = None,
+    rate_scale: Annotated[float, typer.Option(help="Times the trace's rate.", min=1e-6)] = 1.0,
+    requests: RequestsOption = None,
+    max_prompt_tokens: MostPromptOption = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    as_json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Run a trace through the cluster of a config under a virtual clock; the result is simulated.
+
+    The last line is one JSON object.
+    """
+    from cluster.simulate import Options, run_simulate  # noqa: PLC0415
+
+    options = Options(
+        trace=trace,
+        rate_scale=rate_scale,
+        requests=requests,
+        max_prompt_tokens=max_prompt_tokens,
+        seed=seed,
+        only_json=as_json,
+        plot=plot if plot is not None or as_json else Path("baton-simulate.png"),
+    )
+    run_simulate(_simulated(config), options)
+
+
+@app.command()
+def goodput(
+    trace: TraceOption,
+    *,
+    config: ConfigOption = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help="Only this system; may be given again.")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Requests of each run.", min=50)] = 3000,
+    max_prompt_tokens: MostPromptOption = None,
+    seeds: Annotated[int, typer.Option(help="Repeats, for the intervals.", min=1, max=10)] = 5,
+    share: Annotated[
+        float, typer.Option(help="Of the requests, to keep both targets.", min=0.01, max=1)
+    ] = 0.9,
+    rate_scale: Annotated[
+        float, typer.Option(help="Times the trace's rate, where the search begins.", min=1e-6)
+    ] = 1.0,
+    processes: Annotated[int, typer.Option(help="0: one per core.", min=0)] = 0,
+    as_json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Find the highest rate at which several systems keep both targets, simulated, at equal GPUs.
+
+    The last line is one JSON object.
+    """
+    from cluster.simulate import GoodputOptions, run_goodput  # noqa: PLC0415
+    from simulator.goodput import Question  # noqa: PLC0415
+
+    options = GoodputOptions(
+        question=Question(
+            trace=trace,
+            requests=requests,
+            share=share,
+            first_scale=rate_scale,
+            max_prompt_tokens=max_prompt_tokens,
+        ),
+        systems=tuple(system or ()),
+        seeds=seeds,
+        processes=processes,
+        only_json=as_json,
+        plot=plot if plot is not None or as_json else Path("baton-goodput.png"),
+    )
+    run_goodput(_simulated(config), options)
+
+
 @config_app.command()
 def show(
     config: ConfigOption = None, model: ModelOption = None, as_json: JsonOption = False
@@ -220,6 +310,18 @@ def check(
 def schema() -> None:
     """Print the JSON schema of the config, with what every key means."""
     print(json.dumps(ClusterConfig.model_json_schema(), indent=2))
+
+
+def _simulated(config: Path | None) -> ClusterConfig:
+    """The config of a cluster that need not have a checkpoint yet."""
+    from cluster.config_file import BadConfig  # noqa: PLC0415
+
+    try:
+        return load_config(config)
+    except BadConfig as bad:
+        if len(bad.problems) > 1 or " is missing" not in bad.problems[0]:
+            raise
+        return load_config(config, {"model.path": Path()})
 
 
 def _settings(config: Path | None, model: Path | None, port: int | None) -> ClusterConfig:

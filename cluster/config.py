@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
+from simulator.config import SimulationConfig
 
 
 def _from_base(path: Path, info: ValidationInfo) -> Path:
@@ -130,6 +131,7 @@ class ClusterConfig(Settings):
     resources: WorkerResources = WorkerResources()
     slo: SloConfig = SloConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    simulation: SimulationConfig = SimulationConfig()
     start_timeout_s: float = Field(600.0, gt=0)
     """All workers and the router are ready by then, or the start has failed."""
     drain_timeout_s: float = Field(10.0, ge=0)

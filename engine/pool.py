@@ -143,7 +143,8 @@ class BlockPool:
             if self._running[block_id] < 1:
                 raise InternalError(f"block {block_id} released without a running reference")
             self._running[block_id] -= 1
-            self._settle(block_id)
+            if self._running[block_id] + self._leased[block_id] == 0:
+                self._settle(block_id)
 
     # -- leases ---------------------------------------------------------------------------------
 
@@ -159,7 +160,8 @@ class BlockPool:
             if self._leased[block_id] < 1:
                 raise InternalError(f"block {block_id} unleased without a lease")
             self._leased[block_id] -= 1
-            self._settle(block_id)
+            if self._running[block_id] + self._leased[block_id] == 0:
+                self._settle(block_id)
 
     # -- transfers ------------------------------------------------------------------------------
 
@@ -317,16 +319,16 @@ class BlockPool:
         self._record_removed(block_hash)
 
     def _settle(self, block_id: BlockId) -> None:
-        if self._running[block_id] + self._leased[block_id] > 0:
-            return
-        if self._hash[block_id] is None:
+        """Nobody refers to it any more."""
+        block_hash = self._hash[block_id]
+        if block_hash is None:
             self._to_free(block_id)
             return
         self._state[block_id] = BlockState.CACHED
         self._num_cached += 1
         self._tick += 1
         self._used_at[block_id] = self._tick
-        if self._is_leaf(block_id):
+        if block_hash not in self._children:
             heapq.heappush(self._leaves, (self._tick, block_id))
         if len(self._leaves) > 4 * self.num_blocks:
             self._rebuild_leaves()

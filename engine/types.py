@@ -1,14 +1,18 @@
 """The seam between whoever schedules (event loop) and whoever computes (engine thread)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from core.errors import BatonError
 from core.ids import BlockId, ModelId, SequenceId
 from core.kv import KvLayout
 from core.sampling import SamplingParams
-from engine.arena import Arena
+
+if TYPE_CHECKING:  # imports torch, which those who only plan steps do without
+    from engine.arena import Arena
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,7 +95,8 @@ class PrefillPoolQuery(PoolQuery):
 
     def queued_tokens(self, worker: WorkerId) -> int:
         view = self._views[worker]
-        return view.unseen_tokens + (view.load.queued_tokens if view.load is not None else 0)
+        load = view.load
+        return view.unseen_tokens + (load.queued_tokens if load is not None else 0)
 
     def ttft_s(self, worker: WorkerId) -> tuple[float, float]:
         speed = self._known.curves.of(self._views[worker].kind)
@@ -167,11 +168,13 @@ class DecodePoolQuery(PoolQuery):
 
     def context_tokens(self, worker: WorkerId) -> int:
         view = self._views[worker]
-        return view.unseen_tokens + (view.load.context_tokens if view.load is not None else 0)
+        load = view.load
+        return view.unseen_tokens + (load.context_tokens if load is not None else 0)
 
     def free_tokens(self, worker: WorkerId) -> int:
         view = self._views[worker]
-        free_blocks = view.load.free_blocks if view.load is not None else 0
+        load = view.load
+        free_blocks = load.free_blocks if load is not None else 0
         return free_blocks * view.hello.layout.block_size - view.unseen_tokens
 
     def fits(self, worker: WorkerId) -> bool:

@@ -47,7 +47,8 @@ class WorkerView:
     @property
     def sequences(self) -> int:
         """Sequences that wait or run there, own unseen ones included."""
-        reported = self.load.running + self.load.waiting if self.load is not None else 0
+        load = self.load
+        reported = load.running + load.waiting if load is not None else 0
         return reported + self.unseen_submits
 
     @property

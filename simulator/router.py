@@ -56,7 +56,7 @@ class SimRouter:
         self._network = network
         self._on_end = on_end
         rules = OutlierRules(failures=spec.router.eject_after_failures, eject_s=spec.router.eject_s)
-        self._chooser: Chooser[SimLink] = Chooser(
+        self.chooser: Chooser[SimLink] = Chooser(
             fleet,
             build_policies(spec.router, spec.slo),
             events,
@@ -137,7 +137,7 @@ class SimRouter:
 
     def _consider(self, job: Job) -> Considered[SimLink]:
         total = job.request.prompt_tokens + self._max_tokens(job)
-        return self._chooser.consider(
+        return self.chooser.consider(
             range(job.context_tokens),
             "",
             job.failed,
@@ -158,11 +158,11 @@ class SimRouter:
         job.record.attempts += 1
         local = considered.local.placement
         if local is not None:
-            self._compute(job, self._chooser.place_locally(local), is_local=True)
+            self._compute(job, self.chooser.place_locally(local), is_local=True)
         elif self._spec.is_colocated:
-            self._compute(job, self._chooser.place(considered, job.failed), is_local=False)
+            self._compute(job, self.chooser.place(considered, job.failed), is_local=False)
         else:
-            self._prefill(job, self._chooser.place(considered, job.failed))
+            self._prefill(job, self.chooser.place(considered, job.failed))
 
     def _again(self, job: Job) -> None:
         left_s = self._spec.router.request_timeout_s - (self._events.now_s() - job.request.at_s)
@@ -199,7 +199,7 @@ class SimRouter:
         """Choose where the answer goes on, before the prompt is computed."""
         source = prefill.link.member
         try:
-            placed = self._chooser.for_decode(
+            placed = self.chooser.for_decode(
                 job.context_tokens,
                 job.request.prompt_tokens + self._max_tokens(job),
                 job.failed,
@@ -272,7 +272,7 @@ class SimRouter:
             prefill_s=now_s - started_s,
             cached_tokens=sequence.cached_tokens,
         )
-        self._chooser.prefilled(leg.link, sequence.context_tokens, times)
+        self.chooser.prefilled(leg.link, sequence.context_tokens, times)
         job.began_s = now_s
         if ended:
             for other in job.legs:
@@ -285,7 +285,7 @@ class SimRouter:
         job.began_s = now_s
         job.legs = job.generating()
         if job.decode is not None:
-            self._chooser.decoding(job.decode)
+            self.chooser.decoding(job.decode)
 
     def finished(self, job: Job) -> None:
         """The last token is out."""
@@ -312,7 +312,7 @@ class SimRouter:
         record, now_s = job.record, self._events.now_s()
         if record.attempts == 1 and job.decode is not None:
             worker = WorkerId(record.decode_worker)
-            self._chooser.answer_ended(worker, record.output_tokens, now_s - job.began_s)
+            self.chooser.answer_ended(worker, record.output_tokens, now_s - job.began_s)
         self._end(job, "ok")
 
     def _end(self, job: Job, outcome: str) -> None:

@@ -17,7 +17,7 @@ from core.errors import InternalError
 from core.ids import BlockHash, BlockId, WorkerId
 from core.messages import KvRemoved, KvStored, LoadReport
 from decode_worker.policy import pull_headroom_blocks
-from engine.latency.base import LatencyModel, StepShape
+from engine.latency.base import LatencyModel, StepShape, steps_within
 from engine.planner import share_step
 from engine.pool import BlockPool
 from engine.scheduler import Scheduler
@@ -80,8 +80,7 @@ class SimWorker:
             on_admitted=lambda sequence: sequence.leg.computed(sequence),
             max_running=spec.max_running,
         )
-        self.busy_s = 0.0
-        """Seconds of steps that have ended."""
+        self._busy_s = 0.0
         self._pulls = self._pulling_tokens = 0
         self._events = events
         self._size = spec.block_size
@@ -192,13 +191,10 @@ class SimWorker:
     # -- load -----------------------------------------------------------------------------------
 
     @property
-    def running(self) -> int:
-        return len(self.scheduler.running)
-
-    @property
-    def queued_tokens(self) -> int:
-        """Uncached prompt tokens not computed yet."""
-        return self._queued_tokens
+    def busy_s(self) -> float:
+        """Seconds of steps so far."""
+        run = self._run
+        return self._busy_s + (0.0 if run is None else self._events.now_s() - run.began_s)
 
     def load(self, last_submit: int = 0) -> LoadReport:
         """As cluster.worker reports it. Within a run of steps its progress is interpolated."""
@@ -213,8 +209,10 @@ class SimWorker:
             share = (now_s - run.began_s) / (run.ends_s - run.began_s)
             grown = int(share * run.steps) * run.sequences
         context = self._context_tokens + grown + self._pulling_tokens
-        context += sum(sequence.known_tokens for sequence in self._prompts)
-        context += sum(sequence.known_tokens for sequence in self._fresh)
+        for sequence in self._prompts:
+            context += sequence.known_tokens
+        for sequence in self._fresh:
+            context += sequence.known_tokens
         return LoadReport(
             last_submit=last_submit,
             queued_tokens=self._queued_tokens,
@@ -341,15 +339,9 @@ class SimWorker:
 
     def _done_steps(self, run: _Run) -> int:
         """Steps of a run that have ended by now; the last one has not."""
-        elapsed_s, low, high = self._events.now_s() - run.began_s, 0, run.steps - 1
-        seconds = self.spec.latency.decode_run_s
-        while low < high:
-            middle = (low + high + 1) >> 1
-            if seconds(run.sequences, self._context_tokens, middle) <= elapsed_s:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        elapsed_s, latency = self._events.now_s() - run.began_s, self.spec.latency
+        context_tokens = self._context_tokens
+        return steps_within(latency, run.sequences, context_tokens, elapsed_s, run.steps - 1)
 
     # -- a step ends ----------------------------------------------------------------------------
 
@@ -357,7 +349,7 @@ class SimWorker:
         if run is not self._run or run.ends_s != self._events.now_s() or self._dead:
             return  # it was cut short, and ended then
         self._settling = True
-        self.busy_s += run.ends_s - run.began_s
+        self._busy_s += run.ends_s - run.began_s
         if run.batch is not None:
             self._apply(run.batch)
         else:

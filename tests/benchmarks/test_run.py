@@ -11,9 +11,9 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from benchmarks.plot import draw_plot
 from benchmarks.run import find_bench
 from cluster.cli import app
+from cluster.plot import draw_plot
 
 ROOT = Path(__file__).parents[2]
 KEYS = {

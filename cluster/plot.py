@@ -1,4 +1,4 @@
-"""The plot of a bench: one panel per part. matplotlib is an extra, and only imported here."""
+"""A plot: one panel per part. matplotlib is an extra, and only imported here."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def draw_plot(path: Path, title: str, draws: Mapping[str, Callable[[Axes], None]
         return "no plot: matplotlib is not installed (pip install 'baton[bench]')"
     columns = min(_COLUMNS, len(draws))
     rows = -(-len(draws) // columns)
-    figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows))
+    size = (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     for i, draw in enumerate(draws.values()):
         draw(figure.add_subplot(rows, columns, i + 1))
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return f"wrote {path}"

@@ -1,0 +1,321 @@
+"""`baton simulate` and `baton goodput`: from a config and a trace to tables, plots and JSON.
+
+Everything shown is simulated, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cluster.config import ClusterConfig
+from cluster.plot import draw_plot
+from cluster.tables import new_table, print_table
+from core.errors import InvalidRequest
+from router.policies.base import Slo
+from simulator.build import Settings, build_spec
+from simulator.cluster import Cluster, Outcome
+from simulator.goodput import Found, Question, Standing, choose_systems, compare
+from simulator.spec import SimSpec
+from simulator.summary import SHARES, Summary, summarise
+from simulator.workload.build import Shaping
+from simulator.workload.load import load_workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_CDF_POINTS = 400
+_WINDOWS = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line asks for. `plot` None draws none."""
+
+    trace: str
+    rate_scale: float = 1.0
+    requests: int | None = None
+    max_prompt_tokens: int | None = None
+    seed: int = 0
+    only_json: bool = False
+    plot: Path | None = None
+
+
+def settings_of(config: ClusterConfig) -> Settings:
+    """The sections that matter."""
+    return Settings(
+        simulation=config.simulation,
+        engine=config.engine,
+        router=config.router,
+        slo=Slo(ttft_s=config.slo.ttft_ms / 1e3, tpot_s=config.slo.tpot_ms / 1e3),
+        prefill_workers=config.prefill.workers,
+        decode_workers=config.decode.workers,
+        max_queued_tokens=config.prefill.max_queued_tokens,
+        max_sequences=config.decode.max_sequences,
+    )
+
+
+# -- baton simulate -----------------------------------------------------------------------------
+
+
+def run_simulate(config: ClusterConfig, options: Options) -> None:
+    """One run; the last line of standard output is the JSON object."""
+    shaping = Shaping(
+        seed=options.seed,
+        rate_scale=options.rate_scale,
+        requests=options.requests,
+        max_prompt_tokens=options.max_prompt_tokens,
+    )
+    loaded = load_workload(options.trace, shaping)
+    workload = loaded.workload
+    spec = build_spec(settings_of(config), workload.block_size, options.seed)
+    with _bar("simulating", len(workload.requests)) as report:
+        outcome = Cluster(spec).run(workload.requests, report)
+    summary = summarise(outcome, spec.slo, spec.gpus)
+    if not options.only_json:
+        console = Console()
+        _show_run(console, spec, summary, outcome, workload.name)
+        for note in loaded.notes:
+            console.print(f"[dim]{note}[/]", highlight=False)
+    if options.plot is not None:
+        title = f"simulated: {workload.name} at {options.rate_scale:g}x its rate"
+        print(draw_plot(options.plot, title, _run_panels(spec, outcome)), file=sys.stderr)
+    print(json.dumps(_run_json(spec, summary, outcome, workload.name, options)), flush=True)
+
+
+def _show_run(
+    console: Console, spec: SimSpec, summary: Summary, outcome: Outcome, trace: str
+) -> None:
+    pools = ", ".join(f"{p.workers} {p.name}" for p in spec.pools)
+    console.print(
+        f"\n[bold]simulated[/]: {summary.requests} requests of {trace}, {summary.rate_per_s:.2f}/s,"
+        f" on {pools} ({spec.gpus} GPUs); targets {spec.slo.ttft_s:g} s and"
+        f" {spec.slo.tpot_s * 1e3:g} ms",
+        highlight=False,
+        soft_wrap=True,
+    )
+    latencies = new_table(("simulated",), [f"p{share * 100:g}" for share in SHARES] + ["kept"])
+    for name, values, kept, scale in (
+        ("TTFT (s)", summary.ttft_s, summary.ttft_attainment, 1.0),
+        ("TPOT (ms)", summary.tpot_s, summary.tpot_attainment, 1e3),
+        ("hand-off pause (ms)", summary.transfer_s, None, 1e3),
+    ):
+        cells = [f"{value * scale:.3g}" for value in values] or ["-"] * len(SHARES)
+        latencies.add_row(name, *cells, "" if kept is None else f"{kept:.1%}")
+    print_table(console, latencies)
+    totals = new_table(("simulated",), ("value",))
+    for name, value in (
+        ("both targets kept", f"{summary.attainment:.1%}"),
+        ("goodput (requests/s per GPU)", f"{summary.goodput_per_gpu_s:.4g}"),
+        ("output tokens/s", f"{summary.output_tokens_per_s:.0f}"),
+        ("prompt tokens cached", f"{summary.hit_rate:.1%}"),
+        *((f"busy: {name}", f"{share:.1%}") for name, share in outcome.busy_share.items()),
+        ("preemptions", str(outcome.preemptions)),
+        *((f"requests {name}", str(count)) for name, count in sorted(summary.outcomes.items())),
+    ):
+        totals.add_row(name, value)
+    console.print()
+    print_table(console, totals)
+
+
+def _run_json(
+    spec: SimSpec, summary: Summary, outcome: Outcome, trace: str, options: Options
+) -> dict[str, object]:
+    names = [f"p{share * 100:g}" for share in SHARES]
+    return asdict(summary) | {
+        "simulated": True,
+        "trace": trace,
+        "rate_scale": options.rate_scale,
+        "seed": options.seed,
+        "gpus": spec.gpus,
+        "ttft_s": dict(zip(names, summary.ttft_s, strict=False)),
+        "tpot_s": dict(zip(names, summary.tpot_s, strict=False)),
+        "transfer_s": dict(zip(names, summary.transfer_s, strict=False)),
+        "busy_share": outcome.busy_share,
+        "preemptions": outcome.preemptions,
+        "kv_moved_bytes": outcome.kv_moved_bytes,
+    }
+
+
+def _run_panels(spec: SimSpec, outcome: Outcome) -> dict[str, Callable[[Axes], None]]:
+    done = [r for r in outcome.records if r.outcome == "ok"]
+    at_s = [r.at_s for r in done]
+    ttfts, tpots = [r.ttft_s for r in done], [r.tpot_s * 1e3 for r in done]
+    hits = [r.cached_tokens / r.prompt_tokens for r in done]
+    slo = spec.slo
+    return {
+        "ttft": lambda axes: _over_time(axes, at_s, ttfts, "TTFT (s)", slo.ttft_s),
+        "ttft_cdf": lambda axes: _cdf(axes, ttfts, "TTFT (s)", slo.ttft_s),
+        "tpot": lambda axes: _over_time(axes, at_s, tpots, "TPOT (ms)", slo.tpot_s * 1e3),
+        "tpot_cdf": lambda axes: _cdf(axes, tpots, "TPOT (ms)", slo.tpot_s * 1e3),
+        "queues": lambda axes: _pools(axes, outcome, "queued_tokens", "prompt tokens queued"),
+        "running": lambda axes: _pools(axes, outcome, "running", "sequences running"),
+        "kv": lambda axes: _pools(axes, outcome, "kv_share", "KV in use (share)"),
+        "busy": lambda axes: _pools(axes, outcome, "busy_share", "busy (share of time)"),
+        "sizes": lambda axes: _pools(axes, outcome, "workers", "workers up"),
+        "hits": lambda axes: _over_time(axes, at_s, hits, "prompt cached (share)", None),
+    }
+
+
+def _over_time(
+    axes: Axes, at_s: Sequence[float], values: Sequence[float], label: str, target: float | None
+) -> None:
+    """Median and 90th percentile of equal windows of requests."""
+    size = max(1, len(values) // _WINDOWS)
+    starts = range(0, len(values), size)
+    middles = [at_s[start] for start in starts]
+    windows = [sorted(values[start : start + size]) for start in starts]
+    axes.plot(middles, [w[len(w) // 2] for w in windows], label="median")
+    axes.plot(middles, [w[int(0.9 * (len(w) - 1))] for w in windows], label="p90")
+    if target is not None:
+        axes.axhline(target, color="gray", linestyle=":", linewidth=1)
+    axes.set_xlabel("simulated time (s)")
+    axes.set_ylabel(label)
+    axes.legend(fontsize=7)
+
+
+def _cdf(axes: Axes, values: Sequence[float], label: str, target: float) -> None:
+    ordered = sorted(values)
+    step = max(1, len(ordered) // _CDF_POINTS)
+    shown = ordered[::step]
+    axes.plot(shown, [(i * step + 1) / len(ordered) for i in range(len(shown))])
+    axes.axvline(target, color="gray", linestyle=":", linewidth=1)
+    axes.set_xlabel(label)
+    axes.set_ylabel("share of requests")
+
+
+def _pools(axes: Axes, outcome: Outcome, field: str, label: str) -> None:
+    for name, samples in outcome.samples.items():
+        axes.plot([s.at_s for s in samples], [getattr(s, field) for s in samples], label=name)
+    axes.set_xlabel("simulated time (s)")
+    axes.set_ylabel(label)
+    axes.legend(fontsize=7)
+
+
+# -- baton goodput ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoodputOptions:
+    """What the command line asks for."""
+
+    question: Question
+    systems: tuple[str, ...] = ()
+    seeds: int = 5
+    processes: int = 0
+    """0: one per core."""
+    only_json: bool = False
+    plot: Path | None = None
+
+
+def run_goodput(config: ClusterConfig, options: GoodputOptions) -> None:
+    """Search, show, and end with one JSON object."""
+    if not 1 <= options.seeds <= 10:
+        raise InvalidRequest("from 1 to 10 seeds; fewer than 2 have no interval")
+    systems = choose_systems(options.systems)
+    settings = settings_of(config)
+    load_workload(options.question.trace, Shaping(requests=1))  # a bad trace is said here, once
+    with _bar("searching, simulated", len(systems) * options.seeds) as report:
+        done: list[Found] = []
+
+        def on_found(found: Found) -> None:
+            done.append(found)
+            report(len(done))
+
+        standings = compare(
+            systems,
+            settings,
+            options.question,
+            range(options.seeds),
+            processes=options.processes or os.cpu_count() or 1,
+            on_found=on_found,
+        )
+    if not options.only_json:
+        _show_goodput(Console(), standings, options.question)
+    if options.plot is not None:
+        panel = {"attainment": lambda axes: _attainment(axes, standings, options.question)}
+        title = f"simulated: {Path(options.question.trace).name}"
+        print(draw_plot(options.plot, title, panel), file=sys.stderr)
+    print(json.dumps(_goodput_json(standings, options)), flush=True)
+
+
+def _show_goodput(console: Console, standings: Sequence[Standing], question: Question) -> None:
+    table = new_table(
+        ("simulated system",),
+        ("requests/s per GPU", "+-", "behind best", "+-"),
+        title=f"highest rate at which {question.share:.0%} keep both targets, simulated",
+    )
+    for standing in standings:
+        table.add_row(
+            standing.system + (" =" if standing.is_tied else ""),
+            f"{standing.goodput.mean:.4g}",
+            f"{standing.goodput.half:.2g}",
+            f"{standing.behind.mean:.4g}",
+            f"{standing.behind.half:.2g}",
+        )
+    print_table(console, table)
+    console.print("[dim]= the difference to the best lies within its 95 % interval[/]")
+
+
+def _goodput_json(standings: Sequence[Standing], options: GoodputOptions) -> dict[str, object]:
+    return {
+        "simulated": True,
+        "trace": Path(options.question.trace).name,
+        "requests": options.question.requests,
+        "seeds": options.seeds,
+        "goodput": {
+            standing.system: {
+                "requests_per_gpu_s": standing.goodput.mean,
+                "half_width": _finite(standing.goodput.half),
+                "behind_best": standing.behind.mean,
+                "behind_half_width": _finite(standing.behind.half),
+                "tied": standing.is_tied,
+                "per_seed": [found.rate_per_gpu_s for found in standing.found],
+            }
+            for standing in standings
+        },
+    }
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else value
+
+
+def _attainment(axes: Axes, standings: Sequence[Standing], question: Question) -> None:
+    for standing in standings:
+        points = sorted(
+            (p.rate_per_gpu_s, p.attainment) for found in standing.found for p in found.points
+        )
+        axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=standing.system)
+    axes.axhline(question.share, color="gray", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("requests/s per GPU")
+    axes.set_ylabel("share within both targets")
+    axes.legend(fontsize=7)
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,113 @@
+"""From settings to what is simulated."""
+
+from dataclasses import dataclass
+
+from core.errors import ConfigError
+from engine.config import EngineConfig
+from engine.latency.base import LatencyModel
+from engine.latency.fitted import FittedLatency
+from router.config import RouterConfig
+from router.policies.base import Slo
+from simulator.config import SimulatedPool, SimulationConfig
+from simulator.profiles.load import load_profile
+from simulator.spec import Failure, NetworkSpec, PoolRole, PoolSpec, SimSpec
+from simulator.worker import WorkerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The sections of a cluster config that a simulation is made of."""
+
+    simulation: SimulationConfig
+    engine: EngineConfig
+    router: RouterConfig
+    slo: Slo
+    prefill_workers: int
+    decode_workers: int
+    max_queued_tokens: int
+    max_sequences: int
+
+
+def build_spec(settings: Settings, block_size: int, seed: int) -> SimSpec:
+    """Blocks are the workload's, whose hashes say what is shared. Raises ConfigError."""
+    sim = settings.simulation
+    pools = sim.pools or (
+        SimulatedPool(name="prefill", role="prefill", workers=settings.prefill_workers),
+        SimulatedPool(name="decode", role="decode", workers=settings.decode_workers),
+    )
+    _check(pools, sim)
+    return SimSpec(
+        pools=tuple(_pool(pool, settings, block_size) for pool in pools),
+        router=settings.router,
+        slo=settings.slo,
+        network=NetworkSpec(
+            control_s=sim.handoff_ms / 1e3,
+            uplink_bytes_per_s=sim.uplink_gb_per_s * 1e9,
+            domain_workers=sim.domain_workers,
+        ),
+        routers=sim.routers,
+        report_s=sim.report_ms / 1e3,
+        max_tokens=sim.max_tokens,
+        max_queued_tokens=settings.max_queued_tokens,
+        max_sequences=settings.max_sequences,
+        failures=tuple(
+            Failure(at_s=f.at_s, pool=f.pool, worker=f.worker, restart_s=f.restart_s)
+            for f in sim.failures
+        ),
+        seed=seed,
+    )
+
+
+def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
+    sim = settings.simulation
+    tp = pool.tensor_parallel or sim.tensor_parallel
+    latency, kv_tokens = _latency(pool.profile or sim.profile, sim.model, tp, settings.engine)
+    tokens = pool.kv_tokens or kv_tokens or sim.kv_tokens
+    if tokens < block_size:
+        raise ConfigError(
+            f"pool {pool.name}: {tokens} tokens of KV hold no block of {block_size} tokens,"
+            " the size of the trace's blocks; set simulation.kv_tokens"
+        )
+    return PoolSpec(
+        name=pool.name,
+        role=PoolRole(pool.role),
+        workers=pool.workers,
+        ready_s=pool.ready_s,
+        worker=WorkerSpec(
+            latency=latency,
+            kv_blocks=tokens // block_size,
+            block_size=block_size,
+            step_tokens=pool.step_tokens or settings.engine.step_tokens,
+            max_batch=settings.engine.max_batch,
+            kv_bytes_per_token=sim.kv_bytes_per_token,
+            nic_bytes_per_s=sim.nic_gb_per_s * 1e9,
+            gpus=tp,
+        ),
+    )
+
+
+def _latency(
+    profile: str | None, model: str | None, tp: int, engine: EngineConfig
+) -> tuple[LatencyModel, int | None]:
+    """And the tokens of KV, where the profile tells."""
+    if profile is None:
+        return FittedLatency.of(engine.timed), None
+    loaded = load_profile(profile, model=model, tp=tp)
+    return loaded.latency, loaded.kv_tokens
+
+
+def _check(pools: tuple[SimulatedPool, ...], sim: SimulationConfig) -> None:
+    names, roles = [pool.name for pool in pools], {pool.role for pool in pools}
+    if len(set(names)) < len(names):
+        raise ConfigError("simulation.pools: two pools have the same name")
+    if roles not in ({"colocated"}, {"prefill", "decode"}):
+        raise ConfigError(
+            "simulation.pools: either all are colocated, or there are prefill and decode pools"
+        )
+    for failure in sim.failures:
+        known = {pool.name: pool.workers for pool in pools}
+        if failure.worker >= known.get(failure.pool, 0):
+            raise ConfigError(
+                f"simulation.failures: there is no worker {failure.worker} in a pool"
+                f" {failure.pool!r}; there is: {', '.join(names)}"
+            )

@@ -1,0 +1,63 @@
+"""Settings of the simulated cluster: what a real one has and a config does not tell."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from core.config import Settings
+
+
+class SimulatedFailure(Settings):
+    """A worker that dies."""
+
+    at_s: float = Field(ge=0)
+    pool: str
+    worker: int = Field(0, ge=0)
+    restart_s: float | None = Field(None, gt=0)
+    """Another worker is in its place so long after; unset: none."""
+
+
+class SimulatedPool(Settings):
+    """Equal workers; what is unset is as for the whole cluster."""
+
+    name: str = Field(min_length=1)
+    role: Literal["prefill", "decode", "colocated"]
+    """colocated workers compute prompts and answers, as most servers do."""
+    workers: int = Field(ge=1, le=100_000)
+    profile: str | None = None
+    tensor_parallel: int | None = Field(None, ge=1)
+    kv_tokens: int | None = Field(None, ge=1)
+    step_tokens: int | None = Field(None, ge=1)
+    ready_s: float = Field(0.0, ge=0)
+    """Up from then on."""
+
+
+class SimulationConfig(Settings):
+    """Only `baton simulate` and `baton goodput` read this section."""
+
+    profile: str | None = None
+    """How long steps take: a profile (see docs/simulation.md); unset: engine.timed's model."""
+    model: str | None = None
+    """A known model, or a checkpoint folder, for profiles that are of no one model."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs of one worker."""
+    kv_tokens: int = Field(400_000, ge=1)
+    """Tokens of KV that one worker holds."""
+    kv_bytes_per_token: int = Field(131_072, ge=1)
+    """KV of a token on all ranks of a worker; Llama-3-8B's."""
+    nic_gb_per_s: float = Field(50.0, gt=0)
+    """Each way, of one worker."""
+    uplink_gb_per_s: float = Field(400.0, gt=0)
+    """Each way, of one network domain."""
+    domain_workers: int = Field(0, ge=0)
+    """Workers that share a domain; 0: all."""
+    handoff_ms: float = Field(1.0, ge=0)
+    """From the last byte of a hand-off to its KV being usable."""
+    routers: int = Field(1, ge=1)
+    report_ms: float = Field(0.0, ge=0)
+    """Routers hear of load and caches only so often; 0: they see what is."""
+    max_tokens: int = Field(2048, ge=1)
+    """What clients ask for at most; no scheduler knows an answer's length before it ends."""
+    pools: tuple[SimulatedPool, ...] = ()
+    """Unset: a prefill and a decode pool as large as the cluster's."""
+    failures: tuple[SimulatedFailure, ...] = ()

@@ -1,0 +1,219 @@
+"""The highest goodput of several systems at the same GPUs: a search over the request rate.
+
+Goodput is requests per second and GPU at the highest rate at which a share of all requests (0.9)
+keeps both the TTFT and the TPOT target (DistServe, OSDI'24). All systems of a seed are asked the
+same requests, with gaps divided by the rate (common random numbers). Each (system, seed) is a
+search of its own, so any number of processes gives the same result.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+from core.errors import InvalidRequest
+from core.estimate import Estimate
+from router.config import RouterConfig
+from simulator.build import Settings, build_spec
+from simulator.cluster import Cluster
+from simulator.config import SimulatedPool
+from simulator.summary import Summary, summarise
+from simulator.workload.build import Shaping
+from simulator.workload.load import load_workload
+
+_WIDEST = 2.0**10
+_WARM_UP = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """A way to serve. `router` changes keys of the cluster's router section; `colocated` takes all
+    workers for both phases.
+    """
+
+    name: str
+    what: str
+    router: tuple[tuple[str, str | bool], ...] = ()
+    colocated: bool = False
+
+
+_PLAIN = (("admission", "off"), ("local_prefill", False), ("decode_policy", "least_load"))
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System(name="baton", what="the router section as it is"),
+        System(
+            name="colocated-least-load",
+            what="chunked prefill beside decodes, fewest queued tokens",
+            router=(*_PLAIN, ("prefill_policy", "least_load")),
+            colocated=True,
+        ),
+        System(
+            name="colocated-prefix",
+            what="chunked prefill beside decodes, prefix affinity as in SGLang's gateway",
+            router=(*_PLAIN, ("prefill_policy", "prefix_affinity")),
+            colocated=True,
+        ),
+        System(
+            name="dynamo",
+            what="disaggregated, with the cost of Dynamo's router",
+            router=(*_PLAIN, ("prefill_policy", "dynamo_cost")),
+        ),
+        System(
+            name="mooncake",
+            what="disaggregated, with Mooncake's rule",
+            router=(*_PLAIN, ("prefill_policy", "mooncake_ttft")),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is searched. `refine` halvings of the interval follow the doubling."""
+
+    trace: str
+    requests: int
+    share: float = 0.9
+    refine: int = 5
+    first_scale: float = 1.0
+    max_prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run of a search."""
+
+    scale: float
+    rate_per_gpu_s: float
+    attainment: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best rate of one system at one seed, 0 if none keeps the share, and all that was run."""
+
+    system: str
+    seed: int
+    rate_per_gpu_s: float
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One system over all seeds. `behind` is the paired difference to the best system's mean."""
+
+    system: str
+    goodput: Estimate
+    behind: Estimate
+    found: tuple[Found, ...]
+
+    @property
+    def is_tied(self) -> bool:
+        """The difference to the best lies within its interval."""
+        return self.behind.mean <= self.behind.half
+
+
+def choose_systems(names: Sequence[str]) -> list[System]:
+    """By name; all without any. Raises InvalidRequest naming those there are."""
+    for name in names:
+        if name not in SYSTEMS:
+            raise InvalidRequest(f"there is no system {name!r}; there is: {', '.join(SYSTEMS)}")
+    return [SYSTEMS[name] for name in dict.fromkeys(names)] or list(SYSTEMS.values())
+
+
+def settings_of(system: System, settings: Settings) -> Settings:
+    """The cluster, run that way: the same workers, the same model."""
+    router = RouterConfig.model_validate(settings.router.model_dump() | dict(system.router))
+    if not system.colocated:
+        return replace(settings, router=router)
+    pools = settings.simulation.pools or (
+        SimulatedPool(name="prefill", role="prefill", workers=settings.prefill_workers),
+        SimulatedPool(name="decode", role="decode", workers=settings.decode_workers),
+    )
+    merged = tuple(pool.model_copy(update={"role": "colocated"}) for pool in pools)
+    simulation = settings.simulation.model_copy(update={"pools": merged})
+    return replace(settings, router=router, simulation=simulation)
+
+
+def run_once(settings: Settings, question: Question, seed: int, scale: float) -> Summary:
+    """One run at `scale` times the trace's rate."""
+    shaping = Shaping(
+        seed=seed,
+        rate_scale=scale,
+        requests=question.requests,
+        max_prompt_tokens=question.max_prompt_tokens,
+    )
+    workload = load_workload(question.trace, shaping).workload
+    spec = build_spec(settings, workload.block_size, seed)
+    outcome = Cluster(replace(spec, samples=0)).run(workload.requests)
+    return summarise(outcome, spec.slo, spec.gpus, warm_up=_WARM_UP)
+
+
+def search(system: System, settings: Settings, question: Question, seed: int) -> Found:
+    """Double (or halve) the rate until the share is missed (or kept), then halve the interval."""
+    mine = settings_of(system, settings)
+    points: list[Point] = []
+    gpus = build_spec(mine, 1, seed).gpus
+
+    def keeps(scale: float) -> bool:
+        summary = run_once(mine, question, seed, scale)
+        points.append(Point(scale, summary.rate_per_s / gpus, summary.attainment))
+        return summary.attainment >= question.share
+
+    low, high = 0.0, question.first_scale
+    while high < _WIDEST * question.first_scale and keeps(high):
+        low, high = high, 2 * high
+    while low == 0 and high > question.first_scale / _WIDEST:
+        high /= 2
+        if keeps(high):
+            low, high = high, 2 * high
+    for _ in range(question.refine if low else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    rate = next((p.rate_per_gpu_s for p in points if p.scale == low), 0.0)
+    return Found(system.name, seed, rate, tuple(sorted(points, key=lambda p: p.scale)))
+
+
+def compare(
+    systems: Sequence[System],
+    settings: Settings,
+    question: Question,
+    seeds: Sequence[int],
+    *,
+    processes: int = 1,
+    on_found: Callable[[Found], None] = lambda found: None,
+) -> list[Standing]:
+    """All systems on all seeds, best first. `on_found` hears of each search as it ends."""
+    tasks = [(system, settings, question, seed) for seed in seeds for system in systems]
+    found: dict[tuple[str, int], Found] = {}
+    if processes == 1:
+        for task in tasks:
+            one = search(*task)
+            found[one.system, one.seed] = one
+            on_found(one)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            for done in as_completed([pool.submit(search, *task) for task in tasks]):
+                one = done.result()
+                found[one.system, one.seed] = one
+                on_found(one)
+    return _standings(systems, seeds, found)
+
+
+def _standings(
+    systems: Sequence[System], seeds: Sequence[int], found: dict[tuple[str, int], Found]
+) -> list[Standing]:
+    rates = {s.name: [found[s.name, seed].rate_per_gpu_s for seed in seeds] for s in systems}
+    best = max(rates, key=lambda name: statistics.fmean(rates[name]))
+    standings = [
+        Standing(
+            system=name,
+            goodput=Estimate.of(mine),
+            behind=Estimate.of([b - m for b, m in zip(rates[best], mine, strict=True)]),
+            found=tuple(found[name, seed] for seed in seeds),
+        )
+        for name, mine in rates.items()
+    ]
+    return sorted(standings, key=lambda standing: -standing.goodput.mean)

@@ -1,0 +1,71 @@
+"""What a run says, in numbers: latencies, attainment, goodput, use."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from core.estimate import percentile
+from router.policies.base import Slo
+from simulator.cluster import Outcome
+from simulator.job import Record
+
+SHARES = (0.5, 0.9, 0.99)
+"""Percentiles that are shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Of all requests of a run but those of the warm-up. Latencies are of complete ones."""
+
+    requests: int
+    outcomes: dict[str, int]
+    ttft_s: tuple[float, ...]
+    """At `SHARES`; empty without a complete request."""
+    tpot_s: tuple[float, ...]
+    attainment: float
+    """Share of the requests that kept both targets; who was not served kept none."""
+    ttft_attainment: float
+    tpot_attainment: float
+    rate_per_s: float
+    """Requests that came, per second."""
+    goodput_per_gpu_s: float
+    """Requests that kept both targets, per second and GPU."""
+    output_tokens_per_s: float
+    hit_rate: float
+    """Share of the prompt tokens that were cached where they were computed."""
+    transfer_s: tuple[float, ...]
+    """Pauses between first token and usable KV, at `SHARES`; empty without hand-offs."""
+
+
+def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) -> Summary:
+    """`warm_up` is the share of the requests, the first ones, that is left out."""
+    records = outcome.records[int(warm_up * len(outcome.records)) :]
+    complete = [r for r in records if r.outcome == "ok"]
+    in_ttft = [r for r in complete if r.ttft_s <= slo.ttft_s]
+    in_tpot = [r for r in complete if r.tpot_s <= slo.tpot_s]
+    good = sum(r.tpot_s <= slo.tpot_s for r in in_ttft)
+    span_s = max(1e-9, records[-1].at_s - records[0].at_s) if records else 1e-9
+    until_s = max([span_s, *(r.end_s - records[0].at_s for r in complete)])
+    count = max(1, len(records))
+    prompt_tokens = sum(r.prompt_tokens for r in complete)
+    return Summary(
+        requests=len(records),
+        outcomes=dict(Counter(r.outcome for r in records)),
+        ttft_s=_at_shares([r.ttft_s for r in complete]),
+        tpot_s=_at_shares([r.tpot_s for r in complete]),
+        attainment=good / count,
+        ttft_attainment=len(in_ttft) / count,
+        tpot_attainment=len(in_tpot) / count,
+        rate_per_s=len(records) / span_s,
+        goodput_per_gpu_s=good / span_s / gpus,
+        output_tokens_per_s=sum(r.output_tokens for r in complete) / until_s,
+        hit_rate=sum(r.cached_tokens for r in complete) / max(1, prompt_tokens),
+        transfer_s=_at_shares([r.transfer_s for r in complete if _was_handed(r)]),
+    )
+
+
+def _was_handed(record: Record) -> bool:
+    return bool(record.decode_worker) and record.decode_worker != record.prefill_worker
+
+
+def _at_shares(values: list[float]) -> tuple[float, ...]:
+    return tuple(percentile(values, share) for share in SHARES) if values else ()

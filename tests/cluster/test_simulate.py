@@ -1,0 +1,81 @@
+"""`baton simulate` and `baton goodput` on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+
+RUN = CliRunner()
+TRACE = "poisson:rate=4,prompt=1000,output=20"
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "cluster.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_simulate_ends_with_one_json_object_and_draws(tmp_path: Path) -> None:
+    config = write(tmp_path, "prefill: {workers: 1}\ndecode: {workers: 2}\n")
+    plot = tmp_path / "run.png"
+    done = RUN.invoke(
+        app,
+        ["simulate", "--config", config, "--trace", TRACE, "--requests", "60", "--plot", str(plot)],
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["simulated"] is True
+    assert (result["requests"], result["gpus"]) == (60, 3)
+    assert result["outcomes"] == {"ok": 60}
+    assert 0 < result["ttft_s"]["p50"] < 1
+    assert "simulated" in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_prints_the_same_bytes() -> None:
+    args = ["simulate", "--trace", TRACE, "--requests", "40", "--seed", "3", "--json"]
+    first, second = RUN.invoke(app, args), RUN.invoke(app, args)
+    assert first.stdout == second.stdout
+    assert len(first.stdout.splitlines()) == 1
+    other = RUN.invoke(app, [*args[:-2], "4", "--json"])
+    assert other.stdout != first.stdout
+
+
+def test_goodput_compares_systems() -> None:
+    args = ["goodput", "--trace", TRACE, "--requests", "50", "--seeds", "2", "--processes", "1"]
+    done = RUN.invoke(app, [*args, "--system", "baton", "--system", "dynamo", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert set(result["goodput"]) == {"baton", "dynamo"}
+    assert all(len(found["per_seed"]) == 2 for found in result["goodput"].values())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("simulation: {pools: [{name: a, role: prefill, workers: 1}]}", "prefill and decode pools"),
+        ("simulation: {failures: [{at_s: 1, pool: decode, worker: 9}]}", "no worker 9"),
+        ("simulation: {kv_tokens: 100}", "no block of 512 tokens"),
+        ("simulation: {profile: nowhere.npz}", "nowhere"),
+        ("simulation: {kv_token: 100}", "did you mean"),
+    ],
+)
+def test_what_is_wrong_with_a_config_is_said_in_a_sentence(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    config = write(tmp_path, text)
+    done = RUN.invoke(app, ["simulate", "--config", config, "--trace", TRACE, "--requests", "9"])
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_a_file_that_is_no_trace_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("hello\n")
+    done = RUN.invoke(app, ["simulate", "--trace", str(file)])
+    assert done.exit_code == 1
+    assert "notes.txt" in done.stderr

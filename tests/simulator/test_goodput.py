@@ -1,0 +1,78 @@
+"""The search for the highest rate, on queues whose capacity is known."""
+
+from dataclasses import replace
+
+import pytest
+
+from core.errors import InvalidRequest
+from engine.config import EngineConfig, TimedConfig
+from router.config import RouterConfig
+from router.policies.base import Slo
+from simulator.build import Settings
+from simulator.config import SimulationConfig
+from simulator.goodput import SYSTEMS, Question, choose_systems, compare, search, settings_of
+
+TIMED = TimedConfig(prefill_base_ms=0, prefill_per_token_ms=1.0, prefill_per_token2_ms=0)
+SETTINGS = Settings(
+    simulation=SimulationConfig(kv_tokens=40_960),
+    engine=EngineConfig(kind="timed", timed=TIMED),
+    router=RouterConfig(admission="off"),
+    slo=Slo(ttft_s=2.0, tpot_s=0.1),
+    prefill_workers=1,
+    decode_workers=1,
+    max_queued_tokens=1_000_000,
+    max_sequences=1024,
+)
+QUESTION = Question(trace="poisson:rate=1,prompt=500,output=5", requests=200, refine=4)
+BATON, COLOCATED = SYSTEMS["baton"], SYSTEMS["colocated-least-load"]
+
+
+def test_the_rate_found_is_the_highest_that_keeps_the_share() -> None:
+    found = search(BATON, SETTINGS, QUESTION, seed=0)
+    kept = [p for p in found.points if p.attainment >= 0.9]
+    missed = [p for p in found.points if p.attainment < 0.9]
+    best = max(p.rate_per_gpu_s for p in kept)
+    assert found.rate_per_gpu_s == best
+    # A prompt takes half a second: more than two per second no prefill worker (of 2 GPUs) can do.
+    assert 0.4 < found.rate_per_gpu_s < 1.1
+    assert min(p.scale for p in missed) / max(p.scale for p in kept) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("tpot_s", "order"),
+    [(1.0, ["colocated-least-load", "baton"]), (0.1, ["baton", "colocated-least-load"])],
+)
+def test_which_way_wins_depends_on_what_a_chunk_may_cost_the_decodes(
+    tpot_s: float, order: list[str]
+) -> None:
+    settings = replace(SETTINGS, slo=Slo(ttft_s=2.0, tpot_s=tpot_s))
+    question = replace(QUESTION, requests=120, refine=2)
+    standings = compare([BATON, COLOCATED], settings, question, range(2))
+    assert [standing.system for standing in standings] == order
+    assert standings[0].behind.mean == 0
+    assert standings[1].behind.mean > 0.1
+
+
+def test_one_process_and_two_give_the_same_result() -> None:
+    question = replace(QUESTION, requests=50, refine=0)
+    one = compare([COLOCATED], SETTINGS, question, range(2), processes=1)
+    assert compare([COLOCATED], SETTINGS, question, range(2), processes=2) == one
+
+
+def test_a_target_nobody_can_keep_has_no_goodput() -> None:
+    hopeless = replace(SETTINGS, slo=Slo(ttft_s=0.01, tpot_s=0.1))
+    found = search(BATON, hopeless, replace(QUESTION, requests=60), seed=0)
+    assert found.rate_per_gpu_s == 0
+
+
+def test_a_system_keeps_all_gpus_and_changes_its_keys_alone() -> None:
+    changed = settings_of(SYSTEMS["colocated-prefix"], SETTINGS)
+    assert sum(pool.workers for pool in changed.simulation.pools) == 2
+    assert {pool.role for pool in changed.simulation.pools} == {"colocated"}
+    assert changed.router.prefill_policy == "prefix_affinity"
+    assert settings_of(BATON, SETTINGS) == SETTINGS
+
+
+def test_an_unknown_system_is_named_with_those_there_are() -> None:
+    with pytest.raises(InvalidRequest, match=r"vllm.*mooncake"):
+        choose_systems(["vllm"])
