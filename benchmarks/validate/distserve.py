@@ -4,7 +4,7 @@ OPT-13B on A100-80G, its own coefficients, ShareGPT, 200 ms to the first token a
 It reports the best plan on four GPUs, prefill tp2 and decode tp1, at 1.56 requests/s per GPU, where
 90 % of the requests keep the first target and 90 % the second; and the share of requests that keep
 the targets at seven rates of that plan. These can only be shares of the second target: in the
-recorded run beside them, at 1 request/s per GPU, 4 of the first 68 requests took more than 200 ms to
+recorded run beside them, at 1 request/s per GPU, 4 of the first 68 requests took over 200 ms to
 their first token, and none more than 100 ms per token, where the table says 100 %.
 
 The dataset itself is not part of what it published. Lengths are drawn from the percentiles of 100

@@ -46,8 +46,8 @@ _SYSTEMS = (_System("M/D/1", _md1_s, 1), _System("tandem", _tandem_s, 2))
 
 
 def _run(run: Run) -> Finding:
-    loads = (0.5, 0.7) if run.quick else (0.3, 0.5, 0.7, 0.8)
-    count, seeds = (3000, 5) if run.quick else (8000, 10)
+    loads = (0.5, 0.7) if run.quick else (0.3, 0.5, 0.7)
+    count, seeds = (3000, 5) if run.quick else (5000, 6)
     rows, errors, worst_request = [], [], 0.0
     cases = [(system, load) for system in _SYSTEMS for load in loads]
     for i, (system, load) in enumerate(cases):
