@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.processes import Pairs
-from benchmarks.types import BenchFailed, Run
+from benchmarks.types import BenchFailed, Part, Run
 from benchmarks.validate import curves, distserve, queueing, vllm_run
 from benchmarks.validate.determinism import digest
 from benchmarks.validate.rig import make_worker, simulate
@@ -43,7 +43,7 @@ def test_lindleys_recursion_waits_for_the_stage_before_it() -> None:
 @pytest.mark.parametrize("part", [vllm_run.PART, curves.PART])
 @pytest.mark.parametrize("given", [True, False])
 def test_a_part_without_its_files_says_so_and_gives_no_number(
-    tmp_path: Path, part: vllm_run.Part, given: bool
+    tmp_path: Path, part: Part, given: bool
 ) -> None:
     finding = part.run(run_with(tmp_path if given else None))
     assert not finding.keys
