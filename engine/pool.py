@@ -33,6 +33,10 @@ class BlockState(IntEnum):
     QUARANTINED = 4
 
 
+_FREE, _CACHED, _IN_USE, _RECEIVING, _QUARANTINED = BlockState
+# Read through the class, a member costs 0.3 us in Python 3.11: most of what a block's move takes.
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolCounts:
     """Blocks by state, and `held`: those with at least one lease (also counted in `in_use`)."""
@@ -50,7 +54,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._state = [BlockState.FREE] * num_blocks
+        self._state = [_FREE] * num_blocks
         self._running = [0] * num_blocks
         self._leased = [0] * num_blocks
         self._hash: list[BlockHash | None] = [None] * num_blocks
@@ -58,7 +62,7 @@ class BlockPool:
         self._used_at = [0] * num_blocks
         self._free: deque[BlockId] = deque(BlockId(i) for i in range(num_blocks))
         self._by_hash: dict[BlockHash, BlockId] = {}
-        self._children: Counter[BlockHash] = Counter()
+        self._children: dict[BlockHash, int] = {}
         self._num_cached = 0
         self._leaves: list[tuple[int, BlockId]] = []  # a heap; stale entries are skipped
         self._tick = 0
@@ -91,7 +95,7 @@ class BlockPool:
         self._hash[block_id] = block_hash
         self._parent[block_id] = parent
         self._by_hash[block_hash] = block_id
-        self._children[parent] += 1
+        self._children[parent] = self._children.get(parent, 0) + 1
         self._record_stored(parent, block_hash)
         return block_id
 
@@ -102,7 +106,7 @@ class BlockPool:
         """
         for block_id in reversed(block_ids):
             block_hash = self._hash[block_id]
-            if block_hash is None or self._children[block_hash]:
+            if block_hash is None or block_hash in self._children:
                 continue
             if self._running[block_id] + self._leased[block_id] == 1:
                 self._unpublish(block_id)
@@ -125,11 +129,11 @@ class BlockPool:
 
     def available_beside(self, kept: Iterable[BlockId]) -> int:
         """As `available`, if the blocks of `kept` were acquired first."""
-        return self.available - sum(self._state[b] is BlockState.CACHED for b in kept)
+        return self.available - sum(self._state[b] is _CACHED for b in kept)
 
     def allocate(self, count: int) -> list[BlockId] | None:
         """`count` blocks with one running reference each, or None and nothing changed."""
-        return self._take(count, BlockState.IN_USE)
+        return self._take(count, _IN_USE)
 
     def acquire(self, block_ids: Sequence[BlockId]) -> None:
         """One more running reference to blocks that are cached or in use."""
@@ -167,31 +171,31 @@ class BlockPool:
 
     def reserve(self, count: int) -> list[BlockId] | None:
         """`count` blocks as targets of a read, or None and nothing changed."""
-        return self._take(count, BlockState.RECEIVING)
+        return self._take(count, _RECEIVING)
 
     def received(self, block_ids: Sequence[BlockId]) -> None:
         """The owner said `closed: held`: the blocks are usable, one running reference each."""
         for block_id in block_ids:
-            self._expect(block_id, BlockState.RECEIVING)
-            self._state[block_id] = BlockState.IN_USE
+            self._expect(block_id, _RECEIVING)
+            self._state[block_id] = _IN_USE
             self._running[block_id] = 1
 
     def abandon(self, block_ids: Sequence[BlockId]) -> None:
         """No read targets these blocks any more, and their content may not be used."""
         for block_id in block_ids:
-            self._expect(block_id, BlockState.RECEIVING)
+            self._expect(block_id, _RECEIVING)
             self._to_free(block_id)
 
     def quarantine(self, block_ids: Sequence[BlockId]) -> None:
         """A read not known to have ended may still write here."""
         for block_id in block_ids:
-            self._expect(block_id, BlockState.RECEIVING)
-            self._state[block_id] = BlockState.QUARANTINED
+            self._expect(block_id, _RECEIVING)
+            self._state[block_id] = _QUARANTINED
 
     def release_quarantined(self, block_ids: Sequence[BlockId]) -> None:
         """That read has ended."""
         for block_id in block_ids:
-            self._expect(block_id, BlockState.QUARANTINED)
+            self._expect(block_id, _QUARANTINED)
             self._to_free(block_id)
 
     # -- invariants -----------------------------------------------------------------------------
@@ -199,11 +203,11 @@ class BlockPool:
     def counts(self) -> PoolCounts:
         by_state = Counter(self._state)
         return PoolCounts(
-            free=by_state[BlockState.FREE],
-            cached=by_state[BlockState.CACHED],
-            in_use=by_state[BlockState.IN_USE],
-            receiving=by_state[BlockState.RECEIVING],
-            quarantined=by_state[BlockState.QUARANTINED],
+            free=by_state[_FREE],
+            cached=by_state[_CACHED],
+            in_use=by_state[_IN_USE],
+            receiving=by_state[_RECEIVING],
+            quarantined=by_state[_QUARANTINED],
             held=sum(leases > 0 for leases in self._leased),
         )
 
@@ -231,24 +235,20 @@ class BlockPool:
         problems: list[str] = []
         counts = Counter(self._state)
         free = set(self._free)
-        if len(free) != len(self._free) or len(free) != counts[BlockState.FREE]:
-            problems.append(
-                f"free list has {len(self._free)}, states say {counts[BlockState.FREE]}"
-            )
-        if self._num_cached != counts[BlockState.CACHED]:
-            problems.append(
-                f"cached count {self._num_cached}, states say {counts[BlockState.CACHED]}"
-            )
+        if len(free) != len(self._free) or len(free) != counts[_FREE]:
+            problems.append(f"free list has {len(self._free)}, states say {counts[_FREE]}")
+        if self._num_cached != counts[_CACHED]:
+            problems.append(f"cached count {self._num_cached}, states say {counts[_CACHED]}")
         for i in range(self.num_blocks):
             refs = self._running[i] + self._leased[i]
             state = self._state[i]
-            if (refs > 0) != (state is BlockState.IN_USE):
+            if (refs > 0) != (state is _IN_USE):
                 problems.append(f"block {i} is {state.name} with {refs} references")
-            if state is BlockState.FREE and i not in free:
+            if state is _FREE and i not in free:
                 problems.append(f"block {i} is free but not in the free list")
-            if self._hash[i] is None and state is BlockState.CACHED:
+            if self._hash[i] is None and state is _CACHED:
                 problems.append(f"block {i} is cached without a hash")
-            if self._hash[i] is not None and state not in (BlockState.CACHED, BlockState.IN_USE):
+            if self._hash[i] is not None and state not in (_CACHED, _IN_USE):
                 problems.append(f"block {i} is {state.name} with a hash")
         return problems
 
@@ -262,10 +262,10 @@ class BlockPool:
             if parent is not None:
                 children[parent] += 1
                 above = self._by_hash.get(parent)
-                in_use = self._state[block_id] is BlockState.IN_USE
-                if above is not None and in_use and self._state[above] is BlockState.CACHED:
+                in_use = self._state[block_id] is _IN_USE
+                if above is not None and in_use and self._state[above] is _CACHED:
                     problems.append(f"block {block_id} is in use below the cached block {above}")
-        if children != +self._children:
+        if dict(children) != self._children:
             problems.append("child counts differ from the index")
         hashed = sum(block_hash is not None for block_hash in self._hash)
         if hashed != len(self._by_hash):
@@ -277,30 +277,49 @@ class BlockPool:
     def _take(self, count: int, state: BlockState) -> list[BlockId] | None:
         if count > self.available:
             return None
-        while len(self._free) < count:
-            self._evict_one()
+        short = count - len(self._free)
+        if short > 0:
+            self._evict(short)
         taken = [self._free.popleft() for _ in range(count)]
         for block_id in taken:
             self._state[block_id] = state
-            self._running[block_id] = 1 if state is BlockState.IN_USE else 0
+            self._running[block_id] = 1 if state is _IN_USE else 0
         return taken
 
-    def _evict_one(self) -> None:
-        """Free the least recently used leaf of the prefix tree."""
-        while True:
-            used_at, block_id = heapq.heappop(self._leaves)
-            if self._is_leaf(block_id) and self._used_at[block_id] == used_at:
-                break
-        self._num_cached -= 1
-        self._unpublish(block_id)
-        self._to_free(block_id)
+    def _evict(self, count: int) -> None:
+        """Free the `count` least recently used leaves of the prefix tree, of which there are as
+        many as cached blocks: a leaf that goes may leave its parent as one.
+        """
+        leaves, children, by_hash = self._leaves, self._children, self._by_hash
+        states, removed = self._state, list[BlockHash]()
+        while len(removed) < count:
+            used_at, block_id = heapq.heappop(leaves)
+            block_hash, parent = self._hash[block_id], self._parent[block_id]
+            if self._used_at[block_id] != used_at or states[block_id] is not _CACHED:
+                continue
+            if block_hash is None or parent is None or block_hash in children:
+                continue
+            del by_hash[block_hash]
+            self._hash[block_id] = self._parent[block_id] = None
+            left = children[parent] - 1
+            if left:
+                children[parent] = left
+            else:
+                del children[parent]
+                above = by_hash.get(parent)
+                if above is not None and states[above] is _CACHED:
+                    heapq.heappush(leaves, (self._used_at[above], above))
+            self._to_free(block_id)
+            removed.append(block_hash)
+        self._num_cached -= count
+        self._record_removed(removed)
 
     def _is_leaf(self, block_id: BlockId) -> bool:
         block_hash = self._hash[block_id]
         return (
-            self._state[block_id] is BlockState.CACHED
+            self._state[block_id] is _CACHED
             and block_hash is not None
-            and self._children[block_hash] == 0
+            and block_hash not in self._children
         )
 
     def _unpublish(self, block_id: BlockId) -> None:
@@ -308,15 +327,17 @@ class BlockPool:
         if block_hash is None or parent is None:
             raise InternalError(f"block {block_id} has no hash to remove")
         del self._by_hash[block_hash]
-        del self._children[block_hash]
+        self._children.pop(block_hash, None)
         self._hash[block_id] = self._parent[block_id] = None
-        self._children[parent] -= 1
-        if self._children[parent] == 0:
+        left = self._children[parent] - 1
+        if left:
+            self._children[parent] = left
+        else:
             del self._children[parent]
             above = self._by_hash.get(parent)
             if above is not None and self._is_leaf(above):
                 heapq.heappush(self._leaves, (self._used_at[above], above))
-        self._record_removed(block_hash)
+        self._record_removed([block_hash])
 
     def _settle(self, block_id: BlockId) -> None:
         """Nobody refers to it any more."""
@@ -324,7 +345,7 @@ class BlockPool:
         if block_hash is None:
             self._to_free(block_id)
             return
-        self._state[block_id] = BlockState.CACHED
+        self._state[block_id] = _CACHED
         self._num_cached += 1
         self._tick += 1
         self._used_at[block_id] = self._tick
@@ -339,14 +360,14 @@ class BlockPool:
 
     def _to_use(self, block_id: BlockId) -> None:
         state = self._state[block_id]
-        if state is BlockState.CACHED:
+        if state is _CACHED:
             self._num_cached -= 1
-            self._state[block_id] = BlockState.IN_USE
-        elif state is not BlockState.IN_USE:
+            self._state[block_id] = _IN_USE
+        elif state is not _IN_USE:
             raise InternalError(f"block {block_id} is {state.name}, not cached or in use")
 
     def _to_free(self, block_id: BlockId) -> None:
-        self._state[block_id] = BlockState.FREE
+        self._state[block_id] = _FREE
         self._free.append(block_id)
 
     def _expect(self, block_id: BlockId, state: BlockState) -> None:
@@ -362,12 +383,12 @@ class BlockPool:
         else:
             self._events.append(_Run(parent=parent, hashes=[block_hash]))
 
-    def _record_removed(self, block_hash: BlockHash) -> None:
+    def _record_removed(self, hashes: list[BlockHash]) -> None:
         last = self._events[-1] if self._events else None
         if last is not None and last.parent is None:
-            last.hashes.append(block_hash)
+            last.hashes += hashes
         else:
-            self._events.append(_Run(parent=None, hashes=[block_hash]))
+            self._events.append(_Run(parent=None, hashes=hashes))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -184,10 +184,13 @@ class DecodePoolQuery(PoolQuery):
             return self.free_tokens(worker) >= self._max_tokens
         hello = self._views[worker].hello
         arena_tokens = hello.num_blocks * hello.layout.block_size
-        peak = peak_tokens(
-            self.context_tokens(worker) + self._tokens, self.sequences(worker) + 1, residuals
-        )
-        return peak <= (1 - _RESERVE) * arena_tokens and self.free_tokens(worker) >= self._tokens
+        if self.free_tokens(worker) < self._tokens:
+            return False
+        context_tokens = self.context_tokens(worker) + self._tokens
+        sequences, room = self.sequences(worker) + 1, (1 - _RESERVE) * arena_tokens
+        if context_tokens + sequences * residuals[0] <= room:
+            return True  # even if all of them were to go on as long as the longest
+        return peak_tokens(context_tokens, sequences, residuals) <= room
 
     def tpot_s(self, worker: WorkerId) -> float:
         curve = self._known.curves.of(self._views[worker].kind).decode

@@ -63,6 +63,7 @@ class SimRouter:
             random,
             Outliers(rules, Unwatched()),
         )
+        self._is_colocated = spec.is_colocated
         self._is_local = spec.router.local_prefill and not spec.is_colocated
         self._prefill_config = PrefillConfig(max_queued_tokens=spec.max_queued_tokens)
         self._decode_config = DecodeConfig(max_sequences=spec.max_sequences)
@@ -159,7 +160,7 @@ class SimRouter:
         local = considered.local.placement
         if local is not None:
             self._compute(job, self.chooser.place_locally(local), is_local=True)
-        elif self._spec.is_colocated:
+        elif self._is_colocated:
             self._compute(job, self.chooser.place(considered, job.failed), is_local=False)
         else:
             self._prefill(job, self.chooser.place(considered, job.failed))

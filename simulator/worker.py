@@ -17,7 +17,7 @@ from core.errors import InternalError
 from core.ids import BlockHash, BlockId, WorkerId
 from core.messages import KvRemoved, KvStored, LoadReport
 from decode_worker.policy import pull_headroom_blocks
-from engine.latency.base import LatencyModel, StepShape, steps_within
+from engine.latency.base import LatencyModel, StepShape
 from engine.planner import share_step
 from engine.pool import BlockPool
 from engine.scheduler import Scheduler
@@ -104,6 +104,8 @@ class SimWorker:
         self._queued_tokens = 0
         self._report: LoadReport | None = None
         self._report_s = -1.0
+        self._grows = False
+        """Whether what a report says changes within the run in flight."""
 
     # -- work that comes and goes ---------------------------------------------------------------
 
@@ -199,12 +201,15 @@ class SimWorker:
     def load(self, last_submit: int = 0) -> LoadReport:
         """As cluster.worker reports it. Within a run of steps its progress is interpolated."""
         now_s = self._events.now_s()
-        if self._report is None or self._report_s != now_s or last_submit:
-            self._report, self._report_s = self._load(now_s, last_submit), now_s
-        return self._report
+        report = self._report
+        if report is None or last_submit or (self._report_s != now_s and self._grows):
+            report = self._report = self._load(now_s, last_submit)
+            self._report_s = now_s
+        return report
 
     def _load(self, now_s: float, last_submit: int) -> LoadReport:
         run, grown = self._run, 0
+        self._grows = run is not None and run.steps > 1
         if run is not None and run.steps > 1 and run.ends_s > run.began_s:
             share = (now_s - run.began_s) / (run.ends_s - run.began_s)
             grown = int(share * run.steps) * run.sequences
@@ -235,7 +240,7 @@ class SimWorker:
         run = None if self._stepwise else self._plan()
         if run is None:
             run = self._plan_by_scheduler()
-        self._run = run
+        self._run, self._report = run, None
         if run is not None:
             self._end_later(run)
         else:
@@ -339,9 +344,18 @@ class SimWorker:
 
     def _done_steps(self, run: _Run) -> int:
         """Steps of a run that have ended by now; the last one has not."""
-        elapsed_s, latency = self._events.now_s() - run.began_s, self.spec.latency
-        context_tokens = self._context_tokens
-        return steps_within(latency, run.sequences, context_tokens, elapsed_s, run.steps - 1)
+        if run.steps <= 1:
+            return 0
+        elapsed_s, model = self._events.now_s() - run.began_s, self.spec.latency
+        sequences, context_tokens, last = run.sequences, self._context_tokens, run.steps - 1
+        done = min(last, int(run.steps * elapsed_s / (run.ends_s - run.began_s)))
+        while done > 0 and model.decode_run_s(sequences, context_tokens, done) > elapsed_s:
+            done -= 1
+        while done < last:  # steps grow, so more have ended than their share of the run's time
+            if model.decode_run_s(sequences, context_tokens, done + 1) > elapsed_s:
+                break
+            done += 1
+        return done
 
     # -- a step ends ----------------------------------------------------------------------------
 
