@@ -29,6 +29,7 @@ BENCHES = {
     "routing": "placement decisions: replayed traces under every policy, and what one costs",
     "simulator": "requests simulated per second of one core, and the memory they take",
     "transfer": "the KV hand-off between two processes: what it costs, what it hides",
+    "validate": "the simulator against formulas, published results and a real run",
 }
 """What each bench measures. Its `BENCH` is in benchmarks/NAME/bench.py, imported when it runs."""
 
@@ -46,6 +47,7 @@ class Options:
     parts: tuple[str, ...] = ()
     peers: bool = False
     traces: tuple[Path, ...] = ()
+    profiles: Path | None = None
     only_json: bool = False
     out: Path | None = None
     plot: Path | None = None
@@ -114,6 +116,7 @@ def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[t
                     pairs=pairs,
                     kept=kept,
                     traces=options.traces,
+                    profiles=options.profiles,
                 )
                 yield part.name, part.run(run)
 

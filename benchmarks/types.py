@@ -75,7 +75,7 @@ class Progress(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """How a part shall measure. `device` is a torch device that holds the KV arenas, `traces` the
-    files a user gave to replay.
+    files a user gave to replay, `profiles` the folder of measured profiles.
     """
 
     quick: bool
@@ -84,6 +84,7 @@ class Run:
     pairs: Pairs
     kept: Kept
     traces: tuple[Path, ...] = ()
+    profiles: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

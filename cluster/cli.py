@@ -144,6 +144,10 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Other systems too: see make peers (bench router).")
     ] = False,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(help="Folder of measured profiles (bench validate).", file_okay=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON object alone.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the JSON object and the plot.", file_okay=False)
@@ -163,6 +167,7 @@ def bench(
         parts=tuple(part or ()),
         peers=peers,
         traces=tuple(trace or ()),
+        profiles=profiles,
         only_json=as_json,
         out=out,
         plot=plot,
@@ -258,6 +263,54 @@ def goodput(
         plot=plot if plot is not None or as_json else Path("baton-goodput.png"),
     )
     run_goodput(_simulated(config), options)
+
+
+@app.command()
+def profile(
+    url: Annotated[str, typer.Option(help="The router: http://HOST:PORT.")],
+    out: Annotated[Path, typer.Option(help="The profile, a JSON file.", dir_okay=False)],
+    *,
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="A prompt length; may be given again.", min=1)
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Answers at once; may be given again.", min=1)
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Prompt length of these; may be given again.", min=1)
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=8)] = 64,
+    repeats: Annotated[int, typer.Option(help="Prompts of each length.", min=1)] = 5,
+    decode_workers: Annotated[int, typer.Option(help="That share a batch.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="What the workers run on, for the file.")] = "unknown",
+    tp: Annotated[int, typer.Option(help="Tensor parallel degree, for the file.", min=1)] = 1,
+    vocab: Annotated[int, typer.Option(help="Token ids below this are sent.", min=2)] = 256,
+    timeout_s: Annotated[float, typer.Option(help="For one answer.", min=1)] = 120.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a running cluster with real requests; write a profile that simulations read.
+
+    The last line is one JSON object.
+    """
+    from cluster.profile import ProfileOptions, run_profile  # noqa: PLC0415
+
+    run_profile(
+        ProfileOptions(
+            url=url,
+            out=out,
+            prompts=tuple(prompt or (64, 256, 1024, 2048)),
+            batches=tuple(batch or (1, 4, 16)),
+            contexts=tuple(context or (128, 1024)),
+            answer_tokens=answer_tokens,
+            repeats=repeats,
+            decode_workers=decode_workers,
+            device=device,
+            tp=tp,
+            vocab=vocab,
+            timeout_s=timeout_s,
+            only_json=as_json,
+        )
+    )
 
 
 @config_app.command()

@@ -58,7 +58,9 @@ class RunnerLoad:
 
 
 class Scheduler(Generic[S]):
-    """Owns the queues. `on_admitted` hears of sequences that begin with a cached prefix."""
+    """Owns the queues. `on_admitted` hears of sequences that begin with a cached prefix. While
+    `max_running` run, others wait, as in vLLM's max_num_seqs.
+    """
 
     def __init__(
         self,
@@ -68,8 +70,10 @@ class Scheduler(Generic[S]):
         step_tokens: int,
         max_batch: int,
         on_admitted: Callable[[S], None],
+        max_running: int | None = None,
     ) -> None:
         self._pool = pool
+        self._max_running = max_running
         self._block_size = block_size
         self._step_tokens = step_tokens
         self._max_batch = max_batch
@@ -171,8 +175,10 @@ class Scheduler(Generic[S]):
 
     def admit(self, now_s: float) -> None:
         """Those that wait begin, in order, until one does not find its blocks."""
-        while self.waiting and self._admit(self.waiting[0], now_s):
-            pass
+        most = self._max_running
+        while self.waiting and (most is None or len(self.running) < most):
+            if not self._admit(self.waiting[0], now_s):
+                return
 
     def _admit(self, sequence: S, now_s: float) -> bool:
         """Take all blocks of the known tokens, reusing cached ones, or leave it waiting."""

@@ -38,6 +38,7 @@ class WorkerSpec:
     block_size: int
     step_tokens: int = 512
     max_batch: int = 256
+    max_running: int | None = None
     kv_bytes_per_token: int = 131_072
     nic_bytes_per_s: float = 50e9
     gpus: int = 1
@@ -77,6 +78,7 @@ class SimWorker:
             step_tokens=spec.step_tokens,
             max_batch=spec.max_batch,
             on_admitted=lambda sequence: sequence.leg.computed(sequence),
+            max_running=spec.max_running,
         )
         self._busy_s = 0.0
         self._pulls = self._pulling_tokens = 0

@@ -1,218 +1,208 @@
-"""DistServe's published simulator case (OSDI'24): OPT-13B on A100s, ShareGPT, 200/100 ms, P90.
+"""DistServe's published simulation (OSDI'24; simdistserve's README and alignment data).
 
-Published: the best placement on a node of four is prefill TP 2, decode TP 1, 1.56 requests/s per
-GPU (simdistserve's quick start), and the share of requests that keep both targets on that placement
-at seven rates (table 2; the rates are per GPU, its three GPUs together serve three times as much:
-simdistserve's alignment script offers 3 to 12 requests/s).
+OPT-13B on A100-80G, its own coefficients, ShareGPT, 200 ms to the first token and 100 ms per token.
+It reports the best plan on four GPUs, prefill tp2 and decode tp1, at 1.56 requests/s per GPU, where
+90 % of the requests keep the first target and 90 % the second; and the share of requests that keep
+the targets at seven rates of that plan. These can only be shares of the second target: in the
+recorded run beside them, at 1 request/s per GPU, 4 of the first 68 requests took over 200 ms to
+their first token, and none more than 100 ms per token, where the table says 100 %.
 
-Step times are DistServe's own fits (Apache-2.0). Its prefill coefficients exist in two versions,
-the released ones being 1.1 times those that its alignment script names; the quick start is compared
-with the released ones, the seven points with those of the script.
+The dataset itself is not part of what it published. Lengths are drawn from the percentiles of 100
+of its requests, prompts and answers apart, and arrivals are Poisson; so points are means of seeds.
+As in its simulator all prompts that wait form one step, and KV moves in no time.
 """
 
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from random import Random
+from __future__ import annotations
 
-from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
-from router.policies.base import Slo
-from simulator.plan.search import Progress, search
-from simulator.plan.trial import plan_setup, simulate
-from simulator.plan.types import Answer, Offer, Option, Plan, Pool, Problem
+from dataclasses import dataclass
+from random import Random
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from benchmarks.numbers import Estimate, percentile
+from benchmarks.types import Finding, Part, ResultTable, Run, Target
+from benchmarks.validate.rig import make_worker, simulate
+from engine.latency.curve import Curve
+from simulator.job import Record
+from simulator.profiles.published import DISTSERVE_KV_TOKENS, distserve_latency
+from simulator.spec import PoolRole
+from simulator.workload.arrivals import Constant, draw_arrivals
 from simulator.workload.types import SimRequest
 
-PUBLISHED_RPS_PER_GPU = 1.56
-PUBLISHED_PREFILL_TP, PUBLISHED_DECODE_TP = 2, 1
-PUBLISHED_ATTAINMENT = {
-    1.0: 1.0,
-    1.5: 1.0,
-    2.0: 0.993,
-    2.5: 0.883,
-    3.0: 0.841,
-    3.5: 0.77,
-    4.0: 0.689,
-}
-"""Simulated share of requests by rate per GPU, of the placement named DistServe-Low."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-_SLO = Slo(ttft_s=0.2, tpot_s=0.1)
-_SHARE = 0.9
-_GPU = "a100"
+_MODEL = "opt-13b"
+_TTFT_S, _TPOT_S, _SHARE = 0.2, 0.1, 0.9
+_REQUESTS = 300
 _GPUS = 4
-_SCRIPT_TO_RELEASED = 1.1
-_BLOCK_SIZE = 16
-_KV_BYTES_PER_TOKEN = 819_200
-_NVLINK_BYTES_PER_S = 300e9
-_NIC_BYTES_PER_S = 25e9
-_WHOLE_PROMPTS = 1 << 20
-"""DistServe batches prompts and cuts none, so a step takes all that wait."""
+_PUBLISHED_RATE, _RATE_BOUND = 1.56, 0.25
+_POINT_BOUND = 0.05
+_HIGHEST, _WIDTH = 5.0, 0.05
+_PUBLISHED = {1.0: 1.0, 1.5: 1.0, 2.0: 0.993, 2.5: 0.883, 3.0: 0.841, 3.5: 0.77, 4.0: 0.689}
+"""Share of requests within the target in its simulator, by requests/s per GPU."""
 
-_SHARES = (0, 0.05, 0.1, 0.15, 0.25, 0.33, 0.4, 0.5, 0.58, 0.67, 0.75, 0.83, 0.9, 0.95, 0.98, 1)
-_PROMPTS = (9, 31, 94, 181, 345, 469, 575, 760, 852, 1013, 1170, 1361, 1513, 1728, 1830, 2003)
-_OUTPUTS = (2, 5, 9, 12, 18, 28, 36, 68, 138, 219, 279, 373, 479, 609, 817, 1085)
-"""Lengths at these shares of the 300 ShareGPT requests that DistServe's alignment data replays."""
+_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+_PROMPTS = Curve(_SHARES, (10, 54, 162, 365, 506, 637, 814, 959, 1175, 1370, 1591, 1718, 2003))
+_ANSWERS = Curve(_SHARES, (2, 4, 6, 13, 21, 34, 55, 169, 239, 291, 469, 527, 894))
+"""Tokens by share of the requests: distserve-100-1.exp of its alignment data (Apache-2.0)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """Milliseconds: per step, per token, per squared prompt; per step, context token, sequence."""
+@dataclass(frozen=True, slots=True, order=True)
+class _Plan:
+    """Tensor parallel degrees of one prefill and one decode worker."""
 
-    tp: int
-    prefill: tuple[float, float, float]
-    small: tuple[float, float, float]
-    large: tuple[float, float, float]
-    kv_tokens: int
+    prefill: int
+    decode: int
 
+    @property
+    def gpus(self) -> int:
+        return self.prefill + self.decode
 
-_LARGE_FROM = 95
-_FITS = (
-    _Fit(1, (18.10, 0.1019, 7.12e-6), (19.93, 6.27e-4, 0.0385), (7.17, 5.80e-4, 0.158), 66_144),
-    _Fit(2, (14.74, 0.0686, 2.45e-6), (13.29, 3.41e-4, 0.0630), (10.64, 3.12e-4, 0.0856), 163_008),
-    _Fit(4, (12.06, 0.0381, 5.2e-7), (10.26, 1.88e-4, 0.0327), (10.48, 1.71e-4, 0.0457), 356_736),
-)
+    def __str__(self) -> str:
+        return f"prefill tp{self.prefill}, decode tp{self.decode}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attainment:
-    """One published point and ours, a mean over seeds."""
+class _Point:
+    """Shares of requests within the targets, at one rate."""
 
-    rps_per_gpu: float
-    published: float
-    simulated: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistServeCase:
-    """What the search found on DistServe's inputs, and the published points beside ours."""
-
-    rps_per_gpu: float
-    prefill_tp: int
-    decode_tp: int
-    answer: Answer
-    attainment: tuple[Attainment, ...]
-
-    @property
-    def is_published_plan(self) -> bool:
-        """The same degrees of tensor parallelism as published."""
-        return (self.prefill_tp, self.decode_tp) == (PUBLISHED_PREFILL_TP, PUBLISHED_DECODE_TP)
-
-    @property
-    def worst_attainment_error(self) -> float:
-        """The largest difference to a published point, as a share of the requests."""
-        return max(abs(point.simulated - point.published) for point in self.attainment)
+    ttft: Estimate
+    tpot: Estimate
+    both: Estimate
 
 
-def distserve_case(
-    lengths: Sequence[tuple[int, int]] | None = None,
-    *,
-    seeds: int = 5,
-    processes: int = 1,
-    progress: Progress = lambda text, done, total: None,
-) -> DistServeCase:
-    """Search and points on (prompt, output) lengths drawn with Poisson arrivals; without `lengths`
-    from the quantiles above. Takes about 15 s of CPU.
-    """
-    answer = search(_problem(lengths, seed=0), processes=processes, progress=progress)
-    best = answer.best[0].plan if answer.best else None
-    return DistServeCase(
-        rps_per_gpu=answer.best[0].rps_per_gpu if answer.best else 0.0,
-        prefill_tp=best.prefill.option.tp if best is not None else 0,
-        decode_tp=best.decode.option.tp if best is not None and best.decode is not None else 0,
-        answer=answer,
-        attainment=tuple(attainment(lengths, seeds=seeds)),
-    )
+_PLANS = [_Plan(p, d) for p in (1, 2) for d in (1, 2) if p + d <= _GPUS]
+_BEST = _Plan(2, 1)
 
 
-def attainment(
-    lengths: Sequence[tuple[int, int]] | None = None, *, seeds: int = 5
-) -> list[Attainment]:
-    """The seven points, on the published placement."""
-    problems = [
-        _problem(lengths, seed=seed, prefill_scale=1 / _SCRIPT_TO_RELEASED) for seed in range(seeds)
-    ]
-    points: list[Attainment] = []
-    for rate, published in PUBLISHED_ATTAINMENT.items():
-        shares: list[float] = []
-        for problem in problems:
-            plan = _published_plan(problem)
-            setup = plan_setup(problem, plan, rate)
-            shares.append(simulate(problem, setup, rate * plan.gpus).share)
-        points.append(
-            Attainment(rps_per_gpu=rate, published=published, simulated=sum(shares) / len(shares))
-        )
-    return points
-
-
-def draw_lengths(random: Random) -> tuple[int, int]:
-    """A prompt and an output, which hardly depend on each other there (correlation -0.12)."""
-    return _quantile(_PROMPTS, random.random()), _quantile(_OUTPUTS, random.random())
-
-
-def _quantile(values: Sequence[int], share: float) -> int:
-    i = min(bisect_right(_SHARES, share), len(_SHARES) - 1)
-    (x0, x1), (y0, y1) = list(pairwise(_SHARES))[i - 1], list(pairwise(values))[i - 1]
-    return round(y0 + (y1 - y0) * (share - x0) / (x1 - x0))
-
-
-def _published_plan(problem: Problem) -> Plan:
-    by_tp = {option.tp: option for option in problem.options}
-    prefill, decode = by_tp[PUBLISHED_PREFILL_TP], by_tp[PUBLISHED_DECODE_TP]
-    return Plan(
-        prefill=Pool(option=prefill, step_tokens=_WHOLE_PROMPTS, workers=1),
-        decode=Pool(option=decode, step_tokens=_WHOLE_PROMPTS, workers=1),
-    )
-
-
-def _problem(
-    lengths: Sequence[tuple[int, int]] | None, *, seed: int, prefill_scale: float = 1.0
-) -> Problem:
-    return Problem(
-        options=tuple(_option(fit, prefill_scale) for fit in _FITS),
-        offers=(Offer(gpu=_GPU, count=_GPUS),),
-        gpus=_GPUS,
-        slo=_SLO,
-        share=_SHARE,
-        requests=_requests(lengths, seed),
-        block_size=_BLOCK_SIZE,
-        kv_bytes_per_token=_KV_BYTES_PER_TOKEN,
-        node_gpus=_GPUS,
-        chunks=(_WHOLE_PROMPTS,),
-        max_batch=1024,
-        run_s=300.0,
-        seed=seed,
-    )
-
-
-def _requests(lengths: Sequence[tuple[int, int]] | None, seed: int) -> tuple[SimRequest, ...]:
-    random, at_s, requests = Random(seed), 0.0, list[SimRequest]()
-    for _ in range(1500):
-        prompt, output = draw_lengths(random) if lengths is None else random.choice(lengths)
-        requests.append(SimRequest(at_s=at_s, prompt_tokens=prompt, output_tokens=output))
-        at_s += random.expovariate(1.0)
-    return tuple(requests)
-
-
-def _option(fit: _Fit, prefill_scale: float) -> Option:
-    base, per_token, per_square = (prefill_scale * ms / 1e3 for ms in fit.prefill)
-    return Option(
-        gpu=_GPU,
-        tp=fit.tp,
-        latency=FittedLatency(
-            prefill=PrefillCurve(base_s=base, per_token_s=per_token, per_pair_s=2 * per_square),
-            decode=(_decode(fit.small, 0), _decode(fit.large, _LARGE_FROM)),
+def _run(run: Run) -> Finding:
+    seeds = range(2 if run.quick else 5)
+    rates: dict[_Plan, Estimate] = {}
+    for i, plan in enumerate(_PLANS):
+        run.progress(f"highest rate of {plan}", i, len(_PLANS) + 1)
+        rates[plan] = Estimate.of([_highest_rate(plan, seed) for seed in seeds])
+    run.progress(f"attainment of {_BEST}", len(_PLANS), len(_PLANS) + 1)
+    points = {rate: _attainment(rate, 2 * len(seeds)) for rate in _PUBLISHED}
+    worst = max(abs(points[rate].tpot.mean - share) for rate, share in _PUBLISHED.items())
+    best = max(_PLANS, key=lambda plan: rates[plan].mean)
+    found = rates[best].mean
+    return Finding(
+        tables=(_plan_table(rates), _point_table(points)),
+        targets=(
+            Target(
+                promise=f"DistServe's best plan: {_BEST}, {_PUBLISHED_RATE} requests/s per GPU"
+                f" +-{_RATE_BOUND}",
+                measured=f"{best}, {found:.2f}",
+                held=best == _BEST and abs(found - _PUBLISHED_RATE) <= _RATE_BOUND,
+            ),
+            Target(
+                promise="its seven attainment points, read as shares within 100 ms per token,"
+                f" within {100 * _POINT_BOUND:g} points",
+                measured=f"worst {100 * worst:.1f} points",
+                held=worst <= _POINT_BOUND,
+            ),
         ),
-        kv_tokens=fit.kv_tokens,
-        nic_bytes_per_s=fit.tp * _NIC_BYTES_PER_S,
-        nvlink_bytes_per_s=fit.tp * _NVLINK_BYTES_PER_S,
+        keys={
+            "distserve_case": found,
+            "distserve_plan": str(best),
+            "distserve_points_error": worst,
+        },
+        draw=lambda axes: _draw(axes, points),
     )
 
 
-def _decode(curve: tuple[float, float, float], from_sequences: int) -> DecodeCurve:
-    base, per_context_token, per_sequence = (ms / 1e3 for ms in curve)
-    return DecodeCurve(
-        base_s=base,
-        per_sequence_s=per_sequence,
-        per_context_token_s=per_context_token,
-        from_sequences=from_sequences,
+def _plan_table(rates: dict[_Plan, Estimate]) -> ResultTable:
+    ordered = sorted(rates.items(), key=lambda item: -item[1].mean)
+    return ResultTable(
+        title="simulated: highest rate with 90 % within 200 ms and 90 % within 100 ms per token",
+        columns=("plan", "GPUs", "requests/s per GPU"),
+        texts=1,
+        rows=tuple(
+            (str(plan), str(plan.gpus), f"{rate.mean:.2f} +- {rate.half:.2f}")
+            for plan, rate in ordered
+        ),
     )
+
+
+def _point_table(points: dict[float, _Point]) -> ResultTable:
+    return ResultTable(
+        title=f"simulated: requests of {_BEST} within the targets",
+        columns=("requests/s per GPU", "per token", "published", "difference", "first", "both"),
+        texts=0,
+        rows=tuple(
+            (
+                f"{rate:g}",
+                f"{points[rate].tpot.mean:.1%} +- {points[rate].tpot.half:.1%}",
+                f"{share:.1%}",
+                f"{100 * (points[rate].tpot.mean - share):+.1f}",
+                f"{points[rate].ttft.mean:.1%}",
+                f"{points[rate].both.mean:.1%}",
+            )
+            for rate, share in _PUBLISHED.items()
+        ),
+    )
+
+
+def _highest_rate(plan: _Plan, seed: int) -> float:
+    """Bisected, with the same draws at every rate."""
+    low, high = 0.0, _HIGHEST
+    while high - low > _WIDTH:
+        middle = (low + high) / 2
+        records = _simulate(plan, middle, seed)
+        ttft = percentile([record.ttft_s for record in records], _SHARE)
+        tpot = percentile([record.tpot_s for record in records], _SHARE)
+        low, high = (middle, high) if ttft <= _TTFT_S and tpot <= _TPOT_S else (low, middle)
+    return (low + high) / 2
+
+
+def _attainment(rate: float, seeds: int) -> _Point:
+    runs = [_simulate(_BEST, rate, seed) for seed in range(seeds)]
+    return _Point(
+        ttft=Estimate.of([fmean(r.ttft_s <= _TTFT_S for r in run) for run in runs]),
+        tpot=Estimate.of([fmean(r.tpot_s <= _TPOT_S for r in run) for run in runs]),
+        both=Estimate.of(
+            [fmean(r.ttft_s <= _TTFT_S and r.tpot_s <= _TPOT_S for r in run) for run in runs]
+        ),
+    )
+
+
+def _simulate(plan: _Plan, rate: float, seed: int) -> tuple[Record, ...]:
+    """`rate` is per GPU."""
+    random = Random(seed)
+    times_s = draw_arrivals(Constant(1.0), _REQUESTS, random)
+    requests = [
+        SimRequest(
+            t_s / (rate * plan.gpus),
+            round(_PROMPTS.at(random.random())),
+            max(2, round(_ANSWERS.at(random.random()))),
+        )
+        for t_s in times_s
+    ]
+    workers = {
+        role: make_worker(
+            distserve_latency(_MODEL, degree), kv_tokens=DISTSERVE_KV_TOKENS[degree], gpus=degree
+        )
+        for role, degree in ((PoolRole.PREFILL, plan.prefill), (PoolRole.DECODE, plan.decode))
+    }
+    return simulate(requests, workers)
+
+
+def _draw(axes: Axes, points: dict[float, _Point]) -> None:
+    rates = list(_PUBLISHED)
+    axes.plot(rates, [100 * share for share in _PUBLISHED.values()], "o--", label="published")
+    means = [100 * points[rate].tpot.mean for rate in rates]
+    halves = [100 * points[rate].tpot.half for rate in rates]
+    axes.errorbar(rates, means, yerr=halves, marker="s", label="here")
+    axes.set_xlabel("requests/s per GPU")
+    axes.set_ylabel("within 100 ms per token, %")
+    axes.set_title("DistServe's points, simulated")
+    axes.legend()
+
+
+PART = Part(
+    name="distserve",
+    what="DistServe's published case: best plan and seven points",
+    keys=("distserve_case", "distserve_plan", "distserve_points_error"),
+    run=_run,
+)

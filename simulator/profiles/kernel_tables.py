@@ -2,8 +2,8 @@
 
 LLMServingSim measures the layers of one model within vLLM. aiconfigurator measures matrix products,
 attention and all-reduces of many shapes, of which those of a model are taken, or interpolated
-between neighbours; norms, sampling and gaps between launches are not in it, so its sum is a lower
-bound, and `overhead_s` of a step is the caller's to add.
+between neighbours; norms and sampling are not in it. Neither has what an engine does between its
+kernels, so the sum is a lower bound, and `overhead_s` of a step is the caller's to add.
 """
 
 import csv
@@ -55,7 +55,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 # -- LLMServingSim ------------------------------------------------------------------------------
 
 
-def read_llmservingsim(file: Path, shape: ModelShape) -> TableLatency:
+def read_llmservingsim(file: Path, shape: ModelShape, *, overhead_s: float = 0.0) -> TableLatency:
     """From NAME-attention.csv and, beside it, -dense.csv and -per_sequence.csv (times in us).
 
     Beyond the longest step measured, products grow in proportion.
@@ -78,7 +78,7 @@ def read_llmservingsim(file: Path, shape: ModelShape) -> TableLatency:
             decode[int(batch), int(context)] = seconds
     layers = _curves(beside("dense"), "layer", "tokens")
     tokens = sorted({int(x) for curve in layers.values() for x in curve.xs})
-    dense = {n: _dense_s(layers, shape, n) for n in tokens}
+    dense = {n: _dense_s(layers, shape, n) + overhead_s for n in tokens}
     dense[2 * tokens[-1]] = 2 * dense[tokens[-1]]
     return TableLatency(
         prefill=Grid.of(prefill),

@@ -28,8 +28,10 @@ from simulator.profiles.types import BadProfile, Measured, Profile
 
 Kind = Literal["table", "fitted"]
 
-_OVERHEAD_S = 2e-3
-"""What a step takes beside its kernels, where a profile holds kernels alone."""
+STEP_OVERHEAD_S = 2e-3
+"""What a step takes beside its kernels, where a profile holds kernels alone: DistServe's figure for
+its own engine (OSDI'24, its simulator).
+"""
 
 
 def load_profile(
@@ -56,11 +58,11 @@ def load_profile(
         measured = read_splitwise(file, name, hardware, tp)
         return _of_steps(part, tp, measured, None, kind)
     if "-attention." in file.name:
-        table = read_llmservingsim(file, _shape(source, model))
+        table = read_llmservingsim(file, _shape(source, model), overhead_s=STEP_OVERHEAD_S)
         return Profile(name=file.name.split("-attention.")[0], tp=tp, latency=table)
     if file.with_name(f"{file.name}-gemm_perf.csv.gz").is_file():
         shape = _shape(source, model)
-        table = read_aiconfigurator(file, shape, tp, overhead_s=_OVERHEAD_S)
+        table = read_aiconfigurator(file, shape, tp, overhead_s=STEP_OVERHEAD_S)
         return Profile(name=f"{file.name} {shape.name}", tp=tp, latency=table)
     raise BadProfile(
         f"{source!r} is no profile: neither a file of a known format nor roofline:DEVICE"

@@ -1,0 +1,9 @@
+"""The bench `validate`: its parts, in the order of the report."""
+
+from benchmarks.types import Bench
+from benchmarks.validate import curves, determinism, distserve, queueing, vllm_run
+
+BENCH = Bench(
+    name="validate",
+    parts=(queueing.PART, vllm_run.PART, distserve.PART, curves.PART, determinism.PART),
+)

@@ -1,0 +1,82 @@
+"""Small simulated clusters, and where the files are that a part needs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.types import Run
+from engine.latency.base import LatencyModel
+from router.config import RouterConfig
+from router.policies.base import Slo
+from simulator.cluster import Cluster
+from simulator.job import Record
+from simulator.spec import NetworkSpec, PoolRole, PoolSpec, SimSpec
+from simulator.worker import WorkerSpec
+from simulator.workload.types import SimRequest
+
+_NO_SLO = Slo(ttft_s=1e6, tpot_s=1e6)
+_ENDLESS = 10**9
+_ROUTER = RouterConfig(
+    prefill_policy="least_load",
+    decode_policy="least_load",
+    admission="off",
+    local_prefill=False,
+    request_timeout_s=1e6,
+)
+
+
+def make_worker(
+    latency: LatencyModel,
+    *,
+    kv_tokens: int = 1_000_000,
+    block_size: int = 16,
+    step_tokens: int = _ENDLESS,
+    max_batch: int = _ENDLESS,
+    max_running: int | None = None,
+    kv_bytes_per_token: int = 0,
+    link_bytes_per_s: float = 1e15,
+    gpus: int = 1,
+) -> WorkerSpec:
+    """By default all steps are as large as there is work, and KV moves in no time."""
+    return WorkerSpec(
+        latency=latency,
+        kv_blocks=kv_tokens // block_size,
+        block_size=block_size,
+        step_tokens=step_tokens,
+        max_batch=max_batch,
+        max_running=max_running,
+        kv_bytes_per_token=kv_bytes_per_token,
+        nic_bytes_per_s=link_bytes_per_s,
+        gpus=gpus,
+    )
+
+
+def simulate(
+    requests: Sequence[SimRequest], pools: dict[PoolRole, WorkerSpec], *, seed: int = 0
+) -> tuple[Record, ...]:
+    """One worker per role, without admission; a record per request, in order of arrival."""
+    spec = SimSpec(
+        pools=tuple(
+            PoolSpec(name=role.value, role=role, workers=1, worker=worker)
+            for role, worker in pools.items()
+        ),
+        router=_ROUTER,
+        slo=_NO_SLO,
+        network=NetworkSpec(control_s=0.0, uplink_bytes_per_s=1e15),
+        max_queued_tokens=_ENDLESS,
+        max_sequences=_ENDLESS,
+        samples=1,
+        seed=seed,
+    )
+    return Cluster(spec).run(requests).records
+
+
+def find_profile(run: Run, pattern: str) -> Path | None:
+    """The first file of the profiles' folder that matches, or None."""
+    if run.profiles is None:
+        return None
+    return min(run.profiles.glob(pattern), default=None)
+
+
+def missing(pattern: str) -> str:
+    """What to say when a part cannot run for want of its files."""
+    return f"not run: it needs {pattern} in the folder that --profiles names"

@@ -1,0 +1,153 @@
+"""`baton profile`: what steps of a running cluster take, measured by real requests.
+
+Prompts of each length come alone: their TTFT is a prefill step, with the router's share in it. Then
+batches of each size decode together: gaps between tokens while all of them run are decode steps.
+Batches are spread over the decode workers by the router, so the cluster should have one of them, or
+`decode_workers` says how many share a batch. Prompts are random tokens: nothing is cached.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+
+from rich.progress import Progress
+
+from cluster.profile_client import Answer, Endpoint, complete, parse_url, served_model
+from core.errors import ConfigError
+from simulator.profiles.fit import fit_latency
+from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, write_own
+
+_LEAST_GAPS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """What is measured. Token ids are drawn below `vocab`, which the model must have."""
+
+    url: str
+    out: Path
+    prompts: tuple[int, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    answer_tokens: int
+    repeats: int
+    decode_workers: int
+    device: str
+    tp: int
+    vocab: int
+    timeout_s: float
+    only_json: bool
+
+
+def run_profile(options: ProfileOptions) -> None:
+    """Measure, write the file, print what was found; the last line is the JSON object."""
+    profile = asyncio.run(_measure(options))
+    write_own(options.out, profile)
+    print(f"wrote {options.out}", file=sys.stderr)
+    fitted = fit_latency(profile.measured)
+    prefill, (decode,) = fitted.prefill, fitted.decode
+    if not options.only_json:
+        print(
+            f"prefill {prefill.base_s * 1e3:.3g} ms + {prefill.per_token_s * 1e3:.3g} ms a token"
+            f" + {prefill.per_pair_s * 1e3:.3g} ms a pair\n"
+            f"decode {decode.base_s * 1e3:.3g} ms + {decode.per_sequence_s * 1e3:.3g} ms a sequence"
+            f" + {decode.per_context_token_s * 1e3:.3g} ms a token of context"
+        )
+    print(
+        json.dumps(
+            {
+                "file": str(options.out),
+                "prefill_base_s": prefill.base_s,
+                "prefill_per_token_s": prefill.per_token_s,
+                "prefill_per_pair_s": prefill.per_pair_s,
+                "decode_base_s": decode.base_s,
+                "decode_per_sequence_s": decode.per_sequence_s,
+                "decode_per_context_token_s": decode.per_context_token_s,
+            }
+        )
+    )
+
+
+async def _measure(options: ProfileOptions) -> OwnProfile:
+    host, port = parse_url(options.url)
+    endpoint = Endpoint(host, port, await served_model(host, port, options.timeout_s))
+    random = Random(0)
+
+    def prompt(tokens: int) -> list[int]:
+        return [random.randrange(options.vocab) for _ in range(tokens)]
+
+    prefill, decode = list[PrefillRow](), list[DecodeRow]()
+    total = len(options.prompts) + len(options.batches) * len(options.contexts)
+    with Progress(disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        await complete(endpoint, prompt(options.prompts[0]), 2, options.timeout_s)  # warm
+        for length in options.prompts:
+            answers = [
+                await complete(endpoint, prompt(length), 1, options.timeout_s)
+                for _ in range(options.repeats)
+            ]
+            prefill.append(prefill_row(length, answers))
+            bar.advance(task)
+        for batch in options.batches:
+            for context in options.contexts:
+                decode.append(await _decode(options, endpoint, prompt, batch, context))
+                bar.advance(task)
+    return OwnProfile(
+        model=endpoint.model,
+        device=options.device,
+        tp=options.tp,
+        prefill=tuple(prefill),
+        decode=tuple(decode),
+    )
+
+
+async def _decode(
+    options: ProfileOptions,
+    endpoint: Endpoint,
+    prompt: Callable[[int], list[int]],
+    batch: int,
+    context: int,
+) -> DecodeRow:
+    async with asyncio.TaskGroup() as group:
+        tasks = [
+            group.create_task(
+                complete(endpoint, prompt(context), options.answer_tokens, options.timeout_s)
+            )
+            for _ in range(batch * options.decode_workers)
+        ]
+    return decode_row(batch, context, [task.result() for task in tasks])
+
+
+def prefill_row(tokens: int, answers: Sequence[Answer]) -> PrefillRow:
+    """The median of prompts that came alone."""
+    return PrefillRow(start=0, end=tokens, seconds=median(answer.ttft_s for answer in answers))
+
+
+def decode_row(batch: int, context: int, answers: Sequence[Answer]) -> DecodeRow:
+    """The median gap between tokens while all of the answers decode, and the mean context there.
+
+    Raises ConfigError when they hardly overlap: then no step had the whole batch.
+    """
+    begin_s = max(answer.token_at_s[0] for answer in answers)
+    end_s = min(answer.token_at_s[-1] for answer in answers)
+    gaps, grown = list[float](), list[int]()
+    for answer in answers:
+        times = answer.token_at_s
+        for i in range(1, len(times)):
+            if times[i - 1] >= begin_s and times[i] <= end_s:
+                gaps.append(times[i] - times[i - 1])
+                grown.append(i)
+    if len(gaps) < _LEAST_GAPS * len(answers):
+        raise ConfigError(
+            f"{batch} answers of prompts of {context} tokens hardly decoded together;"
+            " ask for longer answers (--answer-tokens)"
+        )
+    mean_context = context + sum(grown) / len(grown)
+    return DecodeRow(
+        sequences=batch, context_tokens=round(batch * mean_context), seconds=median(gaps)
+    )

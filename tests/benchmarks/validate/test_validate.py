@@ -1,0 +1,115 @@
+"""The bench `validate`: its comparisons on cases whose answer is known."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.processes import Pairs
+from benchmarks.types import BenchFailed, Part, Run
+from benchmarks.validate import curves, distserve, queueing, vllm_run
+from benchmarks.validate.determinism import digest
+from benchmarks.validate.rig import make_worker, simulate
+from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
+from simulator.spec import PoolRole
+from simulator.workload.types import SimRequest
+
+
+def run_with(profiles: Path | None) -> Run:
+    return Run(
+        quick=True,
+        device="cpu",
+        progress=lambda text, done, total: None,
+        pairs=Pairs(),
+        profiles=profiles,
+    )
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_simulated_queue_is_lindleys_request_by_request(stages: int) -> None:
+    requests = queueing._arrivals(8.0, 200, stages, seed=3)
+    took = [queueing._took_s(r, stages) for r in queueing._simulate(requests, stages)]
+    assert took == pytest.approx(queueing._lindley(requests, stages))
+    assert max(took) > 1.5 * min(took)
+
+
+def test_lindleys_recursion_waits_for_the_stage_before_it() -> None:
+    requests = [SimRequest(at_s, 100, 2) for at_s in (0.0, 0.01, 0.5)]
+    assert queueing._lindley(requests, 2) == pytest.approx([0.1, 0.14, 0.1])
+
+
+@pytest.mark.parametrize("part", [vllm_run.PART, curves.PART])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_part_without_its_files_says_so_and_gives_no_number(
+    tmp_path: Path, part: Part, given: bool
+) -> None:
+    finding = part.run(run_with(tmp_path if given else None))
+    assert not finding.keys
+    assert "--profiles" in finding.notes[0]
+
+
+LATENCY = FittedLatency(
+    prefill=PrefillCurve(base_s=0.01, per_token_s=1e-4),
+    decode=(DecodeCurve(base_s=0.02, per_sequence_s=1e-4),),
+)
+
+
+def test_a_run_that_the_model_describes_has_no_error() -> None:
+    requests = [SimRequest(0.3 * i, 100 + 10 * i, 20) for i in range(30)]
+    records = simulate(
+        requests, {PoolRole.COLOCATED: make_worker(LATENCY, step_tokens=2048, max_batch=128)}
+    )
+    served = [
+        vllm_run._Served(request, record.ttft_s, record.tpot_s, record.queue_s)
+        for request, record in zip(requests, records, strict=True)
+    ]
+    assert vllm_run._compare(served, LATENCY).median == pytest.approx(0, abs=1e-9)
+    slow = FittedLatency(prefill=PrefillCurve(base_s=0.02, per_token_s=2e-4), decode=LATENCY.decode)
+    assert vllm_run._compare(served, slow).median > 0.5
+
+
+def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x-vllm-requests.jsonl.gz"
+    file.write_bytes(gzip.compress(json.dumps({"queued_ts": 1.0}).encode()))
+    with pytest.raises(BenchFailed, match="no record of a vLLM run"):
+        vllm_run._read(file)
+
+
+def test_curves_that_follow_the_fit_are_met_out_of_sample(tmp_path: Path) -> None:
+    folder = tmp_path / "dynamo-planner"
+    folder.mkdir()
+    lengths = np.arange(100, 8000, 500)
+    batches, context = np.repeat([1, 8, 32, 64], 2), np.tile([500.0, 4000.0, 4000.0, 500.0], 2)
+    itl_ms = 5 + 0.1 * batches + 1e-4 * batches * context
+    tp = np.array([[1]])
+    np.savez(
+        folder / "h200_x_prefill.npz",
+        prefill_isl=[lengths],
+        prefill_ttft=[10 + 0.02 * lengths + 1e-6 * lengths**2],
+        tp=tp,
+    )
+    np.savez(
+        folder / "h200_x_decode.npz",
+        y_context_length=[context],
+        z_itl=[itl_ms],
+        z_thpt_per_gpu=[batches / itl_ms * 1e3],
+        max_kv_tokens=[[10**6]],
+        tp=tp,
+    )
+    finding = curves.PART.run(run_with(tmp_path))
+    fitted = [row for row in finding.tables[0].rows if row[0] == "fitted"]
+    assert {cell for row in fitted for cell in row[2:]} == {"0.0%"}
+
+
+def test_a_prefill_worker_of_two_gpus_keeps_the_target_where_one_cannot() -> None:
+    def share(plan: distserve._Plan) -> float:
+        records = distserve._simulate(plan, 1.0, seed=0)
+        return sum(record.ttft_s <= 0.2 for record in records) / len(records)
+
+    assert share(distserve._Plan(2, 1)) > 0.9 > share(distserve._Plan(1, 1))
+
+
+def test_a_run_is_its_seeds_alone() -> None:
+    assert digest(0, 30) == digest(0, 30) != digest(1, 30)
