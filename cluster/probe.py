@@ -1,25 +1,55 @@
-"""Asks a router whether it is ready, over one plain HTTP connection."""
+"""Asks a router how it is, over one plain HTTP connection each."""
 
 import asyncio
+import json
 from urllib.parse import urlsplit
 
 _TIMEOUT_S = 5.0
+_PART_BYTES = 65_536
+_MAX_BYTES = 256 * _PART_BYTES
 
 
 async def answers_ready(router_url: str) -> bool:
     """GET /ready answers 200: a prefill and a decode worker are routable. Never raises."""
+    return _is_200(await _get(router_url, "/ready"))
+
+
+async def ejected_workers(router_url: str, api_key: str | None = None) -> dict[str, str]:
+    """Workers that the router leaves out of placement, and why: failures or slow. Never raises."""
+    answer = await _get(router_url, "/control/workers", api_key)
+    if not _is_200(answer):
+        return {}
+    try:
+        seen = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return {str(w["worker_id"]): str(w["ejected_for"]) for w in seen if w["ejected"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _is_200(answer: bytes) -> bool:
+    return b" 200 " in answer.partition(b"\r\n")[0]
+
+
+async def _get(router_url: str, path: str, api_key: str | None = None) -> bytes:
+    """The whole answer; empty when there is none in time. HTTP/1.0, so it is in one piece."""
     parts = urlsplit(router_url)
+    lines = [f"GET {path} HTTP/1.0", f"Host: {parts.netloc}"]
+    lines += [f"Authorization: Bearer {api_key}"] if api_key is not None else []
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
             try:
-                request = (
-                    f"GET /ready HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n"
-                )
-                writer.write(request.encode())
+                writer.write("\r\n".join([*lines, "", ""]).encode())
                 await writer.drain()
-                return b" 200 " in await reader.readline()
+                return await _read(reader)
             finally:
                 writer.close()
     except (OSError, TimeoutError):
-        return False
+        return b""
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    answer = bytearray()
+    while len(answer) < _MAX_BYTES and (part := await reader.read(_PART_BYTES)):
+        answer += part
+    return bytes(answer)

@@ -33,6 +33,7 @@ def record_to_wire(record: WorkerRecord) -> registry_pb2.WorkerRecord:
         router_address=record.router_address,
         model_id=record.model_id,
         pid=record.pid,
+        network_domain=record.network_domain,
     )
 
 
@@ -47,6 +48,7 @@ def record_from_wire(record: registry_pb2.WorkerRecord) -> WorkerRecord:
         router_address=record.router_address,
         model_id=ModelId(record.model_id),
         pid=record.pid,
+        network_domain=record.network_domain,
     )
 
 

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ClusterConfig
-from cluster.probe import answers_ready
+from cluster.probe import answers_ready, ejected_workers
 from cluster.registries import connect_registry
 from cluster.run_dir import RunDir
 from cluster.status import WorkerControl, WorkerStatus, collect
 from cluster.tables import new_table, print_table
 from core.errors import Unavailable
+
+_EJECTED = {"failures": "requests failed on it", "slow": "it was far slower than its peers"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,8 @@ class ClusterStatus:
     """The router answers requests: a prefill and a decode worker are routable."""
     logs: str
     workers: tuple[WorkerStatus, ...]
+    ejected: dict[str, str] = field(default_factory=dict)
+    """Workers the router leaves out of placement for a while, and why: failures or slow."""
 
 
 async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
@@ -51,6 +55,7 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
         ready=await answers_ready(info.router_url),
         logs=str(run.logs),
         workers=await collect(config, records, control),
+        ejected=await ejected_workers(info.router_url, next(iter(config.router.api_keys), None)),
     )
 
 
@@ -70,7 +75,10 @@ def show_status(
         soft_wrap=True,
         highlight=False,
     )
-    print_table(console, _worker_table(status.workers))
+    print_table(console, _worker_table(status))
+    for worker_id, reason in sorted(status.ejected.items()):
+        text = f"the router sends it nothing for now: {_EJECTED.get(reason, reason)}"
+        console.print(f"[yellow]{worker_id}[/]: {text}", highlight=False)
     for worker in status.workers:
         if worker.problem:
             console.print(f"[red]{worker.worker_id}[/]: {worker.problem}", highlight=False)
@@ -82,12 +90,12 @@ def show_status(
         print_table(console, _transfer_table(status.workers))
 
 
-def _worker_table(workers: Sequence[WorkerStatus]) -> Table:
+def _worker_table(status: ClusterStatus) -> Table:
     table = new_table(
         ["worker", "role", "state"],
         ["waiting", "running", "queued tokens", "KV blocks", "cached", "held", "KV read", "pid"],
     )
-    for worker in workers:
+    for worker in status.workers:
         stats = worker.stats
         if stats is None:
             table.add_row(worker.worker_id, worker.role, "[red]absent[/]")
@@ -97,7 +105,7 @@ def _worker_table(workers: Sequence[WorkerStatus]) -> Table:
         table.add_row(
             worker.worker_id,
             worker.role,
-            "draining" if stats.draining else "serving",
+            _state_of(stats.draining, status.ejected.get(worker.worker_id)),
             str(stats.waiting),
             str(stats.running),
             str(stats.queued_tokens),
@@ -108,6 +116,12 @@ def _worker_table(workers: Sequence[WorkerStatus]) -> Table:
             str(stats.pid),
         )
     return table
+
+
+def _state_of(draining: bool, ejected: str | None) -> str:
+    if draining:
+        return "draining"
+    return f"[yellow]ejected: {ejected}[/]" if ejected is not None else "serving"
 
 
 def _lease_table(workers: Sequence[WorkerStatus]) -> Table:

@@ -4,14 +4,15 @@ One bidirectional stream per router-worker pair carries all sequences. A submit 
 by its `number`: counted up by the router per stream, so the worker's report "last submit seen: 41"
 tells which submits its load already holds, and token frames need no long ids.
 
-    router -> worker   PrefillSubmit | DecodeSubmit | Offer | Cancel | RenewLeases | SnapshotRequest
+    router -> worker   PrefillSubmit | DecodeSubmit | Offer | Cancel | Withdraw | RenewLeases
+                       | SnapshotRequest
     worker -> router   WorkerHello (first) or RouterRefused (only)
                        | Accepted | Rejected | TokenFrame | LegFailed | Offered | Moved
-                       | LoadReport | KvEvents | KvSnapshot
+                       | Withdrawn | LoadReport | KvEvents | KvSnapshot
 
 Of a leg the worker says Accepted or Rejected once, then TokenFrame entries, of which the last has a
-finish; or LegFailed or Moved, after which it says nothing more of it. A stream that ends ends all
-its legs.
+finish; or LegFailed, Moved or Withdrawn, after which it says nothing more of it. A stream that ends
+ends all its legs.
 Durations travel, never absolute times.
 """
 
@@ -106,6 +107,15 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Withdraw:
+    """Stop a prefill leg if nothing was computed for it yet; Withdrawn says so. One that has begun
+    goes on, without an answer.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RenewLeases:
     """Keep leases alive that no reader is bound to yet."""
 
@@ -130,6 +140,8 @@ class WorkerHello:
     num_blocks: int
     context_tokens: int
     peer_address: str
+    network_domain: str = ""
+    """Empty: the host of `peer_address`."""
     protocol_major: int = PROTOCOL_MAJOR
     protocol_minor: int = PROTOCOL_MINOR
 
@@ -172,6 +184,13 @@ class Offered:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
     """The reader of an offered leg has taken it over; its last token here was sent before this."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawn:
+    """Answer to Withdraw: the leg has not begun and never will; nothing is held for it."""
 
     number: int
 
@@ -273,7 +292,9 @@ class KvSnapshot:
     last: bool = True
 
 
-RouterToWorker = PrefillSubmit | DecodeSubmit | Offer | Cancel | RenewLeases | SnapshotRequest
+RouterToWorker = (
+    PrefillSubmit | DecodeSubmit | Offer | Cancel | Withdraw | RenewLeases | SnapshotRequest
+)
 WorkerToRouter = (
     WorkerHello
     | RouterRefused
@@ -283,6 +304,7 @@ WorkerToRouter = (
     | LegFailed
     | Offered
     | Moved
+    | Withdrawn
     | LoadReport
     | KvEvents
     | KvSnapshot

@@ -30,6 +30,8 @@ class WorkerRecord:
     """Where routers open their stream."""
     model_id: ModelId
     pid: int
+    network_domain: str = ""
+    """Within which KV moves best; empty: the host of its addresses."""
 
 
 class Registry(Protocol):

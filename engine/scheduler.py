@@ -157,13 +157,20 @@ class Scheduler(Generic[S]):
         )
         batch: list[tuple[S, int]] = []
         for sequence, count in zip(list(self.running), feed, strict=True):
-            running = sequence.state is SequenceState.RUNNING
-            if count and running and self._grow(sequence, sequence.computed + count):
-                batch.append((sequence, count))
+            if not count or sequence.state is not SequenceState.RUNNING:
+                continue
+            if sequence.started_at_s is None:
+                self._reuse(sequence)
+            fed = min(count, sequence.pending_tokens)
+            if self._grow(sequence, sequence.computed + fed):
+                batch.append((sequence, fed))
         batch = [(s, count) for s, count in batch if s.state is SequenceState.RUNNING]
         if len(self.running) > self._max_batch:
             self.running = self.running[self._max_batch :] + self.running[: self._max_batch]
         self._in_flight = {id(sequence) for sequence, _ in batch}
+        for sequence, _ in batch:
+            if sequence.started_at_s is None:
+                sequence.started_at_s = now_s
         return batch
 
     def step_ended(self) -> None:
@@ -195,13 +202,26 @@ class Scheduler(Generic[S]):
         sequence.computed = len(cached) * self._block_size
         if sequence.started_at_s is None:
             sequence.cached_tokens = sequence.computed
-            sequence.started_at_s = now_s
         sequence.state = SequenceState.RUNNING
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.computed:
             self._on_admitted(sequence)
         return True
+
+    def _reuse(self, sequence: S) -> None:
+        """It is about to begin: what others have computed since it was admitted is cached now."""
+        begin, full = sequence.published, (sequence.known_tokens - 1) // self._block_size
+        found = self._pool.lookup(sequence.block_hashes(full, self._block_size)[begin:])
+        if not found:
+            return
+        end = begin + len(found)
+        self._pool.acquire(found)
+        self._pool.release(sequence.blocks[begin:end])
+        sequence.blocks[begin:end] = found
+        sequence.published = end
+        sequence.computed = sequence.cached_tokens = end * self._block_size
+        self._on_admitted(sequence)
 
     def _lookup(self, sequence: S) -> list[BlockId]:
         """Cached blocks of its known tokens, but for the last one, which must be fed."""

@@ -24,3 +24,6 @@ class TransferConfig(Settings):
     """First contact with a peer: connect and hello."""
     fetch: bool = True
     """Pull a missing prefix from another worker when that is predicted to beat recomputing it."""
+    network_domain: str = Field("", max_length=256)
+    """Where these workers are, as a name: a rack, a zone, an NVLink domain. KV moves within one
+    where it can. Empty: each machine is one. `python -m cluster.worker` takes it as an option."""

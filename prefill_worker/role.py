@@ -21,6 +21,7 @@ from core.messages import (
     PrefillSubmit,
     PrefixSource,
     Rejected,
+    Withdrawn,
 )
 from core.sampling import FinishReason
 from core.sink import RouterSink
@@ -137,6 +138,14 @@ class PrefillRole:
         else:
             self._runner.remove(leg.sequence)
         self._owner.abort(leg.lease.lease_id, reason)
+
+    def withdraw(self, sink: RouterSink, number: int) -> None:
+        """Stop a leg for which nothing was computed yet, and say so; one that has begun goes on."""
+        leg = self._legs.get(_LegKey(id(sink), number))
+        if leg is None or leg.sequence.started_at_s is not None:
+            return
+        sink.send(Withdrawn(number=number))  # before its reader hears that the lease has ended
+        self.cancel(sink, number, "the router withdrew it")
 
     def sink_lost(self, sink: RouterSink) -> None:
         """The router's stream ended: so do its legs."""

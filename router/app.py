@@ -38,7 +38,7 @@ from router.openapi import ERRORS, describe
 from router.request_context import RequestContext, request_id_of
 from router.requests import Planner
 from router.tokenizer import Tokenizer
-from router.types import Generator, MigrationReport, RouteChoice, RouteExplainer
+from router.types import Generator, MigrationReport, RouteChoice, RouteExplainer, WorkerStatus
 
 _GENERATING: tuple[tuple[str, type[OpenAiRequest], str], ...] = (
     ("/v1/chat/completions", ChatCompletionRequest, "chatcmpl"),
@@ -177,6 +177,11 @@ def _add_probes(app: FastAPI, generator: Generator, metrics: EdgeMetrics) -> Non
 
 
 def _add_control(app: FastAPI, generator: Generator) -> None:
+    @app.get("/control/workers")
+    async def workers() -> list[WorkerStatus]:
+        """The workers as this router sees them."""
+        return list(generator.workers())
+
     @app.post("/control/migrate")
     async def migrate(body: MigrateBody) -> MigrationReport:
         """Answers when the new worker has spoken, or when the sequence stays where it is."""

@@ -42,13 +42,16 @@ from core.messages import (
     PrefillSubmit,
     Rejected,
     RenewLeases,
+    Withdraw,
+    Withdrawn,
 )
 from core.stages import Stage
 from router.chooser import Chooser, Considered, Placement
 from router.client import Leg, LegEvent, WorkerLink
 from router.move import Move, handoff_to
 from router.progress import Progress
-from router.types import Generated, MigrationReport, TokenSink
+from router.queued import QueuedPrompt
+from router.types import Generated, MigrationReport, Requeued, TokenSink
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,8 @@ class Attempt:
         self._prefill: Leg | None = None
         self._decode: Leg | None = None
         self._handoff: Handoff | None = None
+        self._queued: QueuedPrompt | None = None
+        self._move_to: WorkerId | None = None
         self._lease_s = 0.0
         self._early: list[LegTokens] = []
         self._has_first = self._decoding = self._local = False
@@ -108,6 +113,7 @@ class Attempt:
         self._stop_renewing()
         for timer in self._unanswered.values():
             timer.cancel()
+        self._left_queue()
         if self._move is not None:
             ended = "the request has ended"
             self._move.end(error.message if isinstance(error, BatonError) else ended)
@@ -160,6 +166,11 @@ class Attempt:
             placed.load_tokens,
         )
         self._expect_answer(self._prefill)
+        if placed.queued is not None:
+            self._queued = placed.queued
+            self._queued.arrived_at_s = progress.arrived_at_s
+            self._queued.move = None if progress.requeued else self._withdraw
+            self._chooser.queued.add(self._queued)
 
     async def end(self) -> None:
         """Wait for the last token; raises what ended a leg, or the sink."""
@@ -268,10 +279,15 @@ class Attempt:
                 self._move.offered(event)
             case Moved():
                 return self._moved(leg)
+            case Withdrawn() if self._move_to is not None:
+                self._answered(leg)
+                leg.link.finish(leg)
+                raise Requeued(self._move_to)
         return []
 
     def _first_token(self, event: LegTokens) -> list[LegTokens]:
         self._has_first = True
+        self._left_queue()
         self._progress.prefill_times = event.times or LegTimes()
         if self._prefill is not None and event.times is not None:
             self._chooser.prefilled(self._prefill.link, len(self._context), event.times)
@@ -330,6 +346,8 @@ class Attempt:
     def _fail(self, leg: Leg, event: LegFailed) -> None:
         leg.link.finish(leg)
         error = from_code(event.code, event.message)
+        if self._move_to is not None and leg is self._decode and isinstance(error, TransferFailed):
+            raise Requeued(self._move_to)  # it heard sooner than we that the lease is withdrawn
         if isinstance(error, Unavailable | InternalError):
             self._blame(leg)
         if isinstance(error, TransferFailed) and self._handoff is not None:
@@ -404,6 +422,19 @@ class Attempt:
         if log.isEnabledFor(logging.DEBUG):
             request_id = self._progress.request.request_id
             log.debug("%s request_id=%s %s", event, request_id, placed.decision.explain())
+
+    # -- a prompt that has not begun ------------------------------------------------------------
+
+    def _withdraw(self, to: WorkerId) -> None:
+        """Move to another prefill worker, if this one has not begun: it answers only then."""
+        if self._prefill is not None and not self._has_first and not self._over.done():
+            self._move_to = to
+            self._prefill.link.send(Withdraw(number=self._prefill.number))
+
+    def _left_queue(self) -> None:
+        if self._queued is not None:
+            self._chooser.queued.discard(self._queued)
+            self._queued = None
 
     # -- a migration ----------------------------------------------------------------------------
 

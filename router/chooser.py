@@ -21,6 +21,7 @@ from router.policies.base import Decision, Scored
 from router.policies.build import Policies
 from router.pool import Pool
 from router.progress import COMPLETE, SequenceEnd
+from router.queued import QueuedPrompt, QueuedPrompts
 from router.watcher import Unwatched
 
 _LOCAL_LOOKS = 4
@@ -39,6 +40,8 @@ class Placement(Generic[L]):
     decision: Decision
     load_tokens: int
     source: PrefixSource | None = None
+    queued: QueuedPrompt | None = None
+    """For whoever submits the prompt to note in `Chooser.queued`, and to discard."""
 
 
 class Outlook(NamedTuple):
@@ -80,7 +83,7 @@ class Considered(NamedTuple, Generic[L]):
         others = (c.worker_id for c in self.decision.candidates if c.worker_id != chosen)
         for worker in chain((chosen,), others):
             if query.measured(worker):
-                yield Outlook(*query.ttft_s(worker))
+                yield Outlook(*query.expected_s(worker))
 
 
 class Chooser(Generic[L]):
@@ -102,6 +105,8 @@ class Chooser(Generic[L]):
         self._policies = policies
         self._clock = clock
         self._known = Knowledge(index=fleet.index, curves=Curves(), slo=policies.slo, random=random)
+        self.queued = QueuedPrompts(self._known.coming)
+        """Prompts on their way, noted by whoever submits them."""
 
     def for_prefill(
         self, tokens: Sequence[int], cache_salt: str, failed: set[Incarnation]
@@ -123,7 +128,8 @@ class Chooser(Generic[L]):
         With `local_total`, the tokens the sequence may grow to, a decode worker may be found
         instead. Raises NoWorkers.
         """
-        query = self._prefill_query(tokens, cache_salt, failed, hashes)
+        hashes = self._hashes_of(tokens, cache_salt) if hashes is None else hashes
+        query = self._prefill_query(len(tokens), failed, hashes)
         decision = self._policies.prefill.choose(query)
         if local_total is None:
             return Considered(query, decision)
@@ -142,7 +148,43 @@ class Chooser(Generic[L]):
             decision=decision,
             load_tokens=query.tokens - query.cached_tokens(chosen),
             source=query.source(chosen, self._fleet.everyone, failed),
+            queued=_queued(query, decision),
         )
+
+    def consider_at(
+        self,
+        worker: WorkerId,
+        tokens: Sequence[int],
+        cache_salt: str,
+        failed: Collection[Incarnation],
+    ) -> Considered[L] | None:
+        """As `consider`, with the choice made; None if no prompt may go there now."""
+        if not self._fleet.pool(Role.PREFILL).workers:
+            return None
+        query = self._prefill_query(len(tokens), failed, self._hashes_of(tokens, cache_salt))
+        if worker not in query.pool or not query.is_open(worker):
+            return None
+        queue_s, work_s = query.expected_s(worker)
+        scored = Scored(worker, queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))
+        return Considered(query, Decision(worker, [scored], "requeued"))
+
+    def queue_s(self, worker: WorkerId) -> float | None:
+        """Seconds of what waits at a prefill worker; None if that is not in the pool."""
+        pool = self._fleet.pool(Role.PREFILL)
+        if worker not in pool.views:
+            return None
+        return self._prefill_query(1, (), ()).expected_s(worker)[0]
+
+    def idle_work_s(self, prompt: QueuedPrompt) -> dict[WorkerId, float]:
+        """Seconds of work the prompt is at those other candidates of it that have no queue."""
+        query = self._prefill_query(prompt.tokens, (), prompt.hashes)
+        found: dict[WorkerId, float] = {}
+        for worker in prompt.candidates:
+            if worker != prompt.worker_id and worker in query.pool and query.is_open(worker):
+                queue_s, work_s = query.expected_s(worker)
+                if queue_s <= 0:
+                    found[worker] = work_s
+        return found
 
     def place_locally(self, placement: Placement[L]) -> Placement[L]:
         """As `place`, for one found in `Considered.local`."""
@@ -291,21 +333,20 @@ class Chooser(Generic[L]):
     # -- queries --------------------------------------------------------------------------------
 
     def _prefill_query(
-        self,
-        tokens: Sequence[int],
-        cache_salt: str,
-        failed: Collection[Incarnation],
-        hashes: Sequence[BlockHash] | None = None,
+        self, tokens: int, failed: Collection[Incarnation], hashes: Sequence[BlockHash]
     ) -> PrefillPoolQuery:
         pool = self._pool(Role.PREFILL)
         return PrefillPoolQuery(
             pool,
             self._known,
             self._clock.now_s(),
-            tokens=len(tokens),
-            hashes=_hashes(pool, tokens, cache_salt) if hashes is None else hashes,
+            tokens=tokens,
+            hashes=hashes,
             closed=self._closed(pool, failed),
         )
+
+    def _hashes_of(self, tokens: Sequence[int], cache_salt: str) -> list[BlockHash]:
+        return _hashes(self._pool(Role.PREFILL), tokens, cache_salt)
 
     def _decode_query(
         self,
@@ -321,7 +362,7 @@ class Chooser(Generic[L]):
             self._clock.now_s(),
             tokens=context_tokens,
             max_tokens=total_tokens,
-            kv_address=kv_address,
+            kv_domain=self._fleet.everyone.domain_at(kv_address) if kv_address else "",
             closed=closed,
         )
 
@@ -360,3 +401,17 @@ def _hashes(pool: Pool, tokens: Sequence[int], cache_salt: str) -> list[BlockHas
     """Block hashes of a prompt, in the block size all workers of the model share."""
     hello = pool.views[pool.workers[0]].hello
     return chain_hashes(tokens, hello.layout.block_size, root_hash(hello.model_id, cache_salt))
+
+
+def _queued(query: PrefillPoolQuery, decision: Decision) -> QueuedPrompt:
+    queue_s, work_s = query.expected_s(decision.worker_id)
+    return QueuedPrompt(
+        worker_id=decision.worker_id,
+        tokens=query.tokens,
+        hashes=query.hashes,
+        block_size=query.block_size,
+        candidates=tuple(scored.worker_id for scored in decision.candidates),
+        queue_s=queue_s,
+        work_s=work_s,
+        submitted_at_s=query.now_s,
+    )

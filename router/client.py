@@ -27,6 +27,7 @@ from core.messages import (
     RouterRefused,
     RouterToWorker,
     SnapshotRequest,
+    Withdrawn,
     WorkerHello,
     WorkerToRouter,
 )
@@ -41,7 +42,7 @@ from wire import common_pb2, worker_pb2
 
 log = logging.getLogger(__name__)
 
-LegEvent = Accepted | Rejected | LegTokens | LegFailed | Offered | Moved
+LegEvent = Accepted | Rejected | LegTokens | LegFailed | Offered | Moved | Withdrawn
 
 _Stream = MessageStream[worker_pb2.ToRouter]
 _ENDS = (StreamBroken, WorkerLost, UnknownMessage, TimeoutError)
@@ -229,7 +230,7 @@ class WorkerLink:
         match message:
             case Accepted() | Offered():
                 self._tell(message.number, message)
-            case Rejected() | LegFailed() | Moved():
+            case Rejected() | LegFailed() | Moved() | Withdrawn():
                 view.ended(message.number)
                 self._tell(message.number, message)
             case LoadReport():

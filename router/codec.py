@@ -25,6 +25,8 @@ from core.messages import (
     RouterToWorker,
     SnapshotRequest,
     TokenFrame,
+    Withdraw,
+    Withdrawn,
     WorkerHello,
     WorkerToRouter,
 )
@@ -74,6 +76,8 @@ def to_worker(message: RouterToWorker) -> worker_pb2.ToWorker:
         case Cancel():
             cancel = worker_pb2.Cancel(number=message.number, reason=message.reason)
             return worker_pb2.ToWorker(cancel=cancel)
+        case Withdraw():
+            return worker_pb2.ToWorker(withdraw=worker_pb2.Withdraw(number=message.number))
         case RenewLeases():
             renew = worker_pb2.RenewLeases(lease_ids=message.lease_ids)
             return worker_pb2.ToWorker(renew_leases=renew)
@@ -101,6 +105,8 @@ def from_router(message: worker_pb2.ToWorker) -> RouterToWorker:
             return Offer(number=message.offer.number)
         case "cancel":
             return Cancel(number=message.cancel.number, reason=message.cancel.reason)
+        case "withdraw":
+            return Withdraw(number=message.withdraw.number)
         case "renew_leases":
             return RenewLeases(lease_ids=tuple(LeaseId(i) for i in message.renew_leases.lease_ids))
         case "snapshot_request":
@@ -239,6 +245,9 @@ def to_router(message: WorkerToRouter) -> worker_pb2.ToRouter:
             return worker_pb2.ToRouter(offered=offered)
         case Moved():
             return worker_pb2.ToRouter(moved=worker_pb2.Moved(number=message.number))
+        case Withdrawn():
+            withdrawn = worker_pb2.Withdrawn(number=message.number)
+            return worker_pb2.ToRouter(withdrawn=withdrawn)
         case KvEvents():
             events = [_event_to_wire(event) for event in message.events]
             kv_events = worker_pb2.KvEvents(first_number=message.first_number, events=events)
@@ -288,8 +297,9 @@ def from_worker(message: worker_pb2.ToRouter) -> WorkerToRouter:
                 lease_s=offered.lease_s,
                 message=offered.message,
             )
-        case "moved":
-            return Moved(number=message.moved.number)
+        case "moved" | "withdrawn" as kind:
+            number = message.moved.number if kind == "moved" else message.withdrawn.number
+            return Moved(number=number) if kind == "moved" else Withdrawn(number=number)
         case "kv_events":
             events = tuple(_event_from_wire(event) for event in message.kv_events.events)
             return KvEvents(first_number=message.kv_events.first_number, events=events)
@@ -318,6 +328,7 @@ def hello_to_wire(hello: WorkerHello) -> worker_pb2.WorkerHello:
         num_blocks=hello.num_blocks,
         context_tokens=hello.context_tokens,
         peer_address=hello.peer_address,
+        network_domain=hello.network_domain,
         protocol=common_pb2.Protocol(major=hello.protocol_major, minor=hello.protocol_minor),
     )
 
@@ -336,6 +347,7 @@ def hello_from_wire(hello: worker_pb2.WorkerHello) -> WorkerHello:
         num_blocks=hello.num_blocks,
         context_tokens=hello.context_tokens,
         peer_address=hello.peer_address,
+        network_domain=hello.network_domain,
         protocol_major=hello.protocol.major,
         protocol_minor=hello.protocol.minor,
     )

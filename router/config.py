@@ -50,6 +50,9 @@ class RouterConfig(Settings):
     """How a decode worker is chosen."""
     prefill_queue_weight: float = Field(0.05, ge=0)
     """Weight of queued work against own uncached work in baton's prefill cost."""
+    requeue: bool = True
+    """A prompt queued at a prefill worker that has fallen behind slo.ttft_ms moves, before it has
+    begun, to another worker that was considered for it and is idle."""
     admission: Literal["slo", "off"] = "slo"
     """slo: a request whose slo.ttft_ms no worker can keep because of what waits before it is held
     in the router for a while, or answered 429 with Retry-After at once; off: placed anyhow."""

@@ -30,17 +30,19 @@ from router.policies.base import Decision
 from router.policies.build import Policies
 from router.progress import Observed, Progress, SequenceObserver
 from router.pulled import pulled
+from router.rebalancer import Rebalancer
 from router.types import (
     Generated,
     GenerateRequest,
     MigrationReport,
+    Requeued,
     RouteCandidate,
     RouteChoice,
     ServingLimits,
     TokenSink,
     WorkerStatus,
 )
-from router.watcher import FlowWatcher, Unwatched
+from router.watcher import FlowWatcher, Requeue, Unwatched
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class Flow:
         watcher: FlowWatcher | None = None,
     ) -> None:
         self._fleet = fleet
-        watcher = watcher or Unwatched()
+        self._watcher = watcher = watcher or Unwatched()
         self._outliers = Outliers(_outlier_rules(config), watcher)
         self._chooser = Chooser(fleet, policies, clock, random, self._outliers)
         self._config = config
@@ -81,7 +83,10 @@ class Flow:
             local=config.local_prefill,
             worker_wait_s=config.worker_wait_s,
         )
-        fleet.on_load = self._admission.look
+        self._rebalancer = Rebalancer(
+            self._chooser, clock, watcher, ttft_s=policies.slo.ttft_s, enabled=config.requeue
+        )
+        fleet.on_load = self._look
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
@@ -97,6 +102,11 @@ class Flow:
             async with self._admission.admitted(progress, self._slo_class) as considered:
                 await self._attempts(progress, sink, considered, patience_s)
 
+    def _look(self) -> None:
+        """Loads have changed."""
+        self._admission.look()
+        self._rebalancer.look()
+
     async def _attempts(
         self, progress: Progress, sink: TokenSink, place: Considered | None, patience_s: float
     ) -> None:
@@ -111,6 +121,9 @@ class Flow:
             try:
                 await self._attempt(progress, attempt, failed, sink, place)
                 return
+            except Requeued as requeued:
+                place = self._place_again(progress, requeued.to, failed)
+                continue
             except Unavailable as error:
                 overload = isinstance(error, Overloaded)
                 # Where there was no worker, nothing has begun.
@@ -143,6 +156,15 @@ class Flow:
         with hops, self._known(progress.request, hops):
             hops.start(place)
             await hops.end()
+
+    def _place_again(
+        self, progress: Progress, to: WorkerId, failed: set[Incarnation]
+    ) -> Considered | None:
+        """The place a queued prompt moves to; None if that is gone, for the policy to choose."""
+        progress.requeued = True
+        self._watcher.requeued(Requeue.MOVED)
+        context = (*progress.request.prompt_tokens, *progress.tokens)
+        return self._chooser.consider_at(to, context, progress.request.cache_salt, failed)
 
     async def migrate(
         self, request_id: RequestId, choice: int, to: WorkerId | None, timeout_s: float
@@ -208,11 +230,11 @@ class Flow:
         return self._fleet.limits
 
     def workers(self) -> tuple[WorkerStatus, ...]:
-        is_ejected = self._outliers.is_ejected
-        return tuple(
-            replace(_describe(link), ejected=is_ejected(link.record.incarnation))
-            for link in self._fleet.links()
-        )
+        return tuple(self._with_health(link) for link in self._fleet.links())
+
+    def _with_health(self, link: WorkerLink) -> WorkerStatus:
+        reason = self._outliers.ejected_for(link.record.incarnation)
+        return replace(_describe(link), ejected=reason is not None, ejected_for=reason or "")
 
 
 def _outlier_rules(config: RouterConfig) -> OutlierRules:

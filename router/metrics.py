@@ -14,7 +14,7 @@ from router.index import PrefixIndex
 from router.local import LocalVerdict
 from router.progress import SequenceEnd
 from router.types import WorkerStatus
-from router.watcher import EjectReason, RejectReason
+from router.watcher import EjectReason, RejectReason, Requeue
 
 _LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75),
@@ -169,6 +169,13 @@ class FlowMetrics:
             "Ejected workers that answered a probe in time",
             registry=registry,
         )
+        self._requeued = Counter(
+            telemetry.REQUEUES,
+            "Prompts queued at a prefill worker that fell behind: asked to move to another, and"
+            " moved, as they had not begun",
+            ("step",),
+            registry=registry,
+        )
         self._queue_s = Histogram(
             telemetry.QUEUE,
             "From a prefill worker's accept to the start of the prefill",
@@ -208,6 +215,9 @@ class FlowMetrics:
             "Moves of running sequences to another decode worker",
             registry=registry,
         )
+
+    def requeued(self, step: Requeue) -> None:
+        self._requeued.labels(step).inc()
 
     def admitted(self, waited_s: float) -> None:
         self._admission_wait_s.observe(waited_s)

@@ -104,6 +104,11 @@ class Outliers:
             if now_s < max(health.until_s, health.probe_until_s)
         ]
 
+    def ejected_for(self, incarnation: Incarnation) -> EjectReason | None:
+        """Why it is ejected, also while it is probed; None if it is not."""
+        health = self._ejected.get(incarnation)
+        return health.reason if health is not None else None
+
     def is_ejected(self, incarnation: Incarnation) -> bool:
         """Also while it is probed."""
         return incarnation in self._ejected

@@ -1,11 +1,12 @@
 """From pools and views to a placement: the queries the policies ask, and what a choice means."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from core.ids import BlockHash, Incarnation, WorkerId
 from core.messages import PrefixSource
+from router.coming import Coming, blocks_per_step, steps_of
 from router.curves import Curves, peak_tokens
 from router.index import Level, PrefixIndex
 from router.policies.base import Slo
@@ -25,6 +26,7 @@ class Knowledge:
     curves: Curves
     slo: Slo
     random: Random
+    coming: Coming = field(default_factory=Coming)
 
 
 class PoolQuery:
@@ -70,6 +72,7 @@ class PrefillPoolQuery(PoolQuery):
         for worker in closed:
             self._mask &= ~self._views[worker].holdings.bit
         self._levels: list[Level] | None = None
+        self._steps = steps_of(hashes, self.block_size)
 
     def holders(self, limit: int) -> list[WorkerId]:
         index, found = self._known.index, list[WorkerId]()
@@ -103,6 +106,19 @@ class PrefillPoolQuery(PoolQuery):
         work_s = speed.prefill.seconds(self.cached_tokens(worker), self.tokens)
         return self.queued_tokens(worker) * speed.queue_token_s, work_s
 
+    def coming(self, limit: int) -> list[WorkerId]:
+        found = self._known.coming.longest(self._steps, limit)
+        return [worker for worker in found if worker in self._views and self.is_open(worker)]
+
+    def expected_s(self, worker: WorkerId) -> tuple[float, float]:
+        speed = self._known.curves.of(self._views[worker].kind)
+        cached = self.cached_tokens(worker)
+        steps = self._known.coming.steps_at(worker, self._steps)
+        if steps:
+            cached = max(cached, self._usable(steps * blocks_per_step(self.block_size)))
+        work_s = speed.prefill.seconds(cached, self.tokens)
+        return self.queued_tokens(worker) * speed.queue_token_s, work_s
+
     def measured(self, worker: WorkerId) -> bool:
         """Whether the seconds predicted for it rest on what such workers have taken."""
         return self._known.curves.measured(self._views[worker].kind)
@@ -111,7 +127,7 @@ class PrefillPoolQuery(PoolQuery):
         self, chosen: WorkerId, everyone: Pool, failed: Collection[Incarnation]
     ) -> PrefixSource | None:
         """Who of `everyone`, of any role, holds more of the prompt than `chosen`: the longest
-        prefix, of equals the one with the fewest sequences among a few.
+        prefix; of a few equals one in the same network domain, then with the fewest sequences.
         """
         here = self.cached_tokens(chosen)
         wanted = self.hashes[: (self.tokens - 1) // self.block_size]
@@ -124,7 +140,9 @@ class PrefillPoolQuery(PoolQuery):
         blocks, longest = index.longest(wanted, mask)
         start = int(self.random.random() * mask.bit_length())
         some = index.pick(longest, _SOURCES, start)
-        best = min([everyone.views[worker] for worker in some], key=_busy).hello
+        domain = self._views[chosen].domain
+        holders = [everyone.views[worker] for worker in some]
+        best = min(holders, key=lambda view: (view.domain != domain, *_busy(view))).hello
         return PrefixSource(
             worker_id=best.worker_id,
             address=best.peer_address,
@@ -148,7 +166,7 @@ def _busy(view: WorkerView) -> tuple[int, WorkerId]:
 
 
 class DecodePoolQuery(PoolQuery):
-    """Implements router.policies.base.DecodeQuery. `kv_address`: where the sequence's KV is now."""
+    """Implements router.policies.base.DecodeQuery. `kv_domain`: the network domain its KV is in."""
 
     def __init__(
         self,
@@ -158,13 +176,13 @@ class DecodePoolQuery(PoolQuery):
         *,
         tokens: int,
         max_tokens: int,
-        kv_address: str = "",
+        kv_domain: str = "",
         closed: frozenset[WorkerId] = frozenset(),
     ) -> None:
         super().__init__(pool, known, now_s, closed)
         self._tokens = tokens
         self._max_tokens = max_tokens
-        self.near: tuple[WorkerId, ...] = pool.near(kv_address) if kv_address else ()
+        self.near: tuple[WorkerId, ...] = pool.near(kv_domain) if kv_domain else ()
 
     def context_tokens(self, worker: WorkerId) -> int:
         view = self._views[worker]

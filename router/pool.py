@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 from core.ids import Incarnation, WorkerId
 from router.index import PrefixIndex
-from router.view import WorkerView
+from router.view import WorkerView, domain_of
 
 
 class Pool:
@@ -19,7 +19,8 @@ class Pool:
         """Of `workers`, in their order."""
         self._domains: dict[str, list[WorkerId]] = defaultdict(list)
         for worker_id, view in self.views.items():
-            self._domains[domain_of(view.hello.peer_address)].append(worker_id)
+            self._domains[view.domain].append(worker_id)
+        self._domain_at = {view.hello.peer_address: view.domain for view in self.views.values()}
         self._mask = 0
         self._mask_of = -1
 
@@ -36,12 +37,11 @@ class Pool:
         known = self._incarnations
         return frozenset(known[i] for i in incarnations if i in known)
 
-    def near(self, address: str) -> tuple[WorkerId, ...]:
-        """Members in the network domain of this address; empty if all are or none is."""
-        members = self._domains.get(domain_of(address), ())
+    def domain_at(self, address: str) -> str:
+        """The network domain of the member with this address for peers, or of the address."""
+        return self._domain_at.get(address) or domain_of(address)
+
+    def near(self, domain: str) -> tuple[WorkerId, ...]:
+        """Members in this network domain; empty if all are or none is."""
+        members = self._domains.get(domain, ())
         return () if len(members) == len(self.workers) else tuple(members)
-
-
-def domain_of(address: str) -> str:
-    """The host: the one domain an address tells, within which KV moves by shared memory."""
-    return address.rpartition(":")[0]

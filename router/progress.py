@@ -68,6 +68,8 @@ class Progress:
         self.finished = False
         self.attempts = 0
         self.migrations = 0
+        self.requeued = False
+        """Its prompt was moved from one prefill worker to another before it had begun."""
         self.outcomes: list[str] = []
         self.prefill_worker = self.decode_worker = ""
         self.prefill_times = LegTimes()

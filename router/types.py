@@ -109,6 +109,8 @@ class WorkerStatus:
     draining: bool = False
     ejected: bool = False
     """Left out of placement by this router, as it failed or was slow; probed from time to time."""
+    ejected_for: str = ""
+    """failures or slow; empty while it is not ejected."""
     waiting: int = 0
     running: int = 0
     queued_tokens: int = 0
@@ -136,6 +138,16 @@ class Enough(Cancelled):
     """The sink needs no more tokens: a stop string matched."""
 
     code = "enough"
+
+
+class Requeued(Cancelled):
+    """An attempt's prefill had not begun and is to begin at `to` instead; no failure."""
+
+    code = "requeued"
+
+    def __init__(self, to: WorkerId) -> None:
+        super().__init__(f"the prompt moves to {to}")
+        self.to = to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,8 @@ class WorkerView:
     def __init__(self, hello: WorkerHello, holdings: Holdings) -> None:
         self.hello = hello
         self.kind: WorkerKind = kind_of(hello)
+        self.domain = hello.network_domain or domain_of(hello.peer_address)
+        """Within which KV moves best."""
         self.load: LoadReport | None = None
         self.holdings = holdings
         self.unseen_tokens = 0
@@ -82,3 +84,8 @@ class WorkerView:
         if message.last:
             self.holdings.swap()
             self._next_event, self._asked = message.next_number, False
+
+
+def domain_of(address: str) -> str:
+    """The network domain where no label says it: the host. Within it KV moves by shared memory."""
+    return address.rpartition(":")[0]

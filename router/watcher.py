@@ -21,6 +21,14 @@ class EjectReason(StrEnum):
     SLOW = "slow"
 
 
+class Requeue(StrEnum):
+    """Steps of a queued prompt's move to another prefill worker; the label of its counter."""
+
+    ASKED = "asked"
+    MOVED = "moved"
+    """It had not begun, and goes elsewhere."""
+
+
 class FlowWatcher(Protocol):
     """Called on the event loop; must neither wait nor raise."""
 
@@ -48,6 +56,10 @@ class FlowWatcher(Protocol):
         """An ejected worker was, after a probe."""
         ...
 
+    def requeued(self, step: Requeue) -> None:
+        """A queued prompt is asked to move, or moves."""
+        ...
+
 
 class Unwatched:
     """A FlowWatcher for those who count nothing."""
@@ -68,4 +80,7 @@ class Unwatched:
         pass
 
     def readmitted(self) -> None:
+        pass
+
+    def requeued(self, step: Requeue) -> None:
         pass

@@ -1,16 +1,23 @@
-"""A real worker whose transport damages what it read: `python -m tests.faulty_worker FAULT ...`.
+"""A real worker with a fault: `python -m tests.faulty_worker FAULT ...`.
 
-FAULT is `zero` (the first block read arrives as zeros) or `swap` (first and last change places).
+FAULT is `zero` (the first block its transport reads arrives as zeros), `swap` (first and last
+change places), or `halting` (after SIGUSR1 its engine does not end a step until SIGUSR2).
 """
 
 import asyncio
+import signal
 import sys
+import threading
+from collections.abc import Sequence
 
 import torch
 
 from cluster.worker.__main__ import main
+from core.errors import BatonError
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
+from engine.timed import TimedEngine
+from engine.types import Sampled, SeqStep
 from kv_transfer.config import TransferConfig
 from kv_transfer.messages import Memory
 from kv_transfer.nixl import NixlTransport
@@ -75,6 +82,23 @@ def damaging(
     return Transports([DamagingTransport(nixl, arena, FAULT)])
 
 
+def halt_on_signal() -> None:
+    """The engine's thread waits; the event loop goes on."""
+    going, step = threading.Event(), TimedEngine.step
+    going.set()
+
+    def halting(engine: TimedEngine, batch: Sequence[SeqStep]) -> list[Sampled | BatonError | None]:
+        going.wait(60)
+        return step(engine, batch)
+
+    TimedEngine.step = halting  # type: ignore[method-assign]
+    signal.signal(signal.SIGUSR1, lambda *_: going.clear())
+    signal.signal(signal.SIGUSR2, lambda *_: going.set())
+
+
 if __name__ == "__main__":
     FAULT = sys.argv.pop(1)
+    if FAULT == "halting":
+        halt_on_signal()
+        sys.exit(main())
     sys.exit(main(damaging))

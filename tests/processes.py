@@ -54,7 +54,7 @@ def write_config(directory: Path, tree: dict[str, object]) -> Path:
 def worker_processes(config: Path, roles: Sequence[str]) -> Iterator[list[WorkerProcess]]:
     """Start one worker per role, all at once; end them on the way out, however that comes.
 
-    A role `decode:FAULT` is a decode worker of tests/faulty_worker.py.
+    A role `decode:FAULT` or `prefill:FAULT` is a worker of tests/faulty_worker.py.
     """
     with tempfile.TemporaryDirectory() as logs:
         started: list[subprocess.Popen[str]] = []

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from wire import common_pb2 as wire_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13wire/registry.proto\x12\rbaton.wire.v1\x1a\x11wire/common.proto\"\xb0\x01\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.baton.wire.v1.Role\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x10\n\x08model_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x16\n\x0erouter_address\x18\x08 \x01(\t\"=\n\rWorkerRecords\x12,\n\x07records\x18\x01 \x03(\x0b\x32\x1b.baton.wire.v1.WorkerRecord\"M\n\x0fRegisterRequest\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x1b.baton.wire.v1.WorkerRecord\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"\x0f\n\rRegisterReply\";\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x11\n\x0f\x44\x65registerReply\"\x14\n\x12ListWorkersRequest\"\x15\n\x13WatchWorkersRequest2\xc8\x02\n\x08Registry\x12H\n\x08Register\x12\x1e.baton.wire.v1.RegisterRequest\x1a\x1c.baton.wire.v1.RegisterReply\x12N\n\nDeregister\x12 .baton.wire.v1.DeregisterRequest\x1a\x1e.baton.wire.v1.DeregisterReply\x12N\n\x0bListWorkers\x12!.baton.wire.v1.ListWorkersRequest\x1a\x1c.baton.wire.v1.WorkerRecords\x12R\n\x0cWatchWorkers\x12\".baton.wire.v1.WatchWorkersRequest\x1a\x1c.baton.wire.v1.WorkerRecords0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13wire/registry.proto\x12\rbaton.wire.v1\x1a\x11wire/common.proto\"\xc8\x01\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12!\n\x04role\x18\x03 \x01(\x0e\x32\x13.baton.wire.v1.Role\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x10\n\x08model_id\x18\x06 \x01(\t\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x16\n\x0erouter_address\x18\x08 \x01(\t\x12\x16\n\x0enetwork_domain\x18\t \x01(\t\"=\n\rWorkerRecords\x12,\n\x07records\x18\x01 \x03(\x0b\x32\x1b.baton.wire.v1.WorkerRecord\"M\n\x0fRegisterRequest\x12+\n\x06record\x18\x01 \x01(\x0b\x32\x1b.baton.wire.v1.WorkerRecord\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"\x0f\n\rRegisterReply\";\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\"\x11\n\x0f\x44\x65registerReply\"\x14\n\x12ListWorkersRequest\"\x15\n\x13WatchWorkersRequest2\xc8\x02\n\x08Registry\x12H\n\x08Register\x12\x1e.baton.wire.v1.RegisterRequest\x1a\x1c.baton.wire.v1.RegisterReply\x12N\n\nDeregister\x12 .baton.wire.v1.DeregisterRequest\x1a\x1e.baton.wire.v1.DeregisterReply\x12N\n\x0bListWorkers\x12!.baton.wire.v1.ListWorkersRequest\x1a\x1c.baton.wire.v1.WorkerRecords\x12R\n\x0cWatchWorkers\x12\".baton.wire.v1.WatchWorkersRequest\x1a\x1c.baton.wire.v1.WorkerRecords0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.registry_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERRECORD']._serialized_start=58
-  _globals['_WORKERRECORD']._serialized_end=234
-  _globals['_WORKERRECORDS']._serialized_start=236
-  _globals['_WORKERRECORDS']._serialized_end=297
-  _globals['_REGISTERREQUEST']._serialized_start=299
-  _globals['_REGISTERREQUEST']._serialized_end=376
-  _globals['_REGISTERREPLY']._serialized_start=378
-  _globals['_REGISTERREPLY']._serialized_end=393
-  _globals['_DEREGISTERREQUEST']._serialized_start=395
-  _globals['_DEREGISTERREQUEST']._serialized_end=454
-  _globals['_DEREGISTERREPLY']._serialized_start=456
-  _globals['_DEREGISTERREPLY']._serialized_end=473
-  _globals['_LISTWORKERSREQUEST']._serialized_start=475
-  _globals['_LISTWORKERSREQUEST']._serialized_end=495
-  _globals['_WATCHWORKERSREQUEST']._serialized_start=497
-  _globals['_WATCHWORKERSREQUEST']._serialized_end=518
-  _globals['_REGISTRY']._serialized_start=521
-  _globals['_REGISTRY']._serialized_end=849
+  _globals['_WORKERRECORD']._serialized_end=258
+  _globals['_WORKERRECORDS']._serialized_start=260
+  _globals['_WORKERRECORDS']._serialized_end=321
+  _globals['_REGISTERREQUEST']._serialized_start=323
+  _globals['_REGISTERREQUEST']._serialized_end=400
+  _globals['_REGISTERREPLY']._serialized_start=402
+  _globals['_REGISTERREPLY']._serialized_end=417
+  _globals['_DEREGISTERREQUEST']._serialized_start=419
+  _globals['_DEREGISTERREQUEST']._serialized_end=478
+  _globals['_DEREGISTERREPLY']._serialized_start=480
+  _globals['_DEREGISTERREPLY']._serialized_end=497
+  _globals['_LISTWORKERSREQUEST']._serialized_start=499
+  _globals['_LISTWORKERSREQUEST']._serialized_end=519
+  _globals['_WATCHWORKERSREQUEST']._serialized_start=521
+  _globals['_WATCHWORKERSREQUEST']._serialized_end=542
+  _globals['_REGISTRY']._serialized_start=545
+  _globals['_REGISTRY']._serialized_end=873
 # @@protoc_insertion_point(module_scope)

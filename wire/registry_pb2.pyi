@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "epoch", "address", "model_id", "pid", "router_address")
+    __slots__ = ("worker_id", "incarnation", "role", "epoch", "address", "model_id", "pid", "router_address", "network_domain")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class WorkerRecord(_message.Message):
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ROUTER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: _common_pb2.Role
@@ -25,7 +26,8 @@ class WorkerRecord(_message.Message):
     model_id: str
     pid: int
     router_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., model_id: _Optional[str] = ..., pid: _Optional[int] = ..., router_address: _Optional[str] = ...) -> None: ...
+    network_domain: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., model_id: _Optional[str] = ..., pid: _Optional[int] = ..., router_address: _Optional[str] = ..., network_domain: _Optional[str] = ...) -> None: ...
 
 class WorkerRecords(_message.Message):
     __slots__ = ("records",)

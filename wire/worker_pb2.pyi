@@ -18,7 +18,7 @@ FINISH_STOP: Finish
 FINISH_LENGTH: Finish
 
 class ToWorker(_message.Message):
-    __slots__ = ("hello", "prefill", "decode", "cancel", "renew_leases", "snapshot_request", "offer")
+    __slots__ = ("hello", "prefill", "decode", "cancel", "renew_leases", "snapshot_request", "offer", "withdraw")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class ToWorker(_message.Message):
     RENEW_LEASES_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_REQUEST_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAW_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     prefill: PrefillSubmit
     decode: DecodeSubmit
@@ -33,10 +34,11 @@ class ToWorker(_message.Message):
     renew_leases: RenewLeases
     snapshot_request: SnapshotRequest
     offer: Offer
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillSubmit, _Mapping]] = ..., decode: _Optional[_Union[DecodeSubmit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew_leases: _Optional[_Union[RenewLeases, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ...) -> None: ...
+    withdraw: Withdraw
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillSubmit, _Mapping]] = ..., decode: _Optional[_Union[DecodeSubmit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., renew_leases: _Optional[_Union[RenewLeases, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., withdraw: _Optional[_Union[Withdraw, _Mapping]] = ...) -> None: ...
 
 class ToRouter(_message.Message):
-    __slots__ = ("hello", "accepted", "rejected", "tokens", "failed", "load", "kv_events", "kv_snapshot", "offered", "moved", "refused")
+    __slots__ = ("hello", "accepted", "rejected", "tokens", "failed", "load", "kv_events", "kv_snapshot", "offered", "moved", "refused", "withdrawn")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +50,7 @@ class ToRouter(_message.Message):
     OFFERED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     accepted: Accepted
     rejected: Rejected
@@ -59,7 +62,8 @@ class ToRouter(_message.Message):
     offered: Offered
     moved: Moved
     refused: RouterRefused
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., tokens: _Optional[_Union[TokenFrame, _Mapping]] = ..., failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., refused: _Optional[_Union[RouterRefused, _Mapping]] = ...) -> None: ...
+    withdrawn: Withdrawn
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., tokens: _Optional[_Union[TokenFrame, _Mapping]] = ..., failed: _Optional[_Union[LegFailed, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_events: _Optional[_Union[KvEvents, _Mapping]] = ..., kv_snapshot: _Optional[_Union[KvSnapshot, _Mapping]] = ..., offered: _Optional[_Union[Offered, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., refused: _Optional[_Union[RouterRefused, _Mapping]] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router_id", "protocol")
@@ -159,6 +163,18 @@ class Moved(_message.Message):
     number: int
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
+class Withdraw(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class Withdrawn(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
 class Cancel(_message.Message):
     __slots__ = ("number", "reason")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -178,7 +194,7 @@ class SnapshotRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol")
+    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol", "network_domain")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +205,7 @@ class WorkerHello(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: _common_pb2.Role
@@ -199,7 +216,8 @@ class WorkerHello(_message.Message):
     context_tokens: int
     peer_address: str
     protocol: _common_pb2.Protocol
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ...) -> None: ...
+    network_domain: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., network_domain: _Optional[str] = ...) -> None: ...
 
 class RouterRefused(_message.Message):
     __slots__ = ("reason",)

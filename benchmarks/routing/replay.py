@@ -16,6 +16,7 @@ from benchmarks.routing.worker import Job, Worker
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
 from core.messages import KvSnapshot, LoadReport, WorkerHello
+from router.coming import steps_of
 from router.curves import Curves, PrefillCurve
 from router.index import Holdings, PrefixIndex
 from router.place import Knowledge, PrefillPoolQuery
@@ -65,6 +66,7 @@ class _Router:
         self, world: World, holdings: Sequence[Holdings], index: PrefixIndex, policy: PrefillPolicy
     ) -> None:
         self.policy = policy
+        self.block_size = world.block_size
         self.known = Knowledge(
             index=index,
             curves=Curves(),
@@ -76,6 +78,18 @@ class _Router:
             self.known.curves.set_prefill(view.kind, world.curve)
         self.pool = Pool({view.hello.worker_id: view for view in self.views})
         self.sent = [0] * world.workers
+
+    def submitted(self, i: int, job: Job) -> None:
+        """Worker `i` has the job."""
+        view, steps = self.views[i], steps_of(job.prompt.hashes, self.block_size)
+        self.sent[i] += 1
+        view.submitted(self.sent[i], job.uncached)
+        self.known.coming.add(view.hello.worker_id, steps)
+
+    def over(self, i: int, job: Job) -> None:
+        """The job has ended there, or has left."""
+        steps = steps_of(job.prompt.hashes, self.block_size)
+        self.known.coming.drop(self.views[i].hello.worker_id, steps)
 
     def query(self, prompt: Prompt, now_s: float) -> PrefillPoolQuery:
         return PrefillPoolQuery(
@@ -107,6 +121,7 @@ class Replay:
         self._ends: list[tuple[float, int]] = []
         self._reported_s = -1e9
         self._done: list[Job] = []
+        self._owners: dict[int, _Router] = {}
         self._moved = 0
 
     def run(self, prompts: Sequence[Prompt]) -> Outcome:
@@ -136,6 +151,7 @@ class Replay:
             ended_s, i = heapq.heappop(self._ends)
             job, events = self._workers[i].finish()
             self._done.append(job)
+            self._owners.pop(id(job)).over(i, job)
             self._routers[0].views[i].apply_events(events)
             if self._workers[i].begin(ended_s):
                 self._note_end(i)
@@ -148,15 +164,16 @@ class Replay:
         router.policy.placed(query, decision)
         i = self._numbers[decision.worker_id]
         others = [scored.worker_id for scored in decision.candidates]
-        self._submit(router, i, Job(prompt, now_s, others), now_s)
+        work_s = query.expected_s(decision.worker_id)[1]
+        self._submit(router, i, Job(prompt, now_s, others, work_s=work_s), now_s)
         if self._world.moves and isinstance(router.policy, Baton | DualMap):
             self._rebalance(router, i, now_s)
 
     def _submit(self, router: _Router, i: int, job: Job, now_s: float) -> None:
         if self._workers[i].submit(job, now_s):
             self._note_end(i)
-        router.sent[i] += 1
-        router.views[i].submitted(router.sent[i], job.uncached)
+        self._owners[id(job)] = router
+        router.submitted(i, job)
 
     def _note_end(self, i: int) -> None:
         running = self._workers[i].running
@@ -193,21 +210,22 @@ class Replay:
         queue_s = {name: s for name, s in loads_s.items() if s < self._world.ttft_s}
         if not queue_s:
             return
-        here = router.views[i].hello.worker_id
         waiting: list[Waiting] = []
         for job in source.queue:
             query = router.query(job.prompt, now_s)
             waiting.append(
                 Waiting(
-                    work_s=query.ttft_s(here)[1],
-                    elsewhere_s={w: query.ttft_s(w)[1] for w in job.candidates if w in queue_s},
+                    work_s=job.work_s,
+                    elsewhere_s={w: query.expected_s(w)[1] for w in job.candidates if w in queue_s},
                     waited_s=now_s - job.at_s,
                 )
             )
         moves = choose_moves(waiting, source.running_s(now_s), queue_s, self._world.ttft_s)
         moving = [(source.queue[move.position], move.to) for move in moves]
-        for job, to in moving:
+        for move, (job, to) in zip(moves, moving, strict=True):
+            job.work_s = waiting[move.position].elsewhere_s[to]
             source.queue.remove(job)
+            self._owners[id(job)].over(i, job)
             self._submit(router, self._numbers[to], job, now_s)
         self._moved += len(moving)
 

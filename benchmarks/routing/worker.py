@@ -20,6 +20,8 @@ class Job:
     at_s: float
     candidates: Sequence[WorkerId]
     uncached: int = 0
+    work_s: float = 0.0
+    """As the router expected where it was placed, before it was."""
     started_s: float = 0.0
     ends_s: float = 0.0
     hit_tokens: int = 0

@@ -50,13 +50,16 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    transfer = config.transfer
+    if arguments.network_domain is not None:
+        transfer = transfer.model_copy(update={"network_domain": arguments.network_domain})
     start = WorkerStart(
         worker_id=WorkerId(arguments.worker_id or arguments.role),
         role=Role(arguments.role),
         model_path=config.model.path,
         settings=WorkerSettings(
             engine=config.engine,
-            transfer=config.transfer,
+            transfer=transfer,
             prefill=config.prefill,
             decode=config.decode,
         ),
@@ -101,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port")
     parser.add_argument("--router-port", type=int, default=0, help="of the door for routers")
     parser.add_argument("--peer-port", type=int, default=0, help="of the door for other workers")
+    parser.add_argument("--network-domain", help="instead of transfer.network_domain")
     return parser
 
 

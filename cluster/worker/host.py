@@ -79,6 +79,7 @@ async def serve_worker(
         incarnation=incarnation,
         address=f"{start.host}:{port}",
         peer_address=address_of(peers),
+        network_domain=start.settings.transfer.network_domain,
     )
     worker = Worker(
         engine=engine,
@@ -98,6 +99,7 @@ async def serve_worker(
         router_address=address_of(routers),
         model_id=info.model_id,
         pid=os.getpid(),
+        network_domain=identity.network_domain,
     )
     async with (
         worker.running() as engine_loop,

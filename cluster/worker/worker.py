@@ -26,6 +26,7 @@ from core.messages import (
     RenewLeases,
     RouterToWorker,
     SnapshotRequest,
+    Withdraw,
     WorkerHello,
     WorkerToRouter,
 )
@@ -74,6 +75,7 @@ class WorkerIdentity:
     incarnation: Incarnation
     address: str
     peer_address: str
+    network_domain: str = ""
 
 
 class Worker:
@@ -222,6 +224,9 @@ class Worker:
                 self.prefill.cancel(outlet, message.number, message.reason)
                 self._decode.cancel(outlet, message.number)
                 self._blocks_freed()
+            case Withdraw():
+                self.prefill.withdraw(outlet, message.number)
+                self._blocks_freed()
             case RenewLeases():
                 self.leases.renew(message.lease_ids, reader=None)
             case SnapshotRequest():
@@ -281,6 +286,7 @@ class Worker:
             num_blocks=info.num_blocks,
             context_tokens=info.context_tokens,
             peer_address=self._identity.peer_address,
+            network_domain=self._identity.network_domain,
         )
 
     def load(self, last_submit: int = 0) -> LoadReport:

@@ -84,6 +84,16 @@ class PrefillQuery(Query, Protocol):
         """Seconds that those will take, and that the prompt's own uncached tokens will take."""
         ...
 
+    def coming(self, limit: int) -> Sequence[WorkerId]:
+        """A few open workers that will hold the longest prefix of it which prompts on their way
+        will leave anywhere.
+        """
+        ...
+
+    def expected_s(self, worker: WorkerId) -> tuple[float, float]:
+        """As `ttft_s`, where what such prompts will leave there counts as cached."""
+        ...
+
 
 class DecodeQuery(Query, Protocol):
     """One sequence that wants a decode worker."""

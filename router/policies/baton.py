@@ -1,9 +1,11 @@
 """Baton's prefill choice: a small candidate set, then one cost in seconds.
 
     candidates   the two homes of the prompt's key (ring.py, hotness.py), the few workers that hold
-                 its longest cached prefixes, and two random ones; four if less than half is cached
-                 anywhere: then a short queue is all there is to find
-    cost         w * seconds of its queue + seconds of the prompt's own uncached tokens
+                 its longest cached prefixes, a few that are about to (router/coming.py), and two
+                 random ones; four if less than half is cached anywhere: then a short queue is all
+                 there is to find
+    cost         w * seconds of its queue + seconds of the prompt's own uncached tokens, where what
+                 the prompts before it will leave in the cache counts as cached
 
 The lowest cost wins. If queue + own work there break the TTFT target, the lowest cost among the
 idle candidates that keep it wins instead. Busy ones do not count: what saves one prompt there
@@ -22,6 +24,7 @@ from router.policies.hotness import HotnessTree
 from router.policies.ring import TwoRings
 
 _HOLDERS = 4
+_COMING = 2
 _RANDOM = 2
 _RANDOM_COLD = 4
 
@@ -44,7 +47,7 @@ class Baton:
         holders = query.holders(_HOLDERS)
         cached = query.cached_tokens(holders[0]) if holders else 0
         drawn = sample(query, _RANDOM if 2 * cached >= query.tokens else _RANDOM_COLD)
-        return list(dict.fromkeys((*homes, *holders, *drawn)))
+        return list(dict.fromkeys((*homes, *holders, *query.coming(_COMING), *drawn)))
 
     def choose(self, query: PrefillQuery) -> Decision:
         scored = [self._score(query, worker) for worker in self.candidates_of(query)]
@@ -60,7 +63,7 @@ class Baton:
         self._hotness.saw(query)
 
     def _score(self, query: PrefillQuery, worker: WorkerId) -> Scored:
-        queue_s, work_s = query.ttft_s(worker)
+        queue_s, work_s = query.expected_s(worker)
         terms = (("queue_s", queue_s), ("work_s", work_s))
         return Scored(worker, self._queue_weight * queue_s + work_s, terms)
 

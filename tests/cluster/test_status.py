@@ -174,6 +174,7 @@ def cluster_status() -> ClusterStatus:
         ready=False,
         logs="/tmp/x",
         workers=(reader, owner),
+        ejected={"prefill-0": "slow"},
     )
 
 
@@ -212,3 +213,10 @@ def test_json_has_everything() -> None:
     status = json.loads(status_json(cluster_status()))
     assert status["workers"][1]["stats"]["leases"][0]["sequence_id"] == "req-1/1.2"
     assert status["workers"][0]["stats"] is None
+    assert status["ejected"] == {"prefill-0": "slow"}
+
+
+def test_an_ejected_worker_is_shown_with_the_reason() -> None:
+    text = shown(leases=False)
+    assert "ejected: slow" in text
+    assert "prefill-0: the router sends it nothing for now: it was far slower" in text

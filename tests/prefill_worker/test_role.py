@@ -3,7 +3,7 @@
 import pytest
 
 from core.clock import FakeClock
-from core.messages import Cancel, LegFailed, Rejected, RenewLeases
+from core.messages import Cancel, LegFailed, Rejected, RenewLeases, Withdraw, Withdrawn
 from core.sampling import FinishReason
 from core.stages import Stage
 from tests.builders import (
@@ -186,3 +186,36 @@ async def test_a_prompt_whose_cached_kv_is_damaged_fails_and_ends_its_lease() ->
         failed = await pair.to_prefill.first(LegFailed)
         assert (failed.number, failed.code) == (2, "kv_mismatch")
         await until_idle(pair.prefill.worker)
+
+
+async def test_a_prompt_that_has_not_begun_is_withdrawn_and_holds_nothing() -> None:
+    async with worker_pair(worker_settings=CHUNKED, gated_prefill=True) as pair:
+        await pair.start_prefill(1, PROMPT)
+        pair.prefill.gate.allow(1)
+        await until(lambda: pair.prefill.worker.runner.steps == 1)
+        await pair.start_prefill(2, make_prompt(22, seed=1), name="2")
+        for number in (1, 2):
+            pair.prefill.worker.handle(pair.to_prefill.outlet, Withdraw(number=number))
+        await pair.to_prefill.all_said()
+        assert pair.to_prefill.of(Withdrawn) == [Withdrawn(number=2)]
+        pair.prefill.gate.open()
+        await pair.to_prefill.until(lambda: bool(pair.to_prefill.entries(1)))
+        assert pair.to_prefill.tokens(1) == expected_tokens(PROMPT, 1)
+        cancel(pair, 1)
+        await pair.idle()
+
+
+async def test_a_prompt_finds_what_the_one_before_it_has_computed_meanwhile() -> None:
+    async with worker_pair(worker_settings=CHUNKED, gated_prefill=True) as pair:
+        for number in (1, 2):
+            await pair.start_prefill(number, PROMPT, name=str(number))
+        pair.prefill.gate.open()
+        await pair.to_prefill.until(lambda: bool(pair.to_prefill.entries(2)))
+        (entry,) = pair.to_prefill.entries(2)
+        assert entry.times is not None
+        # It begins beside the last chunk of the first one, with all before that.
+        assert entry.times.cached_tokens == 16
+        assert pair.to_prefill.tokens(2) == expected_tokens(PROMPT, 1)
+        for number in (1, 2):
+            cancel(pair, number)
+        await pair.idle()

@@ -24,6 +24,8 @@ from core.messages import (
     PrefillSubmit,
     Rejected,
     RouterToWorker,
+    Withdraw,
+    Withdrawn,
     WorkerHello,
 )
 from core.registry import WorkerRecord
@@ -40,7 +42,7 @@ from router.policies.base import Decision
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Progress
-from router.types import Generated, MigrationReport
+from router.types import Generated, MigrationReport, Requeued
 from router.view import WorkerView
 from router.watcher import Unwatched
 from tests.builders import make_engine, make_prompt, make_request, soon
@@ -497,3 +499,56 @@ async def test_time_that_ran_out_on_a_running_answer_counts_against_nobody() -> 
         with pytest.raises(DeadlineExceeded):
             await soon(s.attempt.end())
         assert ejected(s) == []
+
+
+# -- a prompt that has not begun ----------------------------------------------------------------
+
+ELSEWHERE = WorkerId("p1")
+
+
+def asked_to_move(s: Scene) -> None:
+    """As the rebalancer does it."""
+    ((_, (prompt,)),) = s.chooser.queued.by_worker()
+    assert prompt.move is not None
+    prompt.move(ELSEWHERE)
+    assert s.prefill.sent[-1] == Withdraw(number=0)
+
+
+async def test_a_withdrawn_prompt_ends_the_attempt_and_cancels_its_decode_leg() -> None:
+    with Scene() as s:
+        asked_to_move(s)
+        s.prefill.say(Withdrawn(number=0))
+        with pytest.raises(Requeued) as requeued:
+            await s.attempt.end()
+    assert requeued.value.to == ELSEWHERE
+    assert isinstance(s.source.sent[-1], Cancel)
+    assert not any(isinstance(message, Cancel) for message in s.prefill.sent)
+    assert list(s.chooser.queued.by_worker()) == []
+    assert s.failed == {s.destination.record.incarnation}
+
+
+async def test_a_decode_worker_that_hears_first_of_the_withdrawn_lease_is_not_at_fault() -> None:
+    with Scene() as s:
+        asked_to_move(s)
+        s.source.say(replace(FAILED, code=TransferFailed.code))
+        with pytest.raises(Requeued):
+            await s.attempt.end()
+    assert isinstance(s.prefill.sent[-1], Cancel)
+    assert not s.outliers.is_ejected(s.prefill.record.incarnation)
+
+
+async def test_a_prompt_that_has_begun_all_the_same_goes_on() -> None:
+    with Scene() as s:
+        asked_to_move(s)
+        s.begin()
+        s.source.say(tokens(2, finish=FinishReason.LENGTH))
+        await s.attempt.end()
+    assert s.tokens == [0, 1, 2]
+
+
+async def test_a_prompt_that_was_moved_is_not_moved_again() -> None:
+    scene = Scene()
+    scene.progress.requeued = True
+    with scene as s:
+        ((_, (prompt,)),) = s.chooser.queued.by_worker()
+        assert prompt.move is None

@@ -33,6 +33,8 @@ from core.messages import (
     RouterToWorker,
     SnapshotRequest,
     TokenFrame,
+    Withdraw,
+    Withdrawn,
     WorkerHello,
     WorkerToRouter,
 )
@@ -87,6 +89,7 @@ ROUTER = {
     DecodeSubmit: st.builds(DecodeSubmit, handoff=st.none() | HANDOFF, **SUBMIT),
     Offer: st.builds(Offer, number=U64),
     Cancel: st.builds(Cancel, number=U64, reason=TEXT),
+    Withdraw: st.builds(Withdraw, number=U64),
     RenewLeases: st.builds(RenewLeases, lease_ids=st.lists(U64, max_size=4).map(tuple)),
     SnapshotRequest: st.just(SnapshotRequest()),
 }
@@ -135,6 +138,7 @@ WORKER = {
         num_blocks=U32,
         context_tokens=U32,
         peer_address=TEXT,
+        network_domain=TEXT,
         protocol_major=U32,
         protocol_minor=U32,
     ),
@@ -157,6 +161,7 @@ WORKER = {
         message=TEXT,
     ),
     Moved: st.builds(Moved, number=U64),
+    Withdrawn: st.builds(Withdrawn, number=U64),
     RouterRefused: st.builds(RouterRefused, reason=TEXT),
     LoadReport: st.builds(
         LoadReport,

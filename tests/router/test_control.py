@@ -3,9 +3,10 @@
 import httpx
 import pytest
 
+from cluster.probe import ejected_workers
 from core.errors import InvalidRequest
 from core.ids import RequestId, WorkerId
-from router.types import MigrationReport
+from router.types import MigrationReport, WorkerStatus
 from tests.router.http_builders import ScriptedGenerator, in_loop, model_directory, running, saying
 
 REPORT = MigrationReport(
@@ -94,3 +95,29 @@ async def test_control_calls_need_a_key_where_keys_are_set(tmp_path):
         without = await http.post(url, json=body)
         with_key = await http.post(url, json=body, headers={"authorization": "Bearer secret"})
     assert (without.status_code, with_key.status_code) == (401, 200)
+
+
+@in_loop
+async def test_workers_are_listed_as_the_router_sees_them(tmp_path):
+    slow = WorkerStatus(
+        worker_id="p0",
+        role="prefill",
+        address="x",
+        connected=True,
+        ejected=True,
+        ejected_for="slow",
+    )
+    fine = WorkerStatus(worker_id="p1", role="prefill", address="x", connected=True)
+    generator = ScriptedGenerator(saying("a"), views=(slow, fine))
+    async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
+        listed = await http.get(f"{server.url}/control/workers")
+        ejected = await ejected_workers(server.url)
+    assert [(w["worker_id"], w["ejected_for"]) for w in listed.json()] == [
+        ("p0", "slow"),
+        ("p1", ""),
+    ]
+    assert ejected == {"p0": "slow"}
+
+
+async def test_a_router_that_is_gone_has_ejected_nobody():
+    assert await ejected_workers("http://127.0.0.1:9") == {}

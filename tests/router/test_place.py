@@ -3,8 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.ids import Incarnation, Role, WorkerId
+from core.ids import BlockHash, Incarnation, Role, WorkerId
 from core.messages import PrefixSource
+from router.coming import steps_of
 from router.place import DecodeCacheQuery
 from router.policies.base import Decision, Scored
 from tests.builders import QUICK
@@ -108,6 +109,15 @@ def test_near_workers_are_those_of_the_kvs_host_if_there_are_others() -> None:
     assert workers.decode(kv_address="h1:77").near == ()
 
 
+def test_a_label_is_the_network_domain_where_there_is_one() -> None:
+    workers = Workers()
+    workers.add("a", host="h1", domain="rack-1")
+    workers.add("b", host="h2", domain="rack-1")
+    workers.add("c", host="h3")
+    assert workers.decode(kv_address="h1:1").near == ("a", "b")
+    assert workers.decode(kv_address="h3:1").near == ("c",)
+
+
 # -- who else has the prefix --------------------------------------------------------------------
 
 
@@ -186,3 +196,27 @@ def test_the_source_holds_most_of_what_can_be_reused(
     most = max((min(blocks, usable) for blocks in there), default=0)
     found = source_of(workers, prompt_tokens)
     assert (found[1] if found else None) == (most if most > min(here, usable) else None)
+
+
+def test_of_equal_holders_one_in_the_same_network_domain_is_read_from() -> None:
+    workers = Workers()
+    workers.add("a", domain="rack-1")
+    workers.add("b", cached=5)
+    workers.add("c", cached=5, running=9, domain="rack-1")
+    assert source_of(workers) == ("c", 5)
+
+
+# -- what is on its way -------------------------------------------------------------------------
+
+
+def test_what_a_prompt_on_its_way_will_leave_counts_as_cached_where_it_went() -> None:
+    hashes = [BlockHash(i.to_bytes(16)) for i in range(300)]
+    workers = Workers()
+    workers.add("a")
+    workers.add("b")
+    workers.known.coming.add(A, steps_of(hashes[:150], BLOCK))
+    query = workers.prefill(1200, hashes)
+    assert (query.expected_s(A)[1], query.expected_s(WorkerId("b"))[1]) == (1200 - 512, 1200)
+    assert (query.cached_tokens(A), query.ttft_s(A)[1]) == (0, 1200)
+    assert query.coming(4) == ["a"]
+    assert workers.prefill(1200, hashes, closed=["a"]).coming(4) == []

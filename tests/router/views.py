@@ -63,6 +63,7 @@ class Workers:
         context: int = 0,
         free_blocks: int = 100,
         host: str = "h",
+        domain: str = "",
     ) -> WorkerView:
         """A worker that holds so many blocks of CHAIN, or these."""
         worker_id = WorkerId(name)
@@ -72,6 +73,7 @@ class Workers:
             incarnation=Incarnation(name),
             role=self.role,
             peer_address=f"{host}:1",
+            network_domain=domain,
         )
         view = WorkerView(hello, self.known.index.join(worker_id))
         view.load = replace(
@@ -124,6 +126,6 @@ class Workers:
             0.0,
             tokens=tokens,
             max_tokens=max_tokens,
-            kv_address=kv_address,
+            kv_domain=self.pool.domain_at(kv_address) if kv_address else "",
             closed=frozenset(map(WorkerId, closed)),
         )
