@@ -160,7 +160,7 @@ class Scheduler(Generic[S]):
             if not count or sequence.state is not SequenceState.RUNNING:
                 continue
             if sequence.started_at_s is None:
-                self._reuse(sequence)
+                self.reuse(sequence)
             fed = min(count, sequence.pending_tokens)
             if self._grow(sequence, sequence.computed + fed):
                 batch.append((sequence, fed))
@@ -209,7 +209,7 @@ class Scheduler(Generic[S]):
             self._on_admitted(sequence)
         return True
 
-    def _reuse(self, sequence: S) -> None:
+    def reuse(self, sequence: S) -> None:
         """It is about to begin: what others have computed since it was admitted is cached now."""
         begin, full = sequence.published, (sequence.known_tokens - 1) // self._block_size
         found = self._pool.lookup(sequence.block_hashes(full, self._block_size)[begin:])

@@ -273,6 +273,8 @@ class SimWorker:
     def _decode(self, sequence: SimSequence) -> None:
         """It takes part in every step from now on."""
         self._order += 1
+        if sequence.started_at_s is None:
+            sequence.started_at_s = self._events.now_s()
         sequence.joined, sequence.turn = self._steps, self._order
         self._decodes += 1
         self._context_tokens += sequence.known_tokens
@@ -292,12 +294,33 @@ class SimWorker:
         if not self._grow(self._steps):
             return None
         if prompts:
-            fed_prompts = [(s, n) for s, n in zip(self._prompts, chunks, strict=True) if n]
-            return _Run(now_s, 1, decodes, fed_prompts)
+            fed_prompts = self._first_chunks(list(zip(self._prompts, chunks, strict=True)), now_s)
+            return _Run(now_s, 1, self._decodes, fed_prompts)
         while self._ends[0][2].turn != self._ends[0][1]:
             heapq.heappop(self._ends)
         steps = min(_MOST_STEPS, self._ends[0][0] - self._steps)
         return _Run(now_s, min(steps, self._steps_with_room(steps)), decodes)
+
+    def _first_chunks(
+        self, planned: list[tuple[SimSequence, int]], now_s: float
+    ) -> list[tuple[SimSequence, int]]:
+        """The chunks as they are fed: a prompt that begins reuses what was cached meanwhile, and
+        one of which only a token is left by that decodes.
+        """
+        fed: list[tuple[SimSequence, int]] = []
+        for sequence, count in planned:
+            if count and sequence.started_at_s is None:
+                before = sequence.pending_tokens
+                self.scheduler.reuse(sequence)
+                sequence.started_at_s = now_s
+                self._queued_tokens -= before - _queued(sequence)
+                if sequence.pending_tokens == 1:
+                    self._prompts.remove(sequence)
+                    self._decode(sequence)
+                    continue
+            if count:
+                fed.append((sequence, min(count, sequence.pending_tokens)))
+        return fed
 
     def _steps_with_room(self, steps: int) -> int:
         """Of `steps`, those that surely do not run out of blocks; at least 1, which was grown."""
