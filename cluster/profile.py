@@ -23,6 +23,7 @@ from simulator.profiles.fit import fit_latency
 from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, write_own
 
 _LEAST_GAPS = 3
+_LONGER = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +114,20 @@ async def _decode(
     batch: int,
     context: int,
 ) -> DecodeRow:
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(
-                complete(endpoint, prompt(context), options.answer_tokens, options.timeout_s)
-            )
-            for _ in range(batch * options.decode_workers)
-        ]
-    return decode_row(batch, context, [task.result() for task in tasks])
+    """Longer answers while prompts come so slowly that the first answers end before the last."""
+    tokens = options.answer_tokens
+    while True:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(complete(endpoint, prompt(context), tokens, options.timeout_s))
+                for _ in range(batch * options.decode_workers)
+            ]
+        try:
+            return decode_row(batch, context, [task.result() for task in tasks])
+        except ConfigError:
+            if tokens >= _LONGER * options.answer_tokens:
+                raise
+            tokens *= 2
 
 
 def prefill_row(tokens: int, answers: Sequence[Answer]) -> PrefillRow:

@@ -20,6 +20,10 @@ import httpx
 import openai
 import pytest
 
+from engine.config import TimedConfig
+from engine.latency.base import StepShape
+from engine.latency.fitted import FittedLatency
+from simulator.profiles.load import load_profile
 from tests.processes import write_config
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
@@ -195,3 +199,23 @@ async def test_nothing_is_left_after_bad_input(served: Served) -> None:
             await client.completions.create(model="gpt-9", prompt="x")
         with pytest.raises(openai.BadRequestError, match="context"):
             await client.completions.create(model="timed", prompt=[7] * 40_000)
+
+
+def test_a_profile_of_it_takes_no_less_than_the_model_it_sleeps_by(
+    served: Served, tmp_path: Path
+) -> None:
+    file = tmp_path / "profile.json"
+    sizes = ["--prompt", "64", "--prompt", "256", "--prompt", "480"]
+    sizes += ["--batch", "1", "--batch", "4", "--context", "64", "--context", "256"]
+    command = ["profile", "--url", served.url, "--out", str(file), "--repeats", "2", "--json"]
+    subprocess.run(
+        [*BATON, *command, *sizes], env=served.env, check=True, timeout=90, capture_output=True
+    )
+    profile = load_profile(str(file))
+    model = FittedLatency.of(TimedConfig())
+    assert profile.measured is not None
+    for prompt in profile.measured.prefill:
+        assert prompt.seconds >= model.step_s(StepShape([(0, prompt.end)]))
+    for step in profile.measured.decode:
+        assert step.seconds >= model.step_s(StepShape([], 1, 64))
+    assert profile.latency.step_s(StepShape([(0, 480)])) > 0
