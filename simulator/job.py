@@ -6,6 +6,7 @@ from math import nan
 from typing import TYPE_CHECKING
 
 from core.ids import BlockHash, Incarnation
+from router.queued import QueuedPrompt
 from simulator.fleet import Member, SimLink
 from simulator.handoff import Handoff
 from simulator.sequence import SimSequence
@@ -54,6 +55,7 @@ class Job:
         "emitted",
         "failed",
         "legs",
+        "queued",
         "record",
         "request",
         "router",
@@ -68,6 +70,7 @@ class Job:
         self.failed: set[Incarnation] = set()
         self.legs: list[Leg] = []
         self.decode: SimLink | None = None
+        self.queued: QueuedPrompt | None = None
         self.began_s = nan
 
     @property

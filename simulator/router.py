@@ -179,6 +179,7 @@ class SimRouter:
             return
         job.record.prefill_worker = job.record.decode_worker = link.record.worker_id
         link.submitted(placed.load_tokens)
+        self._note_queued(job, placed)
         job.decode = link
         leg = ComputeLeg(job, link, now_s)
         job.legs = [leg]
@@ -190,6 +191,7 @@ class SimRouter:
             return
         job.record.prefill_worker = link.record.worker_id
         link.submitted(placed.load_tokens)
+        self._note_queued(job, placed)
         leg = PrefillLeg(job, link, now_s)
         job.legs = [leg]
         if job.emitted + 1 < self._max_tokens(job) and not self._hand_over(job, leg, now_s):
@@ -230,6 +232,17 @@ class SimRouter:
         job.legs.append(leg)
         return True
 
+    def _note_queued(self, job: Job, placed: Placement[SimLink]) -> None:
+        """What it will leave in that worker's cache counts for prompts to come."""
+        if placed.queued is not None:
+            job.queued = placed.queued
+            self.chooser.queued.add(placed.queued)
+
+    def _forget_queued(self, job: Job) -> None:
+        if job.queued is not None:
+            self.chooser.queued.discard(job.queued)
+            job.queued = None
+
     def _takes(self, job: Job, link: SimLink, *, decodes: bool) -> bool:
         """Whether the worker takes a leg, by its own policy; if not, the job goes on elsewhere."""
         spec, load = link.member.hello, link.member.worker.load()
@@ -250,6 +263,7 @@ class SimRouter:
             return True
         for leg in job.legs:
             leg.drop()
+        self._forget_queued(job)
         if isinstance(refusal, InvalidRequest):
             self._end(job, "too_long")
         else:
@@ -261,6 +275,7 @@ class SimRouter:
     def prefilled(self, leg: PrefillLeg | ComputeLeg, *, ended: bool) -> None:
         """The first token of this attempt; with `ended` also the answer's last."""
         job, now_s, sequence = leg.job, self._events.now_s(), leg.sequence
+        self._forget_queued(job)
         job.emitted += 1
         started_s = sequence.started_at_s if sequence.started_at_s is not None else now_s
         record = job.record
@@ -300,6 +315,7 @@ class SimRouter:
     def _continue(self, job: Job, member: Member) -> None:
         for leg in job.legs:
             leg.drop()
+        self._forget_queued(job)
         job.failed.add(member.record.incarnation)
         left = min([job.outputs_left, *(leg.sequence.outputs_left for leg in job.generating())])
         job.emitted = job.request.output_tokens - max(1, left)
