@@ -10,17 +10,22 @@ the released ones being 1.1 times those that its alignment script names; the qui
 with the released ones, the seven points with those of the script.
 """
 
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from random import Random
+from statistics import fmean
 
-from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
+from benchmarks.types import BenchFailed
+from engine.latency.fitted import PrefillCurve
 from router.policies.base import Slo
 from simulator.plan.search import Progress, search
-from simulator.plan.trial import plan_setup, simulate
-from simulator.plan.types import Answer, Offer, Option, Plan, Pool, Problem
+from simulator.plan.trial import find_goodput, plan_setup, simulate
+from simulator.plan.types import Affinity, Answer, Offer, Option, Plan, Pool, Problem
+from simulator.profiles.published import DISTSERVE_KV_TOKENS, distserve_latency
 from simulator.workload.types import SimRequest
 
 PUBLISHED_RPS_PER_GPU = 1.56
@@ -41,6 +46,14 @@ _SHARE = 0.9
 _GPU = "a100"
 _GPUS = 4
 _SCRIPT_TO_RELEASED = 1.1
+_OVERHEAD_S, _OVERHEAD_PER_TOKEN_S = 2e-3, 1e-7
+"""Of a step of its engine, in the released fits alone."""
+
+_REQUESTS = 600
+_POINT_REQUESTS = 300
+"""Of a run of the alignment script, whose decode batches no memory bounds."""
+
+_UNBOUNDED_TOKENS = 1 << 20
 _BLOCK_SIZE = 16
 _KV_BYTES_PER_TOKEN = 819_200
 _NVLINK_BYTES_PER_S = 300e9
@@ -52,25 +65,6 @@ _SHARES = (0, 0.05, 0.1, 0.15, 0.25, 0.33, 0.4, 0.5, 0.58, 0.67, 0.75, 0.83, 0.9
 _PROMPTS = (9, 31, 94, 181, 345, 469, 575, 760, 852, 1013, 1170, 1361, 1513, 1728, 1830, 2003)
 _OUTPUTS = (2, 5, 9, 12, 18, 28, 36, 68, 138, 219, 279, 373, 479, 609, 817, 1085)
 """Lengths at these shares of the 300 ShareGPT requests that DistServe's alignment data replays."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """Milliseconds: per step, per token, per squared prompt; per step, context token, sequence."""
-
-    tp: int
-    prefill: tuple[float, float, float]
-    small: tuple[float, float, float]
-    large: tuple[float, float, float]
-    kv_tokens: int
-
-
-_LARGE_FROM = 95
-_FITS = (
-    _Fit(1, (18.10, 0.1019, 7.12e-6), (19.93, 6.27e-4, 0.0385), (7.17, 5.80e-4, 0.158), 66_144),
-    _Fit(2, (14.74, 0.0686, 2.45e-6), (13.29, 3.41e-4, 0.0630), (10.64, 3.12e-4, 0.0856), 163_008),
-    _Fit(4, (12.06, 0.0381, 5.2e-7), (10.26, 1.88e-4, 0.0327), (10.48, 1.71e-4, 0.0457), 356_736),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,33 +98,38 @@ class DistServeCase:
 
 
 def distserve_case(
-    lengths: Sequence[tuple[int, int]] | None = None,
+    recorded: Sequence[SimRequest] = (),
     *,
     seeds: int = 5,
     processes: int = 1,
     progress: Progress = lambda text, done, total: None,
 ) -> DistServeCase:
-    """Search and points on (prompt, output) lengths drawn with Poisson arrivals; without `lengths`
-    from the quantiles above. Takes about 15 s of CPU.
+    """Search and points. With `recorded` requests (`read_recorded`) the points replay them, their
+    arrivals stretched, and the search draws its lengths from them; without, lengths are drawn from
+    the quantiles above and arrivals are Poisson's. Raises BenchFailed when no plan is found.
     """
-    answer = search(_problem(lengths, seed=0), processes=processes, progress=progress)
-    best = answer.best[0].plan if answer.best else None
+    answer = search(_problem(recorded, seed=0), processes=processes, progress=progress)
+    if not answer.best or answer.best[0].plan.decode is None:
+        raise BenchFailed("DistServe's case: no plan keeps its targets")
+    best = answer.best[0]
+    rates = [best.rps_per_gpu]
+    for seed in range(1, seeds):
+        progress(f"the best plan, seed {seed}", seed, seeds)
+        problem = _problem(recorded, seed=seed)
+        goodput = find_goodput(problem, plan_setup(problem, best.plan, best.goodput.rps))
+        rates.append(goodput.rps / best.plan.gpus)
     return DistServeCase(
-        rps_per_gpu=answer.best[0].rps_per_gpu if answer.best else 0.0,
-        prefill_tp=best.prefill.option.tp if best is not None else 0,
-        decode_tp=best.decode.option.tp if best is not None and best.decode is not None else 0,
+        rps_per_gpu=fmean(rates),
+        prefill_tp=best.plan.prefill.option.tp,
+        decode_tp=answer.best[0].plan.decode.option.tp,
         answer=answer,
-        attainment=tuple(attainment(lengths, seeds=seeds)),
+        attainment=tuple(attainment(recorded, seeds=seeds)),
     )
 
 
-def attainment(
-    lengths: Sequence[tuple[int, int]] | None = None, *, seeds: int = 5
-) -> list[Attainment]:
+def attainment(recorded: Sequence[SimRequest] = (), *, seeds: int = 5) -> list[Attainment]:
     """The seven points, on the published placement."""
-    problems = [
-        _problem(lengths, seed=seed, prefill_scale=1 / _SCRIPT_TO_RELEASED) for seed in range(seeds)
-    ]
+    problems = [_problem(recorded, seed=seed, is_script=True) for seed in range(seeds)]
     points: list[Attainment] = []
     for rate, published in PUBLISHED_ATTAINMENT.items():
         shares: list[float] = []
@@ -138,10 +137,27 @@ def attainment(
             plan = _published_plan(problem)
             setup = plan_setup(problem, plan, rate)
             shares.append(simulate(problem, setup, rate * plan.gpus).share)
-        points.append(
-            Attainment(rps_per_gpu=rate, published=published, simulated=sum(shares) / len(shares))
-        )
+        points.append(Attainment(rps_per_gpu=rate, published=published, simulated=fmean(shares)))
     return points
+
+
+def read_recorded(file: Path) -> tuple[SimRequest, ...]:
+    """A workload file of DistServe's alignment data: a JSON list of prompt_len, output_len and
+    start_time in seconds. Raises BenchFailed.
+    """
+    try:
+        return tuple(
+            SimRequest(
+                at_s=float(row["start_time"]),
+                prompt_tokens=int(row["prompt_len"]),
+                output_tokens=int(row["output_len"]),
+            )
+            for row in json.loads(file.read_text(encoding="utf-8"))
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchFailed(
+            f"{file} is no workload of DistServe's alignment data: {error}"
+        ) from error
 
 
 def draw_lengths(random: Random) -> tuple[int, int]:
@@ -164,55 +180,54 @@ def _published_plan(problem: Problem) -> Plan:
     )
 
 
-def _problem(
-    lengths: Sequence[tuple[int, int]] | None, *, seed: int, prefill_scale: float = 1.0
-) -> Problem:
+def _problem(recorded: Sequence[SimRequest], *, seed: int, is_script: bool = False) -> Problem:
     return Problem(
-        options=tuple(_option(fit, prefill_scale) for fit in _FITS),
+        options=tuple(_option(tp, is_script=is_script) for tp in DISTSERVE_KV_TOKENS),
         offers=(Offer(gpu=_GPU, count=_GPUS),),
         gpus=_GPUS,
         slo=_SLO,
         share=_SHARE,
-        requests=_requests(lengths, seed),
+        requests=(tuple(recorded) if is_script and recorded else _requests(recorded, seed)),
         block_size=_BLOCK_SIZE,
         kv_bytes_per_token=_KV_BYTES_PER_TOKEN,
+        affinity=Affinity.LOW,
         node_gpus=_GPUS,
         chunks=(_WHOLE_PROMPTS,),
         max_batch=1024,
-        run_s=300.0,
+        phase_requests=_POINT_REQUESTS if is_script else _REQUESTS,
+        run_s=0.0,
+        warm_up=0.0,
         seed=seed,
     )
 
 
-def _requests(lengths: Sequence[tuple[int, int]] | None, seed: int) -> tuple[SimRequest, ...]:
+def _requests(recorded: Sequence[SimRequest], seed: int) -> tuple[SimRequest, ...]:
     random, at_s, requests = Random(seed), 0.0, list[SimRequest]()
-    for _ in range(1500):
-        prompt, output = draw_lengths(random) if lengths is None else random.choice(lengths)
-        requests.append(SimRequest(at_s=at_s, prompt_tokens=prompt, output_tokens=output))
+    for _ in range(_REQUESTS):
+        if recorded:
+            requests.append(replace(random.choice(recorded), at_s=at_s))
+        else:
+            prompt, output = draw_lengths(random)
+            requests.append(SimRequest(at_s=at_s, prompt_tokens=prompt, output_tokens=output))
         at_s += random.expovariate(1.0)
     return tuple(requests)
 
 
-def _option(fit: _Fit, prefill_scale: float) -> Option:
-    base, per_token, per_square = (prefill_scale * ms / 1e3 for ms in fit.prefill)
+def _option(tp: int, *, is_script: bool) -> Option:
+    latency = distserve_latency("opt-13b", tp)
+    if is_script:
+        curve = latency.prefill
+        script = PrefillCurve(
+            base_s=(curve.base_s - _OVERHEAD_S) / _SCRIPT_TO_RELEASED,
+            per_token_s=(curve.per_token_s - _OVERHEAD_PER_TOKEN_S) / _SCRIPT_TO_RELEASED,
+            per_pair_s=curve.per_pair_s / _SCRIPT_TO_RELEASED,
+        )
+        latency = replace(latency, prefill=script)
     return Option(
         gpu=_GPU,
-        tp=fit.tp,
-        latency=FittedLatency(
-            prefill=PrefillCurve(base_s=base, per_token_s=per_token, per_pair_s=2 * per_square),
-            decode=(_decode(fit.small, 0), _decode(fit.large, _LARGE_FROM)),
-        ),
-        kv_tokens=fit.kv_tokens,
-        nic_bytes_per_s=fit.tp * _NIC_BYTES_PER_S,
-        nvlink_bytes_per_s=fit.tp * _NVLINK_BYTES_PER_S,
-    )
-
-
-def _decode(curve: tuple[float, float, float], from_sequences: int) -> DecodeCurve:
-    base, per_context_token, per_sequence = (ms / 1e3 for ms in curve)
-    return DecodeCurve(
-        base_s=base,
-        per_sequence_s=per_sequence,
-        per_context_token_s=per_context_token,
-        from_sequences=from_sequences,
+        tp=tp,
+        latency=latency,
+        kv_tokens=_UNBOUNDED_TOKENS if is_script else DISTSERVE_KV_TOKENS[tp],
+        nic_bytes_per_s=tp * _NIC_BYTES_PER_S,
+        nvlink_bytes_per_s=tp * _NVLINK_BYTES_PER_S,
     )
