@@ -23,6 +23,8 @@ _FAST_BYTES_PER_S = 1e15
 _FAST_TOKENS = 1 << 18
 _DECODE_STEP_TOKENS = 512
 _MOST_DOUBLINGS = 6
+_PHASE_WIDTH = 0.1
+"""Phases alone only decide which plans are simulated whole."""
 
 
 class Judged(StrEnum):
@@ -211,7 +213,7 @@ def find_goodput(problem: Problem, setup: Setup) -> Goodput:
         lambda rps: simulate(problem, setup, rps),
         share=problem.share,
         guess_rps=setup.guess_rps,
-        width=problem.width,
+        width=problem.width if setup.judged is Judged.BOTH else max(problem.width, _PHASE_WIDTH),
     )
 
 

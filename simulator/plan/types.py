@@ -68,7 +68,7 @@ class Problem:
     chunks: tuple[int, ...] = (512, 2048, 8192)
     max_batch: int = 256
     router: RouterConfig = field(default_factory=lambda: RouterConfig(admission="off"))
-    phase_requests: int = 600
+    phase_requests: int = 300
     run_s: float = 60.0
     warm_up: float = 0.1
     """Share of a run's requests, the first ones, that is not counted."""
