@@ -313,6 +313,61 @@ def profile(
     )
 
 
+@app.command()
+def plan(
+    trace: TraceOption,
+    *,
+    model: Annotated[str, typer.Option(help="Checkpoint folder, or a name such as llama-3-8b.")],
+    gpu: Annotated[
+        list[str], typer.Option(help="A kind, h100, or at most so many of it, a100:16; repeatable.")
+    ],
+    gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1, max=4096)],
+    slo: Annotated[str, typer.Option(help="TTFT/TPOT in ms, and percent of requests: 500/50/90.")],
+    rate: Annotated[
+        float | None, typer.Option(help="Requests/s to serve, to learn if less would do.", min=1e-6)
+    ] = None,
+    affinity: Annotated[
+        str, typer.Option(help="high: KV may cross nodes; low: it stays within one.")
+    ] = "high",
+    node_gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1)] = 8,
+    chunk: Annotated[
+        list[int] | None, typer.Option(help="Tokens per step to try; may be given again.", min=1)
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Requests of a run, at most.", min=100)] = 1200,
+    max_prompt_tokens: MostPromptOption = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same plans.")] = 0,
+    processes: Annotated[int, typer.Option(help="0: one per core.", min=0)] = 0,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the best plan as a cluster config.", dir_okay=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the GPUs, tensor parallelism, P:D ratio and chunk size of the highest simulated goodput.
+
+    The last line is one JSON object.
+    """
+    from cluster.plan import CHUNKS, Options, run_plan  # noqa: PLC0415
+
+    options = Options(
+        model=model,
+        gpu=tuple(gpu),
+        gpus=gpus,
+        slo=slo,
+        trace=trace,
+        rate_rps=rate,
+        affinity=affinity,
+        node_gpus=node_gpus,
+        chunks=tuple(chunk or CHUNKS),
+        requests=requests,
+        max_prompt_tokens=max_prompt_tokens,
+        seed=seed,
+        processes=processes,
+        only_json=as_json,
+        write=write,
+    )
+    run_plan(options)
+
+
 @config_app.command()
 def show(
     config: ConfigOption = None, model: ModelOption = None, as_json: JsonOption = False

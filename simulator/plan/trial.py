@@ -4,17 +4,17 @@ A phase is simulated alone, as DistServe does (OSDI'24, algorithm 1), by giving 
 worker that takes no time: the same router, workers and hand-off, and nothing else to wait for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import inf, isfinite
+from math import inf
 
 from engine.latency.base import StepShape
 from router.config import RouterConfig
 from simulator.cluster import Cluster
-from simulator.job import Record
 from simulator.plan.types import Affinity, Goodput, Option, Plan, Pool, Problem
 from simulator.spec import NetworkSpec, PoolRole, PoolSpec, SimSpec
+from simulator.summary import SHARES, summarise
 from simulator.worker import WorkerSpec
 from simulator.workload.types import SimRequest
 
@@ -22,7 +22,9 @@ _INSTANT_S = 1e-6
 _FAST_BYTES_PER_S = 1e15
 _FAST_TOKENS = 1 << 18
 _DECODE_STEP_TOKENS = 512
-_MOST_HALVINGS = 7
+_MOST_DOUBLINGS = 6
+_PHASE_WIDTH = 0.1
+"""Phases alone only decide which plans are simulated whole."""
 
 
 class Judged(StrEnum):
@@ -76,14 +78,14 @@ def decode_setup(problem: Problem, option: Option) -> Setup:
 def plan_setup(
     problem: Problem, plan: Plan, guess_rps: float, *, run_s: float | None = None
 ) -> Setup:
-    """All pools of one copy of the plan, with the production router's defaults."""
+    """All pools of one copy of the plan, with the production router."""
     roles = [PoolRole.COLOCATED] if plan.decode is None else [PoolRole.PREFILL, PoolRole.DECODE]
     return Setup(
         pools=tuple(
             PoolSpec(name=str(role), role=role, workers=pool.workers, worker=_worker(problem, pool))
             for role, pool in zip(roles, plan.pools, strict=True)
         ),
-        router=RouterConfig(),
+        router=problem.router,
         network=NetworkSpec(),
         judged=Judged.BOTH,
         guess_rps=guess_rps,
@@ -183,32 +185,24 @@ def simulate(problem: Problem, setup: Setup, rps: float) -> Goodput:
         router=setup.router,
         slo=problem.slo,
         network=setup.network,
-        samples=1,
+        samples=0,
         seed=problem.seed,
     )
     outcome = Cluster(spec).run(offered(problem, rps, setup.run_s))
-    return judge(problem, setup.judged, outcome.records, rps)
-
-
-def judge(problem: Problem, judged: Judged, records: Sequence[Record], rps: float) -> Goodput:
-    """Pure. A request that was refused or failed has kept no target."""
-    ttft_s = inf if judged is Judged.TPOT else problem.slo.ttft_s
-    tpot_s = inf if judged is Judged.TTFT else problem.slo.tpot_s
-    done = [record for record in records if record.outcome == "ok"]
-    kept = sum(record.ttft_s <= ttft_s and record.tpot_s <= tpot_s for record in done)
-    prompt_tokens = sum(record.prompt_tokens for record in done)
+    summary = summarise(outcome, problem.slo, spec.gpus, warm_up=problem.warm_up)
+    shares = {
+        Judged.TTFT: summary.ttft_attainment,
+        Judged.TPOT: summary.tpot_attainment,
+        Judged.BOTH: summary.attainment,
+    }
+    p90 = SHARES.index(0.9)
     return Goodput(
         rps=rps,
-        share=kept / len(records),
-        ttft_p90_s=_p90([record.ttft_s for record in done]),
-        tpot_p90_s=_p90([record.tpot_s for record in done]),
-        hit_share=sum(record.cached_tokens for record in done) / max(1, prompt_tokens),
+        share=shares[setup.judged],
+        ttft_p90_s=summary.ttft_s[p90] if summary.ttft_s else inf,
+        tpot_p90_s=summary.tpot_s[p90] if summary.tpot_s else inf,
+        hit_share=summary.hit_rate,
     )
-
-
-def _p90(values: Sequence[float]) -> float:
-    ordered = sorted(value for value in values if isfinite(value))
-    return ordered[int(0.9 * (len(ordered) - 1))] if ordered else inf
 
 
 def find_goodput(problem: Problem, setup: Setup) -> Goodput:
@@ -219,7 +213,7 @@ def find_goodput(problem: Problem, setup: Setup) -> Goodput:
         lambda rps: simulate(problem, setup, rps),
         share=problem.share,
         guess_rps=setup.guess_rps,
-        width=problem.width,
+        width=problem.width if setup.judged is Judged.BOTH else max(problem.width, _PHASE_WIDTH),
     )
 
 
@@ -227,23 +221,27 @@ def highest(
     at: Callable[[float], Goodput], *, share: float, guess_rps: float, width: float
 ) -> Goodput:
     """Pure but for `at`. Doubles or halves from the guess until it has a bracket, then bisects it
-    until its ends differ by the share `width`.
+    until its ends differ by the share `width`. Requests that come all at once fare the same at any
+    rate: after a few doublings the rate reached is the answer.
     """
     found = at(guess_rps)
-    low = found if found.share >= share else None
-    high_rps = guess_rps
-    if low is not None:
-        while low.rps == high_rps:
-            high_rps *= 2
-            found = at(high_rps)
-            low = found if found.share >= share else low
-    else:
-        for _ in range(_MOST_HALVINGS):
+    high_rps, low = guess_rps, found if found.share >= share else None
+    if low is None:
+        for _ in range(_MOST_DOUBLINGS):
             found = at(high_rps / 2)
             if found.share >= share:
                 low = found
                 break
             high_rps /= 2
+    else:
+        for _ in range(_MOST_DOUBLINGS):
+            high_rps = 2 * low.rps
+            found = at(high_rps)
+            if found.share < share:
+                break
+            low = found
+        else:
+            return low
     if low is None:
         return replace(found, rps=0.0)
     while high_rps > low.rps * (1 + width):

@@ -1,9 +1,10 @@
 """What is planned, and what a plan is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from engine.latency.base import LatencyModel
+from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.workload.types import SimRequest
 
@@ -49,6 +50,9 @@ class Problem:
     hashes. `share` of the requests keep both targets of `slo` at a rate that counts as served.
     `chunks` are the step budgets tried, in tokens. A run of one phase takes `phase_requests` of the
     requests, one of a whole plan all that come in `run_s`, and no fewer than a phase's.
+
+    `router` decides in whole plans. Without admission, by default: a request that would be late is
+    then late, and not refused so that others are in time.
     """
 
     options: tuple[Option, ...]
@@ -63,8 +67,11 @@ class Problem:
     node_gpus: int = 8
     chunks: tuple[int, ...] = (512, 2048, 8192)
     max_batch: int = 256
-    phase_requests: int = 500
+    router: RouterConfig = field(default_factory=lambda: RouterConfig(admission="off"))
+    phase_requests: int = 300
     run_s: float = 60.0
+    warm_up: float = 0.1
+    """Share of a run's requests, the first ones, that is not counted."""
     width: float = 0.03
     """Relative width at which the search for a rate stops."""
     seed: int = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.kept import Kept
 from benchmarks.processes import Pairs
 from benchmarks.types import BenchFailed, Part, Run
 from benchmarks.validate import curves, distserve, queueing, vllm_run
@@ -23,6 +24,7 @@ def run_with(profiles: Path | None) -> Run:
         device="cpu",
         progress=lambda text, done, total: None,
         pairs=Pairs(),
+        kept=Kept(),
         profiles=profiles,
     )
 

@@ -1,0 +1,121 @@
+"""`baton plan`: what it takes, prints and writes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from cluster.config_file import load_config
+from cluster.plan import plain_requests, read_offer, read_slo
+from cluster.plan_config import config_text
+from cluster.preflight import find_problems
+from cluster.simulate import settings_of
+from core.errors import ConfigError, InvalidRequest
+from core.ids import BlockHash
+from simulator.build import build_spec
+from simulator.plan.types import Answer, Goodput, Plan, Pool, Rated
+from simulator.workload.types import SimRequest, Workload
+from tests.simulator.plan.problems import option, problem
+
+DEMO = Path(__file__).parents[2] / "demo_model" / "checkpoint"
+PROBLEM = problem(option(), option(2), gpus=8)
+
+
+def _rated(tp: int, prefills: int, decodes: int, rps: float) -> Rated:
+    pool = Pool(option=PROBLEM.options[tp - 1], step_tokens=2048, workers=prefills)
+    return Rated(
+        plan=Plan(prefill=pool, decode=replace(pool, workers=decodes)),
+        goodput=Goodput(rps=rps, share=0.9, ttft_p90_s=0.1, tpot_p90_s=0.01, hit_share=0.0),
+    )
+
+
+def _answer(*best: Rated) -> Answer:
+    return Answer(best=best, colocated=None, warnings=("a warning",), simulated=len(best))
+
+
+@pytest.mark.parametrize(
+    ("text", "ttft_s", "share"), [("500/50", 0.5, 0.9), ("200/100/99", 0.2, 0.99)]
+)
+def test_targets_are_read(text: str, ttft_s: float, share: float) -> None:
+    slo, kept = read_slo(text)
+    assert (slo.ttft_s, kept) == (ttft_s, share)
+
+
+@pytest.mark.parametrize("text", ["500", "500/x", "0/50", "500/50/101", "1/2/3/4"])
+def test_targets_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="--slo is"):
+        read_slo(text)
+
+
+def test_a_kind_may_be_limited() -> None:
+    assert read_offer("a100:16", 32).count == 16
+    assert read_offer("h100", 32).count == 32
+    with pytest.raises(InvalidRequest, match="NAME:COUNT"):
+        read_offer("h100:many", 32)
+    with pytest.raises(ConfigError, match="no datasheet"):
+        read_offer("abacus", 32)
+
+
+def _workload(*firsts: bytes) -> Workload:
+    requests = tuple(SimRequest(0.0, 600, 1, (BlockHash(first),)) for first in firsts)
+    return Workload(name="w", block_size=512, requests=requests, horizon_s=0.0)
+
+
+def test_hashes_that_nobody_shares_are_dropped_and_shared_ones_kept() -> None:
+    size, requests = plain_requests(_workload(b"a", b"b"))
+    assert (size, requests[0].hashes) == (16, ())
+    size, requests = plain_requests(_workload(b"a", b"a"))
+    assert (size, requests[0].hashes) == (512, (b"a",))
+
+
+def test_the_config_written_is_one_that_config_check_accepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(config_text(DEMO, PROBLEM, _answer(_rated(1, 2, 6, 8.0))))
+    config = load_config(file)
+    assert find_problems(config) == []
+    assert (config.prefill.workers, config.decode.workers) == (2, 6)
+    assert config.engine.step_tokens == 2048
+    assert build_spec(settings_of(config), 16, 0).gpus == 8
+
+
+def test_a_plan_that_workers_cannot_run_is_named_and_the_next_one_written() -> None:
+    text = config_text(DEMO, PROBLEM, _answer(_rated(2, 2, 2, 9.0), _rated(1, 4, 4, 8.0)))
+    assert "# The best plan, prefill 2 x h100 tp2" in text
+    assert "# a warning" in text
+    with pytest.raises(InvalidRequest, match="runs on one GPU"):
+        config_text(DEMO, PROBLEM, _answer(_rated(2, 2, 2, 9.0)))
+
+
+def test_a_model_known_by_name_cannot_be_written() -> None:
+    with pytest.raises(InvalidRequest, match="checkpoint folder"):
+        config_text(Path("llama-3-8b"), PROBLEM, _answer(_rated(1, 4, 4, 8.0)))
+
+
+def test_the_command_prints_one_json_object_last() -> None:
+    command = (
+        "plan --model llama-3-8b --gpu h100 --gpus 2 --slo 1000/50 --chunk 2048 --requests 100"
+        " --processes 1 --node-gpus 1 --trace poisson:rate=1,prompt=1000,output=20,requests=100"
+    )
+    result = CliRunner().invoke(app, [*command.split(), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["simulated"] is True
+    assert found["plans"][0]["pools"]["prefill"]["workers"] == 1
+    assert found["colocated"]["gpus"] == 2
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    command = (
+        "plan --model llama-3-70b --gpu h100 --gpus 1 --slo 1000/50"
+        " --trace poisson:rate=1,prompt=1000,output=20,requests=100"
+    )
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 1
+    assert "llama-3-70b does not fit h100 at TP 1" in result.stderr

@@ -1,0 +1,61 @@
+"""The search as a whole, on problems small enough to reason about."""
+
+from dataclasses import replace
+
+from router.policies.base import Slo
+from simulator.plan.search import search
+from simulator.plan.types import Answer, Problem
+from tests.simulator.plan.problems import asked, option, problem
+
+
+def _search(asked_for: Problem, *, processes: int = 1, rate_rps: float | None = None) -> Answer:
+    return search(
+        asked_for,
+        processes=processes,
+        progress=lambda text, done, total: None,
+        rate_rps=rate_rps,
+    )
+
+
+LONG_PROMPTS = problem(
+    option(), gpus=2, prompt=4000, output=60, slo=Slo(ttft_s=1.5, tpot_s=0.016), chunks=(2048,)
+)
+"""Each chunk of a prompt delays the answers that run beside it beyond their target."""
+SHORT_PROMPTS = problem(
+    option(per_context_s=5e-6), gpus=2, prompt=50, output=60, slo=Slo(ttft_s=0.2, tpot_s=0.015)
+)
+
+
+def test_long_prompts_and_a_tight_tpot_pay_for_disaggregation() -> None:
+    answer = _search(LONG_PROMPTS)
+    assert answer.warnings == ()
+    assert answer.colocated is None or (
+        answer.best[0].rps_per_gpu > 1.1 * answer.colocated.rps_per_gpu
+    )
+
+
+def test_short_prompts_do_not_and_the_answer_says_so() -> None:
+    answer = _search(SHORT_PROMPTS)
+    (warning,) = answer.warnings
+    assert warning.startswith("disaggregation does not pay here: simulated")
+    assert "50 prompt tokens and generates 60" in warning
+    assert answer.colocated is not None
+
+
+def test_a_load_that_one_worker_serves_does_not_pay_and_the_answer_says_so() -> None:
+    mild = replace(LONG_PROMPTS, slo=Slo(ttft_s=3.0, tpot_s=0.2))
+    warnings = _search(mild, rate_rps=0.1).warnings
+    assert any("at 0.1 requests/s disaggregation does not pay" in text for text in warnings)
+    assert any("2 GPUs, and colocated workers 1" in text for text in warnings)
+
+
+def test_targets_that_nothing_keeps_give_no_plan_and_a_warning() -> None:
+    hopeless = replace(SHORT_PROMPTS, slo=Slo(ttft_s=1e-4, tpot_s=0.03))
+    answer = _search(hopeless)
+    assert (answer.best, answer.colocated) == ((), None)
+    assert "no disaggregated plan keeps the targets" in answer.warnings[0]
+
+
+def test_one_and_two_processes_give_one_answer() -> None:
+    small = replace(SHORT_PROMPTS, requests=asked(60, 50, 20), phase_requests=60)
+    assert _search(small, processes=2) == _search(small)

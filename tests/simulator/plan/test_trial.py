@@ -1,0 +1,68 @@
+"""One simulation, and the search for a rate."""
+
+import pytest
+
+from router.policies.base import Slo
+from simulator.plan.trial import (
+    decode_setup,
+    highest,
+    offered,
+    plan_setup,
+    prefill_setup,
+    simulate,
+)
+from simulator.plan.types import Goodput, Plan, Pool
+from tests.simulator.plan.problems import option, problem
+
+
+def _goodput(rps: float, capacity_rps: float) -> Goodput:
+    share = 1.0 if rps <= capacity_rps else 0.0
+    return Goodput(rps=rps, share=share, ttft_p90_s=0.1, tpot_p90_s=0.01, hit_share=0.0)
+
+
+@pytest.mark.parametrize("guess_rps", [0.1, 1.9, 2.0, 30.0])
+def test_the_rate_found_is_within_the_width_below_the_capacity(guess_rps: float) -> None:
+    found = highest(lambda rps: _goodput(rps, 2.0), share=0.9, guess_rps=guess_rps, width=0.05)
+    assert 2.0 / 1.05 <= found.rps <= 2.0
+
+
+def test_targets_that_no_rate_keeps_give_a_goodput_of_nothing() -> None:
+    found = highest(lambda rps: _goodput(rps, 0.0), share=0.9, guess_rps=1.0, width=0.05)
+    assert found.rps == 0.0
+
+
+def test_requests_are_stretched_to_the_rate() -> None:
+    requests = offered(problem(option()), 4.0, 0.0)
+    assert requests[-1].at_s == pytest.approx((len(requests) - 1) / 4.0)
+
+
+def test_a_prefill_worker_alone_waits_for_no_decode() -> None:
+    small = problem(option(kv_tokens=8_000, decode_s=1.0))
+    alone = simulate(small, prefill_setup(small, small.options[0], 1000), 0.05)
+    assert alone.ttft_p90_s == pytest.approx(0.104, abs=1e-4)
+    assert alone.share == 1.0
+
+
+def test_a_decode_worker_alone_waits_for_no_prefill() -> None:
+    slow = problem(option(per_token_s=1.0), output=51)
+    alone = simulate(slow, decode_setup(slow, slow.options[0]), 0.05)
+    assert alone.ttft_p90_s < 0.001
+    assert alone.tpot_p90_s == pytest.approx(0.01 + 2e-7 * 1026, rel=1e-2)
+
+
+def test_a_tensor_parallel_worker_keeps_a_target_that_one_gpu_cannot() -> None:
+    tight = problem(option(1), option(2), slo=Slo(ttft_s=0.08, tpot_s=0.03))
+    one, two = (
+        simulate(tight, prefill_setup(tight, each, 1000), 0.1).share for each in tight.options
+    )
+    assert one == 0.0
+    assert two > 0.9
+
+
+def test_a_whole_plan_counts_both_targets() -> None:
+    whole = problem(option(), slo=Slo(ttft_s=10.0, tpot_s=0.005))
+    pool = Pool(option=whole.options[0], step_tokens=512, workers=1)
+    setup = plan_setup(whole, Plan(prefill=pool, decode=pool), 1.0)
+    found = simulate(whole, setup, 0.1)
+    assert found.ttft_p90_s < 10.0
+    assert found.share == 0.0
