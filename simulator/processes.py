@@ -27,9 +27,8 @@ def run_all(call: Callable[..., T], tasks: Sequence[Sequence[object]], count: in
         for done in as_completed(futures):
             yield done.result()
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in set(active_children()) - others:
             child.terminate()
         raise
     finally:
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
