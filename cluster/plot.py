@@ -30,6 +30,9 @@ def draw_plot(path: Path, title: str, draws: Mapping[str, Callable[[Axes], None]
     figure.suptitle(title)
     for i, draw in enumerate(draws.values()):
         draw(figure.add_subplot(rows, columns, i + 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:  # a run is worth more than its plot
+        return f"no plot: {path} cannot be written: {error}"
     return f"wrote {path}"

@@ -89,7 +89,8 @@ def run_simulate(config: ClusterConfig, options: Options) -> None:
     if options.plot is not None:
         title = f"simulated: {workload.name} at {options.rate_scale:g}x its rate"
         print(draw_plot(options.plot, title, _run_panels(spec, outcome)), file=sys.stderr)
-    print(json.dumps(_run_json(spec, summary, outcome, workload.name, options)), flush=True)
+    result = _run_json(spec, summary, outcome, workload.name, options)
+    print(json.dumps(result | {"notes": loaded.notes}), flush=True)
 
 
 def _show_run(
@@ -240,15 +241,17 @@ def run_goodput(config: ClusterConfig, options: GoodputOptions) -> None:
             on_found=on_found,
         )
     if not options.only_json:
-        _show_goodput(Console(), standings, options.question)
+        _show_goodput(Console(), standings, options.question, settings)
     if options.plot is not None:
         panel = {"attainment": lambda axes: _attainment(axes, standings, options.question)}
         title = f"simulated: {Path(options.question.trace).name}"
         print(draw_plot(options.plot, title, panel), file=sys.stderr)
-    print(json.dumps(_goodput_json(standings, options)), flush=True)
+    print(json.dumps(_goodput_json(standings, options, settings)), flush=True)
 
 
-def _show_goodput(console: Console, standings: Sequence[Standing], question: Question) -> None:
+def _show_goodput(
+    console: Console, standings: Sequence[Standing], question: Question, settings: Settings
+) -> None:
     table = new_table(
         ("simulated system",),
         ("requests/s per GPU", "+-", "behind best", "+-"),
@@ -263,15 +266,26 @@ def _show_goodput(console: Console, standings: Sequence[Standing], question: Que
             f"{standing.behind.half:.2g}",
         )
     print_table(console, table)
+    slo = settings.slo
+    console.print(
+        f"[dim]{build_spec(settings, 1, 0).gpus} GPUs; targets {slo.ttft_s:g} s and"
+        f" {slo.tpot_s * 1e3:g} ms[/]",
+        highlight=False,
+    )
     console.print("[dim]= the difference to the best lies within its 95 % interval[/]")
 
 
-def _goodput_json(standings: Sequence[Standing], options: GoodputOptions) -> dict[str, object]:
+def _goodput_json(
+    standings: Sequence[Standing], options: GoodputOptions, settings: Settings
+) -> dict[str, object]:
     return {
         "simulated": True,
         "trace": Path(options.question.trace).name,
         "requests": options.question.requests,
         "seeds": options.seeds,
+        "gpus": build_spec(settings, 1, 0).gpus,
+        "slo": asdict(settings.slo),
+        "share": options.question.share,
         "goodput": {
             standing.system: {
                 "requests_per_gpu_s": standing.goodput.mean,

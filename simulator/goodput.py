@@ -8,9 +8,8 @@ search of its own, so any number of processes gives the same result.
 
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from itertools import starmap
 
 from core.errors import InvalidRequest
 from core.estimate import Estimate
@@ -18,6 +17,7 @@ from router.config import RouterConfig
 from simulator.build import Settings, build_spec
 from simulator.cluster import Cluster
 from simulator.config import SimulatedPool
+from simulator.processes import run_all
 from simulator.summary import Summary, summarise
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
@@ -188,17 +188,10 @@ def compare(
     """All systems on all seeds, best first. `on_found` hears of each search as it ends."""
     tasks = [(system, settings, question, seed) for seed in seeds for system in systems]
     found: dict[tuple[str, int], Found] = {}
-    if processes == 1:
-        for task in tasks:
-            one = search(*task)
-            found[one.system, one.seed] = one
-            on_found(one)
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(search, *task) for task in tasks]):
-                one = done.result()
-                found[one.system, one.seed] = one
-                on_found(one)
+    ended = starmap(search, tasks) if processes == 1 else run_all(search, tasks, processes)
+    for one in ended:
+        found[one.system, one.seed] = one
+        on_found(one)
     return _standings(systems, seeds, found)
 
 

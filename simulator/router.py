@@ -209,6 +209,7 @@ class SimRouter:
                 kv_address=source.hello.peer_address,
             )
         except NoWorkers:
+            self._give_up_legs(job)
             self._events.at(now_s + _RETRY_S, self._again, job)
             return False
         link = placed.link
@@ -243,6 +244,13 @@ class SimRouter:
             self.chooser.queued.discard(job.queued)
             job.queued = None
 
+    def _give_up_legs(self, job: Job) -> None:
+        """Before it goes on elsewhere; a worker lost meanwhile must not start it a second time."""
+        for leg in job.legs:
+            leg.drop()
+        job.legs = []
+        self._forget_queued(job)
+
     def _takes(self, job: Job, link: SimLink, *, decodes: bool) -> bool:
         """Whether the worker takes a leg, by its own policy; if not, the job goes on elsewhere."""
         spec, load = link.member.hello, link.member.worker.load()
@@ -261,9 +269,7 @@ class SimRouter:
             )
         if refusal is None:
             return True
-        for leg in job.legs:
-            leg.drop()
-        self._forget_queued(job)
+        self._give_up_legs(job)
         if isinstance(refusal, InvalidRequest):
             self._end(job, "too_long")
         else:

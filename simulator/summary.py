@@ -26,7 +26,7 @@ class Summary:
     ttft_attainment: float
     tpot_attainment: float
     rate_per_s: float
-    """Requests that came, per second."""
+    """Requests that came, per second; 0 where all came at once."""
     goodput_per_gpu_s: float
     """Requests that kept both targets, per second and GPU."""
     output_tokens_per_s: float
@@ -43,8 +43,9 @@ def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) ->
     in_ttft = [r for r in complete if r.ttft_s <= slo.ttft_s]
     in_tpot = [r for r in complete if r.tpot_s <= slo.tpot_s]
     good = sum(r.tpot_s <= slo.tpot_s for r in in_ttft)
-    span_s = max(1e-9, records[-1].at_s - records[0].at_s) if records else 1e-9
-    until_s = max([span_s, *(r.end_s - records[0].at_s for r in complete)])
+    span_s = records[-1].at_s - records[0].at_s if records else 0.0
+    per_s = 1 / span_s if span_s > 0 else 0.0
+    until_s = max([1e-9, *(r.end_s - records[0].at_s for r in complete)])
     count = max(1, len(records))
     prompt_tokens = sum(r.prompt_tokens for r in complete)
     return Summary(
@@ -55,8 +56,8 @@ def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) ->
         attainment=good / count,
         ttft_attainment=len(in_ttft) / count,
         tpot_attainment=len(in_tpot) / count,
-        rate_per_s=len(records) / span_s,
-        goodput_per_gpu_s=good / span_s / gpus,
+        rate_per_s=len(records) * per_s,
+        goodput_per_gpu_s=good * per_s / gpus,
         output_tokens_per_s=sum(r.output_tokens for r in complete) / until_s,
         hit_rate=sum(r.cached_tokens for r in complete) / max(1, prompt_tokens),
         transfer_s=_at_shares([r.transfer_s for r in complete if _was_handed(r)]),

@@ -1,6 +1,7 @@
 """Traces with a header and a request per line: Azure, BurstGPT, Splitwise, Vidur."""
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,8 +86,18 @@ def _record(
 ) -> Record:
     try:
         at, prompt, output = (cells[place] for place in places)
-        return Record(seconds(at), int(float(prompt)), int(float(output)))
+        at_s = seconds(at)
+        if not math.isfinite(at_s):
+            raise ValueError(f"its time is {at}")
+        return Record(at_s, _count(prompt), _count(output))
     except IndexError:
         raise line.bad(f"only {len(cells)} columns: {line.text[:80]!r}") from None
     except (ValueError, OverflowError) as error:
         raise line.bad(str(error)) from error
+
+
+def _count(text: str) -> int:
+    number = float(text)
+    if number < 0 or number != int(number):
+        raise ValueError(f"{text} is not a count")
+    return int(number)

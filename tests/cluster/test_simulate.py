@@ -50,6 +50,7 @@ def test_goodput_compares_systems() -> None:
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert set(result["goodput"]) == {"baton", "dynamo"}
+    assert (result["gpus"], set(result["slo"])) == (4, {"ttft_s", "tpot_s"})
     assert all(len(found["per_seed"]) == 2 for found in result["goodput"].values())
 
 
@@ -79,3 +80,20 @@ def test_a_file_that_is_no_trace_is_named(tmp_path: Path) -> None:
     done = RUN.invoke(app, ["simulate", "--trace", str(file)])
     assert done.exit_code == 1
     assert "notes.txt" in done.stderr
+
+
+def test_a_plot_that_cannot_be_written_costs_no_result(tmp_path: Path) -> None:
+    args = ["simulate", "--trace", TRACE, "--requests", "9", "--json", "--plot"]
+    done = RUN.invoke(app, [*args, str(tmp_path / "run.nothing")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["requests"] == 9
+    assert "no plot" in done.stderr
+
+
+def test_what_was_skipped_of_a_trace_is_in_the_json_too(tmp_path: Path) -> None:
+    file = tmp_path / "some.csv"
+    file.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,9,9\n1,9,0\n")
+    done = RUN.invoke(app, ["simulate", "--trace", str(file), "--json"])
+    result = json.loads(done.stdout)
+    assert result["notes"] == ["1 x no prompt or no answer"]
+    assert (result["requests"], result["rate_per_s"]) == (1, 0.0)
