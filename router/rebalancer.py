@@ -59,7 +59,8 @@ class Rebalancer:
             return
         others_s = max(0.0, queue_s - sum(prompt.work_s for prompt in prompts))
         movable = [prompt for prompt in prompts if prompt.move is not None][-_LOOKED_AT:]
-        stay_s = sum(prompt.work_s for prompt in prompts if prompt not in movable)
+        looked_at = set(movable)
+        stay_s = sum(prompt.work_s for prompt in prompts if prompt not in looked_at)
         for prompt, move in self._moves(movable, others_s + stay_s + overdue_s, now_s):
             if prompt.move is None:
                 continue
