@@ -288,7 +288,7 @@ class ThreadDoor:
     def send(self, frame: bytes) -> bool:
         """From any thread; True: it is out. False: nothing of it is, and the event loop may try."""
         with self._lock:
-            if not self._open or self._has_unsent():
+            if not self._open or self._half or self._has_unsent():
                 return False
             try:
                 sent = os.write(self._number, frame)

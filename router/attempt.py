@@ -287,6 +287,7 @@ class Attempt:
 
     def _first_token(self, event: LegTokens) -> list[LegTokens]:
         self._has_first = True
+        self._move_to = None  # it has begun: what fails from here on is no withdrawal
         self._left_queue()
         self._progress.prefill_times = event.times or LegTimes()
         if self._prefill is not None and event.times is not None:

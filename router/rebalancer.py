@@ -48,19 +48,29 @@ class Rebalancer:
         if not self._enabled or now_s < self._next_at_s:
             return
         self._next_at_s = now_s + _EVERY_S
+        filled: dict[WorkerId, float] = {}
         for worker_id, prompts in self._chooser.queued.by_worker():
-            self._relieve(worker_id, prompts, now_s)
+            self._relieve(worker_id, prompts, now_s, filled)
 
-    def _relieve(self, here: WorkerId, prompts: Sequence[QueuedPrompt], now_s: float) -> None:
-        """Ask for the moves that pay, out of one queue."""
+    def _relieve(
+        self,
+        here: WorkerId,
+        prompts: Sequence[QueuedPrompt],
+        now_s: float,
+        filled: dict[WorkerId, float],
+    ) -> None:
+        """Ask for the moves that pay, out of one queue. `filled`: the seconds of work that this
+        look has already asked for at each other worker.
+        """
         overdue_s = max(0.0, *(prompt.overdue_s(now_s) for prompt in prompts))
         queue_s = self._chooser.queue_s(here)
         if queue_s is None or queue_s + overdue_s + _waited_s(prompts, now_s) <= self._ttft_s:
             return
         others_s = max(0.0, queue_s - sum(prompt.work_s for prompt in prompts))
         movable = [prompt for prompt in prompts if prompt.move is not None][-_LOOKED_AT:]
-        stay_s = sum(prompt.work_s for prompt in prompts if prompt not in movable)
-        for prompt, move in self._moves(movable, others_s + stay_s + overdue_s, now_s):
+        looked_at = set(movable)
+        stay_s = sum(prompt.work_s for prompt in prompts if prompt not in looked_at)
+        for prompt, move in self._moves(movable, others_s + stay_s + overdue_s, now_s, filled):
             if prompt.move is None:
                 continue
             ask, prompt.move = prompt.move, None
@@ -69,14 +79,18 @@ class Rebalancer:
             ask(move.to)
 
     def _moves(
-        self, prompts: Sequence[QueuedPrompt], before_s: float, now_s: float
+        self,
+        prompts: Sequence[QueuedPrompt],
+        before_s: float,
+        now_s: float,
+        filled: dict[WorkerId, float],
     ) -> list[tuple[QueuedPrompt, MoveOne]]:
         """`before_s`: what the first of them waits for."""
         idle: dict[WorkerId, float] = {}
         queue: list[Waiting] = []
         for prompt in prompts:
             elsewhere_s = self._chooser.idle_work_s(prompt)
-            idle.update(dict.fromkeys(elsewhere_s, 0.0))
+            idle.update((worker, filled.get(worker, 0.0)) for worker in elsewhere_s)
             queue.append(
                 Waiting(
                     work_s=prompt.work_s,
@@ -85,6 +99,9 @@ class Rebalancer:
                 )
             )
         moves = choose_moves(queue, before_s, idle, self._ttft_s)[:_MOVES]
+        for move in moves:
+            work_s = queue[move.position].elsewhere_s[move.to]
+            filled[move.to] = filled.get(move.to, 0.0) + work_s
         return [(prompts[move.position], move) for move in moves]
 
 

@@ -10,10 +10,12 @@ of their alternatives has such a space but as its first character: all other run
 end in `(?!\\S)` or in a newline. None looks behind itself, and `(?!\\S)` sees the same at a space
 as at the end of the text. So both sides of the cut may be encoded alone. Added tokens may not reach
 over a cut, nor take spaces around them; a normalizer may be NFC, which joins no space to anything.
+Before an added token the expression sees its text end, so all white space there is one run: no cut.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Self, cast
 
@@ -30,8 +32,7 @@ _LEARNED_PER_TEXT = 16
 _NEW_SHARE = 4
 """A text is mostly new when more than one in so many of its words is."""
 
-_CUT = re.compile(r" (?=[!-~\w])")
-_VISIBLE = re.compile(r"[!-~\w]").match
+_VISIBLE = r"[!-~\w]"
 """Letters, digits and what ASCII can print are no white space by any definition."""
 
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -50,8 +51,12 @@ Ids = tuple[int, ...]
 class WordCache:
     """Of one tokenizer, without the special tokens it adds to a text. Threads may share it."""
 
-    def __init__(self, backend: Tokenizer) -> None:
+    def __init__(self, backend: Tokenizer, added: Sequence[str]) -> None:
         self._backend = backend
+        begin = f"(?!{'|'.join(map(re.escape, added))})" if added else ""
+        begin += _VISIBLE
+        self._begins_word = re.compile(begin).match
+        self._cut = re.compile(f" (?={begin})").split
         # The first word of a text, which may follow no space, is kept behind a space of its own.
         self._known: dict[str, Ids] = {}
         self._older: dict[str, Ids] = {}
@@ -62,9 +67,10 @@ class WordCache:
         spec = json.loads(backend.to_str())
         is_bpe = spec["model"]["type"] == "BPE" and not spec["model"].get("dropout")
         plain = spec["normalizer"] in (None, {"type": "NFC"})
-        added = all(map(_stays_within, spec["added_tokens"]))
-        ok = is_bpe and plain and added and _cuts_at_spaces(spec["pre_tokenizer"] or {})
-        return cls(backend) if ok else None
+        added = spec["added_tokens"]
+        within = all(_stays_within(token, spec["normalizer"] is not None) for token in added)
+        ok = is_bpe and plain and within and _cuts_at_spaces(spec["pre_tokenizer"] or {})
+        return cls(backend, [token["content"] for token in added]) if ok else None
 
     def encode(self, text: str) -> Ids:
         """What the tokenizer gives for `text`."""
@@ -75,8 +81,8 @@ class WordCache:
         found = list(map(self._known.get, words))
         if None in found:
             new = [i for i, ids in enumerate(found) if ids is None]
-            if not all(_VISIBLE(words[i]) for i in new if i):  # else it was cut where _CUT cuts
-                words = _CUT.split(text)
+            if not all(self._begins_word(words[i]) for i in new if i):
+                words = self._cut(text)  # elsewhere than at each space
                 words[0] = " " + words[0]
                 found = list(map(self._known.get, words))
                 new = [i for i, ids in enumerate(found) if ids is None]
@@ -94,16 +100,19 @@ class WordCache:
         """A word of the older generation that is still used belongs to the new one."""
         ids = found[i] = self._older.get(words[i])
         if ids is not None:
-            self._known[words[i]] = ids
+            self._keep(words[i], ids)
         return ids is not None
 
     def _learn(self, word: str) -> Ids:
         ids = self._encode(word[1:] if word[0] == " " else " " + word)
         if len(word) <= _WORD_CHARS:
-            if len(self._known) >= _GENERATION_WORDS:
-                self._older, self._known = self._known, {}
-            self._known[word] = ids
+            self._keep(word, ids)
         return ids
+
+    def _keep(self, word: str, ids: Ids) -> None:
+        if len(self._known) >= _GENERATION_WORDS:
+            self._older, self._known = self._known, {}
+        self._known[word] = ids
 
     def _encode(self, text: str) -> Ids:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
@@ -123,7 +132,7 @@ def _cuts_at_spaces(pre_tokenizer: dict[str, Any]) -> bool:
     ]
 
 
-def _stays_within(token: dict[str, Any]) -> bool:
-    """The added token neither holds a space nor minds what is around it."""
+def _stays_within(token: dict[str, Any], normalizes: bool) -> bool:
+    """The added token holds no space, minds not what is around it, and is found as it reads."""
     minds = token["lstrip"] or token["rstrip"] or token["single_word"]
-    return not minds and " " not in token["content"]
+    return not minds and " " not in token["content"] and not (normalizes and token["normalized"])

@@ -3,8 +3,7 @@
 DualMap's hotspot rebalancing (ICLR'26, arXiv 2602.06502): when the newest prompt of a queue would
 break the TTFT target, the prompts that gain most move to the best other candidate they were given,
 if they keep the target there, until the queue keeps it too. One pass, no cascade; nobody moves to a
-worker that is not among its candidates, so caches stay useful. The live router does not move queued
-prompts yet; the replay of `baton bench routing` does.
+worker that is not among its candidates, so caches stay useful.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,6 +5,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from unittest import mock
 
 import pytest
 import uvloop
@@ -12,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import ConfigError
-from core.stream import MessageStream, StreamBroken, accepting, address_of, dial, framed, listen
+from core.stream import (
+    MessageStream,
+    StreamBroken,
+    ThreadDoor,
+    accepting,
+    address_of,
+    dial,
+    framed,
+    listen,
+)
 from tests.builders import WAIT_S, soon
 
 
@@ -131,6 +141,22 @@ async def test_a_thread_sends_nothing_past_unsent_messages() -> None:
         async with dial(address_of(listener), Raw) as stream:
             stream.send(Raw(bytes(15 * 1024 * 1024)))
             assert not stream.thread_door().send(framed(Raw(b"x")))
+
+
+async def test_nothing_follows_half_a_message() -> None:
+    halves: list[None] = []
+    mine, other = socket.socketpair()
+    with mine, other:
+        mine.setblocking(False)
+        transport = mock.Mock(asyncio.Transport, get_extra_info=lambda _name: mine)
+        door = ThreadDoor(transport, lambda: False, lambda: halves.append(None))
+        assert door.send(bytes(4 * 1024 * 1024))  # more than the kernel takes
+        assert halves == [None]
+        other.recv(1024 * 1024)
+        assert not door.send(b"x")
+        door.write(b"x")
+        transport.write.assert_not_called()
+        door.close()
 
 
 @LOOPS

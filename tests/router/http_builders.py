@@ -63,8 +63,10 @@ def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
 
 @functools.cache
-def byte_level_bpe() -> Tokenizer:
-    """A small byte-level BPE with two special tokens and an added plain one."""
+def byte_level_bpe(*more: str) -> Tokenizer:
+    """A small byte-level BPE with two special tokens and an added plain one, trained on `more`
+    besides.
+    """
     built = Tokenizer(models.BPE())
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
@@ -74,7 +76,7 @@ def byte_level_bpe() -> Tokenizer:
         special_tokens=[EOS, "<|start|>"],
         show_progress=False,
     )
-    built.train_from_iterator([TEXT], trainer)
+    built.train_from_iterator([*more, TEXT], trainer)
     built.add_tokens([AddedToken("<think→>", special=False)])
     return built
 

@@ -546,6 +546,15 @@ async def test_a_prompt_that_has_begun_all_the_same_goes_on() -> None:
     assert s.tokens == [0, 1, 2]
 
 
+async def test_a_hand_off_that_fails_after_the_prompt_has_begun_is_a_failure() -> None:
+    with Scene() as s:
+        asked_to_move(s)
+        s.begin()
+        s.source.say(replace(FAILED, code=TransferFailed.code))
+        with pytest.raises(TransferFailed):
+            await s.attempt.end()
+
+
 async def test_a_prompt_that_was_moved_is_not_moved_again() -> None:
     scene = Scene()
     scene.progress.requeued = True

@@ -26,6 +26,8 @@ from router.types import Generated
 CHAT = [{"role": "user", "content": "hello"}]
 STREAM = b'{"model": "tiny", "stream": true, "messages": [{"role": "user", "content": "x"}]}'
 WHOLE = STREAM.replace(b"true", b"false")
+LARGE = STREAM.replace(b"{", b'{"user": "%b", ' % (b"x" * 200_000), 1)
+"""While such a body comes, the server stops reading for a while."""
 PATH = "/v1/chat/completions"
 
 
@@ -35,7 +37,7 @@ async def until(condition):
         await asyncio.sleep(0.005)
 
 
-@pytest.mark.parametrize("body", [STREAM, WHOLE])
+@pytest.mark.parametrize("body", [STREAM, WHOLE, LARGE], ids=["stream", "whole", "large"])
 @pytest.mark.parametrize("first", [0, 5])
 @in_loop
 async def test_client_that_leaves_closes_the_generator(tmp_path, body, first):

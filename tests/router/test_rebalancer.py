@@ -9,7 +9,7 @@ from router.queued import QueuedPrompt, QueuedPrompts
 from router.rebalancer import Rebalancer
 from router.watcher import Requeue, Unwatched
 
-SLOW, IDLE = WorkerId("slow"), WorkerId("idle")
+SLOW, SLOWER, IDLE = WorkerId("slow"), WorkerId("slower"), WorkerId("idle")
 
 
 class Scene:
@@ -27,7 +27,7 @@ class Scene:
         self.steps: list[Requeue] = []
         self.asked: list[tuple[int, WorkerId]] = []
         for i in range(prompts):
-            self.queued.add(self._prompt(i))
+            self.queued.add(self.prompt(i))
         self.rebalancer = Rebalancer(self, self.clock, _Steps(self), ttft_s=5.0, enabled=on)  # type: ignore[arg-type]
 
     def queue_s(self, worker: WorkerId) -> float | None:
@@ -43,13 +43,13 @@ class Scene:
         self.rebalancer.look()
         return [number for number, _ in self.asked]
 
-    def _prompt(self, number: int) -> QueuedPrompt:
+    def prompt(self, number: int, worker: WorkerId = SLOW) -> QueuedPrompt:
         return QueuedPrompt(
-            worker_id=SLOW,
+            worker_id=worker,
             tokens=10,
             hashes=(),
             block_size=16,
-            candidates=(SLOW, IDLE),
+            candidates=(worker, IDLE),
             queue_s=float(number),
             work_s=1.0,
             submitted_at_s=self.clock.now_s(),
@@ -83,6 +83,14 @@ def test_who_was_asked_is_not_asked_again() -> None:
     first = scene.asks_after(3.0)
     assert first
     assert not set(first) & set(scene.asks_after(0.5))
+
+
+def test_two_queues_do_not_fill_the_same_idle_worker() -> None:
+    scene = Scene(3, queue_s=3.0)
+    for i in range(3):
+        scene.queued.add(scene.prompt(10 + i, SLOWER))
+    # After 3 of the target's 5 s there is room for two seconds of work.
+    assert len(scene.asks_after(3.0)) == 2
 
 
 def test_too_late_for_the_target_elsewhere_is_not_worth_a_move() -> None:

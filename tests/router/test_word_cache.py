@@ -36,9 +36,13 @@ _TEXTS = st.lists(_PIECES, max_size=16).map("".join) | st.lists(_PIECES, max_siz
 
 
 def _tokenizer(**changes: object) -> Tokenizer:
-    backend = byte_level_bpe()
+    """Runs of white space are tokens of their own, as in those that people use."""
+    backend = byte_level_bpe("a   b \t  c\n\n d\t \n e " * 50)
     backend.add_special_tokens(["<|user|>", "<|end|>"])
-    return Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | changes))
+    spec = json.loads(backend.to_str())
+    for token in spec["added_tokens"]:
+        token["normalized"] = False
+    return Tokenizer.from_str(json.dumps(spec | changes))
 
 
 def _split_by(pattern: str) -> dict[str, object]:
@@ -72,6 +76,15 @@ def test_ids_equal_the_tokenizers_for_new_and_for_known_words(kind, texts):
         assert cache.encode(text) == tuple(backend.encode(text, add_special_tokens=False).ids)
 
 
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("space", [" ", "  ", "   ", "\t ", "\n ", " \t "])
+def test_white_space_before_an_added_token_is_one_run(kind, space):
+    backend = _KINDS[kind]
+    cache = _cache(backend)
+    for text in [f"a b{space}<|end|>\n<|user|>", "a <|end|>", f"<|user|>{space}<|end|> b"] * 2:
+        assert cache.encode(text) == tuple(backend.encode(text, add_special_tokens=False).ids)
+
+
 def test_known_words_are_not_encoded_again():
     asked: list[str] = []
     backend = _tokenizer()
@@ -81,7 +94,7 @@ def test_known_words_are_not_encoded_again():
             asked.extend(texts)
             return backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
-    cache = WordCache(Noting())
+    cache = WordCache(Noting(), added=())
     cache.encode("a b c d e f g h a b")
     asked.clear()
     cache.encode("a b c d e new")
@@ -97,6 +110,15 @@ def test_what_is_kept_is_bounded_and_keeps_what_is_used(monkeypatch):
         assert cache.encode(text) == tuple(backend.encode(text, add_special_tokens=False).ids)
     assert len(cache._known) + len(cache._older) <= 2 * 64 + 8
     assert "same" in cache._known
+
+
+def test_words_that_come_back_for_ever_are_bounded_too(monkeypatch):
+    monkeypatch.setattr(word_cache, "_GENERATION_WORDS", 64)
+    cache = _cache(_tokenizer())
+    for i in range(200):
+        cache.encode(f"a b c d e f g h {i}")
+        cache.encode(" ".join(map(str, range(i))))
+    assert len(cache._known) + len(cache._older) <= 2 * 64 + 8
 
 
 def test_long_words_and_long_texts_are_not_kept(monkeypatch):
@@ -129,4 +151,10 @@ def test_a_tokenizer_it_is_not_proven_for_has_none(change):
 def test_an_added_token_that_minds_spaces_refuses_the_cache(token):
     backend = _tokenizer()
     backend.add_tokens([token])
+    assert WordCache.of(backend) is None
+
+
+def test_an_added_token_that_other_characters_become_refuses_the_cache():
+    backend = _tokenizer(normalizer={"type": "NFC"})
+    backend.add_tokens([AddedToken("<K>", normalized=True)])  # as the Kelvin sign does
     assert WordCache.of(backend) is None
