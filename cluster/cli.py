@@ -333,7 +333,9 @@ def plan(
     chunk: Annotated[
         list[int] | None, typer.Option(help="Tokens per step to try; may be given again.", min=1)
     ] = None,
-    requests: Annotated[int, typer.Option(help="Requests of a run, at most.", min=100)] = 1200,
+    requests: Annotated[
+        int, typer.Option(help="Of the trace; longer runs repeat them.", min=100)
+    ] = 1200,
     max_prompt_tokens: MostPromptOption = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same plans.")] = 0,
     processes: Annotated[int, typer.Option(help="0: one per core.", min=0)] = 0,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from cluster.plan_view import describe
+from cluster.plan_view import describe, ratio
 from core.errors import InvalidRequest
 from simulator.plan.types import Answer, Plan, Pool, Problem, Rated
 
@@ -38,7 +38,7 @@ def _can_run(plan: Plan) -> bool:
 def _comments(answer: Answer, chosen: Rated) -> list[str]:
     lines = [
         f"# Planned: {describe(chosen.plan)}",
-        f"# Simulated: {chosen.rps_per_gpu:.3f} requests/s per GPU",
+        f"# Simulated on {ratio(chosen.fleet)}: {chosen.rps_per_gpu:.3f} requests/s per GPU",
     ]
     if chosen is not answer.best[0]:
         lines += [

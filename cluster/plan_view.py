@@ -24,7 +24,7 @@ def show_answer(
         highlight=False,
         soft_wrap=True,
     )
-    table = new_table(("plan (simulated)",), _NUMBERS)
+    table = new_table(("plan (simulated)", "of it simulated"), _NUMBERS)
     rows = list(answer.best[:_SHOWN])
     if answer.colocated is not None:
         rows.append(answer.colocated)
@@ -48,6 +48,13 @@ def describe(plan: Plan) -> str:
     return f"{plan.copies} nodes of {text}" if plan.copies > 1 else text
 
 
+def ratio(fleet: Plan) -> str:
+    """Its workers: `3P:1D`, or `4` colocated ones."""
+    if fleet.decode is None:
+        return f"{fleet.prefill.workers}"
+    return f"{fleet.prefill.workers}P:{fleet.decode.workers}D"
+
+
 def _pool(pool: Pool) -> str:
     option = pool.option
     return f"{pool.workers} x {option.gpu} tp{option.tp} steps of {pool.step_tokens}"
@@ -57,8 +64,9 @@ def _cells(rated: Rated, best: float) -> tuple[str, ...]:
     goodput = rated.goodput
     return (
         describe(rated.plan),
+        ratio(rated.fleet),
         str(rated.plan.gpus),
-        f"{goodput.rps * rated.plan.copies:.2f}",
+        f"{rated.rps:.2f}",
         f"{rated.rps_per_gpu:.3f}",
         f"{rated.rps_per_gpu / best - 1:+.1%}",
         f"{goodput.ttft_p90_s * 1e3:.0f}",
@@ -98,8 +106,9 @@ def _rated_json(rated: Rated) -> dict[str, object]:
     names = ("colocated",) if plan.decode is None else ("prefill", "decode")
     return {
         "copies": plan.copies,
+        "simulated_workers": [pool.workers for pool in rated.fleet.pools],
         "gpus": plan.gpus,
-        "requests_per_s": goodput.rps * plan.copies,
+        "requests_per_s": rated.rps,
         "requests_per_s_per_gpu": rated.rps_per_gpu,
         "share": goodput.share,
         "ttft_p90_ms": goodput.ttft_p90_s * 1e3,

@@ -57,13 +57,18 @@ def pair_up(
 
 
 def neighbours(problem: Problem, plan: Plan) -> list[Plan]:
-    """The plan with one prefill worker more or less, and as many decode workers as then fit."""
+    """The plan with one prefill worker more or less (of many workers, an eighth of them: less is no
+    other fleet in the simulation), and as many decode workers as then fit.
+    """
     if plan.decode is None:
         return []
     found: list[Plan] = []
-    for prefills in (plan.prefill.workers - 1, plan.prefill.workers + 1):
+    step = max(1, (plan.prefill.workers + plan.decode.workers) // 8)
+    for prefills in (plan.prefill.workers - step, plan.prefill.workers + step):
+        if prefills <= 0:
+            continue
         room = _room(problem, plan.prefill.option, plan.decode.option, prefills)
-        if prefills > 0 and room > 0:
+        if room > 0:
             prefill = replace(plan.prefill, workers=prefills)
             found.append(replace(plan, prefill=prefill, decode=replace(plan.decode, workers=room)))
     return found

@@ -6,19 +6,28 @@ Rounds are tasks that know nothing of each other, so any number of processes giv
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Protocol
 
 from simulator.plan.advice import advise
 from simulator.plan.combine import Candidate, Phase, colocate, neighbours, pair_up
-from simulator.plan.trial import Setup, decode_setup, find_goodput, plan_setup, prefill_setup
-from simulator.plan.types import Answer, Goodput, Option, Plan, Pool, Problem, Rated
+from simulator.plan.fleet import find_fleet
+from simulator.plan.trial import (
+    PHASE_WIDTH,
+    Setup,
+    decode_setup,
+    find_goodput,
+    plan_setup,
+    prefill_setup,
+)
+from simulator.plan.types import Answer, Goodput, Option, Plan, Pool, Problem, Rated, scale_of
 
 _WORTH = 0.6
 """Workers whose goodput per GPU is below this share of the best get no further chunk sizes."""
 _WHOLE = 4
 _WHOLE_COLOCATED = 2
-_CLIMBS = 3
+_CLIMBS = 2
 
 
 class Progress(Protocol):
@@ -111,11 +120,15 @@ def _rate_decodes(problem: Problem, rate: Rate) -> list[Phase]:
 def _rate_plans(
     problem: Problem, rate: Rate, what: str, candidates: Sequence[Candidate]
 ) -> list[Rated]:
-    setups = [plan_setup(problem, c.plan, c.rps) for c in candidates]
+    fleets = [find_fleet(problem, c.plan, c.rps) for c in candidates]
+    setups = [
+        plan_setup(problem, fleet, c.rps / scale_of(c.plan, fleet))
+        for c, fleet in zip(candidates, fleets, strict=True)
+    ]
     goodputs = rate(what, setups)
     return [
-        Rated(plan=candidate.plan, goodput=goodput)
-        for candidate, goodput in zip(candidates, goodputs, strict=True)
+        Rated(plan=candidate.plan, fleet=fleet, goodput=goodput)
+        for candidate, fleet, goodput in zip(candidates, fleets, goodputs, strict=True)
     ]
 
 
@@ -128,7 +141,7 @@ def _climb(problem: Problem, rate: Rate, candidates: Sequence[Candidate]) -> lis
             return rated
         known = {_shape(one.plan) for one in rated}
         near = [p for p in neighbours(problem, best.plan) if _shape(p) not in known]
-        guesses = [Candidate(plan, best.goodput.rps) for plan in near]
+        guesses = [Candidate(plan, best.rps / best.plan.copies) for plan in near]
         rated += _rate_plans(problem, rate, "other P:D ratios", guesses)
         if max(rated, key=lambda one: one.rps_per_gpu) is best:
             return rated
@@ -138,7 +151,8 @@ def _climb(problem: Problem, rate: Rate, candidates: Sequence[Candidate]) -> lis
 def _colocated_setup(problem: Problem, option: Option, step_tokens: int) -> Setup:
     pool = Pool(option=option, step_tokens=step_tokens, workers=1)
     guess_rps = 0.4 * prefill_setup(problem, option, step_tokens).guess_rps
-    return plan_setup(problem, Plan(prefill=pool, decode=None), guess_rps, run_s=0.0)
+    setup = plan_setup(problem, Plan(prefill=pool, decode=None), guess_rps)
+    return replace(setup, width=max(problem.width, PHASE_WIDTH))
 
 
 def _best_chunks(phases: Sequence[Phase]) -> list[Phase]:

@@ -4,14 +4,18 @@ A phase is simulated alone, as DistServe does (OSDI'24, algorithm 1), by giving 
 worker that takes no time: the same router, workers and hand-off, and nothing else to wait for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from hashlib import blake2b
 from math import inf
 
+from core.blocks import HASH_BYTES
+from core.ids import BlockHash
 from engine.latency.base import StepShape
 from router.config import RouterConfig
 from simulator.cluster import Cluster
+from simulator.plan.fleet import phase_run_s, stay_s, whole_run_s
 from simulator.plan.types import Affinity, Goodput, Option, Plan, Pool, Problem
 from simulator.spec import NetworkSpec, PoolRole, PoolSpec, SimSpec
 from simulator.summary import SHARES, summarise
@@ -22,8 +26,9 @@ _INSTANT_S = 1e-6
 _FAST_BYTES_PER_S = 1e15
 _FAST_TOKENS = 1 << 18
 _DECODE_STEP_TOKENS = 512
-_MOST_DOUBLINGS = 6
-_PHASE_WIDTH = 0.1
+_STEPS = (1.2, 1.5, 2.0, 4.0, 8.0)
+_MOST_WARM_UP = 0.3
+PHASE_WIDTH = 0.1
 """Phases alone only decide which plans are simulated whole."""
 
 
@@ -31,7 +36,6 @@ class Judged(StrEnum):
     """Which of the targets count."""
 
     TTFT = "ttft"
-    TPOT = "tpot"
     BOTH = "both"
 
 
@@ -55,7 +59,10 @@ class Setup:
     network: NetworkSpec
     judged: Judged
     guess_rps: float
-    run_s: float = 0.0
+    width: float
+    run_s: float
+    warm_up: float
+    """Share of the requests, the first ones, that is not counted: those of the first stay."""
 
 
 # -- what is simulated --------------------------------------------------------------------------
@@ -64,21 +71,22 @@ class Setup:
 def prefill_setup(problem: Problem, option: Option, step_tokens: int) -> Setup:
     """One prefill worker, and decodes that take no time."""
     worker = _worker(problem, Pool(option=option, step_tokens=step_tokens, workers=1))
-    return _phase(
-        worker, _instant(problem), Judged.TTFT, 0.7 / mean_prefill_s(problem, option, step_tokens)
-    )
+    guess_rps = 0.7 / mean_prefill_s(problem, option, step_tokens)
+    return _phase(problem, worker, _instant(problem), Judged.TTFT, guess_rps)
 
 
 def decode_setup(problem: Problem, option: Option) -> Setup:
-    """One decode worker, and prefills that take no time."""
+    """One decode worker, and prefills that take no time. Its TTFT is the wait for room on the
+    worker, without which a full one would seem to serve any rate.
+    """
     worker = _worker(problem, Pool(option=option, step_tokens=_DECODE_STEP_TOKENS, workers=1))
-    return _phase(_instant(problem), worker, Judged.TPOT, _decode_guess_rps(problem, option))
+    guess_rps = _decode_guess_rps(problem, option)
+    return _phase(problem, _instant(problem), worker, Judged.BOTH, guess_rps)
 
 
-def plan_setup(
-    problem: Problem, plan: Plan, guess_rps: float, *, run_s: float | None = None
-) -> Setup:
+def plan_setup(problem: Problem, plan: Plan, guess_rps: float) -> Setup:
     """All pools of one copy of the plan, with the production router."""
+    run_s = whole_run_s(problem)
     roles = [PoolRole.COLOCATED] if plan.decode is None else [PoolRole.PREFILL, PoolRole.DECODE]
     return Setup(
         pools=tuple(
@@ -89,11 +97,17 @@ def plan_setup(
         network=NetworkSpec(),
         judged=Judged.BOTH,
         guess_rps=guess_rps,
-        run_s=problem.run_s if run_s is None else run_s,
+        width=problem.width,
+        run_s=run_s,
+        warm_up=_warm_up(problem, stay_s(problem, ttft=True, tpot=True), run_s),
     )
 
 
-def _phase(prefill: WorkerSpec, decode: WorkerSpec, judged: Judged, guess_rps: float) -> Setup:
+def _phase(
+    problem: Problem, prefill: WorkerSpec, decode: WorkerSpec, judged: Judged, guess_rps: float
+) -> Setup:
+    ttft, tpot = judged is Judged.TTFT, judged is Judged.BOTH
+    run_s = phase_run_s(problem, guess_rps, ttft=ttft, tpot=tpot)
     return Setup(
         pools=(
             PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=1, worker=prefill),
@@ -103,7 +117,15 @@ def _phase(prefill: WorkerSpec, decode: WorkerSpec, judged: Judged, guess_rps: f
         network=NetworkSpec(control_s=0.0),
         judged=judged,
         guess_rps=guess_rps,
+        width=max(problem.width, PHASE_WIDTH),
+        run_s=run_s,
+        warm_up=_warm_up(problem, stay_s(problem, ttft=ttft, tpot=tpot), run_s),
     )
+
+
+def _warm_up(problem: Problem, stay_s: float, run_s: float) -> float:
+    """Before the first requests have had time to leave, fewer run than at that rate."""
+    return max(problem.warm_up, min(_MOST_WARM_UP, stay_s / run_s if run_s > 0 else 0.0))
 
 
 def _worker(problem: Problem, pool: Pool) -> WorkerSpec:
@@ -151,14 +173,14 @@ def mean_prefill_s(problem: Problem, option: Option, step_tokens: int) -> float:
 
 
 def _decode_guess_rps(problem: Problem, option: Option) -> float:
-    """Half the rate at which as many run as memory, batch and TPOT allow."""
+    """The rate at which as many run as memory, batch and TPOT allow."""
     sample = problem.requests[:200]
     context = sum(r.prompt_tokens + r.output_tokens / 2 for r in sample) / len(sample)
     outputs = sum(r.output_tokens for r in sample) / len(sample)
     batch = max(1, min(problem.max_batch, int(option.kv_tokens / context)))
     while batch > 1 and _step_s(option, batch, context) > problem.slo.tpot_s:
         batch = batch * 3 // 4
-    return 0.5 * batch / (outputs * _step_s(option, batch, context))
+    return batch / (outputs * _step_s(option, batch, context))
 
 
 def _step_s(option: Option, batch: int, context: float) -> float:
@@ -168,10 +190,34 @@ def _step_s(option: Option, batch: int, context: float) -> float:
 # -- running ------------------------------------------------------------------------------------
 
 
+def repeat(requests: Sequence[SimRequest], count: int) -> list[SimRequest]:
+    """The first `count`; of too few, copies one after the other, each with blocks and sessions of
+    its own.
+    """
+    gap_s = (requests[-1].at_s - requests[0].at_s) / max(1, len(requests) - 1)
+    cycle_s = requests[-1].at_s - requests[0].at_s + gap_s
+    return [_copy(requests[i % len(requests)], i // len(requests), cycle_s) for i in range(count)]
+
+
+def _copy(request: SimRequest, number: int, cycle_s: float) -> SimRequest:
+    if number == 0:
+        return request
+    salt = str(number).encode()
+    return replace(
+        request,
+        at_s=request.at_s + number * cycle_s,
+        hashes=tuple(
+            BlockHash(blake2b(each, digest_size=HASH_BYTES, key=salt).digest())
+            for each in request.hashes
+        ),
+        session=f"{request.session}.{number}" if request.session else "",
+    )
+
+
 def offered(problem: Problem, rps: float, run_s: float) -> list[SimRequest]:
-    """As many of the requests as come in `run_s`, stretched to the rate."""
-    count = min(len(problem.requests), max(problem.phase_requests, int(rps * run_s)))
-    taken = problem.requests[:count]
+    """As many requests as come in `run_s`, stretched to the rate."""
+    count = max(problem.least_requests, int(rps * run_s))
+    taken = repeat(problem.requests, count)
     span_s = taken[-1].at_s - taken[0].at_s
     stretch = (count - 1) / rps / span_s if span_s > 0 else 0.0
     first_s = taken[0].at_s
@@ -189,10 +235,9 @@ def simulate(problem: Problem, setup: Setup, rps: float) -> Goodput:
         seed=problem.seed,
     )
     outcome = Cluster(spec).run(offered(problem, rps, setup.run_s))
-    summary = summarise(outcome, problem.slo, spec.gpus, warm_up=problem.warm_up)
+    summary = summarise(outcome, problem.slo, spec.gpus, warm_up=setup.warm_up)
     shares = {
         Judged.TTFT: summary.ttft_attainment,
-        Judged.TPOT: summary.tpot_attainment,
         Judged.BOTH: summary.attainment,
     }
     p90 = SHARES.index(0.9)
@@ -213,29 +258,29 @@ def find_goodput(problem: Problem, setup: Setup) -> Goodput:
         lambda rps: simulate(problem, setup, rps),
         share=problem.share,
         guess_rps=setup.guess_rps,
-        width=problem.width if setup.judged is Judged.BOTH else max(problem.width, _PHASE_WIDTH),
+        width=setup.width,
     )
 
 
 def highest(
     at: Callable[[float], Goodput], *, share: float, guess_rps: float, width: float
 ) -> Goodput:
-    """Pure but for `at`. Doubles or halves from the guess until it has a bracket, then bisects it
-    until its ends differ by the share `width`. Requests that come all at once fare the same at any
-    rate: after a few doublings the rate reached is the answer.
+    """Pure but for `at`. Goes up or down from the guess, in steps that grow, until it has a
+    bracket, then bisects it until its ends differ by the share `width`. Requests that come all at
+    once fare the same at any rate: after a few steps the rate reached is the answer.
     """
     found = at(guess_rps)
     high_rps, low = guess_rps, found if found.share >= share else None
     if low is None:
-        for _ in range(_MOST_DOUBLINGS):
-            found = at(high_rps / 2)
+        for factor in _STEPS:
+            found = at(high_rps / factor)
             if found.share >= share:
                 low = found
                 break
-            high_rps /= 2
+            high_rps /= factor
     else:
-        for _ in range(_MOST_DOUBLINGS):
-            high_rps = 2 * low.rps
+        for factor in _STEPS:
+            high_rps = factor * low.rps
             found = at(high_rps)
             if found.share < share:
                 break

@@ -48,8 +48,9 @@ class Problem:
 
     `requests` are offered at any rate by stretching their arrivals; `block_size` is that of their
     hashes. `share` of the requests keep both targets of `slo` at a rate that counts as served.
-    `chunks` are the step budgets tried, in tokens. A run of one phase takes `phase_requests` of the
-    requests, one of a whole plan all that come in `run_s`, and no fewer than a phase's.
+    `chunks` are the step budgets tried, in tokens. A run offers what comes in about `run_s` (see
+    `simulator/plan/fleet.py`) and no fewer than `least_requests`; where `requests` are too few for
+    it they are repeated with blocks of their own.
 
     `router` decides in whole plans. Without admission, by default: a request that would be late is
     then late, and not refused so that others are in time.
@@ -68,10 +69,10 @@ class Problem:
     chunks: tuple[int, ...] = (512, 2048, 8192)
     max_batch: int = 256
     router: RouterConfig = field(default_factory=lambda: RouterConfig(admission="off"))
-    phase_requests: int = 300
-    run_s: float = 60.0
+    least_requests: int = 300
+    run_s: float = 20.0
     warm_up: float = 0.1
-    """Share of a run's requests, the first ones, that is not counted."""
+    """Least share of a run's requests, the first ones, that is not counted."""
     width: float = 0.03
     """Relative width at which the search for a rate stops."""
     seed: int = 0
@@ -110,6 +111,13 @@ class Plan:
         return self.copies * sum(pool.gpus for pool in self.pools)
 
 
+def scale_of(plan: Plan, fleet: Plan) -> float:
+    """How many of the fleet are in one copy of the plan, by the scarcer pool."""
+    return min(
+        pool.workers / small.workers for pool, small in zip(plan.pools, fleet.pools, strict=True)
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goodput:
     """The highest rate found at which enough requests keep their targets, and how they fared there.
@@ -127,14 +135,23 @@ class Goodput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rated:
-    """A plan and what the simulator says of it."""
+    """A plan and what the simulator says of it: of `fleet`, which is one copy of it or fewer
+    workers that stand for one.
+    """
 
     plan: Plan
+    fleet: Plan
     goodput: Goodput
+    """Of the fleet."""
+
+    @property
+    def rps(self) -> float:
+        """Of the plan, as many fleets as its scarcer pool has: a lower bound."""
+        return self.goodput.rps * scale_of(self.plan, self.fleet) * self.plan.copies
 
     @property
     def rps_per_gpu(self) -> float:
-        return self.goodput.rps * self.plan.copies / self.plan.gpus
+        return self.rps / self.plan.gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,10 @@ PROBLEM = problem(option(), option(2), gpus=8)
 
 def _rated(tp: int, prefills: int, decodes: int, rps: float) -> Rated:
     pool = Pool(option=PROBLEM.options[tp - 1], step_tokens=2048, workers=prefills)
+    plan = Plan(prefill=pool, decode=replace(pool, workers=decodes))
     return Rated(
-        plan=Plan(prefill=pool, decode=replace(pool, workers=decodes)),
+        plan=plan,
+        fleet=plan,
         goodput=Goodput(rps=rps, share=0.9, ttft_p90_s=0.1, tpot_p90_s=0.01, hit_share=0.0),
     )
 
@@ -108,6 +110,7 @@ def test_the_command_prints_one_json_object_last() -> None:
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["simulated"] is True
     assert found["plans"][0]["pools"]["prefill"]["workers"] == 1
+    assert found["plans"][0]["simulated_workers"] == [1, 1]
     assert found["colocated"]["gpus"] == 2
 
 

@@ -68,7 +68,7 @@ def problem(
         affinity=affinity,
         node_gpus=node_gpus,
         chunks=chunks,
-        phase_requests=count,
+        least_requests=count,
         run_s=0.0,
         width=0.1,
     )

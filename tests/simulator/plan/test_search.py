@@ -57,5 +57,5 @@ def test_targets_that_nothing_keeps_give_no_plan_and_a_warning() -> None:
 
 
 def test_one_and_two_processes_give_one_answer() -> None:
-    small = replace(SHORT_PROMPTS, requests=asked(60, 50, 20), phase_requests=60)
+    small = replace(SHORT_PROMPTS, requests=asked(60, 50, 20), least_requests=60)
     assert _search(small, processes=2) == _search(small)

@@ -1,7 +1,10 @@
 """One simulation, and the search for a rate."""
 
+from dataclasses import replace
+
 import pytest
 
+from core.ids import BlockHash
 from router.policies.base import Slo
 from simulator.plan.trial import (
     decode_setup,
@@ -9,9 +12,11 @@ from simulator.plan.trial import (
     offered,
     plan_setup,
     prefill_setup,
+    repeat,
     simulate,
 )
 from simulator.plan.types import Goodput, Plan, Pool
+from simulator.workload.types import SimRequest
 from tests.simulator.plan.problems import option, problem
 
 
@@ -34,6 +39,30 @@ def test_targets_that_no_rate_keeps_give_a_goodput_of_nothing() -> None:
 def test_requests_are_stretched_to_the_rate() -> None:
     requests = offered(problem(option()), 4.0, 0.0)
     assert requests[-1].at_s == pytest.approx((len(requests) - 1) / 4.0)
+
+
+def test_a_run_lasts_as_long_at_any_rate() -> None:
+    for rps in (20.0, 400.0):
+        assert offered(problem(option()), rps, 20.0)[-1].at_s == pytest.approx(20.0, rel=0.01)
+
+
+def test_requests_repeated_share_blocks_with_their_own_copy_alone() -> None:
+    asked = tuple(
+        SimRequest(float(i), 32, 1, (BlockHash(b"shared"), BlockHash(b"%d" % i))) for i in range(3)
+    )
+    requests = repeat(asked, 7)
+    assert requests[:3] == list(asked)
+    assert [request.at_s for request in requests] == pytest.approx(list(range(7)))
+    assert [request.hashes[0] == requests[3].hashes[0] for request in requests] == (
+        [False] * 3 + [True] * 3 + [False]
+    )
+    assert len({request.hashes[1] for request in requests}) == 7
+
+
+def test_what_comes_before_the_first_can_have_left_is_not_counted() -> None:
+    long = replace(problem(option(), output=200), run_s=30.0)
+    setup = decode_setup(long, long.options[0])
+    assert (setup.run_s, setup.warm_up) == (30.0, pytest.approx(200 * 0.03 / 30.0))
 
 
 def test_a_prefill_worker_alone_waits_for_no_decode() -> None:
