@@ -6,12 +6,16 @@ from core.errors import ConfigError
 from engine.config import EngineConfig
 from engine.latency.base import LatencyModel
 from engine.latency.fitted import FittedLatency
+from engine.latency.shapes import find_shape
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.config import SimulatedPool, SimulationConfig
 from simulator.profiles.load import load_profile
 from simulator.spec import Failure, NetworkSpec, PoolRole, PoolSpec, SimSpec
 from simulator.worker import WorkerSpec
+
+_KV_TOKENS = 400_000
+_KV_BYTES_PER_TOKEN = 131_072
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,7 @@ def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
     sim = settings.simulation
     tp = pool.tensor_parallel or sim.tensor_parallel
     latency, kv_tokens = _latency(pool.profile or sim.profile, sim.model, tp, settings.engine)
-    tokens = pool.kv_tokens or kv_tokens or sim.kv_tokens
+    tokens = pool.kv_tokens or sim.kv_tokens or kv_tokens or _KV_TOKENS
     if tokens < block_size:
         raise ConfigError(
             f"pool {pool.name}: {tokens} tokens of KV hold no block of {block_size} tokens,"
@@ -79,11 +83,15 @@ def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
             block_size=block_size,
             step_tokens=pool.step_tokens or settings.engine.step_tokens,
             max_batch=settings.engine.max_batch,
-            kv_bytes_per_token=sim.kv_bytes_per_token,
+            kv_bytes_per_token=sim.kv_bytes_per_token or _kv_bytes_per_token(sim.model),
             nic_bytes_per_s=sim.nic_gb_per_s * 1e9,
             gpus=tp,
         ),
     )
+
+
+def _kv_bytes_per_token(model: str | None) -> int:
+    return int(find_shape(model).kv_bytes_per_token) if model else _KV_BYTES_PER_TOKEN
 
 
 def _latency(

@@ -41,10 +41,10 @@ class SimulationConfig(Settings):
     """A known model, or a checkpoint folder, for profiles that are of no one model."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs of one worker."""
-    kv_tokens: int = Field(400_000, ge=1)
-    """Tokens of KV that one worker holds."""
-    kv_bytes_per_token: int = Field(131_072, ge=1)
-    """KV of a token on all ranks of a worker; Llama-3-8B's."""
+    kv_tokens: int | None = Field(None, ge=1)
+    """Tokens of KV that one worker holds; unset: what the profile says, else 400,000."""
+    kv_bytes_per_token: int | None = Field(None, ge=1)
+    """KV of a token on all ranks of a worker; unset: the model's, else Llama-3-8B's 131,072."""
     nic_gb_per_s: float = Field(50.0, gt=0)
     """Each way, of one worker."""
     uplink_gb_per_s: float = Field(400.0, gt=0)

@@ -17,6 +17,7 @@ from typing import Literal
 from engine.latency.devices import find_device
 from engine.latency.roofline import RooflineLatency
 from engine.latency.shapes import ModelShape, find_shape
+from simulator.plan.memory import kv_capacity_tokens
 from simulator.profiles.fit import fit_latency
 from simulator.profiles.kernel_tables import read_aiconfigurator, read_llmservingsim
 from simulator.profiles.npz_curves import read_npz
@@ -28,6 +29,7 @@ from simulator.profiles.types import BadProfile, Measured, Profile
 
 Kind = Literal["table", "fitted"]
 
+_MEMORY_SHARE = 0.9
 STEP_OVERHEAD_S = 2e-3
 """What a step takes beside its kernels, where a profile holds kernels alone: DistServe's figure for
 its own engine (OSDI'24, its simulator).
@@ -42,8 +44,12 @@ def load_profile(
     """
     scheme, _, rest = source.partition(":")
     if scheme == "roofline":
-        latency = RooflineLatency(model=_shape(source, model), device=find_device(rest), tp=tp)
-        return Profile(name=source, tp=tp, latency=latency)
+        shape, device = _shape(source, model), find_device(rest)
+        latency = RooflineLatency(model=shape, device=device, tp=tp)
+        kv_tokens = kv_capacity_tokens(shape, device, tp, _MEMORY_SHARE)
+        if kv_tokens <= 0:
+            raise BadProfile(f"{shape.name} does not fit {device.name} at TP {tp}: raise it")
+        return Profile(name=source, tp=tp, latency=latency, kv_tokens=kv_tokens)
     if scheme == "distserve":
         return Profile(name=source, tp=tp, latency=distserve_latency(rest, tp))
     path, _, part = source.partition("#")

@@ -216,3 +216,9 @@ def test_a_profile_of_no_one_model_asks_for_it() -> None:
         load_profile("roofline:h100")
     with pytest.raises(ConfigError, match=next(iter(SHAPES))):
         load_profile("roofline:h100", model="unknown")
+
+
+def test_a_roofline_tells_the_room_for_kv_and_refuses_a_model_that_leaves_none() -> None:
+    assert (load_profile("roofline:h100", model="llama-3-70b", tp=4).kv_tokens or 0) > 100_000
+    with pytest.raises(BadProfile, match="llama-3-70b does not fit h100 at TP 1"):
+        load_profile("roofline:h100", model="llama-3-70b", tp=1)
