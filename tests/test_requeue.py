@@ -25,6 +25,8 @@ from tests.processes import (
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
+STEP_TOKENS = 64
+"""Less than a prompt, so that of those queued at the worker one or two begin."""
 TIMED = {"prefill_base_ms": 30, "prefill_per_token_ms": 1, "prefill_per_token2_ms": 0}
 WAIT_S = 30.0
 
@@ -33,24 +35,25 @@ WAIT_S = 30.0
 def config(tmp_path: Path) -> Path:
     vocab = {f"w{i}": i for i in range(500)}
     Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
-    engine = {"kind": "timed", "kv_memory_mb": 4, "timed": TIMED}
+    engine = {"kind": "timed", "kv_memory_mb": 4, "step_tokens": STEP_TOKENS, "timed": TIMED}
     return write_config(tmp_path, {"model": {"path": str(tmp_path)}, "engine": engine})
 
 
 async def test_prompts_queued_at_a_worker_that_stands_still_are_served_by_another(
     config: Path,
 ) -> None:
-    prompts = [make_prompt(100, seed) for seed in range(100, 108)]
+    before = [make_prompt(100, seed) for seed in range(100, 108)]
+    prompts = [make_prompt(100, seed) for seed in range(200, 208)]
     with worker_processes(config, ["prefill:halting", "prefill", "decode"]) as workers:
         halting, other, _ = workers
         async with flow_over(config, workers) as flow, asyncio.TaskGroup() as group:
             wanted = [
                 output_tokens(await collect(flow, make_request(f"warm-{i}", prompt)))
-                for i, prompt in enumerate(prompts)
+                for i, prompt in enumerate(before)
             ]
             halting.process.send_signal(signal.SIGUSR1)
             tasks = [
-                group.create_task(collect(flow, make_request(f"r-{i}", [*prompt, 1, 2, 3])))
+                group.create_task(collect(flow, make_request(f"r-{i}", prompt)))
                 for i, prompt in enumerate(prompts)
             ]
             await _until_all_but_few_are_done(tasks)
@@ -58,7 +61,7 @@ async def test_prompts_queued_at_a_worker_that_stands_still_are_served_by_anothe
             halting.process.send_signal(signal.SIGUSR2)
             answers = [await task for task in tasks]
             again = [
-                output_tokens(await collect(flow, make_request(f"s-{i}", [*prompt, 1, 2, 3])))
+                output_tokens(await collect(flow, make_request(f"s-{i}", prompt)))
                 for i, prompt in enumerate(prompts)
             ]
         assert [output_tokens(answer) for answer in answers] == again
