@@ -59,6 +59,8 @@ async def test_a_killed_worker_costs_no_answer(fleet: RunningFleet, name: str) -
     async with under_load(fleet) as load:
         await more(load)
         await busy(fleet, name)
+        fleet.workers[name].process.stop()  # so what it has does not end before its end
+        await asyncio.sleep(0.1 * SILENCE_S)
         fleet.workers[name].process.kill()
         await more(load)
         await fleet.replace(name)
