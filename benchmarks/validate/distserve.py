@@ -43,8 +43,8 @@ _PUBLISHED = {1.0: 1.0, 1.5: 1.0, 2.0: 0.993, 2.5: 0.883, 3.0: 0.841, 3.5: 0.77,
 """Share of requests within the target in its simulator, by requests/s per GPU."""
 
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-_PROMPTS = Curve(_SHARES, (10, 54, 162, 365, 506, 637, 814, 959, 1175, 1370, 1591, 1718, 2003))
-_ANSWERS = Curve(_SHARES, (2, 4, 6, 13, 21, 34, 55, 169, 239, 291, 469, 527, 894))
+PROMPTS = Curve(_SHARES, (10, 54, 162, 365, 506, 637, 814, 959, 1175, 1370, 1591, 1718, 2003))
+ANSWERS = Curve(_SHARES, (2, 4, 6, 13, 21, 34, 55, 169, 239, 291, 469, 527, 894))
 """Tokens by share of the requests: distserve-100-1.exp of its alignment data (Apache-2.0)."""
 
 
@@ -174,8 +174,8 @@ def _simulate(plan: _Plan, rate: float, seed: int) -> tuple[Record, ...]:
     requests = [
         SimRequest(
             t_s / (rate * plan.gpus),
-            round(_PROMPTS.at(random.random())),
-            max(2, round(_ANSWERS.at(random.random()))),
+            round(PROMPTS.at(random.random())),
+            max(2, round(ANSWERS.at(random.random()))),
         )
         for t_s in times_s
     ]
