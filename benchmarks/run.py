@@ -27,7 +27,7 @@ from core.errors import InvalidRequest
 BENCHES = {
     "router": "the front door: CPU per token and request, latency added, idle streams",
     "routing": "placement decisions: replayed traces under every policy, and what one costs",
-    "reproduce": "what papers published, simulated: placement, ratios, mixes, admission",
+    "reproduce": "what papers published, simulated: placement, P/D ratios, mixes of lengths",
     "simulator": "requests simulated per second of one core, and the memory they take",
     "transfer": "the KV hand-off between two processes: what it costs, what it hides",
     "validate": "the simulator against formulas, published results and a real run",
