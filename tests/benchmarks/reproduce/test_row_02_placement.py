@@ -1,5 +1,6 @@
 """Row 2: what is drawn and posed, and one small application from the search to its rates."""
 
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks.reproduce.row_02_placement import (
     fare,
     options_of,
     pose,
+    reads_twice,
     unchunked,
 )
 from engine.latency.base import StepShape
@@ -53,3 +55,11 @@ def test_fewer_requests_keep_their_targets_at_a_higher_rate() -> None:
 def test_a_node_of_all_gpus_is_posed_as_one() -> None:
     assert pose(CODE, Affinity.HIGH, seed=0).node_gpus == 8
     assert pose(APPLICATIONS[0], Affinity.LOW, seed=0).node_gpus == 4
+
+
+def test_reading_the_weights_twice_makes_a_colocated_plan_slower_and_nothing_else() -> None:
+    bare = unchunked(CODE, GOODPUT)
+    option = next(o for o in options_of(CODE.model) if o.tp == CODE.baseline_tp)
+    pool = replace(bare.plan.prefill, option=option)
+    plan = replace(bare.plan, prefill=pool)
+    assert reads_twice(CODE, replace(bare, plan=plan, fleet=plan)) == bare
