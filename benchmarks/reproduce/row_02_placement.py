@@ -8,8 +8,8 @@ benchmarks/validate/distserve.py); of HumanEval and LongBench only means are giv
 and 98 out, 1,738 and 91), so these are lognormal around them, with a spread of 0.5. OPT-175B has no
 published fit.
 DistServe's own baseline was vLLM of its time, at one degree and without chunks. It stands beside
-the other as "colocated, unchunked", whose steps of both kinds also read the weights twice. How much of the
-difference that is, the best colocated plan says when its steps read them twice as well.
+the other as "colocated, unchunked", and its steps of both kinds read the weights twice. How much of
+the difference that is, the best colocated plan says when its steps read them twice as well.
 """
 
 from __future__ import annotations
