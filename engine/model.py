@@ -102,6 +102,7 @@ class HfEngine:
         rows = torch.tensor([s.row for s in sampled], dtype=torch.int64)
         logits = run_packed(self._model, packed, rows.to(self._arena.data.device))
         if not sampled:
+            self._wait_for_device()
             return []
         logits = logits.float()
         tokens = sample(logits, [s.draw for s in sampled])
@@ -114,6 +115,13 @@ class HfEngine:
             )
             for s, token, row in zip(sampled, tokens, logits, strict=True)
         ]
+
+    def _wait_for_device(self) -> None:
+        """A token fetched to the host says that its step is over. Of a step without one, the blocks
+        would be announced, and read by another worker, before the GPU has written them.
+        """
+        if self._arena.data.is_cuda:
+            torch.cuda.current_stream(self._arena.data.device).synchronize()
 
     def _fault(self, entry: SeqStep) -> BatonError | None:
         """What makes this entry impossible to run, found before it can harm the others."""
