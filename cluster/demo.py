@@ -64,7 +64,10 @@ class _Result:
 
 
 def _settings(config: Path | None, model: Path | None) -> ClusterConfig:
-    overrides: dict[str, object] = {"engine.dtype": "float32"}
+    overrides: dict[str, object] = {
+        "engine.dtype": "float32",
+        "router.local_prefill": False,  # on idle workers no prompt would cross, and that is shown
+    }
     if config is None:
         overrides["router.port"] = 0
     if model is not None:

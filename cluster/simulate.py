@@ -313,7 +313,7 @@ def _attainment(axes: Axes, standings: Sequence[Standing], question: Question) -
     axes.axhline(question.share, color="gray", linestyle=":", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("requests/s per GPU")
-    axes.set_ylabel("share within both targets")
+    axes.set_ylabel("share within both targets (below the line: at most)")
     axes.legend(fontsize=7)
 
 

@@ -282,8 +282,7 @@ class Admission:
                 raise
             return None, Wait(left_s, _LEAST_RETRY_S)
         self._gap.end(self._clock.now_s())
-        is_local = considered.local.placement is not None
-        if is_local or not self._enabled or request.request_id in self._started:
+        if not self._enabled or request.request_id in self._started:
             return considered, Admit()
         is_first = not line or line[0] is asking
         verdict = decide(
@@ -291,7 +290,7 @@ class Admission:
             asking.came_s + self._gap.total_s - asking.gap_s,
             considered.outlooks(),
             asking.slo_class.slo,
-            ahead_s=None if is_first else _ahead_s(line, asking) / len(considered.query.pool),
+            ahead_s=None if is_first else _ahead_s(line, asking) / considered.places,
         )
         return considered, verdict
 

@@ -47,7 +47,7 @@ from core.messages import (
 )
 from core.stages import Stage
 from router.chooser import Chooser, Considered, Placement
-from router.client import Leg, LegEvent, WorkerLink
+from router.client import Leg, LegEvent
 from router.move import Move, handoff_to
 from router.progress import Progress
 from router.queued import QueuedPrompt
@@ -139,7 +139,7 @@ class Attempt:
         self._log_route("route_local", placed)
         progress.mark(Stage.PREFILL, progress.decode_worker)
         self._local = True
-        self._decode = self._decode_leg(placed.link, None, placed.load_tokens)
+        self._decode = self._decode_leg(placed, None)
         self._expect_answer(self._decode)
 
     def _submit_prefill(self, considered: Considered | None) -> None:
@@ -391,13 +391,13 @@ class Attempt:
         )
         self._progress.decode_worker = placed.link.record.worker_id
         self._log_route("route_decode", placed)
-        self._decode = self._decode_leg(placed.link, self._handoff, placed.load_tokens)
+        self._decode = self._decode_leg(placed, self._handoff)
         self._expect_answer(self._decode)
 
-    def _decode_leg(self, link: WorkerLink, handoff: Handoff | None, load_tokens: int) -> Leg:
+    def _decode_leg(self, placed: Placement, handoff: Handoff | None) -> Leg:
         """Raises WorkerLost."""
         request = self._progress.request
-        return link.submit(
+        return placed.link.submit(
             lambda number: DecodeSubmit(
                 number=number,
                 sequence_id=self._sequence_id,
@@ -409,7 +409,8 @@ class Attempt:
                 cache_salt=request.cache_salt,
             ),
             self._hear,
-            load_tokens,
+            placed.load_tokens,
+            placed.prompt_tokens,
         )
 
     @property

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 from random import Random
 from typing import Generic, NamedTuple
 
@@ -13,18 +14,20 @@ from core.ids import BlockHash, Incarnation, Role, WorkerId
 from core.messages import LegTimes, PrefixSource
 from core.stages import Stage
 from router.curves import Curves
-from router.local import LocalOption, LocalVerdict, is_short, judge_local
+from router.local import LocalOption, LocalVerdict, judge_local
 from router.members import L, Members
 from router.outliers import NO_OUTLIERS, Outliers
 from router.place import DecodeCacheQuery, DecodePoolQuery, Knowledge, PrefillPoolQuery
-from router.policies.base import Decision, Scored
+from router.policies.base import Decision, Scored, sample
 from router.policies.build import Policies
 from router.pool import Pool
 from router.progress import COMPLETE, SequenceEnd
 from router.queued import QueuedPrompt, QueuedPrompts
 from router.watcher import Unwatched
 
-_LOCAL_LOOKS = 4
+_LOCAL_HOLDERS = 2
+_LOCAL_LOOKS = 2
+"""Drawn beside those."""
 _FEW_TOKENS = 8
 """Fewer steps tell too little of what a step takes."""
 
@@ -39,6 +42,8 @@ class Placement(Generic[L]):
     link: L
     decision: Decision
     load_tokens: int
+    prompt_tokens: int = 0
+    """Of these, those a decode worker computes itself."""
     source: PrefixSource | None = None
     queued: QueuedPrompt | None = None
     """For whoever submits the prompt to note in `Chooser.queued`, and to discard."""
@@ -52,10 +57,12 @@ class Outlook(NamedTuple):
 
 
 class Local(NamedTuple, Generic[L]):
-    """Whether a decode worker computes the prompt itself, and which."""
+    """Whether a decode worker computes the prompt itself, and which; of so many."""
 
     verdict: LocalVerdict
     placement: Placement[L] | None = None
+    outlook: Outlook = Outlook(0.0, 0.0)
+    workers: int = 0
 
 
 class Explained(NamedTuple):
@@ -75,10 +82,17 @@ class Considered(NamedTuple, Generic[L]):
     decision: Decision
     local: Local[L] = Local(LocalVerdict.OFF)
 
+    @property
+    def places(self) -> int:
+        """Workers that prompts like it are computed on."""
+        return len(self.query.pool) + self.local.workers
+
     def outlooks(self) -> Iterator[Outlook]:
-        """At the chosen worker first, then at the other candidates; of those only that are of a
-        kind whose prefills were measured.
+        """At the decode worker, if it goes to one; at the chosen worker, then at the other
+        candidates; of those only that are of a kind whose prefills were measured.
         """
+        if self.local.placement is not None:
+            yield self.local.outlook
         query, chosen = self.query, self.decision.worker_id
         others = (c.worker_id for c in self.decision.candidates if c.worker_id != chosen)
         for worker in chain((chosen,), others):
@@ -192,37 +206,47 @@ class Chooser(Generic[L]):
         return placement
 
     def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local[L]:
-        """The best of the few decode workers that hold most of the prompt, if any does."""
+        """The soonest of the few decode workers that hold most of the prompt and of two others."""
         pool = self._fleet.pool(Role.DECODE)
         if not pool.workers:
-            return Local(LocalVerdict.LONG)
-        tokens, now_s, closed = prefill.tokens, prefill.now_s, self._closed(pool, ())
+            return Local(LocalVerdict.NOBODY)
+        tokens, closed = prefill.tokens, self._closed(pool, ())
         cached = DecodeCacheQuery(
-            pool, self._known, now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
+            pool, self._known, prefill.now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
         )
-        left = [(tokens - cached.cached_tokens(w), w) for w in cached.holders(_LOCAL_LOOKS)]
-        short = [worker for uncached, worker in left if is_short(uncached, tokens)]
-        if not short:
-            return Local(LocalVerdict.LONG)
         query = self._decode_query(pool, tokens, total_tokens, "", closed)
-        cost_s, worker = min((query.tpot_s(w) + sum(cached.ttft_s(w)), w) for w in short)
-        queue_s, suffix_s = cached.ttft_s(worker)
-        option = LocalOption(
-            prompt_tokens=tokens,
-            uncached_tokens=tokens - cached.cached_tokens(worker),
-            measured=cached.measured(worker),
-            fits=query.fits(worker),
-            step_s=query.tpot_s(worker) if query.sequences(worker) else 0.0,
-            suffix_s=suffix_s,
-            queue_s=queue_s,
-            elsewhere_s=sum(prefill.ttft_s(remote.worker_id)),
-        )
-        verdict = judge_local(option, self._known.slo)
+        workers = dict.fromkeys(chain(cached.holders(_LOCAL_HOLDERS), sample(query, _LOCAL_LOOKS)))
+        elsewhere_s = sum(prefill.ttft_s(remote.worker_id))
+        best = LocalVerdict.NOBODY, Outlook(inf, inf), remote.worker_id
+        for worker in workers:
+            decode_s = query.tpot_s(worker) if query.sequences(worker) else 0.0
+            outlook = Outlook(*cached.beside_s(worker, decode_s))
+            option = LocalOption(
+                measured=cached.measured(worker),
+                fits=query.fits(worker),
+                decode_s=decode_s,
+                chunk_s=cached.chunk_s(worker),
+                here_s=sum(outlook),
+                elsewhere_s=elsewhere_s,
+            )
+            verdict = judge_local(option, self._known.slo)
+            if _rank(verdict, outlook) < _rank(*best[:2]):
+                best = verdict, outlook, worker
+        verdict, outlook, worker = best
         if verdict is not LocalVerdict.LOCAL:
             return Local(verdict)
-        decision = Decision(worker, [Scored(worker, cost_s)], "cached there")
-        link = self._fleet.link(Role.DECODE, worker)
-        return Local(verdict, Placement(link=link, decision=decision, load_tokens=tokens))
+        decision = Decision(worker, [Scored(worker, sum(outlook))], "sooner there")
+        return Local(
+            verdict,
+            Placement(
+                link=self._fleet.link(Role.DECODE, worker),
+                decision=decision,
+                load_tokens=tokens,
+                prompt_tokens=tokens - cached.cached_tokens(worker),
+            ),
+            outlook,
+            len(pool.workers),
+        )
 
     def for_decode(
         self,
@@ -268,7 +292,7 @@ class Chooser(Generic[L]):
         both. Raises NoWorkers.
         """
         considered = self.consider(tokens, cache_salt, local_total=total_tokens if local else None)
-        verdict, placement = considered.local
+        verdict, placement = considered.local.verdict, considered.local.placement
         if placement is not None:
             return Explained(placement.decision, placement.decision, verdict)
         prefill = considered.decision
@@ -288,7 +312,8 @@ class Chooser(Generic[L]):
             return
         incarnation = view.hello.incarnation
         self._outliers.answered(incarnation, now_s)
-        if times.prefill_s > 0:
+        is_alone = view.hello.role is Role.PREFILL  # elsewhere answers decoded beside it
+        if is_alone and times.prefill_s > 0:
             predicted_s = curves.of(view.kind).prefill.seconds(times.cached_tokens, tokens)
             curves.saw_prefill(view.kind, times.cached_tokens, tokens, times.prefill_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations
@@ -395,6 +420,10 @@ class Chooser(Generic[L]):
         if not pool.workers:
             raise NoWorkers(f"no {role} worker is ready; try again, or see `baton status`")
         return pool
+
+
+def _rank(verdict: LocalVerdict, outlook: Outlook) -> tuple[bool, float]:
+    return verdict is not LocalVerdict.LOCAL, sum(outlook)
 
 
 def _hashes(pool: Pool, tokens: Sequence[int], cache_salt: str) -> list[BlockHash]:

@@ -121,8 +121,11 @@ class WorkerLink:
         build: Callable[[int], PrefillSubmit | DecodeSubmit],
         listener: LegListener,
         load_tokens: int,
+        prompt_tokens: int = 0,
     ) -> Leg:
-        """Open a leg. Raises WorkerLost when the stream has ended, RequestTooLarge for a submit
+        """Open a leg; of its load a decode worker is to compute `prompt_tokens` itself.
+
+        Raises WorkerLost when the stream has ended, RequestTooLarge for a submit
         that no worker would read: the other legs of the stream go on.
         """
         if self.view is None or self._stream is None:
@@ -131,7 +134,7 @@ class WorkerLink:
         if not self._stream.try_send(to_worker(build(number))):
             raise RequestTooLarge("the request is too large to be sent to a worker")
         leg = self._legs[number] = Leg(self, number, listener)
-        self.view.submitted(number, load_tokens)
+        self.view.submitted(number, load_tokens, prompt_tokens)
         return leg
 
     def cancel(self, leg: Leg, reason: str) -> None:

@@ -61,8 +61,8 @@ class RouterConfig(Settings):
     admission_max_tokens: int = Field(2_000_000, ge=0)
     """Prompt tokens of the requests held."""
     local_prefill: bool = True
-    """A prompt of which a decode worker has nearly all in its cache is computed there, without a
-    hand-off, when that is sooner and the answers running there keep slo.tpot_ms."""
+    """A prompt is computed at a decode worker, without a hand-off, when that is sooner and the
+    answers running there keep slo.tpot_ms."""
     eject_after_failures: int = Field(5, ge=0)
     """Legs in a row that fail on a worker before it is left out of placement for a while; one that
     is far slower than its peers is left out as well. 0 leaves out none."""

@@ -96,7 +96,8 @@ class Speed:
 
 class Curves:
     """Fits per kind of worker, and the lengths of recent answers. Learning is rationed: a fit takes
-    at most one observation per 0.25 s, as each costs tens of microseconds.
+    at most one observation per 0.25 s, as each costs tens of microseconds; but the first few at
+    once, as until then nothing is predicted.
     """
 
     def __init__(self) -> None:
@@ -124,7 +125,8 @@ class Curves:
         Prompts are computed in order, so at most the first and last step were shared with others.
         """
         known = self.of(kind)
-        if now_s - known.prefill_at_s < _LEARN_EVERY_S or cached_tokens >= tokens:
+        is_early = now_s - known.prefill_at_s < _LEARN_EVERY_S and self.measured(kind)
+        if is_early or cached_tokens >= tokens:
             return
         known.prefill_at_s = now_s
         known.prefill_fit.add(known.prefill.features(cached_tokens, tokens), seconds)

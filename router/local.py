@@ -1,9 +1,11 @@
 """Whether a decode worker computes a prompt itself, without a prefill worker and a hand-off.
 
-Worth it when a decode worker has nearly all of the prompt in its cache already, as it has in the
-next turn of a conversation it answered: then the rest is less work than the hand-off around it. The
-rest joins one step of the answers that run there, so that step must still keep their TPOT target.
-Conditional disaggregation as in Dynamo and P/D-Serve; here both sides of the trade are predicted.
+Splitting the phases keeps long prompts from delaying running answers, and strands what either pool
+has to spare. So it is decided per prompt, by prediction: a decode worker takes one that gets its
+first token sooner there, its cache and both queues counted, as long as the answers that run there
+keep their TPOT target with a chunk of it in each of their steps. Conditional disaggregation as in
+Dynamo, by the load of either side as in xLLM (arXiv 2510.14686) and Splitwise's borrowed machines
+(ISCA'24); here both sides of the trade are predicted.
 """
 
 from dataclasses import dataclass
@@ -11,19 +13,14 @@ from enum import StrEnum
 
 from router.policies.base import Slo
 
-_MOST_TOKENS = 512
-"""Computed in one step of an engine with default settings."""
-_MOST_SHARE = 0.25
-"""Of the prompt. Of more, the prefill pool is what it is for."""
-
 
 class LocalVerdict(StrEnum):
     """LOCAL, or why not; the label of its counter."""
 
     LOCAL = "local"
     OFF = "off"
-    LONG = "long"
-    """No decode worker has so much of the prompt that little is left."""
+    NOBODY = "nobody"
+    """No decode worker may be chosen."""
     UNMEASURED = "unmeasured"
     FULL = "full"
     """Its memory would not hold the sequence."""
@@ -35,37 +32,27 @@ class LocalVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalOption:
-    """A decode worker that holds most of a prompt. All seconds are predictions."""
+    """A prompt at a decode worker. All seconds are predictions."""
 
-    prompt_tokens: int
-    uncached_tokens: int
     measured: bool
     fits: bool
-    step_s: float
+    decode_s: float
     """A step of the answers there, this one included; 0 where none runs."""
-    suffix_s: float
-    """Computing the uncached tokens."""
-    queue_s: float
-    """Of prompts before it there."""
+    chunk_s: float
+    """What the prompt's most expensive chunk adds to such a step."""
+    here_s: float
+    """To the first token there: its steps, those of prompts before it, and answers beside them."""
     elsewhere_s: float
     """To the first token at the prefill worker that would be chosen, its queue included."""
 
 
-def is_short(uncached_tokens: int, prompt_tokens: int) -> bool:
-    """Whether so little of a prompt is left that a decode worker may compute it."""
-    return uncached_tokens <= min(_MOST_TOKENS, _MOST_SHARE * prompt_tokens)
-
-
 def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
     """LOCAL when it harms no running answer and is not slower."""
-    here_s = option.queue_s + option.step_s + option.suffix_s
-    if not is_short(option.uncached_tokens, option.prompt_tokens):
-        return LocalVerdict.LONG
     if not option.measured:
         return LocalVerdict.UNMEASURED
     if not option.fits:
         return LocalVerdict.FULL
-    if option.step_s + option.suffix_s > slo.tpot_s:
+    if option.decode_s and option.decode_s + option.chunk_s > slo.tpot_s:
         return LocalVerdict.TPOT
-    is_soon = here_s <= max(option.elsewhere_s, slo.tpot_s)
+    is_soon = option.here_s <= max(option.elsewhere_s, slo.tpot_s)
     return LocalVerdict.LOCAL if is_soon else LocalVerdict.SLOWER

@@ -23,7 +23,7 @@ from router.types import MigrationReport
 
 log = logging.getLogger(__name__)
 
-OpenLeg = Callable[[WorkerLink, Handoff, int], Leg]
+OpenLeg = Callable[[Placement, Handoff], Leg]
 """Submits the sequence's decode leg to a link, with a load in tokens. Raises WorkerLost."""
 
 
@@ -58,7 +58,7 @@ class Move:
             self.end(event.message or "its worker was lost")
             return
         try:
-            self.leg = self._open_leg(self._to.link, handoff, self._to.load_tokens)
+            self.leg = self._open_leg(self._to, handoff)
         except WorkerLost as error:
             self.end(error.message)
 

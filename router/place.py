@@ -153,12 +153,27 @@ class PrefillPoolQuery(PoolQuery):
 
 class DecodeCacheQuery(PrefillPoolQuery):
     """Of decode workers that may compute a prompt themselves. What was submitted there and is in no
-    report yet are mostly hand-offs, which are load but no prefill to wait for.
+    report yet is mostly hand-offs, which are load but no prefill to wait for.
     """
 
     def queued_tokens(self, worker: WorkerId) -> int:
-        load = self._views[worker].load
-        return 0 if load is None else load.queued_tokens
+        view = self._views[worker]
+        load = view.load
+        return view.unseen_prompt_tokens + (load.queued_tokens if load is not None else 0)
+
+    def chunk_s(self, worker: WorkerId) -> float:
+        """Of the prompt's last chunk, which has most to attend to."""
+        curve = self._known.curves.of(self._views[worker].kind).prefill
+        start = max(self.cached_tokens(worker), self.tokens - curve.step_tokens)
+        return curve.seconds(start, self.tokens)
+
+    def beside_s(self, worker: WorkerId, decode_s: float) -> tuple[float, float]:
+        """As `ttft_s`, where answers decode for `decode_s` in each of its steps."""
+        curve = self._known.curves.of(self._views[worker].kind).prefill
+        queue_s, work_s = self.ttft_s(worker)
+        before = self.queued_tokens(worker) / curve.step_tokens
+        own = -(-(self.tokens - self.cached_tokens(worker)) // curve.step_tokens)
+        return queue_s + before * decode_s, work_s + own * decode_s
 
 
 def _busy(view: WorkerView) -> tuple[int, WorkerId]:

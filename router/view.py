@@ -19,28 +19,34 @@ class WorkerView:
         self.holdings = holdings
         self.unseen_tokens = 0
         """Tokens of own submits that no report holds yet."""
-        self._own: dict[int, int] = {}
+        self.unseen_prompt_tokens = 0
+        """Of these, prompt tokens that a decode worker is to compute."""
+        self._own: dict[int, tuple[int, int]] = {}
         self._next_event: int | None = None
         self._asked = True
 
     # -- load -----------------------------------------------------------------------------------
 
-    def submitted(self, number: int, tokens: int) -> None:
+    def submitted(self, number: int, tokens: int, prompt_tokens: int = 0) -> None:
         """This router sent a submit, numbered upwards, that no report shows yet."""
-        self._own[number] = tokens
+        self._own[number] = tokens, prompt_tokens
         if len(self._own) > _MAX_OWN:  # its reports are frozen: all of it stays counted
-            self._own[number] += self._own.pop(next(iter(self._own)))
+            eldest = self._own.pop(next(iter(self._own)))
+            self._own[number] = tokens + eldest[0], prompt_tokens + eldest[1]
         self.unseen_tokens += tokens
+        self.unseen_prompt_tokens += prompt_tokens
 
     def ended(self, number: int) -> None:
         """That leg is over."""
-        self.unseen_tokens -= self._own.pop(number, 0)
+        tokens, prompt_tokens = self._own.pop(number, (0, 0))
+        self.unseen_tokens -= tokens
+        self.unseen_prompt_tokens -= prompt_tokens
 
     def reported(self, load: LoadReport) -> None:
         """A report holds every submit up to the one it names."""
         self.load = load
         while self._own and (number := next(iter(self._own))) <= load.last_submit:
-            self.unseen_tokens -= self._own.pop(number)
+            self.ended(number)
 
     @property
     def unseen_submits(self) -> int:

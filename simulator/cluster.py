@@ -96,14 +96,24 @@ class Cluster:
             )
             for _ in range(spec.routers)
         ]
+        self._enough: Callable[[Record], bool] | None = None
+        self._stopped = False
         self._coming: Iterator[SimRequest] = iter(())
         self._every_s = 0.0
         self._pools = self._lay_out()
 
     def run(
-        self, requests: Sequence[SimRequest], on_progress: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[SimRequest],
+        on_progress: Callable[[int], None] | None = None,
+        *,
+        enough: Callable[[Record], bool] | None = None,
     ) -> Outcome:
-        """All requests, to their end. `on_progress` hears how many have ended."""
+        """All requests, to their end; or, asked of each record that is complete, until `enough`.
+
+        `on_progress` hears how many have ended.
+        """
+        self._enough = enough
         self._on_progress = on_progress or self._on_progress
         self._coming = iter(requests)
         horizon_s = requests[-1].at_s if requests else 0.0
@@ -116,7 +126,7 @@ class Cluster:
         busy: dict[str, float] = {}
         self._events.at(horizon_s, self._note_busy, busy)
         with _rare_collections():
-            while self._ended < len(requests) and self._events.pending:
+            while self._ended < len(requests) and self._events.pending and not self._stopped:
                 self._events.run_some(_PROGRESS_EVERY)
         members = [m for p in self._pools.values() for s in p.slots if (m := s.member)]
         return Outcome(
@@ -219,6 +229,8 @@ class Cluster:
     def _note_end(self, record: Record) -> None:
         self._records.append(record)
         self._ended += 1
+        if self._enough is not None and self._enough(record):
+            self._stopped = True
         if self._ended % _PROGRESS_EVERY == 0:
             self._on_progress(self._ended)
 

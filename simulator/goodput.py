@@ -9,18 +9,21 @@ search of its own, so any number of processes gives the same result.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import starmap
 
 from core.errors import InvalidRequest
 from core.estimate import Estimate
 from router.config import RouterConfig
+from router.policies.base import Slo
 from simulator.build import Settings, build_spec
 from simulator.cluster import Cluster
 from simulator.config import SimulatedPool
+from simulator.job import Record
 from simulator.processes import run_all
-from simulator.summary import Summary, summarise
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
+from simulator.workload.types import Workload
 
 _WIDEST = 2.0**10
 _WARM_UP = 0.1
@@ -61,6 +64,11 @@ SYSTEMS = {
             router=(*_PLAIN, ("prefill_policy", "dynamo_cost")),
         ),
         System(
+            name="distserve",
+            what="disaggregated, as DistServe: shortest prefill queue, least loaded decode worker",
+            router=(*_PLAIN, ("prefill_policy", "least_load")),
+        ),
+        System(
             name="mooncake",
             what="disaggregated, with Mooncake's rule",
             router=(*_PLAIN, ("prefill_policy", "mooncake_ttft")),
@@ -71,19 +79,24 @@ SYSTEMS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is searched. `refine` halvings of the interval follow the doubling."""
+    """What is searched: from `first_scale` in factors of `growth`, then `refine` halvings of the
+    interval.
+    """
 
     trace: str
     requests: int
     share: float = 0.9
     refine: int = 5
     first_scale: float = 1.0
+    growth: float = 2.0
     max_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run of a search."""
+    """One run of a search. One that had missed its share early was ended then: its attainment is
+    what it could have reached at most.
+    """
 
     scale: float
     rate_per_gpu_s: float
@@ -137,38 +150,77 @@ def settings_of(system: System, settings: Settings) -> Settings:
     return replace(settings, router=router, simulation=simulation)
 
 
-def run_once(settings: Settings, question: Question, seed: int, scale: float) -> Summary:
+def run_once(settings: Settings, question: Question, seed: int, scale: float) -> Point:
     """One run at `scale` times the trace's rate."""
+    workload = _asked(question, seed, scale)
+    spec = build_spec(settings, workload.block_size, seed)
+    counted = workload.requests[int(_WARM_UP * len(workload.requests)) :]
+    misses = _Misses(spec.slo, counted[0].at_s, (1 - question.share) * len(counted))
+    Cluster(replace(spec, samples=0)).run(workload.requests, enough=misses.note)
+    span_s = counted[-1].at_s - counted[0].at_s
+    rate_per_s = len(counted) / span_s if span_s > 0 else 0.0
+    return Point(scale, rate_per_s / spec.gpus, 1 - misses.count / len(counted))
+
+
+class _Misses:
+    """Requests from `since_s` on that missed a target, or were not served."""
+
+    def __init__(self, slo: Slo, since_s: float, most: float) -> None:
+        self._slo, self._since_s, self._most = slo, since_s, most
+        self.count = 0
+
+    def note(self, record: Record) -> bool:
+        """Whether there are more than `most`."""
+        slo = self._slo
+        kept = (
+            record.outcome == "ok" and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s
+        )
+        self.count += record.at_s >= self._since_s and not kept
+        return self.count > self._most + 1e-9
+
+
+def _asked(question: Question, seed: int, scale: float) -> Workload:
+    """The requests at that scale: of sessions only the starts are divided, so they are built anew;
+    of all others every gap is.
+    """
+    base = _load(question.trace, question.requests, question.max_prompt_tokens, seed, 1.0)
+    if any(request.session for request in base.requests):
+        return _load(question.trace, question.requests, question.max_prompt_tokens, seed, scale)
+    requests = tuple(replace(request, at_s=request.at_s / scale) for request in base.requests)
+    return replace(base, requests=requests, horizon_s=base.horizon_s / scale)
+
+
+@lru_cache(maxsize=4)
+def _load(
+    trace: str, requests: int, max_prompt_tokens: int | None, seed: int, scale: float
+) -> Workload:
+    """A trace is parsed once for all rates and systems of a seed in a process."""
     shaping = Shaping(
         seed=seed,
         rate_scale=scale,
-        requests=question.requests,
-        max_prompt_tokens=question.max_prompt_tokens,
+        requests=requests,
+        max_prompt_tokens=max_prompt_tokens,
     )
-    workload = load_workload(question.trace, shaping).workload
-    spec = build_spec(settings, workload.block_size, seed)
-    outcome = Cluster(replace(spec, samples=0)).run(workload.requests)
-    return summarise(outcome, spec.slo, spec.gpus, warm_up=_WARM_UP)
+    return load_workload(trace, shaping).workload
 
 
 def search(system: System, settings: Settings, question: Question, seed: int) -> Found:
-    """Double (or halve) the rate until the share is missed (or kept), then halve the interval."""
+    """Raise (or lower) the rate until the share is missed (or kept), then halve the interval."""
     mine = settings_of(system, settings)
     points: list[Point] = []
-    gpus = build_spec(mine, 1, seed).gpus
+    first, growth = question.first_scale, question.growth
 
     def keeps(scale: float) -> bool:
-        summary = run_once(mine, question, seed, scale)
-        points.append(Point(scale, summary.rate_per_s / gpus, summary.attainment))
-        return summary.attainment >= question.share
+        points.append(run_once(mine, question, seed, scale))
+        return points[-1].attainment >= question.share
 
-    low, high = 0.0, question.first_scale
-    while high < _WIDEST * question.first_scale and keeps(high):
-        low, high = high, 2 * high
-    while low == 0 and high > question.first_scale / _WIDEST:
-        high /= 2
+    low, high = 0.0, first
+    while high < _WIDEST * first and keeps(high):
+        low, high = high, growth * high
+    while low == 0 and high > first / _WIDEST:
+        high /= growth
         if keeps(high):
-            low, high = high, 2 * high
+            low, high = high, growth * high
     for _ in range(question.refine if low else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if keeps(middle) else (low, middle)

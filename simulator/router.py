@@ -96,9 +96,9 @@ class SimRouter:
             considered = self._consider(job)
         except NoWorkers:
             return None, Admit()  # the attempt's to wait for
-        if self._spec.router.admission == "off" or considered.local.placement is not None:
+        if self._spec.router.admission == "off":
             return considered, Admit()
-        ahead_s = sum(work_s for _, work_s in self._line) / len(considered.query.pool)
+        ahead_s = sum(work_s for _, work_s in self._line) / considered.places
         verdict = decide(
             self._events.now_s(),
             job.request.at_s,
@@ -178,7 +178,7 @@ class SimRouter:
         if not self._takes(job, link, decodes=True):
             return
         job.record.prefill_worker = job.record.decode_worker = link.record.worker_id
-        link.submitted(placed.load_tokens)
+        link.submitted(placed.load_tokens, placed.prompt_tokens)
         self._note_queued(job, placed)
         job.decode = link
         leg = ComputeLeg(job, link, now_s)

@@ -1,9 +1,16 @@
 """The bench `validate`: its parts, in the order of the report."""
 
 from benchmarks.types import Bench
-from benchmarks.validate import curves, determinism, distserve, queueing, vllm_run
+from benchmarks.validate import curves, determinism, distserve, headline, queueing, vllm_run
 
 BENCH = Bench(
     name="validate",
-    parts=(queueing.PART, vllm_run.PART, distserve.PART, curves.PART, determinism.PART),
+    parts=(
+        queueing.PART,
+        vllm_run.PART,
+        distserve.PART,
+        curves.PART,
+        determinism.PART,
+        headline.PART,
+    ),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.types import Finding, Part, ResultTable, Run
-from benchmarks.validate.rig import find_profile, missing
+from benchmarks.validate.rig import find_profile, not_run
 from engine.latency.base import LatencyModel, StepShape
 from simulator.profiles.fit import fit_latency
 from simulator.profiles.npz_curves import read_npz
@@ -32,7 +32,7 @@ class _Errors:
 def _run(run: Run) -> Finding:
     file = find_profile(run, _FILE)
     if file is None:
-        return Finding(tables=(), notes=(f"curves {missing(_FILE)}",))
+        return not_run("curves", _FILE)
     measured, _ = read_npz(file, 1)
     rows, medians = [], []
     for name, make in _MODELS:

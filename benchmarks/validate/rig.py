@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.types import Run
+from benchmarks.types import Finding, Run, Target
 from engine.latency.base import LatencyModel
 from router.config import RouterConfig
 from router.policies.base import Slo
@@ -77,6 +77,8 @@ def find_profile(run: Run, pattern: str) -> Path | None:
     return min(run.profiles.glob(pattern), default=None)
 
 
-def missing(pattern: str) -> str:
-    """What to say when a part cannot run for want of its files."""
-    return f"not run: it needs {pattern} in the folder that --profiles names"
+def not_run(part: str, pattern: str) -> Finding:
+    """A part without its files misses a target, so null keys cannot pass for a result."""
+    text = f"{part} not run: it needs {pattern} in the folder that --profiles names"
+    missed = Target(promise=f"{part} is run", measured="its files are missing", held=False)
+    return Finding(tables=(), targets=(missed,), notes=(text,))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.numbers import percentile
 from benchmarks.types import BenchFailed, Finding, Part, ResultTable, Run, Target
-from benchmarks.validate.rig import find_profile, make_worker, missing, simulate
+from benchmarks.validate.rig import find_profile, make_worker, not_run, simulate
 from engine.latency.base import LatencyModel
 from engine.latency.shapes import find_shape
 from simulator.profiles.kernel_tables import read_llmservingsim
@@ -63,7 +63,7 @@ class _Errors:
 def _run(run: Run) -> Finding:
     requests, layers = find_profile(run, _REQUESTS), find_profile(run, _LAYERS)
     if requests is None or layers is None:
-        return Finding(tables=(), notes=(f"vllm_run {missing(f'{_REQUESTS} and {_LAYERS}')}",))
+        return not_run("vllm_run", f"{_REQUESTS} and {_LAYERS}")
     served = _read(requests)
     shape = find_shape("llama-3-8b")
     errors = {}

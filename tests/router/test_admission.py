@@ -405,7 +405,7 @@ async def test_a_real_workers_report_lets_the_first_in() -> None:
         link.submit(lambda number: prefill_submit(number, make_prompt(400, 1)), ignore, 400)
         ((queue_s, work_s),) = outlooks_of(chooser, prompt)
         slo = Slo(ttft_s=queue_s / 1.5 + work_s, tpot_s=1.0)
-        admission = Admission(chooser, clock, BOUNDS, Unwatched())
+        admission = Admission(chooser, clock, BOUNDS, Unwatched(), local=False)
         cluster.fleet.on_load = admission.look
         progress = Progress(make_request(prompt, deadline_s=600.0), clock)
 

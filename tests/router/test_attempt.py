@@ -96,6 +96,7 @@ class ScriptedLink:
         build: Callable[[int], PrefillSubmit | DecodeSubmit],
         listener: LegListener,
         load_tokens: int,
+        prompt_tokens: int = 0,
     ) -> Leg:
         number = len(self.legs)
         self.sent.append(build(number))

@@ -245,3 +245,60 @@ def test_a_worker_whose_reports_freeze_is_not_chosen_for_ever() -> None:
             view.reported(replace(IDLE, last_submit=i + 1, queued_tokens=2000))
         chosen[placed.decision.worker_id] += 1
     assert 0 < chosen["prefill-0"] < 200
+
+
+def local_of(subject: Chooser) -> LocalVerdict:
+    return subject.consider(PROMPT, "", local_total=60).local.verdict
+
+
+def queue_at(fleet: Workers, name: str, tokens: int) -> None:
+    view = fleet.everyone.views[WorkerId(name)]
+    view.load = replace(IDLE, running=2, context_tokens=100, queued_tokens=tokens)
+
+
+def test_a_prompt_that_would_wait_for_the_prefill_pool_goes_to_a_decode_worker() -> None:
+    fleet = Workers(decode=2)
+    subject = chooser(fleet)
+    measured(subject, fleet)
+    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=10.0))
+    assert local_of(subject) is LocalVerdict.LOCAL  # within the time of a token, without a hand-off
+    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5))
+    queue_at(fleet, "decode-0", 400)
+    queue_at(fleet, "decode-1", 400)
+    assert local_of(subject) is LocalVerdict.SLOWER
+    queue_at(fleet, "prefill-0", 4000)
+    assert local_of(subject) is LocalVerdict.LOCAL
+
+
+def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_reported() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    measured(subject, fleet)
+    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5))
+    view = fleet.everyone.views[WorkerId("decode-0")]
+    view.submitted(1, 40)  # hand-offs are none
+    assert local_of(subject) is LocalVerdict.LOCAL
+    view.submitted(2, 40, 4000)
+    assert local_of(subject) is LocalVerdict.SLOWER
+    view.ended(2)
+    assert local_of(subject) is LocalVerdict.LOCAL
+
+
+def test_times_of_prompts_computed_beside_answers_teach_nothing() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    measured(subject, fleet)
+    before = times(subject, fleet)
+    subject._clock.advance(10.0)  # type: ignore[attr-defined]
+    link = fleet.link(Role.DECODE, WorkerId("decode-0"))
+    subject.prefilled(link, 40, LegTimes(prefill_s=400.0))  # type: ignore[arg-type]
+    assert times(subject, fleet) == before
+
+
+def test_a_decode_worker_with_a_shorter_way_is_an_outlook_of_the_prompt() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    measured(subject, fleet)
+    considered = subject.consider(PROMPT, "", local_total=60)
+    assert considered.places == 2
+    assert next(considered.outlooks()) == considered.local.outlook

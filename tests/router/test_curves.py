@@ -37,9 +37,12 @@ def test_the_decode_curve_is_learned_from_steps() -> None:
     assert learned.seconds(60, 40_000) == pytest.approx(0.027, rel=0.1)
 
 
-def test_a_flood_of_observations_is_rationed() -> None:
+def test_a_flood_of_observations_is_rationed_once_there_is_something_to_predict_from() -> None:
     curves = Curves()
-    curves.saw_prefill(KIND, 0, 1000, 1.0, 0.0)
+    for i in range(3):
+        assert not curves.measured(KIND)
+        curves.saw_prefill(KIND, 0, 1000, 1.0, i * 0.001)
+    assert curves.measured(KIND)
     before = curves.of(KIND).prefill
     curves.saw_prefill(KIND, 0, 1000, 9.0, 0.1)
     assert curves.of(KIND).prefill == before

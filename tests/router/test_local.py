@@ -9,36 +9,32 @@ from router.policies.base import Slo
 
 SLO = Slo(ttft_s=2.0, tpot_s=0.1)
 GOOD = LocalOption(
-    prompt_tokens=1000,
-    uncached_tokens=100,
-    measured=True,
-    fits=True,
-    step_s=0.02,
-    suffix_s=0.03,
-    queue_s=0.0,
-    elsewhere_s=0.03,
+    measured=True, fits=True, decode_s=0.02, chunk_s=0.03, here_s=0.5, elsewhere_s=0.6
 )
 
 
-def test_a_short_rest_that_harms_nobody_is_computed_there() -> None:
+def test_a_prompt_that_is_sooner_there_and_harms_nobody_is_computed_there() -> None:
     assert judge_local(GOOD, SLO) is LocalVerdict.LOCAL
 
 
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        ({"uncached_tokens": 251}, LocalVerdict.LONG),
-        ({"prompt_tokens": 100_000, "uncached_tokens": 513}, LocalVerdict.LONG),
         ({"measured": False}, LocalVerdict.UNMEASURED),
         ({"fits": False}, LocalVerdict.FULL),
-        ({"suffix_s": 0.081}, LocalVerdict.TPOT),
-        ({"queue_s": 0.06}, LocalVerdict.SLOWER),
+        ({"chunk_s": 0.081}, LocalVerdict.TPOT),
+        ({"here_s": 0.61}, LocalVerdict.SLOWER),
     ],
 )
 def test_each_reason_not_to(change: dict[str, float], verdict: LocalVerdict) -> None:
     assert judge_local(replace(GOOD, **change), SLO) is verdict
 
 
-def test_a_queue_there_matters_less_than_a_longer_one_elsewhere() -> None:
-    busy = replace(GOOD, queue_s=0.5, elsewhere_s=1.0)
-    assert judge_local(busy, SLO) is LocalVerdict.LOCAL
+def test_a_costly_chunk_harms_nobody_where_nobody_runs() -> None:
+    alone = replace(GOOD, decode_s=0.0, chunk_s=0.5)
+    assert judge_local(alone, SLO) is LocalVerdict.LOCAL
+
+
+def test_within_the_time_of_a_token_it_saves_the_hand_off() -> None:
+    soon = replace(GOOD, here_s=0.09, elsewhere_s=0.01)
+    assert judge_local(soon, SLO) is LocalVerdict.LOCAL

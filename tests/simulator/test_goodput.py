@@ -8,9 +8,20 @@ from core.errors import InvalidRequest
 from engine.config import EngineConfig, TimedConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
+from simulator import goodput
 from simulator.build import Settings
 from simulator.config import SimulationConfig
-from simulator.goodput import SYSTEMS, Question, choose_systems, compare, search, settings_of
+from simulator.goodput import (
+    SYSTEMS,
+    Question,
+    System,
+    choose_systems,
+    compare,
+    search,
+    settings_of,
+)
+from simulator.workload.build import Shaping
+from simulator.workload.load import Loaded, load_workload
 
 TIMED = TimedConfig(prefill_base_ms=0, prefill_per_token_ms=1.0, prefill_per_token2_ms=0)
 SETTINGS = Settings(
@@ -39,16 +50,15 @@ def test_the_rate_found_is_the_highest_that_keeps_the_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tpot_s", "order"),
-    [(1.0, ["colocated-least-load", "baton"]), (0.1, ["baton", "colocated-least-load"])],
+    ("tpot_s", "peer"), [(1.0, SYSTEMS["mooncake"]), (0.1, SYSTEMS["colocated-least-load"])]
 )
-def test_which_way_wins_depends_on_what_a_chunk_may_cost_the_decodes(
-    tpot_s: float, order: list[str]
+def test_where_chunks_may_join_decodes_it_beats_a_fixed_split_and_elsewhere_shared_workers(
+    tpot_s: float, peer: System
 ) -> None:
     settings = replace(SETTINGS, slo=Slo(ttft_s=2.0, tpot_s=tpot_s))
     question = replace(QUESTION, requests=120, refine=2)
-    standings = compare([BATON, COLOCATED], settings, question, range(2))
-    assert [standing.system for standing in standings] == order
+    standings = compare([BATON, peer], settings, question, range(2))
+    assert [standing.system for standing in standings] == ["baton", peer.name]
     assert standings[0].behind.mean == 0
     assert standings[1].behind.mean > 0.1
 
@@ -76,3 +86,29 @@ def test_a_system_keeps_all_gpus_and_changes_its_keys_alone() -> None:
 def test_an_unknown_system_is_named_with_those_there_are() -> None:
     with pytest.raises(InvalidRequest, match=r"vllm.*mooncake"):
         choose_systems(["vllm"])
+
+
+def test_a_trace_is_read_once_for_all_rates_of_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+
+    def load(trace: str, shaping: Shaping) -> Loaded:
+        reads.append(shaping.seed)
+        return load_workload(trace, shaping)
+
+    monkeypatch.setattr(goodput, "load_workload", load)
+    question = replace(QUESTION, requests=61, refine=1)
+    found = search(BATON, SETTINGS, question, seed=5)
+    search(COLOCATED, SETTINGS, question, seed=5)
+    assert len(found.points) > 2
+    assert reads == [5]
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 7.0])
+def test_requests_stretched_to_a_rate_are_those_the_trace_gives_at_it(scale: float) -> None:
+    stretched = goodput._asked(QUESTION, 2, scale)
+    shaping = Shaping(seed=2, rate_scale=scale, requests=QUESTION.requests)
+    built = load_workload(QUESTION.trace, shaping).workload
+    assert [r.at_s for r in stretched.requests] == pytest.approx([r.at_s for r in built.requests])
+    assert [r.prompt_tokens for r in stretched.requests] == [
+        r.prompt_tokens for r in built.requests
+    ]

@@ -50,6 +50,7 @@ def test_a_part_without_its_files_says_so_and_gives_no_number(
     finding = part.run(run_with(tmp_path if given else None))
     assert not finding.keys
     assert "--profiles" in finding.notes[0]
+    assert [target.held for target in finding.targets] == [False]
 
 
 LATENCY = FittedLatency(

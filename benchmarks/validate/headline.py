@@ -1,0 +1,295 @@
+"""Goodput of Baton's default against the peers' ways to serve, on each trace, at equal GPUs.
+
+Everything is simulated: eight H100 by the roofline of the datasheet, Llama-3-8B, the production
+router and schedulers. Baton runs with its default config and one split for all traces. Each
+disaggregated peer gets the split that serves it best on a seed that is not judged; colocated ones
+need none. All systems of a seed are asked the same requests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from core.estimate import Estimate
+from engine.config import EngineConfig
+from router.config import RouterConfig
+from router.policies.base import Slo
+from simulator.build import Settings
+from simulator.config import SimulationConfig
+from simulator.goodput import SYSTEMS, Found, Question, System, search
+from simulator.processes import run_all
+from simulator.workload.build import Shaping
+from simulator.workload.load import load_workload
+from simulator.workload.records import trace_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GPUS = 8
+DEFAULT = "baton"
+_SPLIT = 2
+"""Baton's prefill workers, of eight, on every trace."""
+_TUNING_SEED = 1000
+_LONG = Slo(ttft_s=5.0, tpot_s=0.05)
+"""Prompts of thousands of tokens: the TTFT target of DualMap (ICLR'26)."""
+_CHAT = Slo(ttft_s=1.0, tpot_s=0.05)
+"""xLLM's defaults for TTFT (arXiv 2510.14686)."""
+_LONG_PROMPT_TOKENS = 4000
+_QUICK = "poisson:rate=8,prompt=3000,output=200,spread=0.8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much is asked. Prompts decide how many requests a window has: short ones are served by
+    the hundred per second, and a window must last for longer than an answer.
+    """
+
+    long_requests: int
+    chat_requests: int
+    tuning: float
+    """Share of these that a split is judged by."""
+    splits: tuple[int, ...]
+    """Prefill workers, of eight, that peers are tuned over."""
+    seeds: int
+    refine: int
+
+
+FULL = Size(
+    long_requests=3000,
+    chat_requests=8000,
+    tuning=0.3,
+    splits=(2, 3, 4, 5, 6),
+    seeds=5,
+    refine=3,
+)
+QUICK = Size(long_requests=300, chat_requests=200, tuning=1.0, splits=(4, 6), seeds=2, refine=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A trace, its targets, and a rate scale to begin the search at."""
+
+    trace: str
+    name: str
+    slo: Slo
+    requests: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system on one trace. `behind`: paired difference to the best system's mean."""
+
+    system: str
+    prefill_workers: int
+    """0 where all workers do both."""
+    goodput: Estimate
+    behind: Estimate
+    found: tuple[Found, ...]
+
+    @property
+    def is_tied(self) -> bool:
+        return self.behind.mean <= self.behind.half
+
+
+def judge_case(case: Case, size: Size, processes: int) -> list[Row]:
+    """All systems on one trace, best first."""
+    splits, scale = _tune(case, size, processes)
+    question = _question(case, size, scale)
+    tasks = [
+        (system, _settings(case.slo, splits[system.name] or _SPLIT), question, seed)
+        for seed in range(size.seeds)
+        for system in SYSTEMS.values()
+    ]
+    found: dict[str, dict[int, Found]] = {name: {} for name in SYSTEMS}
+    for one in run_all(search, tasks, processes):
+        found[one.system][one.seed] = one
+    rates = {
+        name: [mine[seed].rate_per_gpu_s for seed in sorted(mine)] for name, mine in found.items()
+    }
+    best = max(rates, key=lambda name: sum(rates[name]))
+    rows = [
+        Row(
+            system=name,
+            prefill_workers=splits[name],
+            goodput=Estimate.of(mine),
+            behind=Estimate.of([b - m for b, m in zip(rates[best], mine, strict=True)]),
+            found=tuple(found[name][seed] for seed in sorted(found[name])),
+        )
+        for name, mine in rates.items()
+    ]
+    return sorted(rows, key=lambda row: -row.goodput.mean)
+
+
+def _tune(case: Case, size: Size, processes: int) -> tuple[dict[str, int], float]:
+    """Prefill workers of each system, and the rate scale Baton reaches."""
+    splits = {name: 0 if system.colocated else _SPLIT for name, system in SYSTEMS.items()}
+    coarse = replace(size, refine=1)
+    few = replace(case, requests=int(case.requests * size.tuning))
+    question = replace(_question(few, coarse, case.scale), growth=2.0)
+    first = search(SYSTEMS[DEFAULT], _settings(case.slo, _SPLIT), question, _TUNING_SEED)
+    scale = _scale_of(first) or case.scale
+    peers = [s for s in SYSTEMS.values() if not s.colocated and s.name != DEFAULT]
+    tasks = [
+        (split, peer, _settings(case.slo, split), replace(question, first_scale=scale / 2))
+        for peer in peers
+        for split in size.splits
+    ]
+    best: dict[str, tuple[float, int]] = {}
+    for split, one in run_all(_rate_of_split, tasks, processes):
+        best[one.system] = max(best.get(one.system, (-1.0, 0)), (one.rate_per_gpu_s, split))
+    splits |= {name: split for name, (_, split) in best.items()}
+    return splits, scale
+
+
+def _rate_of_split(
+    split: int, system: System, settings: Settings, question: Question
+) -> tuple[int, Found]:
+    return split, search(system, settings, question, _TUNING_SEED)
+
+
+def _scale_of(found: Found) -> float:
+    """Of the best rate that kept the share; 0 if none did."""
+    return max(
+        (p.scale for p in found.points if p.rate_per_gpu_s <= found.rate_per_gpu_s), default=0
+    )
+
+
+def _question(case: Case, size: Size, scale: float) -> Question:
+    return Question(
+        trace=case.trace,
+        requests=case.requests,
+        refine=size.refine,
+        first_scale=scale,
+        growth=1.25,
+    )
+
+
+def _settings(slo: Slo, prefill_workers: int) -> Settings:
+    return Settings(
+        simulation=SimulationConfig(profile="roofline:h100", model="llama-3-8b"),
+        engine=EngineConfig(),
+        router=RouterConfig(),
+        slo=slo,
+        prefill_workers=prefill_workers,
+        decode_workers=GPUS - prefill_workers,
+        max_queued_tokens=1_000_000,
+        max_sequences=1024,
+    )
+
+
+def _cases(run: Run, size: Size) -> list[Case]:
+    if not run.traces:
+        return [_case(_QUICK, "poisson", size, prompt_tokens=3000)]
+    cases = []
+    for trace in run.traces:
+        shaping = Shaping(requests=200)
+        requests = load_workload(trace, shaping).workload.requests
+        mean = sum(r.prompt_tokens for r in requests) / len(requests)
+        cases.append(_case(str(trace), trace_name(trace), size, prompt_tokens=mean))
+    return cases
+
+
+def _case(trace: str, name: str, size: Size, *, prompt_tokens: float) -> Case:
+    is_long = prompt_tokens >= _LONG_PROMPT_TOKENS
+    return Case(
+        trace=trace,
+        name=name,
+        slo=_LONG if is_long else _CHAT,
+        requests=size.long_requests if is_long else size.chat_requests,
+    )
+
+
+def _run(run: Run) -> Finding:
+    size = QUICK if run.quick else FULL
+    cases, rows = _cases(run, size), dict[str, list[Row]]()
+    for i, case in enumerate(cases):
+        run.progress(case.name, i, len(cases))
+        rows[case.name] = judge_case(case, size, os.cpu_count() or 1)
+    return Finding(
+        tables=tuple(_table(case, rows[case.name]) for case in cases),
+        targets=tuple(_target(name, mine) for name, mine in rows.items()),
+        notes=(
+            f"simulated: {GPUS} H100, Llama-3-8B, {size.seeds} seeds; the first tenth of a run does"
+            " not count; +- is half of the 95 % interval, behind is paired to the best by seed",
+            "sessions are replayed at their recorded stamps, not as closed loops",
+        ),
+        keys={
+            "goodput": {
+                name: {row.system: _json(row) for row in mine} for name, mine in rows.items()
+            }
+        },
+        draw=lambda axes: _draw(axes, rows),
+    )
+
+
+def _json(row: Row) -> dict[str, Json]:
+    return {
+        "requests_per_s_per_gpu": round(row.goodput.mean, 4),
+        "half_95": round(row.goodput.half, 4),
+        "by_seed": [round(one.rate_per_gpu_s, 4) for one in row.found],
+        "prefill_workers": row.prefill_workers,
+    }
+
+
+def _table(case: Case, rows: Sequence[Row]) -> ResultTable:
+    slo = case.slo
+    return ResultTable(
+        title=f"goodput on {case.name} (simulated), {case.requests} requests,"
+        f" {slo.ttft_s:g} s and {slo.tpot_s * 1e3:g} ms",
+        columns=("system", "split", "requests/s per GPU", "+-", "behind", "+-"),
+        texts=2,
+        rows=tuple(
+            (
+                row.system,
+                f"{row.prefill_workers}P:{GPUS - row.prefill_workers}D"
+                if row.prefill_workers
+                else "colocated",
+                f"{row.goodput.mean:.3f}",
+                f"{row.goodput.half:.3f}",
+                f"{row.behind.mean:.3f}",
+                f"{row.behind.half:.3f}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def _target(name: str, rows: Sequence[Row]) -> Target:
+    ours = next(row for row in rows if row.system == DEFAULT)
+    return Target(
+        promise=f"{name}: baton best or within the interval of the best (simulated)",
+        measured=f"{ours.goodput.mean / max(1e-9, rows[0].goodput.mean):.2f} of the best,"
+        f" {rows[0].system}",
+        held=ours.is_tied,
+    )
+
+
+def _draw(axes: Axes, rows: dict[str, list[Row]]) -> None:
+    width = 0.8 / len(SYSTEMS)
+    for i, system in enumerate(SYSTEMS):
+        mine = [next(row for row in case if row.system == system) for case in rows.values()]
+        best = [case[0].goodput.mean or 1.0 for case in rows.values()]
+        axes.bar(
+            [x + i * width for x in range(len(rows))],
+            [row.goodput.mean / top for row, top in zip(mine, best, strict=True)],
+            width,
+            yerr=[row.goodput.half / top for row, top in zip(mine, best, strict=True)],
+            label=system,
+        )
+    axes.set_xticks([x + 0.4 for x in range(len(rows))], list(rows), rotation=20, ha="right")
+    axes.set_ylabel("goodput, of the best")
+    axes.set_title("Goodput at equal GPUs, simulated")
+    axes.legend(fontsize="x-small")
+
+
+PART = Part(
+    name="headline",
+    what="goodput of the default against the peers' ways to serve, at equal GPUs",
+    keys=("goodput",),
+    run=_run,
+)

@@ -1,0 +1,38 @@
+"""The headline's comparison, on a tiny workload."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.validate.headline import GPUS, QUICK, _case, _json, _table, _target, judge_case
+from simulator.goodput import SYSTEMS
+
+TRACE = "poisson:rate=8,prompt=2000,output=50,spread=0.5"
+SIZE = replace(QUICK, chat_requests=60, splits=(4,))
+
+
+@pytest.mark.timeout(120)
+def test_all_systems_are_judged_on_the_same_seeds_best_first() -> None:
+    case = _case(TRACE, "tiny", SIZE, prompt_tokens=2000)
+    rows = judge_case(case, SIZE, processes=1)
+    assert {row.system for row in rows} == set(SYSTEMS)
+    assert [row.goodput.mean for row in rows] == sorted(
+        (row.goodput.mean for row in rows), reverse=True
+    )
+    assert all([one.seed for one in row.found] == [0, 1] for row in rows)
+    assert rows[0].behind.mean == 0
+    splits = {row.system: row.prefill_workers for row in rows}
+    assert splits["colocated-prefix"] == 0
+    assert splits["dynamo"] == 4
+    table = _table(case, rows)
+    assert "simulated" in table.title
+    assert f"4P:{GPUS - 4}D" in {row[1] for row in table.rows}
+    assert _json(rows[0])["by_seed"] == [round(one.rate_per_gpu_s, 4) for one in rows[0].found]
+    assert _target("tiny", rows).held == next(r for r in rows if r.system == "baton").is_tied
+
+
+def test_long_prompts_get_the_longer_target_and_the_smaller_window() -> None:
+    long = _case(TRACE, "long", QUICK, prompt_tokens=9000)
+    chat = _case(TRACE, "chat", QUICK, prompt_tokens=900)
+    assert (long.slo.ttft_s, chat.slo.ttft_s) == (5.0, 1.0)
+    assert (long.requests, chat.requests) == (QUICK.long_requests, QUICK.chat_requests)
