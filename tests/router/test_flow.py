@@ -434,8 +434,11 @@ class ShiftedClock(SystemClock):
 
 async def test_under_load_a_request_is_refused_early_and_served_when_the_load_is_gone() -> None:
     clock, slo = ShiftedClock(), Slo(ttft_s=1e-4, tpot_s=1.0)
+    config = RouterConfig(local_prefill=False)  # the idle decode worker would take it
     async with (
-        running_cluster(prefill=1, gated_prefill=True, clock=clock, slo=slo) as cluster,
+        running_cluster(
+            prefill=1, gated_prefill=True, clock=clock, slo=slo, router=config
+        ) as cluster,
         asyncio.TaskGroup() as group,
     ):
         gate = cluster.prefill[0].gate
