@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from math import inf
 from random import Random
 from typing import Generic, NamedTuple
 
@@ -57,7 +57,9 @@ class Outlook(NamedTuple):
 
 
 class Local(NamedTuple, Generic[L]):
-    """Whether a decode worker computes the prompt itself, and which; of so many."""
+    """Whether a decode worker computes the prompt itself; then also which, what awaits the prompt
+    there, and how many decode workers such prompts may go to.
+    """
 
     verdict: LocalVerdict
     placement: Placement[L] | None = None
@@ -206,7 +208,9 @@ class Chooser(Generic[L]):
         return placement
 
     def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local[L]:
-        """The soonest of the few decode workers that hold most of the prompt and of two others."""
+        """Of the few decode workers that hold most of the prompt and two others, the soonest that
+        may take it; without one, why the soonest may not.
+        """
         pool = self._fleet.pool(Role.DECODE)
         if not pool.workers:
             return Local(LocalVerdict.NOBODY)
@@ -215,38 +219,27 @@ class Chooser(Generic[L]):
             pool, self._known, prefill.now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
         )
         query = self._decode_query(pool, tokens, total_tokens, "", closed)
-        workers = dict.fromkeys(chain(cached.holders(_LOCAL_HOLDERS), sample(query, _LOCAL_LOOKS)))
-        elsewhere_s = sum(prefill.ttft_s(remote.worker_id))
-        best = LocalVerdict.NOBODY, Outlook(inf, inf), remote.worker_id
-        for worker in workers:
-            decode_s = query.tpot_s(worker) if query.sequences(worker) else 0.0
-            outlook = Outlook(*cached.beside_s(worker, decode_s))
+        elsewhere_s, why = sum(prefill.ttft_s(remote.worker_id)), None
+        for outlook, decode_s, worker in sorted(_ways(cached, query), key=_first_token_s):
             option = LocalOption(
                 measured=cached.measured(worker),
-                fits=query.fits(worker),
-                decode_s=decode_s,
-                chunk_s=cached.chunk_s(worker),
                 here_s=sum(outlook),
                 elsewhere_s=elsewhere_s,
+                decode_s=decode_s,
+                chunk_s=cached.chunk_s(worker),
+                fits=partial(query.fits, worker),
             )
             verdict = judge_local(option, self._known.slo)
-            if _rank(verdict, outlook) < _rank(*best[:2]):
-                best = verdict, outlook, worker
-        verdict, outlook, worker = best
-        if verdict is not LocalVerdict.LOCAL:
-            return Local(verdict)
-        decision = Decision(worker, [Scored(worker, sum(outlook))], "sooner there")
-        return Local(
-            verdict,
-            Placement(
-                link=self._fleet.link(Role.DECODE, worker),
-                decision=decision,
-                load_tokens=tokens,
-                prompt_tokens=tokens - cached.cached_tokens(worker),
-            ),
-            outlook,
-            len(pool.workers),
-        )
+            if verdict is LocalVerdict.LOCAL:
+                placement = Placement(
+                    link=self._fleet.link(Role.DECODE, worker),
+                    decision=Decision(worker, [Scored(worker, option.here_s)], "sooner there"),
+                    load_tokens=tokens,
+                    prompt_tokens=tokens - cached.cached_tokens(worker),
+                )
+                return Local(verdict, placement, outlook, len(pool.workers))
+            why = why or verdict
+        return Local(why or LocalVerdict.NOBODY)
 
     def for_decode(
         self,
@@ -422,8 +415,19 @@ class Chooser(Generic[L]):
         return pool
 
 
-def _rank(verdict: LocalVerdict, outlook: Outlook) -> tuple[bool, float]:
-    return verdict is not LocalVerdict.LOCAL, sum(outlook)
+_Way = tuple[Outlook, float, WorkerId]
+"""What awaits a prompt at a decode worker, a step of the answers there (s), and which it is."""
+
+
+def _ways(cached: DecodeCacheQuery, query: DecodePoolQuery) -> Iterator[_Way]:
+    drawn = sample(query, _LOCAL_LOOKS)
+    for worker in dict.fromkeys(chain(cached.holders(_LOCAL_HOLDERS), drawn)):
+        decode_s = query.tpot_s(worker) if query.sequences(worker) else 0.0
+        yield Outlook(*cached.beside_s(worker, decode_s)), decode_s, worker
+
+
+def _first_token_s(way: _Way) -> float:
+    return sum(way[0])
 
 
 def _hashes(pool: Pool, tokens: Sequence[int], cache_salt: str) -> list[BlockHash]:

@@ -125,8 +125,8 @@ class WorkerLink:
     ) -> Leg:
         """Open a leg; of its load a decode worker is to compute `prompt_tokens` itself.
 
-        Raises WorkerLost when the stream has ended, RequestTooLarge for a submit
-        that no worker would read: the other legs of the stream go on.
+        Raises WorkerLost when the stream has ended, RequestTooLarge for a submit that no worker
+        would read: the other legs of the stream go on.
         """
         if self.view is None or self._stream is None:
             raise WorkerLost(f"worker {self.record.worker_id} is not connected")

@@ -8,6 +8,7 @@ Dynamo, by the load of either side as in xLLM (arXiv 2510.14686) and Splitwise's
 (ISCA'24); here both sides of the trade are predicted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -35,7 +36,8 @@ class LocalOption:
     """A prompt at a decode worker. All seconds are predictions."""
 
     measured: bool
-    fits: bool
+    fits: Callable[[], bool]
+    """Whether its memory holds the sequence; asked last, as it costs most."""
     decode_s: float
     """A step of the answers there, this one included; 0 where none runs."""
     chunk_s: float
@@ -50,9 +52,8 @@ def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
     """LOCAL when it harms no running answer and is not slower."""
     if not option.measured:
         return LocalVerdict.UNMEASURED
-    if not option.fits:
-        return LocalVerdict.FULL
+    if option.here_s > max(option.elsewhere_s, slo.tpot_s):
+        return LocalVerdict.SLOWER
     if option.decode_s and option.decode_s + option.chunk_s > slo.tpot_s:
         return LocalVerdict.TPOT
-    is_soon = option.here_s <= max(option.elsewhere_s, slo.tpot_s)
-    return LocalVerdict.LOCAL if is_soon else LocalVerdict.SLOWER
+    return LocalVerdict.LOCAL if option.fits() else LocalVerdict.FULL

@@ -24,7 +24,7 @@ from router.types import MigrationReport
 log = logging.getLogger(__name__)
 
 OpenLeg = Callable[[Placement, Handoff], Leg]
-"""Submits the sequence's decode leg to a link, with a load in tokens. Raises WorkerLost."""
+"""Submits the sequence's decode leg where it was placed. Raises WorkerLost."""
 
 
 class Move:

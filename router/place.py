@@ -169,11 +169,11 @@ class DecodeCacheQuery(PrefillPoolQuery):
 
     def beside_s(self, worker: WorkerId, decode_s: float) -> tuple[float, float]:
         """As `ttft_s`, where answers decode for `decode_s` in each of its steps."""
-        curve = self._known.curves.of(self._views[worker].kind).prefill
-        queue_s, work_s = self.ttft_s(worker)
-        before = self.queued_tokens(worker) / curve.step_tokens
-        own = -(-(self.tokens - self.cached_tokens(worker)) // curve.step_tokens)
-        return queue_s + before * decode_s, work_s + own * decode_s
+        speed, cached = self._known.curves.of(self._views[worker].kind), self.cached_tokens(worker)
+        step_tokens = speed.prefill.step_tokens
+        queue_s = self.queued_tokens(worker) * (speed.queue_token_s + decode_s / step_tokens)
+        steps = -(-(self.tokens - cached) // step_tokens)
+        return queue_s, speed.prefill.seconds(cached, self.tokens) + steps * decode_s
 
 
 def _busy(view: WorkerView) -> tuple[int, WorkerId]:

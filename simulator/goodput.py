@@ -7,7 +7,7 @@ search of its own, so any number of processes gives the same result.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import starmap
@@ -239,25 +239,27 @@ def compare(
 ) -> list[Standing]:
     """All systems on all seeds, best first. `on_found` hears of each search as it ends."""
     tasks = [(system, settings, question, seed) for seed in seeds for system in systems]
-    found: dict[tuple[str, int], Found] = {}
+    found: list[Found] = []
     ended = starmap(search, tasks) if processes == 1 else run_all(search, tasks, processes)
     for one in ended:
-        found[one.system, one.seed] = one
+        found.append(one)
         on_found(one)
-    return _standings(systems, seeds, found)
+    return rank(found)
 
 
-def _standings(
-    systems: Sequence[System], seeds: Sequence[int], found: dict[tuple[str, int], Found]
-) -> list[Standing]:
-    rates = {s.name: [found[s.name, seed].rate_per_gpu_s for seed in seeds] for s in systems}
+def rank(found: Iterable[Found]) -> list[Standing]:
+    """Best first, from one search per system and seed, in any order."""
+    by_system: dict[str, list[Found]] = {}
+    for one in sorted(found, key=lambda one: (one.system, one.seed)):
+        by_system.setdefault(one.system, []).append(one)
+    rates = {name: [one.rate_per_gpu_s for one in mine] for name, mine in by_system.items()}
     best = max(rates, key=lambda name: statistics.fmean(rates[name]))
     standings = [
         Standing(
             system=name,
             goodput=Estimate.of(mine),
             behind=Estimate.of([b - m for b, m in zip(rates[best], mine, strict=True)]),
-            found=tuple(found[name, seed] for seed in seeds),
+            found=tuple(by_system[name]),
         )
         for name, mine in rates.items()
     ]

@@ -14,6 +14,7 @@ from random import Random
 
 import grpc
 import yaml
+from tokenizers import Tokenizer, models
 
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
@@ -42,6 +43,13 @@ class WorkerProcess:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(10)
+
+
+def write_model(directory: Path, vocab_size: int = 500) -> Path:
+    """All the timed engine needs of a model: a tokenizer of this many tokens."""
+    vocab = {f"w{i}": i for i in range(vocab_size)}
+    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(directory / "tokenizer.json"))
+    return directory
 
 
 def write_config(directory: Path, tree: dict[str, object]) -> Path:

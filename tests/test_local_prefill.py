@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
 
 from tests.builders import make_prompt
 from tests.processes import (
@@ -15,6 +14,7 @@ from tests.processes import (
     wait_until_idle,
     worker_processes,
     write_config,
+    write_model,
 )
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -24,12 +24,10 @@ TIMED = {"prefill_base_ms": 30, "prefill_per_token_ms": 1, "prefill_per_token2_m
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    vocab = {f"w{i}": i for i in range(500)}
-    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
     return write_config(
         tmp_path,
         {
-            "model": {"path": str(tmp_path)},
+            "model": {"path": str(write_model(tmp_path))},
             "engine": {"kind": "timed", "kv_memory_mb": 4, "step_tokens": 64, "timed": TIMED},
             "slo": {"ttft_ms": 20_000, "tpot_ms": 2_000},
         },

@@ -14,7 +14,6 @@ from random import Random
 
 import grpc
 import pytest
-from tokenizers import Tokenizer, models
 
 from core.blocks import chain_hashes, root_hash
 from core.ids import BlockHash, BlockId, RequestId, SequenceId, new_request_id
@@ -40,6 +39,7 @@ from tests.processes import (
     wait_until_idle,
     worker_processes,
     write_config,
+    write_model,
 )
 from wire import worker_pb2, worker_pb2_grpc
 
@@ -55,10 +55,7 @@ WAIT_S = 20.0
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("timed")
-    vocab = {f"w{i}": i for i in range(VOCAB)}
-    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(directory / "tokenizer.json"))
-    return directory
+    return write_model(tmp_path_factory.mktemp("timed"), VOCAB)
 
 
 @contextmanager

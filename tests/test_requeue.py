@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
 
 from core.clock import SystemClock
 from tests.builders import make_prompt
@@ -21,6 +20,7 @@ from tests.processes import (
     wait_until_idle,
     worker_processes,
     write_config,
+    write_model,
 )
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -33,10 +33,8 @@ WAIT_S = 30.0
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    vocab = {f"w{i}": i for i in range(500)}
-    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(tmp_path / "tokenizer.json"))
     engine = {"kind": "timed", "kv_memory_mb": 4, "step_tokens": STEP_TOKENS, "timed": TIMED}
-    return write_config(tmp_path, {"model": {"path": str(tmp_path)}, "engine": engine})
+    return write_config(tmp_path, {"model": {"path": str(write_model(tmp_path))}, "engine": engine})
 
 
 async def test_prompts_queued_at_a_worker_that_stands_still_are_served_by_another(

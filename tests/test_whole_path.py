@@ -11,7 +11,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from tokenizers import Tokenizer, models
 
 from core.ids import BlockId, SequenceId
 from core.sampling import SamplingParams
@@ -30,6 +29,7 @@ from tests.processes import (
     wait_until_idle,
     worker_processes,
     write_config,
+    write_model,
 )
 from wire import worker_pb2
 
@@ -41,10 +41,7 @@ ROLES = ("prefill", "prefill", "decode", "decode")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("timed")
-    vocab = {f"w{i}": i for i in range(VOCAB)}
-    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(directory / "tokenizer.json"))
-    return directory
+    return write_model(tmp_path_factory.mktemp("timed"), VOCAB)
 
 
 @pytest.fixture

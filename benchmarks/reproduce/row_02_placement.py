@@ -4,9 +4,9 @@ Its table of targets (arXiv v2), on its own fits of A100-80G. For each applicati
 (simulator/plan) searches once on draws of its own: any placement (algorithm 1), both phases within
 a node (algorithm 2), and the best colocated workers with the best of the chunk sizes. What it found
 is then rated on other draws. Chat lengths are drawn from percentiles that DistServe published (see
-benchmarks/validate/distserve.py); of HumanEval and LongBench only means are given (171 tokens in
-and 98 out, 1,738 and 91), so these are lognormal around them, with a spread of 0.5. OPT-175B has no
-published fit.
+benchmarks/validate/distserve.py); of HumanEval and LongBench only means are known (171 tokens in
+and 98 out, 1,738 and 91: remembered, not checked), so these are lognormal around them, with a
+spread of 0.5. OPT-175B has no published fit.
 DistServe's own baseline was vLLM of its time, at one degree and without chunks. It stands beside
 the other as "colocated, unchunked", and its steps of both kinds read the weights twice. How much of
 the difference that is, the best colocated plan says when its steps read them twice as well.

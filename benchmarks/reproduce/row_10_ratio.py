@@ -22,15 +22,9 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import (
-    Workers,
-    as_json,
-    difference,
-    run_cluster,
-    seeds_of,
-    show,
-)
+from benchmarks.reproduce.cases import as_json, difference, seeds_of, show
 from benchmarks.types import Finding, Part, ResultTable, Run, Target
+from benchmarks.validate.rig import Workers, run_cluster
 from engine.latency.base import LatencyModel, StepShape
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from router.policies.base import Slo

@@ -23,8 +23,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import Workers, as_json, ratio, run_cluster, seeds_of, show
+from benchmarks.reproduce.cases import as_json, ratio, seeds_of, show
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from benchmarks.validate.rig import Workers, run_cluster
 from simulator.job import Record
 from simulator.profiles.published import distserve_latency
 from simulator.spec import PoolRole

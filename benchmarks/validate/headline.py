@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
-from core.estimate import Estimate
+from decode_worker.config import DecodeConfig
 from engine.config import EngineConfig
+from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.build import Settings
 from simulator.config import SimulationConfig
-from simulator.goodput import SYSTEMS, Found, Question, System, search
+from simulator.goodput import SYSTEMS, Found, Question, Standing, System, rank, search
 from simulator.processes import run_all
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
@@ -71,33 +72,24 @@ QUICK = Size(long_requests=300, chat_requests=200, tuning=1.0, splits=(4, 6), se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A trace, its targets, and a rate scale to begin the search at."""
+    """A trace and its targets."""
 
     trace: str
     name: str
     slo: Slo
     requests: int
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One system on one trace. `behind`: paired difference to the best system's mean."""
+class Judged:
+    """All systems on one trace, best first, and the prefill workers of each (0: all do both)."""
 
-    system: str
-    prefill_workers: int
-    """0 where all workers do both."""
-    goodput: Estimate
-    behind: Estimate
-    found: tuple[Found, ...]
-
-    @property
-    def is_tied(self) -> bool:
-        return self.behind.mean <= self.behind.half
+    standings: list[Standing]
+    splits: dict[str, int]
 
 
-def judge_case(case: Case, size: Size, processes: int) -> list[Row]:
-    """All systems on one trace, best first."""
+def judge_case(case: Case, size: Size, processes: int) -> Judged:
+    """Tune the peers, then search on the seeds that are judged."""
     splits, scale = _tune(case, size, processes)
     question = _question(case, size, scale)
     tasks = [
@@ -105,34 +97,15 @@ def judge_case(case: Case, size: Size, processes: int) -> list[Row]:
         for seed in range(size.seeds)
         for system in SYSTEMS.values()
     ]
-    found: dict[str, dict[int, Found]] = {name: {} for name in SYSTEMS}
-    for one in run_all(search, tasks, processes):
-        found[one.system][one.seed] = one
-    rates = {
-        name: [mine[seed].rate_per_gpu_s for seed in sorted(mine)] for name, mine in found.items()
-    }
-    best = max(rates, key=lambda name: sum(rates[name]))
-    rows = [
-        Row(
-            system=name,
-            prefill_workers=splits[name],
-            goodput=Estimate.of(mine),
-            behind=Estimate.of([b - m for b, m in zip(rates[best], mine, strict=True)]),
-            found=tuple(found[name][seed] for seed in sorted(found[name])),
-        )
-        for name, mine in rates.items()
-    ]
-    return sorted(rows, key=lambda row: -row.goodput.mean)
+    return Judged(rank(run_all(search, tasks, processes)), splits)
 
 
 def _tune(case: Case, size: Size, processes: int) -> tuple[dict[str, int], float]:
     """Prefill workers of each system, and the rate scale Baton reaches."""
     splits = {name: 0 if system.colocated else _SPLIT for name, system in SYSTEMS.items()}
-    coarse = replace(size, refine=1)
-    few = replace(case, requests=int(case.requests * size.tuning))
-    question = replace(_question(few, coarse, case.scale), growth=2.0)
+    question = Question(trace=case.trace, requests=int(case.requests * size.tuning), refine=1)
     first = search(SYSTEMS[DEFAULT], _settings(case.slo, _SPLIT), question, _TUNING_SEED)
-    scale = _scale_of(first) or case.scale
+    scale = _scale_of(first) or question.first_scale
     peers = [s for s in SYSTEMS.values() if not s.colocated and s.name != DEFAULT]
     tasks = [
         (split, peer, _settings(case.slo, split), replace(question, first_scale=scale / 2))
@@ -177,8 +150,8 @@ def _settings(slo: Slo, prefill_workers: int) -> Settings:
         slo=slo,
         prefill_workers=prefill_workers,
         decode_workers=GPUS - prefill_workers,
-        max_queued_tokens=1_000_000,
-        max_sequences=1024,
+        max_queued_tokens=PrefillConfig().max_queued_tokens,
+        max_sequences=DecodeConfig().max_sequences,
     )
 
 
@@ -206,13 +179,13 @@ def _case(trace: str, name: str, size: Size, *, prompt_tokens: float) -> Case:
 
 def _run(run: Run) -> Finding:
     size = QUICK if run.quick else FULL
-    cases, rows = _cases(run, size), dict[str, list[Row]]()
+    cases, found = _cases(run, size), dict[str, Judged]()
     for i, case in enumerate(cases):
         run.progress(case.name, i, len(cases))
-        rows[case.name] = judge_case(case, size, os.cpu_count() or 1)
+        found[case.name] = judge_case(case, size, os.cpu_count() or 1)
     return Finding(
-        tables=tuple(_table(case, rows[case.name]) for case in cases),
-        targets=tuple(_target(name, mine) for name, mine in rows.items()),
+        tables=tuple(_table(case, found[case.name]) for case in cases),
+        targets=tuple(_target(name, judged.standings) for name, judged in found.items()),
         notes=(
             f"simulated: {GPUS} H100, Llama-3-8B, {size.seeds} seeds; the first tenth of a run does"
             " not count; +- is half of the 95 % interval, behind is paired to the best by seed",
@@ -220,23 +193,24 @@ def _run(run: Run) -> Finding:
         ),
         keys={
             "goodput": {
-                name: {row.system: _json(row) for row in mine} for name, mine in rows.items()
+                name: {s.system: _json(s, judged.splits[s.system]) for s in judged.standings}
+                for name, judged in found.items()
             }
         },
-        draw=lambda axes: _draw(axes, rows),
+        draw=lambda axes: _draw(axes, found),
     )
 
 
-def _json(row: Row) -> dict[str, Json]:
+def _json(standing: Standing, prefill_workers: int) -> dict[str, Json]:
     return {
-        "requests_per_s_per_gpu": round(row.goodput.mean, 4),
-        "half_95": round(row.goodput.half, 4),
-        "by_seed": [round(one.rate_per_gpu_s, 4) for one in row.found],
-        "prefill_workers": row.prefill_workers,
+        "requests_per_s_per_gpu": round(standing.goodput.mean, 4),
+        "half_95": round(standing.goodput.half, 4),
+        "by_seed": [round(one.rate_per_gpu_s, 4) for one in standing.found],
+        "prefill_workers": prefill_workers,
     }
 
 
-def _table(case: Case, rows: Sequence[Row]) -> ResultTable:
+def _table(case: Case, judged: Judged) -> ResultTable:
     slo = case.slo
     return ResultTable(
         title=f"goodput on {case.name} (simulated), {case.requests} requests,"
@@ -245,21 +219,23 @@ def _table(case: Case, rows: Sequence[Row]) -> ResultTable:
         texts=2,
         rows=tuple(
             (
-                row.system,
-                f"{row.prefill_workers}P:{GPUS - row.prefill_workers}D"
-                if row.prefill_workers
-                else "colocated",
-                f"{row.goodput.mean:.3f}",
-                f"{row.goodput.half:.3f}",
-                f"{row.behind.mean:.3f}",
-                f"{row.behind.half:.3f}",
+                standing.system,
+                _split(judged.splits[standing.system]),
+                f"{standing.goodput.mean:.3f}",
+                f"{standing.goodput.half:.3f}",
+                f"{standing.behind.mean:.3f}",
+                f"{standing.behind.half:.3f}",
             )
-            for row in rows
+            for standing in judged.standings
         ),
     )
 
 
-def _target(name: str, rows: Sequence[Row]) -> Target:
+def _split(prefill_workers: int) -> str:
+    return f"{prefill_workers}P:{GPUS - prefill_workers}D" if prefill_workers else "colocated"
+
+
+def _target(name: str, rows: Sequence[Standing]) -> Target:
     ours = next(row for row in rows if row.system == DEFAULT)
     return Target(
         promise=f"{name}: baton best or within the interval of the best (simulated)",
@@ -269,7 +245,8 @@ def _target(name: str, rows: Sequence[Row]) -> Target:
     )
 
 
-def _draw(axes: Axes, rows: dict[str, list[Row]]) -> None:
+def _draw(axes: Axes, found: dict[str, Judged]) -> None:
+    rows = {name: judged.standings for name, judged in found.items()}
     width = 0.8 / len(SYSTEMS)
     for i, system in enumerate(SYSTEMS):
         mine = [next(row for row in case if row.system == system) for case in rows.values()]

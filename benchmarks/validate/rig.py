@@ -1,27 +1,35 @@
 """Small simulated clusters, and where the files are that a part needs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.types import Finding, Run, Target
 from engine.latency.base import LatencyModel
 from router.config import RouterConfig
 from router.policies.base import Slo
-from simulator.cluster import Cluster
+from simulator.cluster import Cluster, Outcome
 from simulator.job import Record
 from simulator.spec import NetworkSpec, PoolRole, PoolSpec, SimSpec
 from simulator.worker import WorkerSpec
 from simulator.workload.types import SimRequest
 
-_NO_SLO = Slo(ttft_s=1e6, tpot_s=1e6)
+NO_SLO = Slo(ttft_s=1e6, tpot_s=1e6)
+PLAIN = RouterConfig(admission="off", local_prefill=False, request_timeout_s=1e6)
+"""The production router, but all requests are served and every prompt is handed over."""
 _ENDLESS = 10**9
-_ROUTER = RouterConfig(
-    prefill_policy="least_load",
-    decode_policy="least_load",
-    admission="off",
-    local_prefill=False,
-    request_timeout_s=1e6,
+_SHORTEST_QUEUE = PLAIN.model_copy(
+    update={"prefill_policy": "least_load", "decode_policy": "least_load"}
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Equal workers of one role."""
+
+    role: PoolRole
+    count: int
+    worker: WorkerSpec
 
 
 def make_worker(
@@ -50,24 +58,45 @@ def make_worker(
     )
 
 
+def run_cluster(
+    requests: Sequence[SimRequest],
+    pools: Sequence[Workers],
+    *,
+    slo: Slo = NO_SLO,
+    router: RouterConfig = PLAIN,
+    network: NetworkSpec | None = None,
+    max_tokens: int = 2048,
+    seed: int = 0,
+) -> Outcome:
+    """One run, to the end of every request."""
+    spec = SimSpec(
+        pools=tuple(
+            PoolSpec(name=pool.role.value, role=pool.role, workers=pool.count, worker=pool.worker)
+            for pool in pools
+        ),
+        router=router,
+        slo=slo,
+        network=network or NetworkSpec(),
+        max_tokens=max_tokens,
+        max_queued_tokens=_ENDLESS,
+        max_sequences=_ENDLESS,
+        samples=0,
+        seed=seed,
+    )
+    return Cluster(spec).run(requests)
+
+
 def simulate(
     requests: Sequence[SimRequest], pools: dict[PoolRole, WorkerSpec], *, seed: int = 0
 ) -> tuple[Record, ...]:
-    """One worker per role, without admission; a record per request, in order of arrival."""
-    spec = SimSpec(
-        pools=tuple(
-            PoolSpec(name=role.value, role=role, workers=1, worker=worker)
-            for role, worker in pools.items()
-        ),
-        router=_ROUTER,
-        slo=_NO_SLO,
+    """One worker per role, a network that takes no time; records in order of arrival."""
+    return run_cluster(
+        requests,
+        [Workers(role, 1, worker) for role, worker in pools.items()],
+        router=_SHORTEST_QUEUE,
         network=NetworkSpec(control_s=0.0, uplink_bytes_per_s=1e15),
-        max_queued_tokens=_ENDLESS,
-        max_sequences=_ENDLESS,
-        samples=1,
         seed=seed,
-    )
-    return Cluster(spec).run(requests).records
+    ).records
 
 
 def find_profile(run: Run, pattern: str) -> Path | None:

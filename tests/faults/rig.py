@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from tokenizers import Tokenizer, models
-
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
 from core.clock import SystemClock
@@ -28,7 +26,7 @@ from tests.faults.fault import Birth
 from tests.faults.handle import WAIT_S, WorkerHandle
 from tests.faults.oracle import Oracle
 from tests.faults.zygote import Zygote
-from tests.processes import make_request, write_config
+from tests.processes import make_request, write_config, write_model
 from wire import worker_pb2
 
 VOCAB = 500
@@ -370,13 +368,6 @@ class Rig:
                 return took_s
             assert took_s <= limit_s, f"not {what} within {limit_s:.2f} s: {brief(replies)}"
             await asyncio.sleep(0.005)
-
-
-def write_model(directory: Path, vocab_size: int) -> Path:
-    """All the timed engine needs of a model: a tokenizer of this many tokens."""
-    vocab = {f"w{i}": i for i in range(vocab_size)}
-    Tokenizer(models.WordLevel(vocab, unk_token="w0")).save(str(directory / "tokenizer.json"))
-    return directory
 
 
 def is_free(reply: worker_pb2.StatsReply) -> bool:

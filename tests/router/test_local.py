@@ -1,6 +1,7 @@
 """When a decode worker computes a prompt itself."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from router.policies.base import Slo
 
 SLO = Slo(ttft_s=2.0, tpot_s=0.1)
 GOOD = LocalOption(
-    measured=True, fits=True, decode_s=0.02, chunk_s=0.03, here_s=0.5, elsewhere_s=0.6
+    measured=True, fits=lambda: True, decode_s=0.02, chunk_s=0.03, here_s=0.5, elsewhere_s=0.6
 )
 
 
@@ -21,12 +22,12 @@ def test_a_prompt_that_is_sooner_there_and_harms_nobody_is_computed_there() -> N
     ("change", "verdict"),
     [
         ({"measured": False}, LocalVerdict.UNMEASURED),
-        ({"fits": False}, LocalVerdict.FULL),
+        ({"fits": lambda: False}, LocalVerdict.FULL),
         ({"chunk_s": 0.081}, LocalVerdict.TPOT),
         ({"here_s": 0.61}, LocalVerdict.SLOWER),
     ],
 )
-def test_each_reason_not_to(change: dict[str, float], verdict: LocalVerdict) -> None:
+def test_each_reason_not_to(change: dict[str, Any], verdict: LocalVerdict) -> None:
     assert judge_local(replace(GOOD, **change), SLO) is verdict
 
 

@@ -1,14 +1,19 @@
 """What the forked processes run: the routers' and workers' own mains, and workers with a fault."""
 
 import sys
+import time
+from collections.abc import Sequence
 
 from cluster import router_main
 from cluster.worker import __main__ as worker_main
 from cluster.worker import host
 from cluster.worker import worker as worker_module
 from cluster.worker.outlet import RouterOutlet
+from core.errors import BatonError
 from core.messages import LoadReport
-from engine import timed
+from engine import build
+from engine.timed import TimedEngine
+from engine.types import Sampled, SeqStep
 
 LEASE_S = 1.0
 """Of a worker's place in the registry; 10 s outside tests. It is renewed three times as often."""
@@ -30,7 +35,7 @@ def run_worker(arguments: list[str]) -> int:
 def run_frozen_worker(arguments: list[str]) -> int:
     """A worker that takes its time, and reports for ever that it is idle, as at its start."""
     vars(worker_module).update(RouterOutlet=FrozenOutlet)
-    vars(timed).update(step_seconds=lambda *_: _FROZEN_STEP_S)
+    vars(build).update(TimedEngine=SlowEngine)
     return run_worker(arguments)
 
 
@@ -42,3 +47,11 @@ class FrozenOutlet(RouterOutlet):
     def report(self, load: LoadReport, now_s: float) -> None:
         self._first = self._first or load
         super().report(self._first, now_s)
+
+
+class SlowEngine(TimedEngine):
+    """Its steps are long."""
+
+    def step(self, batch: Sequence[SeqStep]) -> list[Sampled | BatonError | None]:
+        time.sleep(_FROZEN_STEP_S)
+        return super().step(batch)

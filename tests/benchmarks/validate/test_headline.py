@@ -14,20 +14,20 @@ SIZE = replace(QUICK, chat_requests=60, splits=(4,))
 @pytest.mark.timeout(120)
 def test_all_systems_are_judged_on_the_same_seeds_best_first() -> None:
     case = _case(TRACE, "tiny", SIZE, prompt_tokens=2000)
-    rows = judge_case(case, SIZE, processes=1)
+    judged = judge_case(case, SIZE, processes=1)
+    rows, splits = judged.standings, judged.splits
     assert {row.system for row in rows} == set(SYSTEMS)
     assert [row.goodput.mean for row in rows] == sorted(
         (row.goodput.mean for row in rows), reverse=True
     )
     assert all([one.seed for one in row.found] == [0, 1] for row in rows)
     assert rows[0].behind.mean == 0
-    splits = {row.system: row.prefill_workers for row in rows}
     assert splits["colocated-prefix"] == 0
     assert splits["dynamo"] == 4
-    table = _table(case, rows)
+    table = _table(case, judged)
     assert "simulated" in table.title
     assert f"4P:{GPUS - 4}D" in {row[1] for row in table.rows}
-    assert _json(rows[0])["by_seed"] == [round(one.rate_per_gpu_s, 4) for one in rows[0].found]
+    assert _json(rows[0], 2)["by_seed"] == [round(one.rate_per_gpu_s, 4) for one in rows[0].found]
     assert _target("tiny", rows).held == next(r for r in rows if r.system == "baton").is_tied
 
 
