@@ -55,7 +55,7 @@ class Pair:
         self._loop = loop
         self._lock = threading.Lock()
         self._link: Link | None = None
-        self._reads: queue.SimpleQueue[_Reading | None] = queue.SimpleQueue()
+        self._reads: queue.Queue[_Reading | None] = queue.Queue()
         self._pending: set[asyncio.Future[ReadStats]] = set()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.failure: TransferFailed | None = None

@@ -89,8 +89,8 @@ class TransferThread:
         self._read_timeout_s = read_timeout_s
         self._call = call
         self._failed = failed
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._commands: queue.Queue[Command | None] = queue.Queue()
+        self._started: queue.Queue[Exception | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._peers: dict[ShardId, _Peer] = {}
         self._leaving: set[_Peer] = set()
