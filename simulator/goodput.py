@@ -2,8 +2,9 @@
 
 Goodput is requests per second and GPU at the highest rate at which a share of all requests (0.9)
 keeps both the TTFT and the TPOT target (DistServe, OSDI'24). All systems of a seed are asked the
-same requests, with gaps divided by the rate (common random numbers). Each (system, seed) is a
-search of its own, so any number of processes gives the same result.
+same requests, with gaps divided by the rate (common random numbers); each seed begins in the trace
+where the one before ends, round and round. Each (system, seed) is a search of its own, so any
+number of processes gives the same result.
 """
 
 import statistics
@@ -199,6 +200,7 @@ def _load(
         seed=seed,
         rate_scale=scale,
         requests=requests,
+        skip=seed * requests,
         max_prompt_tokens=max_prompt_tokens,
     )
     return load_workload(trace, shaping).workload

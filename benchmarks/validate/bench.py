@@ -12,5 +12,6 @@ BENCH = Bench(
         curves.PART,
         determinism.PART,
         headline.PART,
+        headline.PART_LARGE,
     ),
 )

@@ -1,9 +1,10 @@
 """Goodput of Baton's default against the peers' ways to serve, on each trace, at equal GPUs.
 
-Everything is simulated: eight H100 by the roofline of the datasheet, Llama-3-8B, the production
-router and schedulers. Baton runs with its default config and one split for all traces. Each
-disaggregated peer gets the split that serves it best on a seed that is not judged; colocated ones
-need none. All systems of a seed are asked the same requests.
+Everything is simulated: H100 by the roofline of the datasheet, eight workers of one GPU with
+Llama-3-8B or of four with Llama-3-70B, the production router and schedulers. Baton runs with its
+default config and one split for all traces. On a seed that is not judged, each disaggregated peer
+is given the split that serves it best and each colocated one the tokens of a step. All systems of a
+seed are asked the same requests, and each seed another part of the trace.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from simulator.workload.records import trace_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GPUS = 8
+WORKERS = 8
 DEFAULT = "baton"
 _SPLIT = 2
 """Baton's prefill workers, of eight, on every trace."""
@@ -54,7 +55,9 @@ class Size:
     tuning: float
     """Share of these that a split is judged by."""
     splits: tuple[int, ...]
-    """Prefill workers, of eight, that peers are tuned over."""
+    """Prefill workers, of eight, that disaggregated peers are tuned over."""
+    step_tokens: tuple[int, ...]
+    """That colocated peers are tuned over."""
     seeds: int
     refine: int
 
@@ -64,10 +67,31 @@ FULL = Size(
     chat_requests=8000,
     tuning=0.3,
     splits=(2, 3, 4, 5, 6),
+    step_tokens=(256, 512, 1024, 2048),
     seeds=5,
     refine=3,
 )
-QUICK = Size(long_requests=300, chat_requests=200, tuning=1.0, splits=(4, 6), seeds=2, refine=0)
+QUICK = Size(
+    long_requests=300,
+    chat_requests=200,
+    tuning=1.0,
+    splits=(4, 6),
+    step_tokens=(512,),
+    seeds=2,
+    refine=0,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What is served, and the GPUs of one worker."""
+
+    name: str
+    tensor_parallel: int
+
+
+SMALL = Model(name="llama-3-8b", tensor_parallel=1)
+LARGE = Model(name="llama-3-70b", tensor_parallel=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,51 +102,73 @@ class Case:
     name: str
     slo: Slo
     requests: int
+    model: Model = SMALL
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is tuned of a system."""
+
+    prefill_workers: int
+    """0: all workers do both."""
+    step_tokens: int
+
+    def __str__(self) -> str:
+        if not self.prefill_workers:
+            return f"colocated, {self.step_tokens} per step"
+        return f"{self.prefill_workers}P:{WORKERS - self.prefill_workers}D"
+
+
+_STEP_TOKENS = EngineConfig().step_tokens
+OURS = Setup(_SPLIT, _STEP_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """All systems on one trace, best first, and the prefill workers of each (0: all do both)."""
+    """All systems on one trace, best first, and how each was set up."""
 
     standings: list[Standing]
-    splits: dict[str, int]
+    setups: dict[str, Setup]
 
 
 def judge_case(case: Case, size: Size, processes: int) -> Judged:
     """Tune the peers, then search on the seeds that are judged."""
-    splits, scale = _tune(case, size, processes)
+    setups, scale = _tune(case, size, processes)
     question = _question(case, size, scale)
     tasks = [
-        (system, _settings(case.slo, splits[system.name] or _SPLIT), question, seed)
+        (system, _settings(case, setups[system.name]), question, seed)
         for seed in range(size.seeds)
         for system in SYSTEMS.values()
     ]
-    return Judged(rank(run_all(search, tasks, processes)), splits)
+    return Judged(rank(run_all(search, tasks, processes)), setups)
 
 
-def _tune(case: Case, size: Size, processes: int) -> tuple[dict[str, int], float]:
-    """Prefill workers of each system, and the rate scale Baton reaches."""
-    splits = {name: 0 if system.colocated else _SPLIT for name, system in SYSTEMS.items()}
+def _tune(case: Case, size: Size, processes: int) -> tuple[dict[str, Setup], float]:
+    """How each system is set up, and the rate scale Baton reaches."""
     question = Question(trace=case.trace, requests=int(case.requests * size.tuning), refine=1)
-    first = search(SYSTEMS[DEFAULT], _settings(case.slo, _SPLIT), question, _TUNING_SEED)
+    first = search(SYSTEMS[DEFAULT], _settings(case, OURS), question, _TUNING_SEED)
     scale = _scale_of(first) or question.first_scale
-    peers = [s for s in SYSTEMS.values() if not s.colocated and s.name != DEFAULT]
     tasks = [
-        (split, peer, _settings(case.slo, split), replace(question, first_scale=scale / 2))
-        for peer in peers
-        for split in size.splits
+        (setup, peer, case, replace(question, first_scale=scale / 2))
+        for peer in SYSTEMS.values()
+        if peer.name != DEFAULT
+        for setup in _setups(peer, size)
     ]
-    best: dict[str, tuple[float, int]] = {}
-    for split, one in run_all(_rate_of_split, tasks, processes):
-        best[one.system] = max(best.get(one.system, (-1.0, 0)), (one.rate_per_gpu_s, split))
-    splits |= {name: split for name, (_, split) in best.items()}
-    return splits, scale
+    best: dict[str, tuple[float, Setup]] = {}
+    for setup, one in run_all(_try, tasks, processes):
+        if one.system not in best or one.rate_per_gpu_s > best[one.system][0]:
+            best[one.system] = one.rate_per_gpu_s, setup
+    return {DEFAULT: OURS} | {name: setup for name, (_, setup) in best.items()}, scale
 
 
-def _rate_of_split(
-    split: int, system: System, settings: Settings, question: Question
-) -> tuple[int, Found]:
-    return split, search(system, settings, question, _TUNING_SEED)
+def _setups(peer: System, size: Size) -> list[Setup]:
+    if peer.colocated:
+        return [Setup(0, tokens) for tokens in size.step_tokens]
+    return [Setup(split, _STEP_TOKENS) for split in size.splits]
+
+
+def _try(setup: Setup, system: System, case: Case, question: Question) -> tuple[Setup, Found]:
+    return setup, search(system, _settings(case, setup), question, _TUNING_SEED)
 
 
 def _scale_of(found: Found) -> float:
@@ -142,85 +188,95 @@ def _question(case: Case, size: Size, scale: float) -> Question:
     )
 
 
-def _settings(slo: Slo, prefill_workers: int) -> Settings:
+def _settings(case: Case, setup: Setup) -> Settings:
+    prefill_workers = setup.prefill_workers or _SPLIT
     return Settings(
-        simulation=SimulationConfig(profile="roofline:h100", model="llama-3-8b"),
-        engine=EngineConfig(),
+        simulation=SimulationConfig(
+            profile="roofline:h100",
+            model=case.model.name,
+            tensor_parallel=case.model.tensor_parallel,
+        ),
+        engine=EngineConfig(step_tokens=setup.step_tokens),
         router=RouterConfig(),
-        slo=slo,
+        slo=case.slo,
         prefill_workers=prefill_workers,
-        decode_workers=GPUS - prefill_workers,
+        decode_workers=WORKERS - prefill_workers,
         max_queued_tokens=PrefillConfig().max_queued_tokens,
         max_sequences=DecodeConfig().max_sequences,
     )
 
 
-def _cases(run: Run, size: Size) -> list[Case]:
+def _cases(run: Run, size: Size, model: Model) -> list[Case]:
     if not run.traces:
-        return [_case(_QUICK, "poisson", size, prompt_tokens=3000)]
+        return [_case(_QUICK, "poisson", size, prompt_tokens=3000, model=model)]
     cases = []
     for trace in run.traces:
         shaping = Shaping(requests=200)
         requests = load_workload(trace, shaping).workload.requests
         mean = sum(r.prompt_tokens for r in requests) / len(requests)
-        cases.append(_case(str(trace), trace_name(trace), size, prompt_tokens=mean))
+        name = trace_name(trace)
+        cases.append(_case(str(trace), name, size, prompt_tokens=mean, model=model))
     return cases
 
 
-def _case(trace: str, name: str, size: Size, *, prompt_tokens: float) -> Case:
+def _case(trace: str, name: str, size: Size, *, prompt_tokens: float, model: Model = SMALL) -> Case:
     is_long = prompt_tokens >= _LONG_PROMPT_TOKENS
     return Case(
         trace=trace,
         name=name,
         slo=_LONG if is_long else _CHAT,
         requests=size.long_requests if is_long else size.chat_requests,
+        model=model,
     )
 
 
-def _run(run: Run) -> Finding:
+def _run(run: Run, model: Model, key: str) -> Finding:
     size = QUICK if run.quick else FULL
-    cases, found = _cases(run, size), dict[str, Judged]()
+    cases, found = _cases(run, size, model), dict[str, Judged]()
     for i, case in enumerate(cases):
         run.progress(case.name, i, len(cases))
         found[case.name] = judge_case(case, size, os.cpu_count() or 1)
+    gpus = WORKERS * model.tensor_parallel
     return Finding(
         tables=tuple(_table(case, found[case.name]) for case in cases),
         targets=tuple(_target(name, judged.standings) for name, judged in found.items()),
         notes=(
-            f"simulated: {GPUS} H100, Llama-3-8B, {size.seeds} seeds; the first tenth of a run does"
-            " not count; +- is half of the 95 % interval, behind is paired to the best by seed",
+            f"simulated: {gpus} H100, {model.name}, {size.seeds} seeds, each another part of"
+            " the trace; the first tenth of a run does not count; +- is half of the 95 % interval,"
+            " behind is paired to the best by seed",
             "sessions are replayed at their recorded stamps, not as closed loops",
         ),
         keys={
-            "goodput": {
-                name: {s.system: _json(s, judged.splits[s.system]) for s in judged.standings}
+            key: {
+                name: {s.system: _json(s, judged.setups[s.system]) for s in judged.standings}
                 for name, judged in found.items()
             }
         },
-        draw=lambda axes: _draw(axes, found),
+        draw=lambda axes: _draw(axes, found, model),
     )
 
 
-def _json(standing: Standing, prefill_workers: int) -> dict[str, Json]:
+def _json(standing: Standing, setup: Setup) -> dict[str, Json]:
     return {
         "requests_per_s_per_gpu": round(standing.goodput.mean, 4),
         "half_95": round(standing.goodput.half, 4),
         "by_seed": [round(one.rate_per_gpu_s, 4) for one in standing.found],
-        "prefill_workers": prefill_workers,
+        "prefill_workers": setup.prefill_workers,
+        "step_tokens": setup.step_tokens,
     }
 
 
 def _table(case: Case, judged: Judged) -> ResultTable:
     slo = case.slo
     return ResultTable(
-        title=f"goodput on {case.name} (simulated), {case.requests} requests,"
+        title=f"goodput on {case.name} (simulated), {case.model.name}, {case.requests} requests,"
         f" {slo.ttft_s:g} s and {slo.tpot_s * 1e3:g} ms",
-        columns=("system", "split", "requests/s per GPU", "+-", "behind", "+-"),
+        columns=("system", "set up", "requests/s per GPU", "+-", "behind", "+-"),
         texts=2,
         rows=tuple(
             (
                 standing.system,
-                _split(judged.splits[standing.system]),
+                str(judged.setups[standing.system]),
                 f"{standing.goodput.mean:.3f}",
                 f"{standing.goodput.half:.3f}",
                 f"{standing.behind.mean:.3f}",
@@ -229,10 +285,6 @@ def _table(case: Case, judged: Judged) -> ResultTable:
             for standing in judged.standings
         ),
     )
-
-
-def _split(prefill_workers: int) -> str:
-    return f"{prefill_workers}P:{GPUS - prefill_workers}D" if prefill_workers else "colocated"
 
 
 def _target(name: str, rows: Sequence[Standing]) -> Target:
@@ -245,7 +297,7 @@ def _target(name: str, rows: Sequence[Standing]) -> Target:
     )
 
 
-def _draw(axes: Axes, found: dict[str, Judged]) -> None:
+def _draw(axes: Axes, found: dict[str, Judged], model: Model) -> None:
     rows = {name: judged.standings for name, judged in found.items()}
     width = 0.8 / len(SYSTEMS)
     for i, system in enumerate(SYSTEMS):
@@ -260,7 +312,7 @@ def _draw(axes: Axes, found: dict[str, Judged]) -> None:
         )
     axes.set_xticks([x + 0.4 for x in range(len(rows))], list(rows), rotation=20, ha="right")
     axes.set_ylabel("goodput, of the best")
-    axes.set_title("Goodput at equal GPUs, simulated")
+    axes.set_title(f"Goodput at equal GPUs, {model.name}, simulated")
     axes.legend(fontsize="x-small")
 
 
@@ -268,5 +320,12 @@ PART = Part(
     name="headline",
     what="goodput of the default against the peers' ways to serve, at equal GPUs",
     keys=("goodput",),
-    run=_run,
+    run=lambda run: _run(run, SMALL, "goodput"),
+)
+PART_LARGE = Part(
+    name="headline_70b",
+    what="the same with Llama-3-70B on four GPUs per worker",
+    keys=("goodput_70b",),
+    run=lambda run: _run(run, LARGE, "goodput_70b"),
+    option="headline_70b",
 )

@@ -28,14 +28,16 @@ class Shaping:
 
     All gaps between arrivals are divided by `rate_scale`, so bursts keep their shape; of sessions,
     only their starts. `requests` takes the first of them, or repeats the recording, each time with
-    blocks of its own. Longer prompts are cut to `max_prompt_tokens`. `recorded_tpot_s` is what a
-    token of an answer took where sessions were recorded. `start_s` and `rate_rps` are for client
-    windows alone: which part of their days, and the rate of all clients together.
+    blocks of its own; `skip` begins after so many, in a recording without sessions. Longer prompts
+    are cut to `max_prompt_tokens`. `recorded_tpot_s` is what a token of an answer took where
+    sessions were recorded. `start_s` and `rate_rps` are for client windows alone: which part of
+    their days, and the rate of all clients together.
     """
 
     seed: int = 0
     rate_scale: float = 1.0
     requests: int | None = None
+    skip: int = 0
     max_prompt_tokens: int | None = None
     recorded_tpot_s: float = 0.02
     start_s: float | None = None
@@ -84,7 +86,8 @@ def _open(recorded: Recorded, shaping: Shaping, random: Random) -> list[SimReque
     span_s = records[-1].at_s - records[0].at_s
     repeat_s = span_s + (span_s / max(1, len(records) - 1) if width_s == 0 else width_s)
     hashes, requests = _Hashes(recorded.block_size), list[SimRequest]()
-    for i in range(count):
+    skip = shaping.skip % len(records)
+    for i in range(skip, skip + count):
         copy, place = divmod(i, len(records))
         record = records[place]
         at_s = record.at_s + copy * repeat_s + random.random() * width_s

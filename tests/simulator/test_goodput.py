@@ -1,6 +1,7 @@
 """The search for the highest rate, on queues whose capacity is known."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,19 @@ def test_a_trace_is_read_once_for_all_rates_of_a_seed(monkeypatch: pytest.Monkey
     search(COLOCATED, SETTINGS, question, seed=5)
     assert len(found.points) > 2
     assert reads == [5]
+
+
+def test_each_seed_is_asked_another_part_of_a_trace(tmp_path: Path) -> None:
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    lines += [f"2023-11-16 18:17:{i:02}.0000000,{100 + i},5" for i in range(10)]
+    file = tmp_path / "azure.csv"
+    file.write_text("\n".join(lines) + "\n")
+    question = replace(QUESTION, trace=str(file), requests=4)
+    parts = [
+        [request.prompt_tokens - 100 for request in goodput._asked(question, seed, 2.0).requests]
+        for seed in range(3)
+    ]
+    assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 7.0])

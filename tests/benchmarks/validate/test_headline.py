@@ -4,31 +4,53 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.validate.headline import GPUS, QUICK, _case, _json, _table, _target, judge_case
+from benchmarks.validate.headline import (
+    LARGE,
+    OURS,
+    QUICK,
+    Setup,
+    _case,
+    _json,
+    _settings,
+    _table,
+    _target,
+    judge_case,
+)
 from simulator.goodput import SYSTEMS
 
 TRACE = "poisson:rate=8,prompt=2000,output=50,spread=0.5"
-SIZE = replace(QUICK, chat_requests=60, splits=(4,))
+SIZE = replace(QUICK, chat_requests=60, splits=(4,), step_tokens=(256, 1024))
 
 
 @pytest.mark.timeout(120)
 def test_all_systems_are_judged_on_the_same_seeds_best_first() -> None:
     case = _case(TRACE, "tiny", SIZE, prompt_tokens=2000)
     judged = judge_case(case, SIZE, processes=1)
-    rows, splits = judged.standings, judged.splits
+    rows, setups = judged.standings, judged.setups
     assert {row.system for row in rows} == set(SYSTEMS)
     assert [row.goodput.mean for row in rows] == sorted(
         (row.goodput.mean for row in rows), reverse=True
     )
     assert all([one.seed for one in row.found] == [0, 1] for row in rows)
     assert rows[0].behind.mean == 0
-    assert splits["colocated-prefix"] == 0
-    assert splits["dynamo"] == 4
+    assert setups["baton"] == OURS
+    assert setups["dynamo"] == Setup(4, OURS.step_tokens)
+    assert setups["colocated-prefix"] in (Setup(0, 256), Setup(0, 1024))
     table = _table(case, judged)
     assert "simulated" in table.title
-    assert f"4P:{GPUS - 4}D" in {row[1] for row in table.rows}
-    assert _json(rows[0], 2)["by_seed"] == [round(one.rate_per_gpu_s, 4) for one in rows[0].found]
+    assert "4P:4D" in {row[1] for row in table.rows}
+    assert _json(rows[0], OURS)["by_seed"] == [
+        round(one.rate_per_gpu_s, 4) for one in rows[0].found
+    ]
     assert _target("tiny", rows).held == next(r for r in rows if r.system == "baton").is_tied
+
+
+def test_a_larger_model_takes_more_gpus_per_worker_and_the_tuned_step_reaches_the_engine() -> None:
+    case = _case(TRACE, "large", QUICK, prompt_tokens=9000, model=LARGE)
+    settings = _settings(case, Setup(0, 1024))
+    assert (settings.simulation.model, settings.simulation.tensor_parallel) == ("llama-3-70b", 4)
+    assert settings.engine.step_tokens == 1024
+    assert settings.prefill_workers + settings.decode_workers == 8
 
 
 def test_long_prompts_get_the_longer_target_and_the_smaller_window() -> None:

@@ -188,6 +188,15 @@ def test_a_recording_repeats_with_blocks_of_its_own(tmp_path: Path) -> None:
     assert workload.requests[4].hashes != workload.requests[0].hashes
 
 
+def test_a_later_part_of_a_recording_goes_on_in_its_repetition(tmp_path: Path) -> None:
+    rows = [mooncake(1000 * i, 1024 + i, [0, i]) for i in (0, 1, 3)]
+    workload = load(write_rows(tmp_path, rows), skip=4, requests=3)  # 4: the second one
+    assert [request.prompt_tokens for request in workload.requests] == [1025, 1027, 1024]
+    assert times(workload) == pytest.approx([0.0, 2.0, 3.5])
+    before, _, repeated = (request.hashes[0] for request in workload.requests)
+    assert before != repeated
+
+
 def test_long_prompts_are_cut_with_their_blocks(tmp_path: Path) -> None:
     rows = [mooncake(0, 5000, list(range(10)))]
     (request,) = load(write_rows(tmp_path, rows), max_prompt_tokens=1024).requests
