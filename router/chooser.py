@@ -17,7 +17,7 @@ from router.curves import Curves
 from router.local import LocalOption, LocalVerdict, judge_local
 from router.members import L, Members
 from router.outliers import NO_OUTLIERS, Outliers
-from router.place import DecodeCacheQuery, DecodePoolQuery, Knowledge, PrefillPoolQuery
+from router.place import Beside, DecodeCacheQuery, DecodePoolQuery, Knowledge, PrefillPoolQuery
 from router.policies.base import Decision, Scored, sample
 from router.policies.build import Policies
 from router.pool import Pool
@@ -220,13 +220,17 @@ class Chooser(Generic[L]):
         )
         query = self._decode_query(pool, tokens, total_tokens, "", closed)
         elsewhere_s, why = sum(prefill.ttft_s(remote.worker_id)), None
-        for outlook, decode_s, worker in sorted(_ways(cached, query), key=_first_token_s):
+        steps_to_go = self._known.curves.steps_to_go
+        for beside, decode_s, worker in sorted(_ways(cached, query), key=_first_token_s):
+            outlook = Outlook(beside.queue_s, beside.work_s)
             option = LocalOption(
                 measured=cached.measured(worker),
                 here_s=sum(outlook),
                 elsewhere_s=elsewhere_s,
                 decode_s=decode_s,
-                chunk_s=cached.chunk_s(worker),
+                delay_s=beside.delay_s,
+                chunk_steps=beside.chunk_steps,
+                steps_to_go=steps_to_go,
                 fits=partial(query.fits, worker),
             )
             verdict = judge_local(option, self._known.slo)
@@ -415,7 +419,7 @@ class Chooser(Generic[L]):
         return pool
 
 
-_Way = tuple[Outlook, float, WorkerId]
+_Way = tuple[Beside, float, WorkerId]
 """What awaits a prompt at a decode worker, a step of the answers there (s), and which it is."""
 
 
@@ -423,11 +427,11 @@ def _ways(cached: DecodeCacheQuery, query: DecodePoolQuery) -> Iterator[_Way]:
     drawn = sample(query, _LOCAL_LOOKS)
     for worker in dict.fromkeys(chain(cached.holders(_LOCAL_HOLDERS), drawn)):
         decode_s = query.tpot_s(worker) if query.sequences(worker) else 0.0
-        yield Outlook(*cached.beside_s(worker, decode_s)), decode_s, worker
+        yield cached.beside(worker, decode_s), decode_s, worker
 
 
 def _first_token_s(way: _Way) -> float:
-    return sum(way[0])
+    return way[0].queue_s + way[0].work_s
 
 
 def _hashes(pool: Pool, tokens: Sequence[int], cache_salt: str) -> list[BlockHash]:

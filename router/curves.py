@@ -163,6 +163,11 @@ class Curves:
         """See residual_quantiles; empty before enough answers have ended."""
         return self._residuals
 
+    @property
+    def steps_to_go(self) -> int:
+        """Of the median running answer; 0 before enough answers have ended."""
+        return self._residuals[len(self._residuals) // 2 - 1] if self._residuals else 0
+
 
 def residual_quantiles(lengths: tuple[int, ...], count: int = _QUANTILES) -> tuple[int, ...]:
     """What running answers still have to go: the k-th value is reached by k of `count` of them.

@@ -3,9 +3,10 @@
 Splitting the phases keeps long prompts from delaying running answers, and strands what either pool
 has to spare. So it is decided per prompt, by prediction: a decode worker takes one that gets its
 first token sooner there, its cache and both queues counted, as long as the answers that run there
-keep their TPOT target with a chunk of it in each of their steps. Conditional disaggregation as in
-Dynamo, by the load of either side as in xLLM (arXiv 2510.14686) and Splitwise's borrowed machines
-(ISCA'24); here both sides of the trade are predicted.
+keep their TPOT target. That is a mean over an answer: a step with a chunk may take longer than the
+target, if enough of the answer's steps have none. Conditional disaggregation as in Dynamo, by the
+load of either side as in xLLM (arXiv 2510.14686) and Splitwise's borrowed machines (ISCA'24); here
+both sides of the trade are predicted.
 """
 
 from collections.abc import Callable
@@ -40,12 +41,21 @@ class LocalOption:
     """Whether its memory holds the sequence; asked last, as it costs most."""
     decode_s: float
     """A step of the answers there, this one included; 0 where none runs."""
-    chunk_s: float
-    """What the prompt's most expensive chunk adds to such a step."""
+    delay_s: float
+    """What all chunks, its own and those of prompts before it, add to such steps."""
+    chunk_steps: int
+    """Steps with such a chunk."""
+    steps_to_go: int
+    """Steps the median answer there has still to go; 0 where that is not known."""
     here_s: float
     """To the first token there: its steps, those of prompts before it, and answers beside them."""
     elsewhere_s: float
     """To the first token at the prefill worker that would be chosen, its queue included."""
+
+    @property
+    def mean_step_s(self) -> float:
+        """Of an answer there, over the steps it has still to go or those with a chunk."""
+        return self.decode_s + self.delay_s / max(1, self.chunk_steps, self.steps_to_go)
 
 
 def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
@@ -54,6 +64,6 @@ def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
         return LocalVerdict.UNMEASURED
     if option.here_s > max(option.elsewhere_s, slo.tpot_s):
         return LocalVerdict.SLOWER
-    if option.decode_s and option.decode_s + option.chunk_s > slo.tpot_s:
+    if option.decode_s and option.mean_step_s > slo.tpot_s:
         return LocalVerdict.TPOT
     return LocalVerdict.LOCAL if option.fits() else LocalVerdict.FULL

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import NamedTuple
 
 from core.ids import BlockHash, Incarnation, WorkerId
 from core.messages import PrefixSource
@@ -161,19 +162,31 @@ class DecodeCacheQuery(PrefillPoolQuery):
         load = view.load
         return view.unseen_prompt_tokens + (load.queued_tokens if load is not None else 0)
 
-    def chunk_s(self, worker: WorkerId) -> float:
-        """Of the prompt's last chunk, which has most to attend to."""
-        curve = self._known.curves.of(self._views[worker].kind).prefill
-        start = max(self.cached_tokens(worker), self.tokens - curve.step_tokens)
-        return curve.seconds(start, self.tokens)
-
-    def beside_s(self, worker: WorkerId, decode_s: float) -> tuple[float, float]:
-        """As `ttft_s`, where answers decode for `decode_s` in each of its steps."""
+    def beside(self, worker: WorkerId, decode_s: float) -> "Beside":
+        """What awaits the prompt there, where answers decode for `decode_s` in each step."""
         speed, cached = self._known.curves.of(self._views[worker].kind), self.cached_tokens(worker)
-        step_tokens = speed.prefill.step_tokens
-        queue_s = self.queued_tokens(worker) * (speed.queue_token_s + decode_s / step_tokens)
+        queued, step_tokens = self.queued_tokens(worker), speed.prefill.step_tokens
+        queue_s = queued * speed.queue_token_s
+        work_s = speed.prefill.seconds(cached, self.tokens)
         steps = -(-(self.tokens - cached) // step_tokens)
-        return queue_s, speed.prefill.seconds(cached, self.tokens) + steps * decode_s
+        return Beside(
+            queue_s=queue_s + queued / step_tokens * decode_s,
+            work_s=work_s + steps * decode_s,
+            delay_s=queue_s + work_s,
+            chunk_steps=steps + -(-queued // step_tokens),
+        )
+
+
+class Beside(NamedTuple):
+    """A prompt at a decode worker: seconds of what is before it, and of its own uncached tokens,
+    both with the steps of the answers there; seconds that all these chunks add to those steps, and
+    how many steps have one.
+    """
+
+    queue_s: float
+    work_s: float
+    delay_s: float
+    chunk_steps: int
 
 
 def _busy(view: WorkerView) -> tuple[int, WorkerId]:

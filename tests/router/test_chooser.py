@@ -267,7 +267,10 @@ def test_a_prompt_that_would_wait_for_the_prefill_pool_goes_to_a_decode_worker()
     queue_at(fleet, "decode-1", 400)
     assert local_of(subject) is LocalVerdict.SLOWER
     queue_at(fleet, "prefill-0", 4000)
-    assert local_of(subject) is LocalVerdict.LOCAL
+    assert local_of(subject) is LocalVerdict.TPOT  # 440 tokens would be a step of 44 s
+    for _ in range(8):
+        subject._known.curves.saw_output(60)
+    assert local_of(subject) is LocalVerdict.LOCAL  # which the next 30 steps make good
 
 
 def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_reported() -> None:

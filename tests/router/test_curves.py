@@ -76,5 +76,7 @@ def test_output_lengths_are_known_after_a_few() -> None:
     for _ in range(7):
         curves.saw_output(100)
     assert curves.residuals == ()
+    assert curves.steps_to_go == 0
     curves.saw_output(100)
     assert len(curves.residuals) == 16
+    assert curves.steps_to_go == pytest.approx(50, abs=1)

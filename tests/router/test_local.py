@@ -10,7 +10,14 @@ from router.policies.base import Slo
 
 SLO = Slo(ttft_s=2.0, tpot_s=0.1)
 GOOD = LocalOption(
-    measured=True, fits=lambda: True, decode_s=0.02, chunk_s=0.03, here_s=0.5, elsewhere_s=0.6
+    measured=True,
+    fits=lambda: True,
+    decode_s=0.02,
+    delay_s=0.3,
+    chunk_steps=4,
+    steps_to_go=0,
+    here_s=0.5,
+    elsewhere_s=0.6,
 )
 
 
@@ -23,7 +30,7 @@ def test_a_prompt_that_is_sooner_there_and_harms_nobody_is_computed_there() -> N
     [
         ({"measured": False}, LocalVerdict.UNMEASURED),
         ({"fits": lambda: False}, LocalVerdict.FULL),
-        ({"chunk_s": 0.081}, LocalVerdict.TPOT),
+        ({"delay_s": 0.321}, LocalVerdict.TPOT),
         ({"here_s": 0.61}, LocalVerdict.SLOWER),
     ],
 )
@@ -32,8 +39,20 @@ def test_each_reason_not_to(change: dict[str, Any], verdict: LocalVerdict) -> No
 
 
 def test_a_costly_chunk_harms_nobody_where_nobody_runs() -> None:
-    alone = replace(GOOD, decode_s=0.0, chunk_s=0.5)
+    alone = replace(GOOD, decode_s=0.0, delay_s=2.0)
     assert judge_local(alone, SLO) is LocalVerdict.LOCAL
+
+
+def test_a_step_may_miss_the_target_where_the_mean_over_the_answers_keeps_it() -> None:
+    slow = replace(GOOD, delay_s=4 * 0.2)  # steps of 0.22 s
+    assert judge_local(slow, SLO) is LocalVerdict.TPOT
+    assert judge_local(replace(slow, steps_to_go=9), SLO) is LocalVerdict.TPOT
+    assert judge_local(replace(slow, steps_to_go=10), SLO) is LocalVerdict.LOCAL
+
+
+def test_answers_that_end_before_the_prompt_does_have_a_chunk_in_every_step() -> None:
+    slow = replace(GOOD, delay_s=40 * 0.2, chunk_steps=40, steps_to_go=10)
+    assert slow.mean_step_s == pytest.approx(0.22)
 
 
 def test_within_the_time_of_a_token_it_saves_the_hand_off() -> None:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from core.ids import BlockHash, Incarnation, Role, WorkerId
 from core.messages import PrefixSource
 from router.coming import steps_of
-from router.place import DecodeCacheQuery
+from router.curves import PrefillCurve
+from router.place import Beside, DecodeCacheQuery
 from router.policies.base import Decision, Scored
 from tests.builders import QUICK
 from tests.router.views import BLOCK, CHAIN, Workers
@@ -144,6 +145,22 @@ def test_a_hand_off_not_yet_reported_is_no_prefill_to_wait_for_at_a_decode_worke
     query = DecodeCacheQuery(pool, known, 0.0, tokens=33, hashes=CHAIN)
     assert query.queued_tokens(WorkerId("a")) == 7
     assert workers.prefill().queued_tokens(WorkerId("a")) == 507
+
+
+def test_prompts_at_one_decode_worker_add_up_before_a_report_shows_them() -> None:
+    workers = Workers(Role.DECODE)
+    view = workers.add("a", cached=2, queued=30)
+    curve = PrefillCurve(0.0, 1.0, 0.0, step_tokens=10)
+    workers.known.curves.set_prefill(view.kind, curve)
+
+    def beside() -> Beside:
+        query = DecodeCacheQuery(workers.pool, workers.known, 0.0, tokens=33, hashes=CHAIN)
+        return query.beside(WorkerId("a"), 0.5)
+
+    work_s, steps = 25.0, 3  # of 33 tokens 8 are cached
+    assert beside() == (30 + 3 * 0.5, work_s + steps * 0.5, 30 + work_s, 3 + steps)
+    view.submitted(1, 20, 20)
+    assert beside() == (50 + 5 * 0.5, work_s + steps * 0.5, 50 + work_s, 5 + steps)
 
 
 def test_the_source_is_the_longest_holder() -> None:
