@@ -14,13 +14,14 @@ as long as it computes. Over all candidates the policy looked at:
     reject   otherwise; where no prediction is wrong by more than that, waiting was for nothing
 
 An idle worker admits whoever has not outwaited its patience, so a prediction that is far too high
-corrects itself. Late binding and early rejection are those of Mooncake (FAST'25, section 5.2) and
+corrects itself. Whoever comes while a pool has no worker waits in the same bounded line: a restart
+gathers no crowd. Late binding and early rejection are those of Mooncake (FAST'25, section 5.2) and
 P/D-Serve (arXiv 2408.08147).
 """
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -136,18 +137,17 @@ class _Asking:
 
 
 class _Gap:
-    """Time in which there was no worker, as far as those in line have noticed."""
+    """Time in which a pool had no worker, as far as those who came have noticed."""
 
     def __init__(self) -> None:
         self.total_s = 0.0
         """Of those that have ended."""
         self._since_s: float | None = None
 
-    def begin(self, now_s: float) -> float:
-        """There is none; answers the seconds since when."""
+    def begin(self, now_s: float) -> None:
+        """There is none, perhaps still."""
         if self._since_s is None:
             self._since_s = now_s
-        return now_s - self._since_s
 
     def end(self, now_s: float) -> None:
         """There is one, perhaps again."""
@@ -171,10 +171,15 @@ class Admission:
         bounds: QueueBounds,
         watcher: FlowWatcher,
         *,
+        ready: Callable[[], bool],
         enabled: bool = True,
         local: bool = True,
         worker_wait_s: float = 15.0,
     ) -> None:
+        """`ready`: every pool has a worker that takes requests. Not `enabled`: only those who find
+        it otherwise are held.
+        """
+        self._ready = ready
         self._worker_wait_s = worker_wait_s
         self._gap = _Gap()
         self._local = local
@@ -204,7 +209,8 @@ class Admission:
         """A block around all attempts of a sequence. Enters with the place found for its prefill,
         which holds until the next `await`; None leaves the choice to the attempt.
 
-        A line waits while no worker is there, up to `worker_wait_s`; then it gets NoWorkers.
+        It waits while a pool has no worker, up to `worker_wait_s` in all; then it gets NoWorkers,
+        or whatever its attempt does without that pool.
 
         Raises Overloaded, NoWorkers and DeadlineExceeded. Once one choice of a request has entered,
         its others are not refused: the client may have tokens of it.
@@ -230,18 +236,20 @@ class Admission:
             considered = await self._wait(asking, considered)
         elif isinstance(verdict, Reject):
             raise self._refusal(verdict, asking.slo_class)
-        self._watcher.admitted(self._clock.now_s() - asking.came_s)
+        now_s = self._clock.now_s()
+        asking.progress.workerless_s = self._gap.until(now_s) - asking.gap_s
+        self._watcher.admitted(now_s - asking.came_s)
         return considered
 
     async def _wait(self, asking: _Asking, considered: Considered | None) -> Considered | None:
         """In line until there is a place. Raises Overloaded, NoWorkers and DeadlineExceeded."""
         line = self._lines[asking.slo_class.name]
-        asking.work_s = _work_s(considered)
         line.append(asking)
         self._watcher.queued(self.waiting)
         try:
             while True:
                 asking.wake.clear()
+                asking.work_s = _work_s(considered)
                 considered, verdict = self._judge(asking, considered)
                 if isinstance(verdict, Admit):
                     return considered
@@ -266,6 +274,11 @@ class Admission:
         request, line = asking.progress.request, self._lines[asking.slo_class.name]
         if asking.progress.remaining_s <= 0:
             raise DeadlineExceeded("the request's time is up, and no worker was free in time")
+        started = request.request_id in self._started
+        left_s = self._gap_left_s(asking)
+        if left_s > 0 and not started:
+            # Those in line look again soon after the gap, each in its time and not all at once.
+            return before, Wait(min(left_s, asking.slo_class.slo.ttft_s / 2), _LEAST_RETRY_S)
         total_tokens = len(request.prompt_tokens) + request.sampling.max_tokens
         try:
             considered = self._chooser.consider(
@@ -275,24 +288,29 @@ class Admission:
                 local_total=total_tokens if self._local else None,
             )
         except NoWorkers:
-            if not line or request.request_id in self._started:
-                return None, Admit()  # the attempt's to wait for, or to fail with
-            left_s = self._worker_wait_s - self._gap.begin(self._clock.now_s())
-            if left_s <= 0:
+            if not started:
                 raise
-            return None, Wait(left_s, _LEAST_RETRY_S)
-        self._gap.end(self._clock.now_s())
-        if not self._enabled or request.request_id in self._started:
+            return None, Admit()  # the attempt's to wait for, or to fail with
+        if not self._enabled or started:
             return considered, Admit()
-        is_first = not line or line[0] is asking
+        is_first, now_s = not line or line[0] is asking, self._clock.now_s()
         verdict = decide(
-            self._clock.now_s(),
-            asking.came_s + self._gap.total_s - asking.gap_s,
+            now_s,
+            asking.came_s + self._gap.until(now_s) - asking.gap_s,
             considered.outlooks(),
             asking.slo_class.slo,
             ahead_s=None if is_first else _ahead_s(line, asking) / considered.places,
         )
         return considered, verdict
+
+    def _gap_left_s(self, asking: _Asking) -> float:
+        """How much longer it may wait for a pool that has no worker; 0 where it need not."""
+        now_s = self._clock.now_s()
+        if self._ready():
+            self._gap.end(now_s)
+            return 0.0
+        self._gap.begin(now_s)
+        return self._worker_wait_s - (self._gap.until(now_s) - asking.gap_s)
 
     def _full(self, prompt_tokens: int) -> bool:
         """An empty queue takes any prompt."""
@@ -303,11 +321,16 @@ class Admission:
 
     def _refusal(self, verdict: Reject, slo_class: SloClass) -> Overloaded:
         self._watcher.rejected(verdict.reason)
-        target = f"the first token would miss its target of {slo_class.slo.ttft_s:g} s"
-        full = "too many requests wait for a worker"
-        why = target if verdict.reason is RejectReason.TARGET else full
+        target = (
+            f"the first token would miss its target of {slo_class.slo.ttft_s:g} s; try again later"
+            " (slo.ttft_ms sets the target, router.admission switches this)"
+        )
+        full = (
+            f"{self.waiting} requests wait for a worker, and no more may; try again later"
+            " (router.admission_max_requests and router.admission_max_tokens bound them)"
+        )
         return Overloaded(
-            f"{why}; try again later (slo.ttft_ms sets the target, router.admission switches this)",
+            target if verdict.reason is RejectReason.TARGET else full,
             retry_after_s=verdict.retry_after_s,
         )
 

@@ -40,8 +40,8 @@ class RouterConfig(Settings):
     worker_silence_s: float = Field(5.0, gt=2.0)
     """A worker that says nothing for so long is lost; it sends a heartbeat every second."""
     worker_wait_s: float = Field(15.0, ge=0)
-    """A request waits for so long, in all, while a pool has no routable worker: a restart. One held
-    for its TTFT target waits as long anew."""
+    """A request waits for so long, in all, while a pool has no routable worker: a restart. That
+    counts as no load."""
     max_attempts: int = Field(3, ge=1)
     """Placements tried for one sequence before its error reaches the client."""
     prefill_policy: PrefillPolicyName = "baton"
@@ -57,7 +57,8 @@ class RouterConfig(Settings):
     """slo: a request whose slo.ttft_ms no worker can keep because of what waits before it is held
     in the router for a while, or answered 429 with Retry-After at once; off: placed anyhow."""
     admission_max_requests: int = Field(256, ge=0)
-    """Requests held like that; further ones are answered 429."""
+    """Requests held like that, or because a pool has no worker (also with admission: off); further
+    ones are answered 429."""
     admission_max_tokens: int = Field(2_000_000, ge=0)
     """Prompt tokens of the requests held."""
     local_prefill: bool = True

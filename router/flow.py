@@ -9,7 +9,7 @@ hops within an attempt is in attempt.py; no other file knows both workers of a s
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from random import Random
@@ -79,6 +79,7 @@ class Flow:
                 requests=config.admission_max_requests, prompt_tokens=config.admission_max_tokens
             ),
             watcher,
+            ready=self._has_pools,
             enabled=config.admission == "slo",
             local=config.local_prefill,
             worker_wait_s=config.worker_wait_s,
@@ -86,6 +87,7 @@ class Flow:
         self._rebalancer = Rebalancer(
             self._chooser, clock, watcher, ttft_s=policies.slo.ttft_s, enabled=config.requeue
         )
+        self._pools_there = asyncio.Event()
         fleet.on_load = self._look
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
@@ -96,19 +98,21 @@ class Flow:
     async def run(self, request: GenerateRequest, sink: TokenSink) -> None:
         """Give `sink` tokens until the finish; see router.types.Generator."""
         progress = Progress(request, self._clock)
-        patience_s = self._config.worker_wait_s
         with Observed(progress, self._observers):
-            patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
             async with self._admission.admitted(progress, self._slo_class) as considered:
-                await self._attempts(progress, sink, considered, patience_s)
+                await self._attempts(progress, sink, considered)
 
     def _look(self) -> None:
-        """Loads have changed."""
+        """Loads have changed, or who is there."""
+        if self._has_pools():
+            self._pools_there.set()
+        else:
+            self._pools_there.clear()
         self._admission.look()
         self._rebalancer.look()
 
     async def _attempts(
-        self, progress: Progress, sink: TokenSink, place: Considered | None, patience_s: float
+        self, progress: Progress, sink: TokenSink, place: Considered | None
     ) -> None:
         """One after the other; the first, of a sequence just admitted, goes to its `place`.
 
@@ -133,7 +137,7 @@ class Flow:
                 self._consider_retry(progress, attempt, error, tries)
             place = None
             await asyncio.sleep(min(_RETRY_PAUSE_S * attempt, _MAX_PAUSE_S))
-            patience_s -= await self._wait_for_workers(min(patience_s, progress.remaining_s))
+            await self._wait_for_workers(progress)
 
     async def _attempt(
         self,
@@ -186,13 +190,19 @@ class Flow:
             if self._running.get(key) is hops:
                 del self._running[key]
 
-    async def _wait_for_workers(self, timeout_s: float) -> float:
-        """Wait until both pools are routable, or `timeout_s`; answers the seconds it took."""
-        began_s = now_s = self._clock.now_s()
-        while now_s - began_s < timeout_s and not self.limits().ready:
-            await asyncio.sleep(_RETRY_PAUSE_S)
-            now_s = self._clock.now_s()
-        return now_s - began_s
+    async def _wait_for_workers(self, progress: Progress) -> None:
+        """Of a sequence that was admitted: until each pool has a worker, or its patience is up."""
+        if self._has_pools():
+            return
+        began_s = self._clock.now_s()
+        patience_s = self._config.worker_wait_s - progress.workerless_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, min(patience_s, progress.remaining_s))):
+                await self._pools_there.wait()
+        progress.workerless_s += self._clock.now_s() - began_s
+
+    def _has_pools(self) -> bool:
+        return self.limits().ready
 
     def _consider_retry(
         self, progress: Progress, attempt: int, error: Unavailable, tries: int

@@ -70,6 +70,8 @@ class Progress:
         self.migrations = 0
         self.requeued = False
         """Its prompt was moved from one prefill worker to another before it had begun."""
+        self.workerless_s = 0.0
+        """Of its time, what it has waited while a pool had no worker."""
         self.outcomes: list[str] = []
         self.prefill_worker = self.decode_worker = ""
         self.prefill_times = LegTimes()

@@ -111,6 +111,12 @@ class Places:
         self.now = outlooks
         self.looks = 0
         self.gone = False
+        """No worker is there."""
+        self.half = False
+        """None of the other pool is."""
+
+    def ready(self) -> bool:
+        return not (self.gone or self.half)
 
     def consider(self, *_prompt: object, **_how: object) -> Considered:
         self.looks += 1
@@ -161,6 +167,7 @@ class Door:
             self.clock,
             bounds,
             self.noted,
+            ready=self.places.ready,
             enabled=enabled,
             worker_wait_s=WORKER_WAIT_S,
         )
@@ -330,11 +337,74 @@ async def test_a_restart_that_was_waited_for_does_not_count_as_load() -> None:
         assert d.entered == ["a"]
 
 
-async def test_without_workers_the_attempt_finds_out() -> None:
+@pytest.mark.parametrize("lost", ["gone", "half"])
+@pytest.mark.parametrize("enabled", [True, False], ids=["slo", "off"])
+async def test_without_workers_so_many_wait_and_no_more(enabled: bool, lost: str) -> None:
+    async with door(QueueBounds(requests=2, prompt_tokens=1000), enabled=enabled) as d:
+        vars(d.places)[lost] = True
+        d.places.now = (FREE,)
+        for name in ("a", "b", "c"):
+            await d.come(name)
+        assert (d.entered, d.admission.waiting) == ([], 2)
+        error = d.refused["c"]
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s >= 1.0
+        assert "2 requests wait for a worker" in error.message
+        assert d.noted.reasons == [RejectReason.QUEUE_FULL]
+        vars(d.places)[lost] = False
+        await d.report(FREE)
+        await d.report(FREE)
+        assert d.entered == ["a", "b"]
+
+
+async def test_without_workers_prompts_beyond_the_tokens_held_are_refused() -> None:
+    async with door(QueueBounds(requests=10, prompt_tokens=25)) as d:
+        d.places.gone = True
+        for name in ("a", "b", "c"):
+            await d.come(name)
+        assert (list(d.refused), d.admission.waiting) == (["c"], 2)
+        d.places.gone = False
+
+
+async def test_who_waits_for_workers_leaves_the_line_with_its_client() -> None:
     async with door() as d:
         d.places.gone = True
+        task = await d.come("a")
+        task.cancel()
+        await d.settle()
+        assert d.admission.waiting == 0
+        d.places.gone = False
+
+
+async def test_what_has_begun_is_not_held_when_a_pool_is_lost() -> None:
+    async with door() as d:
+        d.places.now = (FREE,)
+        await d.come("a/0")
+        d.places.gone = True
+        await d.come("a/1")
+        assert d.entered == ["a/0", "a/1"]
+        d.places.gone = False
+
+
+async def test_without_the_other_pool_an_attempt_is_made_in_the_end() -> None:
+    async with door(clock=(clock := FakeClock())) as d:
+        d.places.half = True
+        d.places.now = (FREE,)
         await d.come("a")
+        clock.advance(WORKER_WAIT_S)
+        await d.report(FREE)
         assert d.entered == ["a"]
+        d.places.half = False
+
+
+async def test_the_whole_line_is_judged_anew_soon_after_a_restart() -> None:
+    async with door(clock=SystemClock()) as d:
+        d.places.gone = True
+        for name in ("a", "b"):
+            await d.come(name)
+        d.places.gone = False
+        d.places.now = ((12.0, 0.5),)
+        await until(lambda: len(d.refused) == 2, "both refused, long before the wait is over")
 
 
 async def test_a_line_waits_while_no_worker_is_there_and_goes_on_one_at_a_time() -> None:
@@ -405,7 +475,7 @@ async def test_a_real_workers_report_lets_the_first_in() -> None:
         link.submit(lambda number: prefill_submit(number, make_prompt(400, 1)), ignore, 400)
         ((queue_s, work_s),) = outlooks_of(chooser, prompt)
         slo = Slo(ttft_s=queue_s / 1.5 + work_s, tpot_s=1.0)
-        admission = Admission(chooser, clock, BOUNDS, Unwatched(), local=False)
+        admission = Admission(chooser, clock, BOUNDS, Unwatched(), ready=lambda: True, local=False)
         cluster.fleet.on_load = admission.look
         progress = Progress(make_request(prompt, deadline_s=600.0), clock)
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Literal
 
 import pytest
 
@@ -276,6 +277,53 @@ async def test_a_request_waits_for_a_worker_that_comes_in_time() -> None:
         async with served_worker("prefill-late", Role.PREFILL, cluster.hub) as late:
             await cluster.registry.register(late.record, 3600.0)
             assert tokens(await soon(client)) == expected_tokens(PROMPT, 4)
+
+
+@pytest.mark.parametrize("admission", ["slo", "off"])
+@pytest.mark.parametrize("missing", list(Role))
+async def test_a_restart_gathers_a_line_and_no_crowd(
+    missing: Role, admission: Literal["slo", "off"]
+) -> None:
+    config = RouterConfig(worker_wait_s=20, admission_max_requests=2, admission=admission)
+    workers = {str(role): int(role is not missing) for role in Role}
+    async with running_cluster(router=config, **workers) as cluster:  # type: ignore[arg-type]
+        prompts = [make_prompt(22, seed=i) for i in range(5)]
+        asked = [
+            asyncio.create_task(
+                collect_all(cluster, make_request(prompt, name=f"{i}", max_tokens=4))
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        held, refused = asked[:2], asked[2:]
+        for task in refused:
+            with pytest.raises(Overloaded, match="2 requests wait for a worker"):
+                await soon(task)
+        async with served_worker("late", missing, cluster.hub) as late:
+            await cluster.registry.register(late.record, 3600.0)
+            answers = [await soon(task) for task in held]
+            assert answers == [expected_tokens(prompt, 4) for prompt in prompts[:2]]
+            await until_idle(*cluster.workers, late.worker)
+
+
+async def collect_all(cluster: Cluster, request: GenerateRequest) -> list[int]:
+    return tokens(await generate(cluster, request))
+
+
+async def test_an_answer_that_has_begun_goes_on_when_its_pool_is_there_again() -> None:
+    config = RouterConfig(worker_wait_s=20, admission_max_requests=0)
+    async with (
+        running_cluster(decode=1, gated_decode=True, router=config) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        client = Reading(group, cluster, make_request(PROMPT, max_tokens=20))
+        cluster.decode[0].gate.allow(5)
+        await client.said(6)
+        await cluster.decode[0].stop_serving()
+        await until(lambda: not cluster.flow.limits().ready, "the loss")
+        async with served_worker("late", Role.DECODE, cluster.hub) as late:
+            await cluster.registry.register(late.record, 3600.0)
+            assert await client.ended() == expected_tokens(PROMPT, 20)
+            await until_idle(late.worker, *(served.worker for served in cluster.prefill))
 
 
 async def test_without_prefill_workers_nothing_is_tried() -> None:

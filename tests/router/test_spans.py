@@ -301,12 +301,24 @@ async def test_a_deadline_that_passes_is_an_error_of_the_stage_it_passed_in() ->
 
 
 async def test_attempts_that_found_no_worker_are_recorded_one_by_one() -> None:
-    async with running_cluster(prefill=0, decode=1) as cluster:
+    async with running_cluster(prefill=1, decode=0) as cluster:
         flow, recorded = recorded_flow(cluster, RouterConfig(max_attempts=2, worker_wait_s=0))
         with pytest.raises(NoWorkers):
             async with asyncio.timeout(20):
                 [item async for item in flow.generate(make_request([1]))]
     root, stages = recorded.spans()
-    assert names(stages) == ["admit", "route", "route"]
-    assert [span.status.description for span in stages] == [None, "no_workers", "no_workers"]
+    assert names(stages) == ["admit", "route", "prefill", "route", "prefill"]
+    errors = [span.status.description for span in stages]
+    assert errors == [None, None, "no_workers", None, "no_workers"]
     assert root.status.description == "no_workers"
+
+
+async def test_a_sequence_that_waited_in_vain_for_a_worker_was_never_placed() -> None:
+    async with running_cluster(prefill=0, decode=1) as cluster:
+        flow, recorded = recorded_flow(cluster, RouterConfig(worker_wait_s=0))
+        with pytest.raises(NoWorkers):
+            async with asyncio.timeout(20):
+                [item async for item in flow.generate(make_request([1]))]
+    root, stages = recorded.spans()
+    assert names(stages) == ["admit"]
+    assert root.status.description == stages[0].status.description == "no_workers"
