@@ -4,7 +4,7 @@ What they will leave in caches counts for those that come (coming.py), and those
 may move to another worker (rebalancer.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from core.ids import BlockHash, WorkerId
@@ -58,7 +58,10 @@ class QueuedPrompts:
         if prompts is not None and not prompts:
             del self._at[prompt.worker_id]
 
-    def by_worker(self) -> Iterator[tuple[WorkerId, list[QueuedPrompt]]]:
-        """Those of each worker, in the order they were submitted; the rest may change meanwhile."""
-        for worker_id in list(self._at):
-            yield worker_id, list(self._at.get(worker_id, ()))
+    def workers(self) -> list[WorkerId]:
+        """Where any are."""
+        return list(self._at)
+
+    def at(self, worker_id: WorkerId) -> list[QueuedPrompt]:
+        """In the order they were submitted."""
+        return list(self._at.get(worker_id, ()))

@@ -42,6 +42,7 @@ from router.policies.base import Decision
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Progress
+from router.queued import QueuedPrompt
 from router.types import Generated, MigrationReport, Requeued
 from router.view import WorkerView
 from router.watcher import Unwatched
@@ -507,9 +508,14 @@ async def test_time_that_ran_out_on_a_running_answer_counts_against_nobody() -> 
 ELSEWHERE = WorkerId("p1")
 
 
+def all_queued(s: Scene) -> list[QueuedPrompt]:
+    queued = s.chooser.queued
+    return [prompt for worker in queued.workers() for prompt in queued.at(worker)]
+
+
 def asked_to_move(s: Scene) -> None:
     """As the rebalancer does it."""
-    ((_, (prompt,)),) = s.chooser.queued.by_worker()
+    (prompt,) = all_queued(s)
     assert prompt.move is not None
     prompt.move(ELSEWHERE)
     assert s.prefill.sent[-1] == Withdraw(number=0)
@@ -524,7 +530,7 @@ async def test_a_withdrawn_prompt_ends_the_attempt_and_cancels_its_decode_leg() 
     assert requeued.value.to == ELSEWHERE
     assert isinstance(s.source.sent[-1], Cancel)
     assert not any(isinstance(message, Cancel) for message in s.prefill.sent)
-    assert list(s.chooser.queued.by_worker()) == []
+    assert all_queued(s) == []
     assert s.failed == {s.destination.record.incarnation}
 
 
@@ -560,5 +566,5 @@ async def test_a_prompt_that_was_moved_is_not_moved_again() -> None:
     scene = Scene()
     scene.progress.requeued = True
     with scene as s:
-        ((_, (prompt,)),) = s.chooser.queued.by_worker()
+        (prompt,) = all_queued(s)
         assert prompt.move is None

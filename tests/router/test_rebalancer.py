@@ -25,6 +25,7 @@ class Scene:
         self.idle = idle
         self.clock = FakeClock()
         self.steps: list[Requeue] = []
+        self.looked_at: list[QueuedPrompt] = []
         self.asked: list[tuple[int, WorkerId]] = []
         for i in range(prompts):
             self.queued.add(self.prompt(i))
@@ -34,6 +35,7 @@ class Scene:
         return self.queue_of
 
     def idle_work_s(self, prompt: QueuedPrompt) -> dict[WorkerId, float]:
+        self.looked_at.append(prompt)
         return dict.fromkeys(self.idle, 1.0)
 
     def asks_after(self, seconds: float) -> list[int]:
@@ -107,8 +109,71 @@ def test_nobody_moves_where_it_is_switched_off() -> None:
 
 def test_a_prompt_that_has_its_first_token_is_gone_from_the_queue() -> None:
     scene = Scene(2, queue_s=3.0)
-    ((_, prompts),) = scene.queued.by_worker()
+    prompts = scene.queued.at(SLOW)
     for prompt in (*prompts, *prompts):
         scene.queued.discard(prompt)
-    assert list(scene.queued.by_worker()) == []
+    assert scene.queued.workers() == []
     assert scene.asks_after(3.0) == []
+
+
+def passes(scene: Scene, count: int) -> set[QueuedPrompt]:
+    """What is looked at in so many passes, each of which has its bound."""
+    seen: set[QueuedPrompt] = set()
+    for _ in range(count):
+        scene.looked_at.clear()
+        scene.asks_after(0.1)
+        assert len(scene.looked_at) <= 128
+        seen.update(scene.looked_at)
+    return seen
+
+
+def test_a_pass_looks_at_so_many_prompts_of_a_long_queue_and_the_next_ones_at_the_others() -> None:
+    scene = Scene(500, queue_s=500.0, idle=())
+    assert len(passes(scene, 1)) == 64
+    assert passes(scene, 7) == set(scene.queued.at(SLOW)) - set(scene.queued.at(SLOW)[-64:])
+    assert passes(scene, 1) == set(scene.queued.at(SLOW)[-64:]), "a new round"
+
+
+def test_no_queue_starves_behind_longer_ones() -> None:
+    scene = Scene(500, queue_s=500.0, idle=())
+    for name in ("a", "z"):
+        for i in range(500):
+            scene.queued.add(scene.prompt(i, WorkerId(name)))
+    looked_at = {prompt.worker_id for prompt in passes(scene, 2)}
+    assert looked_at == {"a", SLOW, "z"}
+
+
+def test_queues_on_time_are_looked_at_in_turn_as_well() -> None:
+    scene = Scene(0, queue_s=0.0)
+    asked: list[WorkerId] = []
+    scene.queue_s = lambda worker: asked.append(worker) or 0.0  # type: ignore[method-assign, func-returns-value]
+    workers = [WorkerId(f"w{i:03}") for i in range(300)]
+    for worker in workers:
+        scene.queued.add(scene.prompt(0, worker))
+    for _ in range(3):
+        scene.asks_after(0.1)
+    assert len(asked) == 3 * 128
+    assert set(asked) == set(workers)
+
+
+def test_a_prompt_deep_in_a_queue_moves_although_the_last_ones_cannot() -> None:
+    scene = Scene(0, queue_s=500.0)
+    for i in range(200):
+        prompt = scene.prompt(i)
+        prompt.move = prompt.move if i == 3 else None
+        scene.queued.add(prompt)
+    asked = [number for _ in range(4) for number in scene.asks_after(0.1)]
+    assert asked == [3]
+
+
+def test_who_stands_behind_the_part_looked_at_is_no_reason_to_move() -> None:
+    """The first of the queue, looked at last, is sooner where it is."""
+    scene = Scene(0, queue_s=100.0)
+    scene.queued.add(first := scene.prompt(0))
+    for i in range(1, 100):
+        prompt = scene.prompt(i)
+        prompt.move = None
+        scene.queued.add(prompt)
+    assert first in passes(scene, 2)
+    assert scene.asked == []
+    assert first.move is not None
