@@ -278,6 +278,8 @@ def _show_goodput(
 def _goodput_json(
     standings: Sequence[Standing], options: GoodputOptions, settings: Settings
 ) -> dict[str, object]:
+    share = options.question.share
+    load = "sessions_per_seed" if settings.simulation.closed_sessions else "scale_per_seed"
     return {
         "simulated": True,
         "trace": Path(options.question.trace).name,
@@ -285,7 +287,7 @@ def _goodput_json(
         "seeds": options.seeds,
         "gpus": build_spec(settings, 1, 0).gpus,
         "slo": asdict(settings.slo),
-        "share": options.question.share,
+        "share": share,
         "goodput": {
             standing.system: {
                 "requests_per_gpu_s": standing.goodput.mean,
@@ -294,6 +296,10 @@ def _goodput_json(
                 "behind_half_width": _finite(standing.behind.half),
                 "tied": standing.is_tied,
                 "per_seed": [found.rate_per_gpu_s for found in standing.found],
+                load: [
+                    max((p.scale for p in found.points if p.attainment >= share), default=0.0)
+                    for found in standing.found
+                ],
             }
             for standing in standings
         },

@@ -52,6 +52,8 @@ def build_spec(settings: Settings, block_size: int, seed: int) -> SimSpec:
         routers=sim.routers,
         report_s=sim.report_ms / 1e3,
         max_tokens=sim.max_tokens,
+        closed_sessions=sim.closed_sessions,
+        sessions=sim.sessions,
         max_queued_tokens=settings.max_queued_tokens,
         max_sequences=settings.max_sequences,
         failures=tuple(

@@ -9,6 +9,7 @@ from random import Random
 from core.ids import WorkerId
 from core.messages import KvRemoved, KvStored
 from router.index import PrefixIndex
+from simulator.clients import Clients, OpenClients, make_clients
 from simulator.events import Events
 from simulator.fleet import Member, SimFleet, make_hello, make_record
 from simulator.handoff import PullQueue
@@ -98,7 +99,9 @@ class Cluster:
         ]
         self._enough: Callable[[Record], bool] | None = None
         self._stopped = False
-        self._coming: Iterator[SimRequest] = iter(())
+        self._clients: Clients = OpenClients(())
+        self._total = self._asked = 0
+        self._busy: dict[str, float] = {}
         self._every_s = 0.0
         self._pools = self._lay_out()
 
@@ -115,7 +118,8 @@ class Cluster:
         """
         self._enough = enough
         self._on_progress = on_progress or self._on_progress
-        self._coming = iter(requests)
+        spec, self._total = self._spec, len(requests)
+        self._clients = make_clients(requests, closed=spec.closed_sessions, at_once=spec.sessions)
         horizon_s = requests[-1].at_s if requests else 0.0
         for failure in self._spec.failures:
             self._events.at(failure.at_s, self._fail, failure)
@@ -123,8 +127,6 @@ class Cluster:
         self._every_s = horizon_s / max(1, self._spec.samples)
         if self._every_s > 0:
             self._events.at(self._every_s, self._sample, horizon_s)
-        busy: dict[str, float] = {}
-        self._events.at(horizon_s, self._note_busy, busy)
         with _rare_collections():
             while self._ended < len(requests) and self._events.pending and not self._stopped:
                 self._events.run_some(_PROGRESS_EVERY)
@@ -134,7 +136,7 @@ class Cluster:
             samples={name: tuple(pool.samples) for name, pool in self._pools.items()},
             ended_s=self._events.now_s(),
             events=self._events.happened,
-            busy_share=busy,
+            busy_share=self._busy,
             kv_moved_bytes=sum(
                 slot.port.received.carried_bytes for p in self._pools.values() for slot in p.slots
             ),
@@ -217,18 +219,27 @@ class Cluster:
     def _next_arrival(self, request: SimRequest | None) -> None:
         """One arrival is on the heap at a time."""
         if request is not None:
-            routers = self._routers
-            router = routers[0]
-            if len(routers) > 1:
-                router = routers[self._random.randrange(len(routers))]
-            router.arrive(request)
-        coming = next(self._coming, None)
+            self._ask(request)
+        coming = next(self._clients.coming, None)
         if coming is not None:
             self._events.at(coming.at_s, self._next_arrival, coming)
+
+    def _ask(self, request: SimRequest) -> None:
+        self._asked += 1
+        if self._asked == self._total:
+            self._note_busy()
+        routers = self._routers
+        router = routers[0]
+        if len(routers) > 1:
+            router = routers[self._random.randrange(len(routers))]
+        router.arrive(request)
 
     def _note_end(self, record: Record) -> None:
         self._records.append(record)
         self._ended += 1
+        following = self._clients.after(record.session, self._events.now_s())
+        if following is not None:
+            self._events.at(following.at_s, self._ask, following)
         if self._enough is not None and self._enough(record):
             self._stopped = True
         if self._ended % _PROGRESS_EVERY == 0:
@@ -255,11 +266,11 @@ class Cluster:
 
     # -- looking --------------------------------------------------------------------------------
 
-    def _note_busy(self, busy: dict[str, float]) -> None:
-        """Utilisation until the last arrival."""
+    def _note_busy(self) -> None:
+        """Utilisation until the last arrival, which is now."""
         now_s = max(1e-9, self._events.now_s())
         for name, pool in self._pools.items():
-            busy[name] = self._busy_s(pool) / now_s / max(1, len(pool.slots))
+            self._busy[name] = self._busy_s(pool) / now_s / max(1, len(pool.slots))
 
     def _busy_s(self, pool: _Pool) -> float:
         lives = sum(s.member.worker.busy_s for s in pool.slots if s.member is not None)
@@ -269,7 +280,8 @@ class Cluster:
         now_s = self._events.now_s()
         for pool in self._pools.values():
             pool.samples.append(self._look_at(pool, now_s))
-        if now_s + self._every_s <= horizon_s + 1e-9:
+        coming = self._spec.closed_sessions and self._asked < self._total
+        if coming or now_s + self._every_s <= horizon_s + 1e-9:
             self._events.at(now_s + self._every_s, self._sample, horizon_s)
 
     def _look_at(self, pool: _Pool, now_s: float) -> Sample:

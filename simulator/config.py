@@ -1,8 +1,9 @@
 """Settings of the simulated cluster: what a real one has and a config does not tell."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.config import Settings
 
@@ -58,6 +59,18 @@ class SimulationConfig(Settings):
     """Routers hear of load and caches only so often; 0: they see what is."""
     max_tokens: int = Field(2048, ge=1)
     """What clients ask for at most; no scheduler knows an answer's length before it ends."""
+    closed_sessions: bool = False
+    """A turn of a session is asked its recorded pause after the answer before it has ended in the
+    simulation; false: when it was recorded, whatever is answered when."""
+    sessions: int | None = Field(None, ge=1)
+    """With closed_sessions, so many at once: the next begins when one is over. Unset: they begin
+    at random, at the rate asked for."""
     pools: tuple[SimulatedPool, ...] = ()
     """Unset: a prefill and a decode pool as large as the cluster's."""
     failures: tuple[SimulatedFailure, ...] = ()
+
+    @model_validator(mode="after")
+    def _closed_if_counted(self) -> Self:
+        if self.sessions is not None and not self.closed_sessions:
+            raise PydanticCustomError("open_sessions", "given sessions only with closed_sessions")
+        return self

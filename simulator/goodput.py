@@ -18,6 +18,7 @@ from core.estimate import Estimate
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.build import Settings, build_spec
+from simulator.closed import BEGIN_S, GENERATIONS, run_sessions
 from simulator.cluster import Cluster
 from simulator.config import SimulatedPool
 from simulator.job import Record
@@ -96,7 +97,7 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Point:
     """One run of a search. One that had missed its share early was ended then: its attainment is
-    what it could have reached at most.
+    what it could have reached at most. With closed sessions, `scale` (rounded) is how many at once.
     """
 
     scale: float
@@ -152,7 +153,9 @@ def settings_of(system: System, settings: Settings) -> Settings:
 
 
 def run_once(settings: Settings, question: Question, seed: int, scale: float) -> Point:
-    """One run at `scale` times the trace's rate."""
+    """One run at `scale` times the trace's rate; of closed sessions, with so many at once."""
+    if settings.simulation.closed_sessions:
+        return _run_closed(settings, question, seed, scale)
     workload = _asked(question, seed, scale)
     spec = build_spec(settings, workload.block_size, seed)
     counted = workload.requests[int(_WARM_UP * len(workload.requests)) :]
@@ -161,6 +164,22 @@ def run_once(settings: Settings, question: Question, seed: int, scale: float) ->
     span_s = counted[-1].at_s - counted[0].at_s
     rate_per_s = len(counted) / span_s if span_s > 0 else 0.0
     return Point(scale, rate_per_s / spec.gpus, 1 - misses.count / len(counted))
+
+
+def _run_closed(settings: Settings, question: Question, seed: int, scale: float) -> Point:
+    sessions = max(1, round(scale))
+    shaping = Shaping(
+        seed=seed,
+        rate_scale=sessions / BEGIN_S,
+        sessions=GENERATIONS * sessions,
+        max_prompt_tokens=question.max_prompt_tokens,
+    )
+    workload = load_workload(question.trace, shaping).workload
+    if not workload.requests[0].session:
+        raise InvalidRequest("simulation.closed_sessions: the trace has no sessions to close")
+    spec = build_spec(settings, workload.block_size, seed)
+    attained = run_sessions(spec, workload.requests, sessions, question.share)
+    return Point(scale, attained.rate_per_s / spec.gpus, attained.share)
 
 
 class _Misses:

@@ -33,6 +33,7 @@ class Record:
     prefill_worker: str = ""
     decode_worker: str = ""
     outcome: str = "unfinished"
+    session: str = ""
 
     @property
     def ttft_s(self) -> float:
@@ -64,7 +65,12 @@ class Job:
     def __init__(self, request: SimRequest, router: "SimRouter") -> None:
         self.request = request
         self.router = router
-        self.record = Record(request.at_s, request.prompt_tokens, request.output_tokens)
+        self.record = Record(
+            request.at_s,
+            request.prompt_tokens,
+            request.output_tokens,
+            session=request.session,
+        )
         self.emitted = 0
         self.attempt = 0
         self.failed: set[Incarnation] = set()

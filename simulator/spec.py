@@ -53,7 +53,9 @@ class SimSpec:
     """One run, but for its requests. The same seed and requests give the same run.
 
     With `report_s` a router hears of load and caches only every so often, as every worker reports;
-    0 lets it see what is. `max_tokens` is what clients ask for at most.
+    0 lets it see what is. `max_tokens` is what clients ask for at most. With `closed_sessions`
+    turns wait for the answer before them, and at most `sessions` are open at once
+    (simulator/clients.py).
     """
 
     pools: tuple[PoolSpec, ...]
@@ -66,6 +68,8 @@ class SimSpec:
     max_queued_tokens: int = 1_000_000
     max_sequences: int = 1024
     failures: tuple[Failure, ...] = ()
+    closed_sessions: bool = False
+    sessions: int | None = None
     samples: int = 200
     seed: int = 0
 

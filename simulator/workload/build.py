@@ -28,16 +28,18 @@ class Shaping:
 
     All gaps between arrivals are divided by `rate_scale`, so bursts keep their shape; of sessions,
     only their starts. `requests` takes the first of them, or repeats the recording, each time with
-    blocks of its own; `skip` begins after so many, in a recording without sessions. Longer prompts
-    are cut to `max_prompt_tokens`. `recorded_tpot_s` is what a token of an answer took where
-    sessions were recorded. `start_s` and `rate_rps` are for client windows alone: which part of
-    their days, and the rate of all clients together.
+    blocks of its own; `skip` begins after so many, in a recording without sessions, and `sessions`
+    takes so many of those, whole, and not `requests`. Longer prompts are cut to
+    `max_prompt_tokens`. `recorded_tpot_s` is what a token of an answer took where sessions were
+    recorded. `start_s` and `rate_rps` are for client windows alone: which part of their days, and
+    the rate of all clients together.
     """
 
     seed: int = 0
     rate_scale: float = 1.0
     requests: int | None = None
     skip: int = 0
+    sessions: int | None = None
     max_prompt_tokens: int | None = None
     recorded_tpot_s: float = 0.02
     start_s: float | None = None
@@ -107,14 +109,17 @@ def _sessions(recorded: Recorded, shaping: Shaping, random: Random) -> list[SimR
     hashes = _Hashes(recorded.block_size, shared)
     rate = shaping.rate_scale * _SESSION_RATE
     start_s, copy, requests = 0.0, 0, list[SimRequest]()
-    while len(requests) < count:
+    begun = 0
+    while len(requests) < count if shaping.sessions is None else begun < shaping.sessions:
         names = list(turns)
         random.shuffle(names)
-        for name in names:
+        for name in names[: None if shaping.sessions is None else shaping.sessions - begun]:
             start_s += random.expovariate(rate)
             requests += _session(turns[name], start_s, copy, hashes, shaping)
+            begun += 1
         copy += 1
-    return sorted(requests, key=lambda request: request.at_s)[:count]
+    requests.sort(key=lambda request: request.at_s)
+    return requests if shaping.sessions is not None else requests[:count]
 
 
 def _session(

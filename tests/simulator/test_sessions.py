@@ -1,0 +1,113 @@
+"""Sessions in closed loops: when a turn is asked, how many are open, and what load they make."""
+
+from dataclasses import replace
+
+import pytest
+
+from router.config import RouterConfig
+from router.policies.base import Slo
+from simulator.clients import ClosedSessions
+from simulator.closed import GENERATIONS, run_sessions
+from simulator.cluster import Cluster, Outcome
+from simulator.job import Record
+from simulator.spec import SimSpec
+from simulator.workload.types import SimRequest
+from tests.simulator.clusters import run, split
+
+
+def turn(session: str, at_s: float, think_s: float | None = None, output: int = 11) -> SimRequest:
+    return SimRequest(at_s, 160, output, (), session, think_s)
+
+
+def closed(spec: SimSpec | None = None, sessions: int | None = None) -> SimSpec:
+    return replace(spec or split(), closed_sessions=True, sessions=sessions)
+
+
+def of(outcome: Outcome, session: str) -> list[Record]:
+    return [record for record in outcome.records if record.session == session]
+
+
+def test_a_turn_is_asked_its_pause_after_the_answer_before_it_ended() -> None:
+    turns = [turn("a", 0.0), turn("a", 0.1, think_s=2.0), turn("a", 50.0, think_s=0.5)]
+    first, second, third = of(run(closed(), turns), "a")
+    assert second.at_s == pytest.approx(first.end_s + 2.0)
+    assert third.at_s == pytest.approx(second.end_s + 0.5)
+    assert [r.at_s for r in run(split(), turns).records] == [0.0, 0.1, 50.0]
+
+
+def test_sessions_wait_for_their_own_answers_alone() -> None:
+    turns = [turn("a", 0.0, output=200), turn("b", 0.0), turn("a", 9.0, 0.0), turn("b", 9.0, 0.0)]
+    outcome = run(closed(split(2, 2)), turns)
+    (a1, a2), (b1, b2) = of(outcome, "a"), of(outcome, "b")
+    assert a2.at_s == pytest.approx(a1.end_s)
+    assert b2.at_s == pytest.approx(b1.end_s)
+    assert b2.at_s < a1.end_s
+
+
+def test_a_session_begins_when_one_of_those_at_once_is_over() -> None:
+    turns = [turn(name, at_s) for at_s, name in enumerate("abcd")]
+    turns += [turn(name, 90.0, 1.0) for name in "abcd"]
+    outcome = run(closed(sessions=2), turns)
+    assert len(outcome.records) == 8
+    spans = [(of(outcome, name)[0].at_s, of(outcome, name)[-1].end_s) for name in "abcd"]
+    for at_s, _ in spans:
+        assert sum(begin <= at_s < end for begin, end in spans) <= 2
+    assert sorted(begin for begin, _ in spans)[2:] == sorted(end for _, end in spans)[:2]
+
+
+def test_a_refused_turn_does_not_end_its_session() -> None:
+    spec = replace(split(), router=RouterConfig(), slo=Slo(ttft_s=0.4, tpot_s=0.1))
+    turns = [turn(f"s{i}", 0.01 * i + k, 0.1 if k else None) for i in range(30) for k in range(3)]
+    outcome = run(closed(spec), sorted(turns, key=lambda request: request.at_s))
+    assert len(outcome.records) == 90
+    refused = [record for record in outcome.records if record.outcome == "refused"]
+    assert refused
+    later = of(outcome, refused[0].session)
+    assert len(later) == 3
+
+
+def test_requests_without_a_session_are_sessions_of_one() -> None:
+    alone = ClosedSessions([SimRequest(0.0, 16, 1), SimRequest(1.0, 16, 1)], at_once=1)
+    assert [request.at_s for request in alone.coming] == [0.0]
+    following = alone.after("", 7.0)
+    assert following is not None
+    assert following.at_s == 7.0
+    assert alone.after("", 9.0) is None
+
+
+def test_closed_loops_slow_down_with_the_cluster_and_open_ones_do_not() -> None:
+    turns = [turn(f"s{i}", 0.0 if not k else 0.2 * k, 0.1 if k else None) for i in range(20)
+             for k in range(5)]  # fmt: skip
+    turns.sort(key=lambda request: request.at_s)
+    open_loop, closed_loop = run(split(), turns), run(closed(), turns)
+    assert max(r.at_s for r in open_loop.records) == pytest.approx(0.8)
+    assert max(r.at_s for r in closed_loop.records) > 5.0
+    worst = max(r.ttft_s for r in closed_loop.records)
+    assert worst < max(r.ttft_s for r in open_loop.records)
+
+
+def sessions_of(count: int) -> list[SimRequest]:
+    turns = [
+        turn(f"s{i}", 0.05 * i + 3.0 * k, 0.4 if k else None)
+        for i in range(count)
+        for k in range(4)
+    ]
+    return sorted(turns, key=lambda request: request.at_s)
+
+
+@pytest.mark.parametrize("at_once", [2, 12])
+def test_more_sessions_at_once_are_more_load_until_the_targets_are_missed(at_once: int) -> None:
+    spec = replace(split(), slo=Slo(ttft_s=0.5, tpot_s=0.1))
+    attained = run_sessions(spec, sessions_of(GENERATIONS * at_once), at_once, 0.9)
+    if at_once == 2:
+        # A turn takes 0.262 s, with three pauses of 0.4 s to four; two sessions seldom meet.
+        assert attained.share == 1.0
+        assert attained.rate_per_s == pytest.approx(8 / (4 * 0.262 + 3 * 0.4), rel=0.15)
+    else:
+        assert attained.share < 0.9
+
+
+def test_the_same_seed_gives_the_same_closed_run() -> None:
+    spec = replace(closed(split(2, 2), sessions=5), routers=3, report_s=0.2, seed=3)
+    turns = sessions_of(12)
+    assert Cluster(spec).run(turns) == Cluster(spec).run(turns)
