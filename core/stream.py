@@ -15,13 +15,10 @@ of uvloop, which sends at once, stood for some 36 to 67 us.
 """
 
 import asyncio
-import os
 import socket
 import struct
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+from contextlib import asynccontextmanager
 from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
@@ -80,7 +77,6 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         self._loop = asyncio.get_running_loop()
         self._take: Callable[[In], bool] | None = None
         self._waiter: asyncio.Future[In | None] | None = None
-        self._side: ThreadDoor | None = None
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -170,7 +166,6 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         return True  # what is to be sent may still go out
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._close_side()
         self._end(error)
 
     def _end(self, error: Exception | None) -> None:
@@ -224,26 +219,13 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         transport = self._transport
         if not held or transport.is_closing():
             return
-        frames = b"".join(held)
-        if self._side is None:
-            transport.write(frames)
-        else:
-            self._side.write(frames)
+        transport.write(b"".join(held))
         if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self.abort("the other end does not read its stream")
-
-    def thread_door(self) -> "ThreadDoor":
-        """A way for other threads to send short messages; it ends with the stream."""
-        if self._side is None:
-            abort = partial(self.abort, "half a message was sent")
-            on_half = partial(self._loop.call_soon_threadsafe, abort)
-            self._side = ThreadDoor(self._transport, self._has_unsent, on_half)
-        return self._side
 
     def close(self) -> None:
         """Close once what was sent is out, or in a while."""
         self._flush()
-        self._close_side()
         transport = self._transport
         transport.close()
         if transport.get_write_buffer_size():
@@ -253,71 +235,7 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         """Close at once; what was not sent yet is lost. With a reason, reading raises it."""
         self._flush()
         self._aborted = self._aborted or reason
-        self._close_side()
         self._transport.abort()
-
-    def _has_unsent(self) -> bool:
-        return bool(self._held or self._transport.get_write_buffer_size())
-
-    def _close_side(self) -> None:
-        if self._side is not None:
-            self._side.close()
-
-
-class ThreadDoor:
-    """Sends from any thread, past the event loop, while that has nothing unsent.
-
-    It has the socket under a number of its own: by the time a thread uses it, that of the transport
-    may be another file's. Two numbers of one socket keep it open, so this closes before that.
-    """
-
-    def __init__(
-        self,
-        transport: asyncio.Transport,
-        has_unsent: Callable[[], bool],
-        on_half: Callable[[], object],
-    ) -> None:
-        self._transport = transport
-        self._has_unsent = has_unsent
-        self._on_half = on_half
-        self._lock = threading.Lock()
-        self._number = os.dup(transport.get_extra_info("socket").fileno())
-        self._open = True
-        self._half = False
-
-    def send(self, frame: bytes) -> bool:
-        """From any thread; True: it is out. False: nothing of it is, and the event loop may try."""
-        with self._lock:
-            if not self._open or self._half or self._has_unsent():
-                return False
-            try:
-                sent = os.write(self._number, frame)
-            except OSError:  # full, or broken, which the reading side says
-                return False
-            self._half = sent < len(frame)
-        if self._half:
-            with suppress(RuntimeError):  # the event loop is closed, and the socket with it
-                self._on_half()
-        return True
-
-    def write(self, frame: bytes) -> None:
-        """From the event loop. After half a message nothing may follow."""
-        with self._lock:
-            if not self._half:
-                self._transport.write(frame)
-
-    def close(self) -> None:
-        """May repeat."""
-        with self._lock:
-            if self._open:
-                self._open = False
-                os.close(self._number)
-
-
-def framed(message: Sendable) -> bytes:
-    """As it goes over the wire."""
-    body = message.SerializeToString()
-    return _LENGTH.pack(len(body)) + body
 
 
 def _takes_nothing(_message: object) -> bool:

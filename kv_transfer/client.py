@@ -20,8 +20,7 @@ from core.ids import (
     shard_id,
 )
 from core.messages import PROTOCOL_MAJOR
-from core.stream import MessageStream, StreamBroken, dial, framed
-from kv_transfer.closing import ClosingQuestion
+from core.stream import MessageStream, StreamBroken, dial
 from kv_transfer.codec import (
     UnknownMessage,
     from_owner_from_wire,
@@ -80,7 +79,8 @@ class BoundLease:
         self.changed = asyncio.Event()
         self.on_announce: Callable[[], None] | None = None
         self.failure: TransferFailed | None = None
-        self.question = ClosingQuestion()
+        self.asked = False
+        """Whether it was: from then on a HELD may be under way."""
         self.closed: Closed | None = None
 
     def hear(self, announce: Announce) -> None:
@@ -95,7 +95,7 @@ class BoundLease:
 
     def answer(self, closed: Closed) -> None:
         """The closing question's; one that nobody asked for is none."""
-        if self.question.asked and self.closed is None:
+        if self.asked and self.closed is None:
             self.closed = closed
             self.changed.set()
 
@@ -165,7 +165,6 @@ class PeerConnection:
         """Bound inside; on the way out the owner is told, unless the lease was closed."""
         async with self._hold(lease_id) as lease:
             self.bind_again(lease_id, sequence_id, 0)
-            self._prepare(lease)
             yield lease
 
     def bind_again(self, lease_id: LeaseId, sequence_id: SequenceId, first_index: int) -> None:
@@ -205,7 +204,6 @@ class PeerConnection:
                 "the KV owner holds no more of the prefix", cause=TransferCause.NOT_HELD
             )
         async with self._hold(fetched.lease_id) as lease:
-            self._prepare(lease)
             yield lease, fetched.block_ids
 
     @asynccontextmanager
@@ -220,18 +218,12 @@ class PeerConnection:
             yield lease
         finally:
             del self._leases[lease_id]
-            if lease.question.withdraw():
+            if lease.asked:
                 self._asked[lease_id] = None  # a HELD under way is the answer to this pull alone
                 if len(self._asked) > _ASKED_LEASES:
                     self._asked.popitem(last=False)
             if lease.closed is None:
                 self._send(Abort(lease_id=lease_id, reason="the reader gave up"))
-
-    def _prepare(self, lease: BoundLease) -> None:
-        """So that the thread that sees the last read end has only to send."""
-        if self._stream is not None:
-            close = from_reader_to_wire(Close(lease_id=lease.lease_id))
-            lease.question.prepare(self._stream.thread_door(), framed(close))
 
     def send_ready(self, lease_id: LeaseId) -> None:
         """All that was announced of a running sequence is here."""
@@ -240,12 +232,10 @@ class PeerConnection:
     async def close_lease(
         self, lease: BoundLease, verify: tuple[BlockId, ...], timeout_s: float
     ) -> Closed:
-        """Ask the closing question, unless it was asked when the last read ended, and again when
-        the answer is late; silence is UNKNOWN.
-        """
-        for attempt in range(_CLOSE_ASKS):
-            if lease.question.claim() or attempt:
-                self._send(Close(lease_id=lease.lease_id, verify=verify))
+        """Ask the closing question, and again when the answer is late; silence is UNKNOWN."""
+        for _ in range(_CLOSE_ASKS):
+            lease.asked = True
+            self._send(Close(lease_id=lease.lease_id, verify=verify))
             try:
                 async with asyncio.timeout(timeout_s / _CLOSE_ASKS):
                     while lease.closed is None:

@@ -25,7 +25,7 @@ from kv_transfer.collective_owner import Door
 from kv_transfer.collective_reader import Pair
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import OnEnd, ReadStats
+from kv_transfer.transport import ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,7 @@ class CollectiveTransport:
                 f"no answer from the KV transport of {peer}", cause=TransferCause.NO_ANSWER
             ) from None
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         pair = self._pairs.get(peer)
         if pair is not None:
             return pair.read(plan)

@@ -12,7 +12,6 @@ from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.checksum import checksum_blocks, pick_blocks
 from kv_transfer.client import BoundLease, PeerConnection
-from kv_transfer.closing import ClosingQuestion
 from kv_transfer.config import TransferConfig
 from kv_transfer.messages import LeaseOutcome
 from kv_transfer.metrics import PullStats
@@ -43,11 +42,7 @@ class Room(Protocol):
     def try_reserve(self, cached: list[BlockId], num_blocks: int) -> Reserved | None: ...
 
     def start_reads(
-        self,
-        connection: PeerConnection,
-        remote: list[BlockId],
-        local: list[BlockId],
-        question: ClosingQuestion,
+        self, connection: PeerConnection, remote: list[BlockId], local: list[BlockId]
     ) -> "list[asyncio.Future[ReadStats]]": ...
 
     def give_back(self, landing: "Landing") -> None: ...
@@ -108,18 +103,12 @@ class Landing:
         start = first_index + skip - len(self.cached)
         local = self.fresh[start : start + len(remote)]
         self._remote.update(zip(range(start, start + len(remote)), remote, strict=True))
-        question = self._lease.question
-        for read in self._room.start_reads(self._connection, remote, local, question):
+        for read in self._room.start_reads(self._connection, remote, local):
             self.reads.append(read)
             if self._running == 0:
                 self._since_s = time.monotonic()
             self._running += 1
             read.add_done_callback(self._read_ended)
-
-    def all_posted(self) -> None:
-        """Nothing follows. The closing question may be asked as soon as the reads have ended."""
-        if self._room.config.verify == "off":
-            self._lease.question.arm()
 
     def _read_ended(self, _read: "asyncio.Future[ReadStats]") -> None:
         self._running -= 1

@@ -10,7 +10,7 @@ from core.ids import ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import OnEnd, ReadStats
+from kv_transfer.transport import ReadStats
 
 
 class LoopbackHub:
@@ -54,9 +54,7 @@ class LoopbackTransport:
             )
         self._peers[peer] = memory.address
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
         try:
             future.set_result(self._copy(peer, plan))

@@ -17,7 +17,7 @@ from engine.arena import Arena
 from kv_transfer.messages import Memory
 from kv_transfer.nixl_thread import Command, TransferThread, fail
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import OnEnd, ReadStats
+from kv_transfer.transport import ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +79,11 @@ class NixlTransport:
         )
         await future
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         """See Transport. A plan of nothing ends at once."""
         future: asyncio.Future[ReadStats] = self._loop.create_future()
         if plan.descriptors:
-            self._submit(Command(lambda: self._thread.read(peer, plan, future, on_end), future))
+            self._submit(Command(lambda: self._thread.read(peer, plan, future), future))
         else:
             future.set_result(ReadStats(nbytes=0, descriptors=0, seconds=0.0))
         return future

@@ -131,8 +131,6 @@ class Pulling:
             landing.post(start, block_ids)
         while self._first_gap in self._announced:
             self._first_gap += 1
-        if self._final is not None and self._first_gap >= self._num_blocks(self._final):
-            landing.all_posted()
 
     def _news(self, announce: Announce, limit: int) -> list[tuple[int, list[BlockId]]]:
         """What an announcement says for the first time, as runs of consecutive blocks."""
@@ -254,7 +252,6 @@ class Fetching:
         usable = False
         try:
             landing.post(len(cached), block_ids)
-            landing.all_posted()
             await landing.settle()
             await landing.confirm()
             usable = True

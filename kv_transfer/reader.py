@@ -22,7 +22,6 @@ from core.messages import Handoff, PrefixSource
 from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.client import BoundLease, OwnerAddress, PeerConnection
-from kv_transfer.closing import ClosingQuestion
 from kv_transfer.config import TransferConfig
 from kv_transfer.landing import Landing, Reserved
 from kv_transfer.messages import PeerHello
@@ -330,21 +329,15 @@ class Reader:
         return Reserved(cached, fresh)
 
     def start_reads(
-        self,
-        connection: PeerConnection,
-        remote: list[BlockId],
-        local: list[BlockId],
-        question: ClosingQuestion,
+        self, connection: PeerConnection, remote: list[BlockId], local: list[BlockId]
     ) -> "list[asyncio.Future[ReadStats]]":
         """Post the reads of these blocks, one per rank of the owner that has a part of them."""
         plans = plan_read(connection.shapes, self._shape, remote, local)
         incarnation = connection.door.incarnation
-        reads = []
-        for rank, plan in plans.items():
-            question.read_begun()
-            shard = shard_id(incarnation, rank)
-            reads.append(self._transports.start_read(shard, plan, question.read_ended))
-        return reads
+        return [
+            self._transports.start_read(shard_id(incarnation, rank), plan)
+            for rank, plan in plans.items()
+        ]
 
     def give_back(self, landing: Landing) -> None:
         """Release everything after a failure, blocks under a running read when it ends."""

@@ -1,15 +1,12 @@
 """The seam under which bytes move."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from core.ids import ShardId
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-
-OnEnd: TypeAlias = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +27,8 @@ class Transport(Protocol):
     after the last one; both may repeat. `start_read` answers a future that ends when no more bytes
     can arrive: with ReadStats, or with TransferFailed. It is never cancelled: whoever stops waiting
     for it must keep the target blocks out of use until it is done. A read from a dead or silent
-    peer ends by the transport's own bound. `on_end` is for who cannot wait until the event loop
-    hears of it: a transport may call it, from any thread, once the read has ended well and before
-    the future does; it returns at once and raises nothing. `close` ends all reads and frees what
-    was registered.
+    peer ends by the transport's own bound. `close` ends all reads and frees
+    what was registered.
     """
 
     @property
@@ -43,9 +38,7 @@ class Transport(Protocol):
 
     async def connect(self, peer: ShardId, memory: Memory) -> None: ...
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]": ...
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]": ...
 
     async def disconnect(self, peer: ShardId) -> None: ...
 

@@ -16,7 +16,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import OnEnd, ReadStats, Transport
+from kv_transfer.transport import ReadStats, Transport
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,7 @@ class Transports:
         await way.connect(peer, memory)
         return name
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         """As Transport.start_read, by the way of that peer."""
         way = self._routes.get(peer)
         if way is None:
@@ -80,7 +78,7 @@ class Transports:
                 TransferFailed(f"not connected to {peer}", cause=TransferCause.READ_FAILED)
             )
             return future
-        return way.start_read(peer, plan, on_end)
+        return way.start_read(peer, plan)
 
     async def disconnect(self, peer: ShardId) -> None:
         """After the last read from that shard; may repeat."""

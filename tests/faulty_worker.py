@@ -22,7 +22,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.messages import Memory
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import OnEnd, ReadStats, Transport
+from kv_transfer.transport import ReadStats, Transport
 from kv_transfer.transports import Transports
 
 
@@ -42,9 +42,7 @@ class DamagingTransport:
     async def connect(self, peer: ShardId, memory: Memory) -> None:
         await self._inner.connect(peer, memory)
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         read = self._inner.start_read(peer, plan)
         read.add_done_callback(lambda _: self._damage(plan))
         return read

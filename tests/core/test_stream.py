@@ -5,7 +5,6 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from unittest import mock
 
 import pytest
 import uvloop
@@ -16,11 +15,9 @@ from core.errors import ConfigError
 from core.stream import (
     MessageStream,
     StreamBroken,
-    ThreadDoor,
     accepting,
     address_of,
     dial,
-    framed,
     listen,
 )
 from tests.builders import WAIT_S, soon
@@ -108,81 +105,6 @@ async def test_a_taker_ends_with_its_stream() -> None:
             stream.send(Raw(b"x"))
             await asyncio.sleep(0)
         assert await soon(delivering) is None
-
-
-@LOOPS
-def test_a_thread_and_the_event_loop_send_whole_messages_to_one_stream(run: Run) -> None:
-    mine, theirs = [bytes([i]) * 300 for i in range(40)], [bytes([i]) * 17 for i in range(100, 140)]
-
-    async def exchange() -> None:
-        async with echo() as address, dial(address, Raw) as stream:
-            door = stream.thread_door()
-
-            def send_theirs() -> list[bool]:
-                return [door.send(framed(Raw(message))) for message in theirs]
-
-            assert await asyncio.to_thread(door.send, framed(Raw(b"first")))
-            assert await soon(stream.read()) == b"first"
-            sending = asyncio.create_task(asyncio.to_thread(send_theirs))
-            for message in mine:
-                stream.send(Raw(message))
-                await asyncio.sleep(0)
-            out = [m for m, sent in zip(theirs, await soon(sending), strict=True) if sent]
-            heard = [await soon(stream.read()) for _ in range(len(mine) + len(out))]
-            assert [m for m in heard if len(m or b"") == 300] == mine
-            assert [m for m in heard if len(m or b"") == 17] == out
-
-    run(exchange())
-
-
-async def test_a_thread_sends_nothing_past_unsent_messages() -> None:
-    listener = listen("127.0.0.1", 0)  # the kernel accepts; nobody reads
-    with listener:
-        async with dial(address_of(listener), Raw) as stream:
-            stream.send(Raw(bytes(15 * 1024 * 1024)))
-            assert not stream.thread_door().send(framed(Raw(b"x")))
-
-
-async def test_nothing_follows_half_a_message() -> None:
-    halves: list[None] = []
-    mine, other = socket.socketpair()
-    with mine, other:
-        mine.setblocking(False)
-        transport = mock.Mock(asyncio.Transport, get_extra_info=lambda _name: mine)
-        door = ThreadDoor(transport, lambda: False, lambda: halves.append(None))
-        assert door.send(bytes(4 * 1024 * 1024))  # more than the kernel takes
-        assert halves == [None]
-        other.recv(1024 * 1024)
-        assert not door.send(b"x")
-        door.write(b"x")
-        transport.write.assert_not_called()
-        door.close()
-
-
-@LOOPS
-def test_a_thread_sends_nothing_once_its_stream_has_ended(run: Run) -> None:
-    async def scene() -> None:
-        async with echo() as address, dial(address, Raw) as stream:
-            door = stream.thread_door()
-            assert door.send(framed(Raw(b"x")))
-            stream.abort()
-            assert not door.send(framed(Raw(b"x")))
-
-    run(scene())
-
-
-async def test_the_other_end_hears_of_an_abort_although_threads_had_a_door() -> None:
-    ended = asyncio.Event()
-
-    async def serve(stream: MessageStream[Raw]) -> None:
-        await stream.read()
-        ended.set()
-
-    listener = listen("127.0.0.1", 0)
-    async with accepting(listener, Raw, serve), dial(address_of(listener), Raw) as stream:
-        stream.thread_door()
-        stream.abort()
-        await soon(ended.wait())
 
 
 @pytest.mark.parametrize("turns", range(5))

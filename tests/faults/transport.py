@@ -10,7 +10,7 @@ from core.ids import ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import OnEnd, ReadStats, Transport
+from kv_transfer.transport import ReadStats, Transport
 from tests.faults.board import Board
 from tests.faults.fault import Fault
 
@@ -38,9 +38,7 @@ class FaultyTransport:
             raise _injected()
         await self._inner.connect(peer, memory)
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         if self._board.take(Fault.READ_RAISES):
             raise _injected()
         answer: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()

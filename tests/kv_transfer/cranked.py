@@ -130,13 +130,6 @@ class Pipe(Generic[T]):
         return self._delivered.popleft()
 
 
-class NoDoor:
-    """Threads cannot send: all messages are in the hands of the test."""
-
-    def send(self, _frame: bytes) -> bool:
-        return False
-
-
 class Link:
     """One PeerStream. `door` is the owner's handler of it, `reader` who said hello."""
 
@@ -188,9 +181,6 @@ class ReaderEnd:
         while take(message := await self.read()):
             pass
         return message
-
-    def thread_door(self) -> NoDoor:
-        return NoDoor()
 
 
 class OwnerEnd:

@@ -1,7 +1,6 @@
 """The two halves of a hand-off in one process: a real stream, a loopback transport."""
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from kv_transfer.owner import Owner, Send
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest, Reader
 from kv_transfer.server import serving_peers
-from kv_transfer.transport import OnEnd, ReadStats
+from kv_transfer.transport import ReadStats
 from kv_transfer.transports import Transports
 from tests.builders import WAIT_S, until
 
@@ -57,8 +56,6 @@ class HoldingTransport:
         self._held: list[tuple[ShardId, ReadPlan, asyncio.Future[ReadStats]]] = []
         self.reads = 0
         self.holds = True
-        self.early = False
-        """The bytes arrive and a thread sees it at once; the event loop hears of it at `let_go`."""
 
     @property
     def waiting(self) -> int:
@@ -70,17 +67,12 @@ class HoldingTransport:
     async def connect(self, peer: ShardId, memory: Memory) -> None:
         await self._inner.connect(peer, memory)
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         self.reads += 1
         if not self.holds:
             return self._inner.start_read(peer, plan)
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
         self._held.append((peer, plan, future))
-        if self.early and on_end is not None:
-            self._inner.start_read(peer, plan)
-            asyncio.get_running_loop().call_soon(_on_a_thread, on_end)
         return future
 
     async def disconnect(self, peer: ShardId) -> None:
@@ -102,12 +94,6 @@ class HoldingTransport:
                 future.set_exception(error)
             else:
                 future.set_result(done.result())
-
-
-def _on_a_thread(on_end: OnEnd) -> None:
-    thread = threading.Thread(target=on_end)
-    thread.start()
-    thread.join(WAIT_S)
 
 
 class LossyOwner(Owner):

@@ -16,7 +16,7 @@ def flip_a_byte_of(p: Pair, index: int) -> None:
     """Damage block `index` of the next pull between its read and the closing question."""
     start_read = p.half.transport.start_read
 
-    def damaged(peer, plan, on_end=None):  # type: ignore[no-untyped-def]
+    def damaged(peer, plan):  # type: ignore[no-untyped-def]
         read = start_read(peer, plan)
         block_bytes = p.half.arena.layout.block_bytes
         data = p.half.arena.data.view(-1)

@@ -16,7 +16,7 @@ from engine.pool import BlockPool, BlockState
 from kv_transfer.leases import Lease, LeaseListener, LeaseTable
 from kv_transfer.messages import LeaseOutcome, Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import OnEnd, ReadStats
+from kv_transfer.transport import ReadStats
 from tests.kv_transfer.cranked import Steps
 
 MODEL = ModelId("m")
@@ -176,9 +176,7 @@ class ChosenTransport:
     async def close(self) -> None:
         pass
 
-    def start_read(
-        self, peer: ShardId, plan: ReadPlan, on_end: OnEnd | None = None
-    ) -> "asyncio.Future[ReadStats]":
+    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         size = LAYOUT.block_bytes
         pairs = [
             (BlockId(remote // size + i), BlockId(local // size + i))
