@@ -44,8 +44,8 @@ class RouterOutlet:
     def flush(self) -> None:
         """End of a step: the gathered tokens leave as one frame."""
         if self._frame:
-            self._say(TokenFrame(entries=tuple(self._frame)))
-            self._frame.clear()
+            entries, self._frame = tuple(self._frame), []
+            self._say(TokenFrame(entries=entries))  # which may end legs, and say so through here
 
     def report(self, load: LoadReport, now_s: float) -> None:
         """Send the load if it differs from what this router heard last, or as a heartbeat."""

@@ -9,7 +9,20 @@ from contextlib import asynccontextmanager
 from cluster.worker.outlet import RouterOutlet
 from cluster.worker.worker import Worker
 from core.channel import describe_break, heed_cancel
-from core.messages import PROTOCOL_MAJOR, RouterRefused
+from core.errors import RequestTooLarge
+from core.messages import (
+    PROTOCOL_MAJOR,
+    Accepted,
+    KvEvents,
+    LegFailed,
+    Moved,
+    Offered,
+    Rejected,
+    RouterRefused,
+    TokenFrame,
+    Withdrawn,
+    WorkerToRouter,
+)
 from core.stream import MessageStream, StreamBroken, accepting
 from kv_transfer.codec import UnknownMessage
 from router.codec import from_router, to_router
@@ -44,7 +57,8 @@ class RouterDoor:
 
     async def _serve(self, stream: Stream) -> None:
         await _admit(stream)
-        outlet = self._worker.attach(lambda message: stream.send(to_router(message)))
+        voice = Voice(stream, self._worker)
+        outlet = voice.outlet = self._worker.attach(voice.say)
         try:
             await self._read(outlet, stream)
         finally:
@@ -58,6 +72,48 @@ class RouterDoor:
                 log.info("router_message_skipped %s", unknown)
                 continue
             self._worker.handle(outlet, message)
+
+
+class Voice:
+    """Says to one router what its stream can carry: other messages are divided, and what cannot be
+    divided ends the leg it is about. A message that is too large would end the stream, and with it
+    every leg of that router.
+    """
+
+    def __init__(self, stream: Stream, worker: Worker) -> None:
+        self._stream = stream
+        self._worker = worker
+        self.outlet: RouterOutlet | None = None
+        """Whose voice it is, once that is attached."""
+
+    def say(self, message: WorkerToRouter) -> None:
+        """On its way, or dropped when the stream has ended; never waits."""
+        encoded = to_router(message)
+        if self._stream.try_send(encoded):
+            return
+        match message:
+            case TokenFrame(entries=entries) if len(entries) > 1:
+                middle = len(entries) // 2
+                self.say(TokenFrame(entries=entries[:middle]))
+                self.say(TokenFrame(entries=entries[middle:]))
+            case TokenFrame(entries=(entry,)):
+                self._fail(entry.number, encoded.ByteSize())
+            case KvEvents(first_number=first, events=events) if len(events) > 1:
+                middle = len(events) // 2
+                self.say(KvEvents(first_number=first, events=events[:middle]))
+                self.say(KvEvents(first_number=first + middle, events=events[middle:]))
+            case KvEvents():  # the gap in the numbers makes the router ask for a snapshot
+                log.warning("kv_event_too_large bytes=%d", encoded.ByteSize())
+            case Accepted() | Rejected() | LegFailed() | Offered() | Moved() | Withdrawn():
+                self._fail(message.number, encoded.ByteSize())
+            case _:
+                self._stream.send(encoded)  # which ends the stream: it is about all its legs
+
+    def _fail(self, number: int, size_bytes: int) -> None:
+        log.warning("router_message_too_large number=%d bytes=%d", number, size_bytes)
+        if self.outlet is not None:
+            why = f"the worker's message of {size_bytes} bytes is too large for its stream"
+            self._worker.fail_leg(self.outlet, number, RequestTooLarge(why))
 
 
 async def _admit(stream: Stream) -> None:

@@ -19,6 +19,7 @@ from core.messages import (
     DecodeSubmit,
     KvEvents,
     KvSnapshot,
+    LegFailed,
     LoadReport,
     Offer,
     PrefillSubmit,
@@ -30,6 +31,7 @@ from core.messages import (
     WorkerHello,
     WorkerToRouter,
 )
+from core.stages import Stage
 from decode_worker.config import DecodeConfig
 from decode_worker.policy import pull_headroom_blocks
 from decode_worker.role import DecodeRole
@@ -232,6 +234,13 @@ class Worker:
             case SnapshotRequest():
                 self._broadcast_events()
                 self._send_snapshot(outlet)
+
+    def fail_leg(self, outlet: RouterOutlet, number: int, error: BatonError) -> None:
+        """End a leg of which the router cannot be told, and tell it that; other legs go on."""
+        self.handle(outlet, Cancel(number=number, reason=error.message))
+        stage = Stage.PREFILL if self._role is Role.PREFILL else Stage.DECODE
+        failed = LegFailed(number=number, code=error.code, message=error.message, stage=stage)
+        outlet.send(failed)
 
     def _submit(self, outlet: RouterOutlet, submit: PrefillSubmit | DecodeSubmit) -> None:
         refusal: BatonError | None = None
