@@ -147,7 +147,7 @@ class Planner:
         if wanted is not None and wanted > room:
             raise ContextTooLong(
                 f"{holds}; the prompt has {prompt_tokens} and the answer may have {wanted}",
-                param="max_tokens",
+                param="max_completion_tokens" if body.max_tokens is None else "max_tokens",
             )
         return room if wanted is None else wanted
 
