@@ -121,6 +121,7 @@ def _show_run(
         ("prompt tokens cached", f"{summary.hit_rate:.1%}"),
         *((f"busy: {name}", f"{share:.1%}") for name, share in outcome.busy_share.items()),
         ("preemptions", str(outcome.preemptions)),
+        ("queued prompts moved", str(outcome.prompts_moved)),
         *((f"requests {name}", str(count)) for name, count in sorted(summary.outcomes.items())),
     ):
         totals.add_row(name, value)
@@ -143,6 +144,7 @@ def _run_json(
         "transfer_s": dict(zip(names, summary.transfer_s, strict=False)),
         "busy_share": outcome.busy_share,
         "preemptions": outcome.preemptions,
+        "prompts_moved": outcome.prompts_moved,
         "kv_moved_bytes": outcome.kv_moved_bytes,
     }
 

@@ -173,11 +173,14 @@ class Chooser(Generic[L]):
         tokens: Sequence[int],
         cache_salt: str,
         failed: Collection[Incarnation],
+        *,
+        hashes: Sequence[BlockHash] | None = None,
     ) -> Considered[L] | None:
         """As `consider`, with the choice made; None if no prompt may go there now."""
         if not self._fleet.pool(Role.PREFILL).workers:
             return None
-        query = self._prefill_query(len(tokens), failed, self._hashes_of(tokens, cache_salt))
+        hashes = self._hashes_of(tokens, cache_salt) if hashes is None else hashes
+        query = self._prefill_query(len(tokens), failed, hashes)
         if worker not in query.pool or not query.is_open(worker):
             return None
         queue_s, work_s = query.expected_s(worker)

@@ -58,6 +58,10 @@ class QueuedPrompts:
         if prompts is not None and not prompts:
             del self._at[prompt.worker_id]
 
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._at)
+
     def workers(self) -> list[WorkerId]:
         """Where any are."""
         return list(self._at)

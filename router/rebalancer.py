@@ -13,17 +13,20 @@ move to and fro.
 import logging
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Generic
 
 from core.clock import Clock
 from core.ids import WorkerId
 from router.chooser import Chooser
+from router.members import L
 from router.policies.rebalance import MoveOne, Waiting, choose_moves
 from router.queued import QueuedPrompt
 from router.watcher import FlowWatcher, Requeue
 
 log = logging.getLogger(__name__)
 
-_EVERY_S = 0.1
+EVERY_S = 0.1
+"""Looks are so far apart at least."""
 _PER_PASS = 128
 """Prompts, and queues, looked at in one pass, whatever waits: it holds up the event loop. The next
 pass goes on where it stopped.
@@ -34,11 +37,17 @@ _MOVES = 8
 """Of one worker's prompts in one pass."""
 
 
-class Rebalancer:
+class Rebalancer(Generic[L]):
     """One router's. `look` costs next to nothing while every queue keeps the target."""
 
     def __init__(
-        self, chooser: Chooser, clock: Clock, watcher: FlowWatcher, *, ttft_s: float, enabled: bool
+        self,
+        chooser: Chooser[L],
+        clock: Clock,
+        watcher: FlowWatcher,
+        *,
+        ttft_s: float,
+        enabled: bool,
     ) -> None:
         self._chooser = chooser
         self._clock = clock
@@ -56,7 +65,7 @@ class Rebalancer:
         now_s = self._clock.now_s()
         if not self._enabled or now_s < self._next_at_s:
             return
-        self._next_at_s = now_s + _EVERY_S
+        self._next_at_s = now_s + EVERY_S
         workers = sorted(self._chooser.queued.workers())
         self._depths = {w: self._depths[w] for w in workers if w in self._depths}
         first = bisect_left(workers, self._next_worker)

@@ -9,6 +9,7 @@ from random import Random
 from core.ids import WorkerId
 from core.messages import KvRemoved, KvStored
 from router.index import PrefixIndex
+from router.watcher import Requeue
 from simulator.clients import Clients, OpenClients, make_clients
 from simulator.events import Events
 from simulator.fleet import Member, SimFleet, make_hello, make_record
@@ -49,6 +50,8 @@ class Outcome:
     """By pool: share of its workers' time that steps took, until the last request's arrival."""
     kv_moved_bytes: int
     preemptions: int
+    prompts_moved: int = 0
+    """Out of one prefill worker's queue to another's."""
 
 
 @dataclass(slots=True)
@@ -142,6 +145,7 @@ class Cluster:
             ),
             preemptions=sum(m.worker.scheduler.preemptions for m in members)
             + sum(slot.preemptions for p in self._pools.values() for slot in p.slots),
+            prompts_moved=sum(router.moves.steps[Requeue.MOVED] for router in self._routers),
         )
 
     # -- building -------------------------------------------------------------------------------

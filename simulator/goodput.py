@@ -43,7 +43,12 @@ class System:
     colocated: bool = False
 
 
-_PLAIN = (("admission", "off"), ("local_prefill", False), ("decode_policy", "least_load"))
+_PLAIN = (
+    ("admission", "off"),
+    ("local_prefill", False),
+    ("requeue", False),
+    ("decode_policy", "least_load"),
+)
 SYSTEMS = {
     system.name: system
     for system in (

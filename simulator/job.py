@@ -59,6 +59,7 @@ class Job:
         "queued",
         "record",
         "request",
+        "requeued",
         "router",
     )
 
@@ -77,6 +78,8 @@ class Job:
         self.legs: list[Leg] = []
         self.decode: SimLink | None = None
         self.queued: QueuedPrompt | None = None
+        self.requeued = False
+        """It has moved out of a queue once, and does not again."""
         self.began_s = nan
 
     @property

@@ -8,8 +8,9 @@ whether a worker takes a leg its role's policy's. Here is only the order of the 
 router/attempt.py has it, without the waits that a lost message would need.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 from core.errors import InvalidRequest, NoWorkers
@@ -23,7 +24,8 @@ from router.admission import Admit, Reject, Verdict, decide
 from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
 from router.policies.build import build_policies
-from router.watcher import Unwatched
+from router.rebalancer import EVERY_S, Rebalancer
+from router.watcher import Requeue, Unwatched
 from simulator.events import Events
 from simulator.fleet import Member, SimFleet, SimLink
 from simulator.handoff import Handoff
@@ -35,6 +37,16 @@ from simulator.workload.types import SimRequest
 _LOOK_S = 0.02
 """The first of the line looks for a place so often; the live router does with each load report."""
 _RETRY_S = 0.25
+
+
+class Moves(Unwatched):
+    """Counts the steps of queued prompts' moves."""
+
+    def __init__(self) -> None:
+        self.steps: Counter[Requeue] = Counter()
+
+    def requeued(self, step: Requeue) -> None:
+        self.steps[step] += 1
 
 
 class SimRouter:
@@ -70,6 +82,15 @@ class SimRouter:
         self._line: deque[tuple[Job, float]] = deque()
         self._looking = False
         self._jobs: dict[int, Job] = {}
+        self.moves = Moves()
+        self._rebalancer = Rebalancer(
+            self.chooser,
+            events,
+            self.moves,
+            ttft_s=spec.slo.ttft_s,
+            enabled=spec.router.requeue,
+        )
+        self._watching = False
 
     @property
     def waiting(self) -> int:
@@ -179,7 +200,7 @@ class SimRouter:
             return
         job.record.prefill_worker = job.record.decode_worker = link.record.worker_id
         link.submitted(placed.load_tokens, placed.prompt_tokens)
-        self._note_queued(job, placed)
+        self._note_queued(job, placed, moves=False)
         job.decode = link
         leg = ComputeLeg(job, link, now_s)
         job.legs = [leg]
@@ -191,7 +212,7 @@ class SimRouter:
             return
         job.record.prefill_worker = link.record.worker_id
         link.submitted(placed.load_tokens)
-        self._note_queued(job, placed)
+        self._note_queued(job, placed, moves=not job.requeued)
         leg = PrefillLeg(job, link, now_s)
         job.legs = [leg]
         if job.emitted + 1 < self._max_tokens(job) and not self._hand_over(job, leg, now_s):
@@ -233,16 +254,48 @@ class SimRouter:
         job.legs.append(leg)
         return True
 
-    def _note_queued(self, job: Job, placed: Placement[SimLink]) -> None:
-        """What it will leave in that worker's cache counts for prompts to come."""
+    def _note_queued(self, job: Job, placed: Placement[SimLink], *, moves: bool) -> None:
+        """What it will leave in that worker's cache counts for prompts to come; until it begins it
+        may move to another one.
+        """
         if placed.queued is not None:
             job.queued = placed.queued
+            placed.queued.arrived_at_s = job.request.at_s
+            placed.queued.move = partial(self._withdraw, job) if moves else None
             self.chooser.queued.add(placed.queued)
+            if moves:
+                self._look_at_queues_later()
 
     def _forget_queued(self, job: Job) -> None:
         if job.queued is not None:
             self.chooser.queued.discard(job.queued)
             job.queued = None
+
+    # -- queued prompts that move -----------------------------------------------------------------
+
+    def _look_at_queues_later(self) -> None:
+        """The live router looks with each load report, which busy workers make all the time."""
+        if not self._watching and self._spec.router.requeue:
+            self._watching = True
+            self._events.at(self._events.now_s() + EVERY_S, SimRouter._look_at_queues, self)
+
+    def _look_at_queues(self) -> None:
+        self._watching = False
+        self._rebalancer.look()
+        if self.chooser.queued:
+            self._look_at_queues_later()
+
+    def _withdraw(self, job: Job, to: WorkerId) -> None:
+        """The worker gives a prompt back that it has not begun; one that it has goes on there."""
+        if not job.legs or job.legs[0].sequence.started_at_s is not None:
+            return
+        self._give_up_legs(job)
+        job.requeued = True
+        self.moves.requeued(Requeue.MOVED)
+        considered = self.chooser.consider_at(
+            to, range(job.context_tokens), "", job.failed, hashes=job.request.hashes
+        )
+        self._start(job, considered)
 
     def _give_up_legs(self, job: Job) -> None:
         """Before it goes on elsewhere; a worker lost meanwhile must not start it a second time."""
@@ -326,7 +379,7 @@ class SimRouter:
         left = min([job.outputs_left, *(leg.sequence.outputs_left for leg in job.generating())])
         job.emitted = job.request.output_tokens - max(1, left)
         job.legs = []
-        if job.record.attempts >= self._spec.router.max_attempts:
+        if job.record.attempts - job.requeued >= self._spec.router.max_attempts:
             self._end(job, "failed")
         else:
             self._start(job, None)

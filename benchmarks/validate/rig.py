@@ -15,8 +15,10 @@ from simulator.worker import WorkerSpec
 from simulator.workload.types import SimRequest
 
 NO_SLO = Slo(ttft_s=1e6, tpot_s=1e6)
-PLAIN = RouterConfig(admission="off", local_prefill=False, request_timeout_s=1e6)
-"""The production router, but all requests are served and every prompt is handed over."""
+PLAIN = RouterConfig(admission="off", local_prefill=False, requeue=False, request_timeout_s=1e6)
+"""The production router, but all requests are served where they were placed, and every prompt is
+handed over.
+"""
 _ENDLESS = 10**9
 _SHORTEST_QUEUE = PLAIN.model_copy(
     update={"prefill_policy": "least_load", "decode_policy": "least_load"}

@@ -62,3 +62,12 @@ def ask(at_s: float = 0.0, prompt: int = 160, output: int = 11, family: int = 0)
 
 def run(spec: SimSpec, requests: Sequence[SimRequest]) -> Outcome:
     return Cluster(spec).run(requests)
+
+
+def check_idle(cluster: Cluster) -> None:
+    """Nothing runs any more, and no block is lost."""
+    for pool in cluster._pools.values():
+        for slot in pool.slots:
+            if slot.member is not None:
+                slot.member.worker.pool.check()
+                slot.member.worker.pool.check_idle()
