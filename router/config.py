@@ -49,7 +49,8 @@ class RouterConfig(Settings):
     decode_policy: DecodePolicyName = "baton"
     """How a decode worker is chosen."""
     prefill_queue_weight: float = Field(0.05, ge=0)
-    """Weight of queued work against own uncached work in baton's prefill cost."""
+    """Least weight of queued work against own uncached work in baton's prefill cost; it weighs as
+    much as the share of workers that are idle."""
     requeue: bool = True
     """A prompt queued at a prefill worker that has fallen behind slo.ttft_ms moves, before it has
     begun, to another worker that was considered for it and is idle."""

@@ -6,16 +6,22 @@
                  there is to find
     cost         w * seconds of its queue + seconds of the prompt's own uncached tokens, where what
                  the prompts before it will leave in the cache counts as cached
+    w            the share of workers that are idle, but no less than the configured weight
 
 The lowest cost wins. If queue + own work there break the TTFT target, the lowest cost among the
 idle candidates that keep it wins instead. Busy ones do not count: what saves one prompt there
 computes what is cached elsewhere and pushes out what is cached there, and near the knee that costs
 more prompts their target than it saves (`baton bench routing`).
 
-A small w holds a prompt to its cache while the queue there is short; the homes give prompts of one
-key a place to build a cache in; the random ones keep a hot prefix from drawing all traffic to a few
-workers, and routers with stale views from all choosing the same one (M. Mitzenmacher, "The power of
-two choices in randomized load balancing", 2001).
+Work that a cache would have saved delays whoever comes after it, unless there is an idle worker to
+go to. So where many are idle a prompt goes where its own first token is soonest, and the fewer are,
+the longer it waits for its cache. A fixed w of 0.05 loses half a second of mean TTFT at moderate
+load, one of 0.2 costs a quarter of agents' prompts their target near the knee
+(docs/reproduction.md, row 4).
+
+The homes give prompts of one key a place to build a cache in; the random ones keep a hot prefix
+from drawing all traffic to a few workers, and routers with stale views from all choosing the same
+one (M. Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
 """
 
 from core.ids import WorkerId
@@ -27,13 +33,17 @@ _HOLDERS = 4
 _COMING = 2
 _RANDOM = 2
 _RANDOM_COLD = 4
+_LOOKS = 64
+"""Prompts over which the share of busy workers is averaged."""
 
 
 class Baton:
     """Implements router.policies.base.PrefillPolicy."""
 
     def __init__(self, queue_weight: float) -> None:
-        self._queue_weight = queue_weight
+        self._least_weight = queue_weight
+        self._busy = 1.0
+        """Share of the workers."""
         self._rings = TwoRings()
         self._hotness = HotnessTree()
 
@@ -61,11 +71,15 @@ class Baton:
 
     def placed(self, query: PrefillQuery, decision: Decision) -> None:
         self._hotness.saw(query)
+        other = next((w for w in sample(query, 2) if w != decision.worker_id), None)
+        if other is not None:  # any other one is busy as often as all are
+            self._busy += ((query.queued_tokens(other) > 0) - self._busy) / _LOOKS
 
     def _score(self, query: PrefillQuery, worker: WorkerId) -> Scored:
         queue_s, work_s = query.expected_s(worker)
         terms = (("queue_s", queue_s), ("work_s", work_s))
-        return Scored(worker, self._queue_weight * queue_s + work_s, terms)
+        weight = max(self._least_weight, 1 - self._busy)
+        return Scored(worker, weight * queue_s + work_s, terms)
 
 
 def _cost(candidate: Scored) -> float:

@@ -129,3 +129,27 @@ def test_choosing_changes_nothing() -> None:
         asked.choose(workers.prefill(now_s=i / 10))
     first = policy.candidates_of(workers.prefill(hashes=CHAIN))[:2]
     assert asked.candidates_of(workers.prefill(hashes=CHAIN))[:2] == first
+
+
+def after_placing(prompts: int, queued_elsewhere: int) -> str:
+    """The choice after so many prompts, where `holder` has the whole prefix and 100 s queued."""
+    workers = Workers()
+    workers.add("holder", cached=8, queued=100)
+    for i in range(20):
+        workers.add(f"w{i}", queued=queued_elsewhere)
+    policy = Baton(0.05)
+    for _ in range(prompts):
+        query = workers.prefill()
+        policy.placed(query, policy.choose(query))
+    return policy.choose(workers.prefill()).worker_id
+
+
+def test_a_prompt_waits_for_its_cache_where_all_others_are_busy() -> None:
+    """0.05 * 100 + 1 at the holder, 0.05 * 200 + 33 elsewhere."""
+    assert after_placing(300, queued_elsewhere=200) == "holder"
+
+
+def test_a_prompt_goes_where_it_is_sooner_while_most_are_idle() -> None:
+    """100 w + 1 at the holder, 33 elsewhere; w grows to nearly 1 as idle workers are seen."""
+    assert after_placing(0, queued_elsewhere=0) == "holder"
+    assert after_placing(300, queued_elsewhere=0) != "holder"
