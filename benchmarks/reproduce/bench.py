@@ -1,6 +1,25 @@
 """The bench `reproduce`: a part per published result, numbered as in docs/reproduction.md."""
 
-from benchmarks.reproduce import row_02_placement, row_10_ratio, row_12_mixes
+from benchmarks.reproduce import (
+    row_02_placement,
+    row_04_mooncake,
+    row_05_cache_size,
+    row_07_dualmap,
+    row_08_remap,
+    row_10_ratio,
+    row_12_mixes,
+)
 from benchmarks.types import Bench
 
-BENCH = Bench(name="reproduce", parts=(row_02_placement.PART, row_10_ratio.PART, row_12_mixes.PART))
+BENCH = Bench(
+    name="reproduce",
+    parts=(
+        row_02_placement.PART,
+        row_04_mooncake.PART,
+        row_05_cache_size.PART,
+        row_07_dualmap.PART,
+        row_08_remap.PART,
+        row_10_ratio.PART,
+        row_12_mixes.PART,
+    ),
+)

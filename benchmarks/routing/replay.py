@@ -33,7 +33,9 @@ ASCEND = PrefillCurve(0.0, 1.6e-4, 0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What is simulated. `moves`: queued prompts may move among their candidates (rebalance.py)."""
+    """What is simulated. `moves`: queued prompts may move among their candidates (rebalance.py).
+    `joins` more workers, empty ones, come at `join_s`.
+    """
 
     workers: int
     block_size: int
@@ -44,6 +46,8 @@ class World:
     moves: bool = False
     routers: int = 1
     stale_s: float = 0.0
+    joins: int = 0
+    join_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +80,12 @@ class _Router:
         self.views = [WorkerView(_hello(world, i), own) for i, own in enumerate(holdings)]
         for view in self.views:
             self.known.curves.set_prefill(view.kind, world.curve)
-        self.pool = Pool({view.hello.worker_id: view for view in self.views})
-        self.sent = [0] * world.workers
+        self.take_in(world.workers)
+        self.sent = [0] * len(self.views)
+
+    def take_in(self, workers: int) -> None:
+        """So many, of those there will ever be, are the pool from now on."""
+        self.pool = Pool({view.hello.worker_id: view for view in self.views[:workers]})
 
     def submitted(self, i: int, job: Job) -> None:
         """Worker `i` has the job."""
@@ -98,7 +106,7 @@ class _Router:
 
 
 class Replay:
-    """One run; `run` is called once."""
+    """One run; `run` is called once, then `done` holds what became of each prompt."""
 
     def __init__(
         self, world: World, policy: Callable[[], PrefillPolicy], seed: int, rate: float
@@ -107,10 +115,11 @@ class Replay:
         self._rate = rate
         self._random = Random(seed)
         self._workers = [
-            Worker(world.block_size, world.cache_tokens, world.curve) for _ in range(world.workers)
+            Worker(world.block_size, world.cache_tokens, world.curve)
+            for _ in range(world.workers + world.joins)
         ]
         index = PrefixIndex()
-        names = [_hello(world, i).worker_id for i in range(world.workers)]
+        names = [_hello(world, i).worker_id for i in range(len(self._workers))]
         holdings = [index.join(name) for name in names]
         self._numbers = {name: i for i, name in enumerate(names)}
         self._routers = [_Router(world, holdings, index, policy()) for _ in range(world.routers)]
@@ -120,7 +129,8 @@ class Replay:
             router.known.random.seed(self._random.random())
         self._ends: list[tuple[float, int]] = []
         self._reported_s = -1e9
-        self._done: list[Job] = []
+        self.done: list[Job] = []
+        self._joined = not world.joins
         self._owners: dict[int, _Router] = {}
         self._moved = 0
 
@@ -134,7 +144,7 @@ class Replay:
             self._place(prompt, now_s)
         self._advance(float("inf"))
         warm_s = prompts[self._world.warm_up].at_s / self._rate
-        jobs = [job for job in self._done if job.at_s >= warm_s]
+        jobs = [job for job in self.done if job.at_s >= warm_s]
         loads = [w.work_s - b for w, b in zip(self._workers, before, strict=True)]
         ttfts = [job.ends_s - job.at_s for job in jobs]
         return Outcome(
@@ -150,13 +160,14 @@ class Replay:
         while self._ends and self._ends[0][0] <= now_s:
             ended_s, i = heapq.heappop(self._ends)
             job, events = self._workers[i].finish()
-            self._done.append(job)
+            self.done.append(job)
             self._owners.pop(id(job)).over(i, job)
             self._routers[0].views[i].apply_events(events)
             if self._workers[i].begin(ended_s):
                 self._note_end(i)
 
     def _place(self, prompt: Prompt, now_s: float) -> None:
+        self._join(now_s)
         self._report(now_s)
         router = self._routers[self._random.randrange(len(self._routers))]
         query = router.query(prompt, now_s)
@@ -179,6 +190,12 @@ class Replay:
         running = self._workers[i].running
         if running is not None:
             heapq.heappush(self._ends, (running.ends_s, i))
+
+    def _join(self, now_s: float) -> None:
+        if not self._joined and now_s >= self._world.join_s:
+            self._joined = True
+            for router in self._routers:
+                router.take_in(len(self._workers))
 
     def _report(self, now_s: float) -> None:
         if now_s - self._reported_s < self._world.stale_s:
