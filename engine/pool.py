@@ -80,24 +80,35 @@ class BlockPool:
             found.append(block_id)
         return found
 
-    def publish(self, block_id: BlockId, block_hash: BlockHash, parent: BlockHash) -> BlockId:
-        """Offer a full, final block to later prompts; answers the block to use from now on.
+    def publish(
+        self, blocks: list[BlockId], start: int, hashes: Sequence[BlockHash], parent: BlockHash
+    ) -> None:
+        """Offer a sequence's blocks from `start` on, full and final, to later prompts; `hashes` are
+        theirs, a chain below `parent`.
 
-        When another block already holds the same prefix, the caller's running reference moves to
-        that one and its own block goes back.
+        Where another block already holds the same prefix, the caller's running reference moves to
+        that one, which replaces its own in `blocks`.
         """
-        published = self._by_hash.get(block_hash)
-        if published is not None:
-            if published != block_id:
-                self.acquire([published])
-                self.release([block_id])
-            return published
-        self._hash[block_id] = block_hash
-        self._parent[block_id] = parent
-        self._by_hash[block_hash] = block_id
-        self._children[parent] = self._children.get(parent, 0) + 1
-        self._record_stored(parent, block_hash)
-        return block_id
+        by_hash, children, stored = self._by_hash, self._children, list[BlockHash]()
+        above = parent
+        for i, block_hash in enumerate(hashes, start):
+            block_id, published = blocks[i], by_hash.get(block_hash)
+            if published is None:
+                self._hash[block_id], self._parent[block_id] = block_hash, parent
+                by_hash[block_hash] = block_id
+                children[parent] = children.get(parent, 0) + 1
+                stored.append(block_hash)
+            else:
+                if stored:
+                    self._record_stored(above, stored)
+                above, stored = block_hash, []
+                if published != block_id:
+                    self.acquire([published])
+                    self.release([block_id])
+                    blocks[i] = published
+            parent = block_hash
+        if stored:
+            self._record_stored(above, stored)
 
     def unpublish(self, block_ids: Sequence[BlockId]) -> None:
         """Offer these blocks of one sequence no longer, as their content is in doubt.
@@ -129,7 +140,8 @@ class BlockPool:
 
     def available_beside(self, kept: Iterable[BlockId]) -> int:
         """As `available`, if the blocks of `kept` were acquired first."""
-        return self.available - sum(self._state[b] is _CACHED for b in kept)
+        states = self._state
+        return self.available - [states[b] for b in kept].count(_CACHED)
 
     def allocate(self, count: int) -> list[BlockId] | None:
         """`count` blocks with one running reference each, or None and nothing changed."""
@@ -137,35 +149,21 @@ class BlockPool:
 
     def acquire(self, block_ids: Sequence[BlockId]) -> None:
         """One more running reference to blocks that are cached or in use."""
-        for block_id in block_ids:
-            self._to_use(block_id)
-            self._running[block_id] += 1
+        self._refer(self._running, block_ids)
 
     def release(self, block_ids: Sequence[BlockId]) -> None:
         """One running reference less; unreferenced blocks become cached, or free without hash."""
-        for block_id in block_ids:
-            if self._running[block_id] < 1:
-                raise InternalError(f"block {block_id} released without a running reference")
-            self._running[block_id] -= 1
-            if self._running[block_id] + self._leased[block_id] == 0:
-                self._settle(block_id)
+        self._drop(self._running, self._leased, block_ids)
 
     # -- leases ---------------------------------------------------------------------------------
 
     def lease(self, block_ids: Sequence[BlockId]) -> None:
         """One more lease on blocks that are cached or in use."""
-        for block_id in block_ids:
-            self._to_use(block_id)
-            self._leased[block_id] += 1
+        self._refer(self._leased, block_ids)
 
     def unlease(self, block_ids: Sequence[BlockId]) -> None:
         """One lease less."""
-        for block_id in block_ids:
-            if self._leased[block_id] < 1:
-                raise InternalError(f"block {block_id} unleased without a lease")
-            self._leased[block_id] -= 1
-            if self._running[block_id] + self._leased[block_id] == 0:
-                self._settle(block_id)
+        self._drop(self._leased, self._running, block_ids)
 
     # -- transfers ------------------------------------------------------------------------------
 
@@ -280,10 +278,11 @@ class BlockPool:
         short = count - len(self._free)
         if short > 0:
             self._evict(short)
-        taken = [self._free.popleft() for _ in range(count)]
+        pop, states, running = self._free.popleft, self._state, self._running
+        taken, refs = [pop() for _ in range(count)], 1 if state is _IN_USE else 0
         for block_id in taken:
-            self._state[block_id] = state
-            self._running[block_id] = 1 if state is _IN_USE else 0
+            states[block_id] = state
+            running[block_id] = refs
         return taken
 
     def _evict(self, count: int) -> None:
@@ -291,12 +290,14 @@ class BlockPool:
         many as cached blocks: a leaf that goes may leave its parent as one.
         """
         leaves, children, by_hash = self._leaves, self._children, self._by_hash
-        states, removed = self._state, list[BlockHash]()
+        states, used_at, removed = self._state, self._used_at, list[BlockHash]()
+        bared: tuple[int, BlockId] | None = None  # mostly the next to go: a chain ages together
         while len(removed) < count:
-            used_at, block_id = heapq.heappop(leaves)
-            block_hash, parent = self._hash[block_id], self._parent[block_id]
-            if self._used_at[block_id] != used_at or states[block_id] is not _CACHED:
+            leaf = heapq.heappop(leaves) if bared is None else heapq.heappushpop(leaves, bared)
+            bared, (at, block_id) = None, leaf
+            if used_at[block_id] != at or states[block_id] is not _CACHED:
                 continue
+            block_hash, parent = self._hash[block_id], self._parent[block_id]
             if block_hash is None or parent is None or block_hash in children:
                 continue
             del by_hash[block_hash]
@@ -308,9 +309,11 @@ class BlockPool:
                 del children[parent]
                 above = by_hash.get(parent)
                 if above is not None and states[above] is _CACHED:
-                    heapq.heappush(leaves, (self._used_at[above], above))
+                    bared = used_at[above], above
             self._to_free(block_id)
             removed.append(block_hash)
+        if bared is not None:
+            heapq.heappush(leaves, bared)
         self._num_cached -= count
         self._record_removed(removed)
 
@@ -339,32 +342,46 @@ class BlockPool:
                 heapq.heappush(self._leaves, (self._used_at[above], above))
         self._record_removed([block_hash])
 
-    def _settle(self, block_id: BlockId) -> None:
-        """Nobody refers to it any more."""
-        block_hash = self._hash[block_id]
-        if block_hash is None:
-            self._to_free(block_id)
-            return
-        self._state[block_id] = _CACHED
-        self._num_cached += 1
-        self._tick += 1
-        self._used_at[block_id] = self._tick
-        if block_hash not in self._children:
-            heapq.heappush(self._leaves, (self._tick, block_id))
+    def _refer(self, counts: list[int], block_ids: Sequence[BlockId]) -> None:
+        """One more reference in `counts` to blocks that are cached or in use."""
+        states = self._state
+        for block_id in block_ids:
+            state = states[block_id]
+            if state is _CACHED:
+                self._num_cached -= 1
+                states[block_id] = _IN_USE
+            elif state is not _IN_USE:
+                raise InternalError(f"block {block_id} is {state.name}, not cached or in use")
+            counts[block_id] += 1
+
+    def _drop(self, counts: list[int], others: list[int], block_ids: Sequence[BlockId]) -> None:
+        """One reference less in `counts`. Nobody refers to a block that has none in `others`
+        either: it is cached now, or free.
+        """
+        states, used_at, hashes, children = self._state, self._used_at, self._hash, self._children
+        for block_id in block_ids:
+            left = counts[block_id] - 1
+            if left < 0:
+                raise InternalError(f"block {block_id} has no such reference to give back")
+            counts[block_id] = left
+            if left or others[block_id]:
+                continue
+            block_hash = hashes[block_id]
+            if block_hash is None:
+                self._to_free(block_id)
+                continue
+            states[block_id] = _CACHED
+            self._num_cached += 1
+            self._tick += 1
+            used_at[block_id] = self._tick
+            if block_hash not in children:
+                heapq.heappush(self._leaves, (self._tick, block_id))
         if len(self._leaves) > 4 * self.num_blocks:
             self._rebuild_leaves()
 
     def _rebuild_leaves(self) -> None:
         self._leaves = [(self._used_at[b], b) for b in self._by_hash.values() if self._is_leaf(b)]
         heapq.heapify(self._leaves)
-
-    def _to_use(self, block_id: BlockId) -> None:
-        state = self._state[block_id]
-        if state is _CACHED:
-            self._num_cached -= 1
-            self._state[block_id] = _IN_USE
-        elif state is not _IN_USE:
-            raise InternalError(f"block {block_id} is {state.name}, not cached or in use")
 
     def _to_free(self, block_id: BlockId) -> None:
         self._state[block_id] = _FREE
@@ -376,12 +393,12 @@ class BlockPool:
                 f"block {block_id} is {self._state[block_id].name}, expected {state.name}"
             )
 
-    def _record_stored(self, parent: BlockHash, block_hash: BlockHash) -> None:
+    def _record_stored(self, parent: BlockHash, hashes: list[BlockHash]) -> None:
         last = self._events[-1] if self._events else None
         if last is not None and last.parent is not None and last.hashes[-1] == parent:
-            last.hashes.append(block_hash)
+            last.hashes += hashes
         else:
-            self._events.append(_Run(parent=parent, hashes=[block_hash]))
+            self._events.append(_Run(parent=parent, hashes=hashes))
 
     def _record_removed(self, hashes: list[BlockHash]) -> None:
         last = self._events[-1] if self._events else None

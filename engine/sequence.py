@@ -127,7 +127,7 @@ class Sequence:
         full = self.computed // block_size
         if full == self.published:
             return
-        hashes = [self._root, *self.block_hashes(full, block_size)]
-        for i in range(self.published, full):
-            self.blocks[i] = pool.publish(self.blocks[i], hashes[i + 1], hashes[i])
+        first, hashes = self.published, self.block_hashes(full, block_size)
+        parent = hashes[first - 1] if first else self._root
+        pool.publish(self.blocks, first, hashes[first:], parent)
         self.published = full

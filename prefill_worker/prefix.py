@@ -214,8 +214,9 @@ class PrefixFetcher:
     ) -> tuple[BlockId, ...]:
         """Offer the fresh blocks to the prefix cache, parents first; answers those to release."""
         blocks = list(prefix.blocks)
-        for i in range(prefix.cached_blocks, len(blocks)):
-            blocks[i] = self._pool.publish(blocks[i], hashes[i], hashes[i - 1] if i else root)
+        first = prefix.cached_blocks
+        parent = hashes[first - 1] if first else root
+        self._pool.publish(blocks, first, hashes[first : len(blocks)], parent)
         self.counters.won += 1
         self.counters.tokens += (len(blocks) - prefix.cached_blocks) * self._layout.block_size
         return tuple(blocks)

@@ -89,11 +89,12 @@ class SimSequence:
 
     def publish(self, pool: BlockPool, block_size: int) -> None:
         """As engine.sequence.Sequence.publish."""
-        hashes, full = self._hashes, min(self.computed // block_size, len(self._hashes))
-        for i in range(self.published, full):
-            parent = hashes[i - 1] if i else _ROOT
-            self.blocks[i] = pool.publish(self.blocks[i], hashes[i], parent)
-        self.published = max(self.published, full)
+        hashes, first = self._hashes, self.published
+        full = min(self.computed // block_size, len(hashes))
+        if full > first:
+            parent = hashes[first - 1] if first else _ROOT
+            pool.publish(self.blocks, first, hashes[first:full], parent)
+            self.published = full
 
     def append(self) -> None:
         """A token was sampled."""

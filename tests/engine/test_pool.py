@@ -37,8 +37,9 @@ def take(pool: BlockPool, count: int) -> list[BlockId]:
 def publish(
     pool: BlockPool, blocks: Sequence[BlockId], hashes: Sequence[BlockHash]
 ) -> list[BlockId]:
-    parents = [ROOT, *hashes]
-    return [pool.publish(b, h, p) for b, h, p in zip(blocks, hashes, parents, strict=False)]
+    published = list(blocks)
+    pool.publish(published, 0, hashes, ROOT)
+    return published
 
 
 def cache(pool: BlockPool, hashes: Sequence[BlockHash]) -> list[BlockId]:
@@ -246,11 +247,27 @@ def test_eviction_takes_the_least_recently_used_leaf() -> None:
     assert take(pool, 3) == [b[1], b[0], a[1]]
 
 
+def test_a_parent_used_since_its_child_waits_for_its_own_turn() -> None:
+    pool = BlockPool(4)
+    a = cache(pool, chain(1, 2))
+    b = cache(pool, chain(2, 2))
+    pool.acquire(a[:1])
+    pool.release(a[:1])
+    assert take(pool, 4) == [a[1], b[1], b[0], a[0]]
+
+
+def test_a_parent_bared_by_the_last_eviction_goes_with_the_next() -> None:
+    pool = BlockPool(2)
+    first, second = cache(pool, chain(1, 2))
+    assert [take(pool, 1), take(pool, 1)] == [[second], [first]]
+
+
 def test_a_parent_is_evicted_after_all_its_children() -> None:
     pool = BlockPool(3)
     (parent,) = publish(pool, take(pool, 1), chain(1, 1))
-    hashes = [chain_hashes([1, i], 1, ROOT)[1] for i in (7, 8)]
-    children = [pool.publish(b, h, chain(1, 1)[0]) for b, h in zip(take(pool, 2), hashes)]  # noqa: B905
+    children = take(pool, 2)
+    for i in (0, 1):
+        pool.publish(children, i, chain_hashes([1, 7 + i], 1, ROOT)[1:], chain(1, 1)[0])
     pool.release([parent, *children])
     assert take(pool, 3) == [*children, parent]
 
@@ -387,11 +404,10 @@ class PoolMachine(RuleBasedStateMachine):
         prompt, blocks, published = self.sequences[i]
         if published == len(blocks):
             return
-        hashes = [ROOT, *self.hashes(prompt, len(blocks))]
-        blocks[published] = self.pool.publish(
-            blocks[published], hashes[published + 1], hashes[published]
-        )
-        self.sequences[i] = (prompt, blocks, published + 1)
+        end = data.draw(st.integers(published + 1, len(blocks)))
+        hashes = [ROOT, *self.hashes(prompt, end)]
+        self.pool.publish(blocks, published, hashes[published + 1 :], hashes[published])
+        self.sequences[i] = (prompt, blocks, end)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())

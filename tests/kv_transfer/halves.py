@@ -190,11 +190,7 @@ def hashes_of(num_blocks: int) -> list[BlockHash]:
 def cache(pool: BlockPool, num_blocks: int) -> list[BlockId]:
     """Put the first blocks of that prompt into a pool's prefix cache."""
     blocks = pool.allocate(num_blocks) or []
-    hashes = hashes_of(num_blocks)
-    for block_id, block_hash, parent in zip(
-        blocks, hashes, [root_hash(ModelId("m")), *hashes], strict=False
-    ):
-        pool.publish(block_id, block_hash, parent)
+    pool.publish(blocks, 0, hashes_of(num_blocks), root_hash(ModelId("m")))
     pool.release(blocks)
     return blocks
 
