@@ -61,6 +61,7 @@ def settings_of(config: ClusterConfig) -> Settings:
         decode_workers=config.decode.workers,
         max_queued_tokens=config.prefill.max_queued_tokens,
         max_sequences=config.decode.max_sequences,
+        transfer=config.transfer,
     )
 
 
@@ -121,7 +122,9 @@ def _show_run(
         ("prompt tokens cached", f"{summary.hit_rate:.1%}"),
         *((f"busy: {name}", f"{share:.1%}") for name, share in outcome.busy_share.items()),
         ("preemptions", str(outcome.preemptions)),
-        ("queued prompts moved", str(outcome.prompts_moved)),
+        ("queued prompts moved", str(summary.prompts_moved)),
+        ("prefixes fetched", str(summary.prefixes_fetched)),
+        *((f"leases {name}", str(count)) for name, count in summary.leases.items() if count),
         *((f"requests {name}", str(count)) for name, count in sorted(summary.outcomes.items())),
     ):
         totals.add_row(name, value)
@@ -144,7 +147,6 @@ def _run_json(
         "transfer_s": dict(zip(names, summary.transfer_s, strict=False)),
         "busy_share": outcome.busy_share,
         "preemptions": outcome.preemptions,
-        "prompts_moved": outcome.prompts_moved,
         "kv_moved_bytes": outcome.kv_moved_bytes,
     }
 

@@ -4,7 +4,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from core.errors import BatonError, DeadlineExceeded, TransferCause, TransferFailed
+from core.fit import LinearFit
 from core.ids import WorkerId
+
+_PRIOR_BASE_S = 0.002
+_PRIOR_BYTES_PER_S = 4e9  # hopeful, so that a first fetch is tried and the fit learns
+
+
+def transfer_cost() -> LinearFit:
+    """Seconds by bytes of a hand-off, before the first was measured."""
+    return LinearFit(_PRIOR_BASE_S, 1 / _PRIOR_BYTES_PER_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from core.errors import DeadlineExceeded, InternalError, TransferCause, TransferFailed
-from core.fit import LinearFit
 from core.ids import BlockHash, BlockId, Incarnation, SequenceId, ShardId, WorkerId, shard_id
 from core.messages import Handoff, PrefixSource
 from engine.arena import Arena
@@ -25,7 +24,7 @@ from kv_transfer.client import BoundLease, OwnerAddress, PeerConnection
 from kv_transfer.config import TransferConfig
 from kv_transfer.landing import Landing, Reserved
 from kv_transfer.messages import PeerHello
-from kv_transfer.metrics import PullStats, TransferMetrics
+from kv_transfer.metrics import PullStats, TransferMetrics, transfer_cost
 from kv_transfer.plan import ArenaShape, plan_read
 from kv_transfer.pull import Fetching, Pulling
 from kv_transfer.transport import ReadStats
@@ -35,8 +34,6 @@ log = logging.getLogger(__name__)
 
 _SPACE_RECHECK_S = 0.05
 _KEEP_REACHABLE = 1024
-_PRIOR_BASE_S = 0.002
-_PRIOR_BYTES_PER_S = 4e9  # hopeful, so that a first fetch is tried and the fit learns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +105,7 @@ class Reader:
         self._hello = hello
         self._headroom = headroom
         self._shape = ArenaShape(arena.layout, arena.num_blocks)
-        self._fit = LinearFit(_PRIOR_BASE_S, 1 / _PRIOR_BYTES_PER_S)
+        self._fit = transfer_cost()
         self._tasks = asyncio.TaskGroup()
         self._connections: dict[Incarnation, tuple[PeerConnection, asyncio.Task[None]]] = {}
         self._reachable: OrderedDict[WorkerId, tuple[ShardId, ...]] = OrderedDict()

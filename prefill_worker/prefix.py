@@ -13,22 +13,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from core.clock import Clock
-from core.errors import DeadlineExceeded, TransferCause, TransferFailed
+from core.errors import DeadlineExceeded, TransferFailed
 from core.fit import PrefillCost
-from core.ids import BlockHash, BlockId, Incarnation
+from core.ids import BlockHash, BlockId
 from core.messages import PrefixSource
 from engine.pool import BlockPool
 from engine.sequence import Sequence
 from engine.types import EngineInfo
 from kv_transfer.metrics import PullStats
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Reader
-from prefill_worker.policy import FetchOption, FetchVerdict, fetch_patience_s, judge_fetch
+from prefill_worker.policy import FetchVerdict
+from prefill_worker.sources import Sources, Wanted
 
 log = logging.getLogger(__name__)
 
-_AVOID_S = 10.0
-_CONTACTS = 4096
-_HARMLESS = frozenset({TransferCause.NOT_HELD, TransferCause.NO_MEMORY, TransferCause.OWNER_ENDED})
 _BUG, _CANCELLED, _DEADLINE = "bug", "cancelled", "deadline"
 
 
@@ -85,11 +83,15 @@ class PrefixFetcher:
         self._layout = info.layout
         self._pool = pool
         self._reader = reader
-        self._cost = cost
         self._clock = clock
-        self._fetched_at_s = clock.now_s()
-        self._avoided: dict[Incarnation, float] = {}
-        self._contacts: dict[Incarnation, None] = {}  # a set in order of age
+        self._sources = Sources(
+            cost=cost,
+            predict_s=reader.predict_s,
+            block_size=info.layout.block_size,
+            block_bytes=info.layout.block_bytes,
+            enabled=reader.config.fetch,
+            now_s=clock.now_s(),
+        )
         self._under_way: dict[BlockHash, asyncio.Future[bool]] = {}
         self.counters = FetchCounters()
 
@@ -124,29 +126,20 @@ class PrefixFetcher:
 
     def _plan(self, sequence: Sequence, source: PrefixSource) -> _Plan | None:
         """What to fetch now; counts why nothing."""
-        size = self._layout.block_size
+        size, now_s = self._layout.block_size, self._clock.now_s()
         hashes = sequence.block_hashes((sequence.context_tokens - 1) // size, size)
-        cached, there = len(self._pool.lookup(hashes)), min(source.num_blocks, len(hashes))
-        now_s = self._clock.now_s()
-        option = FetchOption(
-            missing_blocks=there - cached,
-            first_contact=source.incarnation not in self._contacts,
-            transfer_s=self._reader.predict_s((there - cached) * self._layout.block_bytes),
-            since_fetch_s=now_s - self._fetched_at_s,
-            recompute_s=self._cost.predict_s(cached * size, sequence.context_tokens),
-            rest_s=self._cost.predict_s(there * size, sequence.context_tokens),
-            measured_steps=self._cost.observed_steps,
+        cached = len(self._pool.lookup(hashes))
+        wanted = Wanted(
+            context_tokens=sequence.context_tokens,
+            blocks=len(hashes),
+            cached_blocks=cached,
+            remaining_s=sequence.deadline_at_s - now_s,
         )
-        verdict = judge_fetch(option)
-        if not self._reader.config.fetch:
-            verdict = FetchVerdict.OFF
-        elif verdict is FetchVerdict.FETCH and self._avoided.get(source.incarnation, 0.0) > now_s:
-            verdict = FetchVerdict.AVOIDED
-        if verdict is not FetchVerdict.FETCH:
-            self.counters.skipped[verdict] += 1
+        weighed = self._sources.weigh(wanted, source, now_s)
+        if weighed.verdict is not FetchVerdict.FETCH:
+            self.counters.skipped[weighed.verdict] += 1
             return None
-        patience_s = fetch_patience_s(option, sequence.deadline_at_s - now_s)
-        return _Plan(hashes, cached, patience_s)
+        return _Plan(hashes, cached, weighed.patience_s)
 
     async def _fetch(
         self, sequence: Sequence, source: PrefixSource, plan: _Plan
@@ -167,7 +160,7 @@ class PrefixFetcher:
                     timeout_s=plan.patience_s,
                 )
             )
-            self._met(source.incarnation)
+            self._sources.met(source.incarnation)
         except TransferFailed as error:
             failed = error.cause
             self._fell_short(sequence, source, error)
@@ -178,18 +171,12 @@ class PrefixFetcher:
             failed = _CANCELLED
             raise
         finally:
-            self._fetched_at_s = self._clock.now_s()
+            self._sources.ended(self._clock.now_s())
             if prefix is None:
                 self.counters.failed[failed] += 1
             del self._under_way[plan.hashes[plan.first]]
             landed.set_result(prefix is not None or failed == _CANCELLED)
         return prefix
-
-    def _met(self, source: Incarnation) -> None:
-        """The next fetch from there finds a connection."""
-        self._contacts.setdefault(source)
-        if len(self._contacts) > _CONTACTS:
-            del self._contacts[next(iter(self._contacts))]
 
     def _fell_short(
         self, sequence: Sequence, source: PrefixSource, error: TransferFailed | DeadlineExceeded
@@ -202,12 +189,9 @@ class PrefixFetcher:
             error.message,
         )
         now_s = self._clock.now_s()
-        harmless = isinstance(error, TransferFailed) and error.cause in _HARMLESS
-        if harmless or sequence.deadline_at_s <= now_s:
-            return
-        self._contacts.pop(source.incarnation, None)
-        self._avoided = {k: until_s for k, until_s in self._avoided.items() if until_s > now_s}
-        self._avoided[source.incarnation] = now_s + _AVOID_S
+        if sequence.deadline_at_s > now_s:
+            cause = error.cause if isinstance(error, TransferFailed) else None
+            self._sources.fell_short(source.incarnation, cause, now_s)
 
     def _publish(
         self, prefix: FetchedPrefix, root: BlockHash, hashes: list[BlockHash]

@@ -1,17 +1,18 @@
 """From settings to what is simulated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core.errors import ConfigError
 from engine.config import EngineConfig
 from engine.latency.base import LatencyModel
 from engine.latency.fitted import FittedLatency
 from engine.latency.shapes import find_shape
+from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.config import SimulatedPool, SimulationConfig
 from simulator.profiles.load import load_profile
-from simulator.spec import Failure, NetworkSpec, PoolRole, PoolSpec, SimSpec
+from simulator.spec import Cut, Failure, NetworkSpec, PoolRole, PoolSpec, SimSpec
 from simulator.worker import WorkerSpec
 
 _KV_TOKENS = 400_000
@@ -30,6 +31,7 @@ class Settings:
     decode_workers: int
     max_queued_tokens: int
     max_sequences: int
+    transfer: TransferConfig = field(default_factory=TransferConfig)
 
 
 def build_spec(settings: Settings, block_size: int, seed: int) -> SimSpec:
@@ -57,9 +59,17 @@ def build_spec(settings: Settings, block_size: int, seed: int) -> SimSpec:
         max_queued_tokens=settings.max_queued_tokens,
         max_sequences=settings.max_sequences,
         failures=tuple(
-            Failure(at_s=f.at_s, pool=f.pool, worker=f.worker, restart_s=f.restart_s)
+            Failure(
+                at_s=f.at_s,
+                pool=f.pool,
+                worker=f.worker,
+                restart_s=f.restart_s,
+                silent=f.silent,
+            )
             for f in sim.failures
         ),
+        cuts=tuple(Cut(at_s=c.at_s, pool=c.pool, worker=c.worker, for_s=c.for_s) for c in sim.cuts),
+        transfer=settings.transfer,
         seed=seed,
     )
 
@@ -114,10 +124,11 @@ def _check(pools: tuple[SimulatedPool, ...], sim: SimulationConfig) -> None:
         raise ConfigError(
             "simulation.pools: either all are colocated, or there are prefill and decode pools"
         )
-    for failure in sim.failures:
-        known = {pool.name: pool.workers for pool in pools}
-        if failure.worker >= known.get(failure.pool, 0):
-            raise ConfigError(
-                f"simulation.failures: there is no worker {failure.worker} in a pool"
-                f" {failure.pool!r}; there is: {', '.join(names)}"
-            )
+    known = {pool.name: pool.workers for pool in pools}
+    for section, named in (("failures", sim.failures), ("cuts", sim.cuts)):
+        for one in named:
+            if one.worker >= known.get(one.pool, 0):
+                raise ConfigError(
+                    f"simulation.{section}: there is no worker {one.worker} in a pool"
+                    f" {one.pool!r}; there is: {', '.join(names)}"
+                )

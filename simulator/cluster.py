@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 
+from core.fit import PrefillCost
 from core.ids import WorkerId
 from core.messages import KvRemoved, KvStored
+from kv_transfer.leases import LeaseCounters, LeaseTable
 from router.index import PrefixIndex
 from router.watcher import Requeue
 from simulator.clients import Clients, OpenClients, make_clients
@@ -16,8 +18,9 @@ from simulator.fleet import Member, SimFleet, make_hello, make_record
 from simulator.handoff import PullQueue
 from simulator.job import Record
 from simulator.links import Network, Port
+from simulator.prefix import FetchCounts, PrefixFetcher, fitted_cost
 from simulator.router import SimRouter
-from simulator.spec import Failure, PoolSpec, SimSpec
+from simulator.spec import Cut, Failure, PoolRole, PoolSpec, SimSpec
 from simulator.worker import SimWorker
 from simulator.workload.types import SimRequest
 
@@ -52,6 +55,11 @@ class Outcome:
     preemptions: int
     prompts_moved: int = 0
     """Out of one prefill worker's queue to another's."""
+    prefixes_fetched: int = 0
+    fetched_tokens: int = 0
+    """From other workers' caches, into those of prefill workers."""
+    leases: LeaseCounters = field(default_factory=LeaseCounters)
+    """Of all workers."""
 
 
 @dataclass(slots=True)
@@ -106,6 +114,9 @@ class Cluster:
         self._total = self._asked = 0
         self._busy: dict[str, float] = {}
         self._every_s = 0.0
+        self._leases: list[LeaseTable] = []
+        self._fetches = FetchCounts()
+        self._costs: dict[str, PrefillCost] = {}
         self._pools = self._lay_out()
 
     def run(
@@ -126,6 +137,8 @@ class Cluster:
         horizon_s = requests[-1].at_s if requests else 0.0
         for failure in self._spec.failures:
             self._events.at(failure.at_s, self._fail, failure)
+        for cut in self._spec.cuts:
+            self._events.at(cut.at_s, self._cut, cut)
         self._next_arrival(None)
         self._every_s = horizon_s / max(1, self._spec.samples)
         if self._every_s > 0:
@@ -133,7 +146,9 @@ class Cluster:
         with _rare_collections():
             while self._ended < len(requests) and self._events.pending and not self._stopped:
                 self._events.run_some(_PROGRESS_EVERY)
-        members = [m for p in self._pools.values() for s in p.slots if (m := s.member)]
+        members = [
+            m for p in self._pools.values() for s in p.slots if (m := s.member) and not m.is_dead
+        ]
         return Outcome(
             records=tuple(sorted(self._records, key=_arrival)),
             samples={name: tuple(pool.samples) for name, pool in self._pools.items()},
@@ -145,6 +160,9 @@ class Cluster:
             ),
             preemptions=sum(m.worker.scheduler.preemptions for m in members)
             + sum(slot.preemptions for p in self._pools.values() for slot in p.slots),
+            prefixes_fetched=self._fetches.won,
+            fetched_tokens=self._fetches.tokens,
+            leases=_sum_leases(self._leases),
             prompts_moved=sum(router.moves.steps[Requeue.MOVED] for router in self._routers),
         )
 
@@ -173,6 +191,7 @@ class Cluster:
         slot.life += 1
         queue = PullQueue()
         unheard: list[KvStored | KvRemoved] = []
+        transfer = self._spec.transfer
         live = self._spec.report_s == 0
 
         def on_kv(events: Sequence[KvStored | KvRemoved]) -> None:
@@ -200,7 +219,11 @@ class Cluster:
             pool=slot.pool.name,
             holdings=holdings,
             unheard=unheard,
+            leases=LeaseTable(worker.pool, self._events, transfer.lease_s),
         )
+        self._leases.append(member.leases)
+        if transfer.fetch and slot.pool.role is PoolRole.PREFILL:
+            member.fetcher = self._fetcher(member, slot.pool)
         slot.member = member
         for router in self._routers:
             router.fleet.join(member)
@@ -208,10 +231,23 @@ class Cluster:
             first_s = self._random.random() * self._spec.report_s
             self._events.at(self._events.now_s() + first_s, self._report, slot)
 
+    def _fetcher(self, member: Member, pool: PoolSpec) -> PrefixFetcher:
+        cost = self._costs.get(pool.name)
+        if cost is None:
+            cost = self._costs[pool.name] = fitted_cost(pool.worker)
+        return PrefixFetcher(
+            events=self._events,
+            network=self._network,
+            member=member,
+            cost=cost,
+            counts=self._fetches,
+            control_s=self._spec.network.control_s,
+        )
+
     def _report(self, slot: _Slot) -> None:
         """What a worker says now, all routers hear now; then nothing for a while."""
         member = slot.member
-        if member is None:
+        if member is None or member.is_dead:
             return
         member.tell()
         for router in self._routers:
@@ -253,20 +289,37 @@ class Cluster:
 
     def _fail(self, failure: Failure) -> None:
         slot = self._pools[failure.pool].slots[failure.worker]
-        member = slot.member
-        if member is None:
+        member, now_s = slot.member, self._events.now_s()
+        if member is None or member.is_dead:
             return
-        slot.member = None
         slot.busy_s += member.worker.busy_s
         slot.preemptions += member.worker.scheduler.preemptions
+        member.is_dead = True
+        member.worker.die()
+        noticed_s = self._spec.router.worker_silence_s if failure.silent else 0.0
+        if failure.restart_s is not None:  # whose hello tells of it
+            noticed_s = min(noticed_s, failure.restart_s)
+        if noticed_s > 0:
+            self._events.at(now_s + noticed_s, self._lose, slot)
+        else:
+            self._lose(slot)
+        if failure.restart_s is not None:
+            self._events.at(now_s + failure.restart_s, self._add, slot)
+
+    def _lose(self, slot: _Slot) -> None:
+        """Routers hear that it is dead."""
+        member, slot.member = slot.member, None
+        if member is None:
+            return
         for router in self._routers:
             router.fleet.leave(member.hello.worker_id)
         member.holdings.leave()
-        member.worker.die()
         for router in self._routers:
             router.lost(member)
-        if failure.restart_s is not None:
-            self._events.at(self._events.now_s() + failure.restart_s, self._add, slot)
+
+    def _cut(self, cut: Cut) -> None:
+        port = self._pools[cut.pool].slots[cut.worker].port
+        port.cut_until_s = max(port.cut_until_s, self._events.now_s() + cut.for_s)
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -277,7 +330,8 @@ class Cluster:
             self._busy[name] = self._busy_s(pool) / now_s / max(1, len(pool.slots))
 
     def _busy_s(self, pool: _Pool) -> float:
-        lives = sum(s.member.worker.busy_s for s in pool.slots if s.member is not None)
+        members = (slot.member for slot in pool.slots)
+        lives = sum(m.worker.busy_s for m in members if m is not None and not m.is_dead)
         return lives + sum(slot.busy_s for slot in pool.slots)
 
     def _sample(self, horizon_s: float) -> None:
@@ -289,7 +343,8 @@ class Cluster:
             self._events.at(now_s + self._every_s, self._sample, horizon_s)
 
     def _look_at(self, pool: _Pool, now_s: float) -> Sample:
-        loads = [slot.member.worker.load() for slot in pool.slots if slot.member is not None]
+        members = (slot.member for slot in pool.slots)
+        loads = [m.worker.load() for m in members if m is not None and not m.is_dead]
         free = sum(load.free_blocks for load in loads)
         blocks = sum(load.total_blocks for load in loads)
         busy_s, before_s = self._busy_s(pool), pool.busy_s
@@ -315,6 +370,16 @@ def _rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def _sum_leases(tables: Sequence[LeaseTable]) -> LeaseCounters:
+    counters = [table.counters for table in tables]
+    return LeaseCounters(
+        opened=sum(each.opened for each in counters),
+        closed=sum(each.closed for each in counters),
+        aborted=sum(each.aborted for each in counters),
+        expired=sum(each.expired for each in counters),
+    )
 
 
 def _arrival(record: Record) -> float:

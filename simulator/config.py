@@ -9,13 +9,25 @@ from core.config import Settings
 
 
 class SimulatedFailure(Settings):
-    """A worker that dies."""
+    """A worker that dies, with all it holds."""
 
     at_s: float = Field(ge=0)
     pool: str
     worker: int = Field(0, ge=0)
     restart_s: float | None = Field(None, gt=0)
     """Another worker is in its place so long after; unset: none."""
+    silent: bool = False
+    """No connection ends: routers notice after router.worker_silence_s, owners of what it reads by
+    their leases."""
+
+
+class SimulatedCut(Settings):
+    """A worker whose peers are out of reach for a while; routers are not."""
+
+    at_s: float = Field(ge=0)
+    pool: str
+    worker: int = Field(0, ge=0)
+    for_s: float = Field(gt=0)
 
 
 class SimulatedPool(Settings):
@@ -68,6 +80,7 @@ class SimulationConfig(Settings):
     pools: tuple[SimulatedPool, ...] = ()
     """Unset: a prefill and a decode pool as large as the cluster's."""
     failures: tuple[SimulatedFailure, ...] = ()
+    cuts: tuple[SimulatedCut, ...] = ()
 
     @model_validator(mode="after")
     def _closed_if_counted(self) -> Self:

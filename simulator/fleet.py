@@ -7,11 +7,13 @@ from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
 from core.messages import KvRemoved, KvStored, LoadReport, WorkerHello
 from core.registry import WorkerRecord
+from kv_transfer.leases import LeaseTable
 from router.index import Holdings, PrefixIndex
 from router.pool import Pool
 from router.view import WorkerView
 from simulator.handoff import PullQueue
 from simulator.links import Port
+from simulator.prefix import PrefixFetcher
 from simulator.spec import PoolRole
 from simulator.worker import SimWorker
 
@@ -31,6 +33,10 @@ class Member:
     holdings: Holdings
     unheard: list[KvStored | KvRemoved]
     """KV events routers have not heard of yet."""
+    leases: LeaseTable
+    fetcher: PrefixFetcher | None = None
+    """Of prompts' prefixes, where such are fetched."""
+    is_dead: bool = False
 
     def tell(self) -> None:
         """The index that all routers share hears of them."""
@@ -122,6 +128,10 @@ class SimFleet:
                 for each in Role
             }
         return self._roles[role]
+
+    def member(self, worker_id: WorkerId) -> Member:
+        """Whoever it is, of any role."""
+        return self._links[worker_id].member
 
     def link(self, role: Role, worker_id: WorkerId) -> SimLink:
         return self._links[worker_id]

@@ -1,19 +1,26 @@
 """KV on its way from a prefill worker to a decode worker, as kv_transfer moves it.
 
     submit -> first announcement -> blocks reserved -> chunks sent as they are final -> last one
-    arrived -> closing question -> usable: the sequence joins, the owner's lease ends
+    arrived -> closing question -> held: usable, the sequence joins    | else: failed
 
-Whoever waits for memory waits in order of its first announcement (kv_transfer/reader.py).
+Whoever waits for memory waits in order of its first announcement (kv_transfer/reader.py). While the
+link of an end is cut nothing arrives, neither bytes nor renewals; the reader's patience ends by the
+read timeout, the owner's by the lease.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from core.ids import BlockHash, BlockId
+from kv_transfer.messages import LeaseOutcome
 from simulator.events import Events
+from simulator.leases import ANY, Renewal
 from simulator.links import Link, send
 from simulator.sequence import SimSequence
-from simulator.worker import SimWorker
+
+if TYPE_CHECKING:
+    from simulator.fleet import Member
 
 
 class PullQueue:
@@ -41,38 +48,43 @@ class PullQueue:
 
 
 class Handoff:
-    """One prompt's KV. `on_usable` hears when it is all there."""
+    """One prompt's KV. `on_usable` hears that it is there, `on_failed` that it never will be."""
 
     def __init__(
         self,
         events: Events,
         *,
-        source: SimWorker,
-        target: SimWorker,
-        queue: PullQueue,
+        source: "Member",
+        target: "Member",
         path: tuple[Link, ...],
         control_s: float,
+        read_timeout_s: float,
         sequence: SimSequence,
         hashes: Sequence[BlockHash],
         on_usable: "Callable[[Handoff], None]",
+        on_failed: "Callable[[Handoff], None]",
     ) -> None:
         self.source = source
         self.target = target
         self.sequence = sequence
         """To run on the target."""
         self._events = events
-        self._queue = queue
         self._path = path
         self._control_s = control_s
+        self._read_timeout_s = read_timeout_s
         self._hashes = hashes
         self._on_usable = on_usable
-        self._leased: list[BlockId] = []
+        self._on_failed = on_failed
+        self._lease = source.leases.open(ANY)
+        self._lease.reader = target.record.worker_id
         self._reserved: tuple[list[BlockId], list[BlockId]] | None = None
         self._asked = self._over = False
         self._ready_tokens = self._sent_tokens = 0
-        self._arrives_s = 0.0
+        self._arrives_s = self._give_up_s = 0.0
         self.sent_bytes = 0
-        target.pulling(1, sequence.context_tokens)
+        target.worker.pulling(1, sequence.context_tokens)
+
+    # -- the owner's side -----------------------------------------------------------------------
 
     def announce(self, tokens: int) -> None:
         """The KV of the first `tokens` is final at the source."""
@@ -81,21 +93,34 @@ class Handoff:
         self._ready_tokens = tokens
         if not self._asked:
             self._asked = True
-            self._queue.ask(self)
+            self.target.queue.ask(self)
         elif self._reserved is not None:
             self._send()
 
-    def lease(self, blocks: Sequence[BlockId]) -> None:
-        """The source has computed all of it, and keeps it until it is read."""
-        if not self._over:
-            self._leased = list(blocks)
-            self.source.pool.lease(blocks)
+    def lease(self, blocks: Sequence[BlockId], *, ended: bool) -> None:
+        """The source has computed all of it, and keeps it until it is read or nobody renews it; of
+        an answer that has ended, nothing is read.
+        """
+        if self._over:
+            return
+        table, lease = self.source.leases, self._lease
+        table.extend(lease, blocks)
+        table.finish(lease, (), answer_ended=ended)
+        if ended:
+            table.finish_unread(lease)
+        else:
+            in_reach, freed = self._in_reach, self.source.worker.look
+            Renewal(self._events, table, lease, in_reach, freed).begin()
+
+    # -- the reader's side ----------------------------------------------------------------------
 
     def reserve(self) -> bool:
         """Whether the target had the blocks; then what is ready is sent."""
-        sequence, size = self.sequence, self.target.spec.block_size
+        if self.target.is_dead:
+            return False
+        sequence, size = self.sequence, self.target.worker.spec.block_size
         blocks = -(-sequence.context_tokens // size)
-        self._reserved = self.target.reserve(self._hashes, blocks)
+        self._reserved = self.target.worker.reserve(self._hashes, blocks)
         if self._reserved is None:
             return False
         self._sent_tokens = len(self._reserved[0]) * size
@@ -107,48 +132,82 @@ class Handoff:
         if self._over:
             return
         self._over = True
-        self._queue.drop(self)
+        self.target.queue.drop(self)
         self._leave()
         if self._reserved is not None:
-            self.target.pool.release(self._reserved[0])
-            self.target.pool.abandon(self._reserved[1])
-            self._queue.look()
-        self._unlease()
+            pool = self.target.worker.pool
+            pool.release(self._reserved[0])
+            self._abandon(self._reserved[1])
+            self.target.queue.look()
+        if self.source.leases.abort(self._lease.lease_id) is not None:
+            self.source.worker.look()
+
+    def _abandon(self, blocks: list[BlockId]) -> None:
+        """A read that is under way may still write there."""
+        pool, now_s = self.target.worker.pool, self._events.now_s()
+        if self._arrives_s <= now_s:
+            pool.abandon(blocks)
+        else:
+            pool.quarantine(blocks)
+            self._events.at(self._arrives_s, Handoff._read_ended, self)
+
+    def _read_ended(self) -> None:
+        if self._reserved is not None:
+            self.target.worker.pool.release_quarantined(self._reserved[1])
+            self.target.queue.look()
+            self.target.worker.look()
 
     def _send(self) -> None:
         now_s, tokens = self._events.now_s(), self._ready_tokens
         if tokens > self._sent_tokens:
-            nbytes = (tokens - self._sent_tokens) * self.source.spec.kv_bytes_per_token
+            nbytes = (tokens - self._sent_tokens) * self.source.worker.spec.kv_bytes_per_token
             self._arrives_s = max(self._arrives_s, send(self._path, now_s, nbytes))
             self._sent_tokens = tokens
             self.sent_bytes += nbytes
         if tokens == self.sequence.context_tokens:
+            self._give_up_s = max(now_s, self._arrives_s) + self._read_timeout_s
             self._events.at(max(now_s, self._arrives_s) + self._control_s, Handoff._close, self)
 
     def _close(self) -> None:
-        if self._over or self._reserved is None:
+        """The closing question, when all bytes are here; while an end is cut off, later."""
+        if self._over or self._reserved is None or self.target.is_dead:
             return
+        now_s = self._events.now_s()
+        if not self._in_reach() or self.source.is_dead:
+            if now_s >= self._give_up_s:
+                self._on_failed(self)
+            else:
+                again_s = max(self.source.port.cut_until_s, self.target.port.cut_until_s)
+                again_s = again_s + self._control_s if not self.source.is_dead else self._give_up_s
+                self._events.at(min(again_s, self._give_up_s), Handoff._close, self)
+            return
+        reader = self.target.record.worker_id
+        if self.source.leases.close(self._lease.lease_id, reader) is not LeaseOutcome.HELD:
+            self._on_failed(self)
+            return
+        self.source.worker.look()
+        self._join(*self._reserved)
+
+    def _join(self, cached: list[BlockId], fresh: list[BlockId]) -> None:
+        worker, sequence = self.target.worker, self.sequence
         self._over = True
         self._leave()
-        self._unlease()
-        cached, fresh = self._reserved
-        self.target.pool.received(fresh)
-        sequence = self.sequence
+        worker.pool.received(fresh)
         sequence.blocks = [*cached, *fresh]
         sequence.computed = sequence.context_tokens
         sequence.published = len(cached)
-        sequence.cached_tokens = len(cached) * self.target.spec.block_size
+        sequence.cached_tokens = len(cached) * worker.spec.block_size
         sequence.append()
-        sequence.publish(self.target.pool, self.target.spec.block_size)
+        sequence.publish(worker.pool, worker.spec.block_size)
         self._on_usable(self)
-        self.target.join(sequence)
-        self.target.tell_kv()
+        worker.join(sequence)
+        worker.tell_kv()
+
+    def _in_reach(self) -> bool:
+        """Whether the two hear each other."""
+        now_s = self._events.now_s()
+        cut_s = max(self.source.port.cut_until_s, self.target.port.cut_until_s)
+        return now_s >= cut_s and not self.target.is_dead
 
     def _leave(self) -> None:
-        self.target.pulling(-1, -self.sequence.context_tokens)
-
-    def _unlease(self) -> None:
-        if self._leased:
-            self.source.pool.unlease(self._leased)
-            self._leased = []
-            self.source.look()
+        self.target.worker.pulling(-1, -self.sequence.context_tokens)

@@ -6,9 +6,11 @@ from math import nan
 from typing import TYPE_CHECKING
 
 from core.ids import BlockHash, Incarnation
+from core.messages import PrefixSource
 from router.queued import QueuedPrompt
 from simulator.fleet import Member, SimLink
 from simulator.handoff import Handoff
+from simulator.prefix import Fetch
 from simulator.sequence import SimSequence
 from simulator.workload.types import SimRequest
 
@@ -144,8 +146,35 @@ class Leg:
 class PrefillLeg(Leg):
     """Computes the prompt and gives its KV away; ends with the first token."""
 
+    __slots__ = ("fetch",)
+
     def __init__(self, job: Job, link: SimLink, now_s: float) -> None:
         super().__init__(job, link, 1, now_s)
+        self.fetch: Fetch | None = None
+
+    def compute(self, source: PrefixSource | None, owner: Member | None, deadline_s: float) -> None:
+        """Now, or when what pays off of its prefix has been fetched."""
+        member = self.link.member
+        fetcher, worker = member.fetcher, member.worker
+        if fetcher is not None and source is not None and owner is not None:
+            self.fetch = fetcher.bring(self.sequence, source, owner, deadline_s, self._fetched)
+        if self.fetch is None:
+            worker.compute(self.sequence)
+        else:
+            worker.fetching(1, self.fetch.left_tokens)
+
+    def _fetched(self, fetch: Fetch) -> None:
+        """It has what it will get."""
+        self.fetch = None
+        self.link.member.worker.fetching(-1, -fetch.left_tokens)
+        self.link.member.worker.compute(self.sequence)
+
+    def drop(self) -> None:
+        fetch, self.fetch = self.fetch, None
+        if fetch is not None:
+            self.link.member.worker.fetching(-1, -fetch.left_tokens)
+            fetch.cancel()
+        super().drop()
 
     def computed(self, sequence: SimSequence) -> None:
         if self.handoff is None:
@@ -157,9 +186,10 @@ class PrefillLeg(Leg):
 
     def first_token(self, sequence: SimSequence) -> bool:
         if not self.over:
+            ended = self.job.outputs_left == 1
             if self.handoff is not None:
-                self.handoff.lease(sequence.blocks)
-            self.job.router.prefilled(self, ended=self.job.outputs_left == 1)
+                self.handoff.lease(sequence.blocks, ended=ended)
+            self.job.router.prefilled(self, ended=ended)
         return False
 
 

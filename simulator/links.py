@@ -24,13 +24,15 @@ class Link:
         return self.free_s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Port:
     """A worker's way into the network."""
 
     domain: int
     sent: Link
     received: Link
+    cut_until_s: float = 0.0
+    """Until then nothing comes through."""
 
 
 class Network:

@@ -14,7 +14,7 @@ from functools import partial
 from random import Random
 
 from core.errors import InvalidRequest, NoWorkers
-from core.ids import WorkerId
+from core.ids import Role, WorkerId
 from core.messages import LegTimes
 from decode_worker.config import DecodeConfig
 from decode_worker.policy import refuse_sequence
@@ -217,7 +217,10 @@ class SimRouter:
         job.legs = [leg]
         if job.emitted + 1 < self._max_tokens(job) and not self._hand_over(job, leg, now_s):
             return
-        link.member.worker.compute(leg.sequence)
+        source = placed.source
+        owner = None if source is None else self.fleet.member(source.worker_id)
+        deadline_s = job.request.at_s + self._spec.router.request_timeout_s
+        leg.compute(source, owner, deadline_s)
 
     def _hand_over(self, job: Job, prefill: PrefillLeg, now_s: float) -> bool:
         """Choose where the answer goes on, before the prompt is computed."""
@@ -242,14 +245,15 @@ class SimRouter:
         size = link.member.worker.spec.block_size
         leg.handoff = prefill.handoff = Handoff(
             self._events,
-            source=source.worker,
-            target=link.member.worker,
-            queue=link.member.queue,
+            source=source,
+            target=link.member,
             path=self._network.path(source.port, link.member.port),
             control_s=self._spec.network.control_s,
+            read_timeout_s=self._spec.transfer.read_timeout_s,
             sequence=leg.sequence,
             hashes=job.hashes(size),
             on_usable=lambda handoff: self._decoding(job),
+            on_failed=lambda handoff: self._not_handed(job, handoff),
         )
         job.legs.append(leg)
         return True
@@ -361,6 +365,13 @@ class SimRouter:
         job.legs = job.generating()
         if job.decode is not None:
             self.chooser.decoding(job.decode)
+
+    def _not_handed(self, job: Job, handoff: Handoff) -> None:
+        """The KV did not arrive; either end may be at fault."""
+        decode, prefill = handoff.target.record, handoff.source.record
+        self.chooser.failed(Role.DECODE, decode.incarnation)
+        self.chooser.failed(Role.PREFILL, prefill.incarnation)
+        self._continue(job, handoff.target)
 
     def finished(self, job: Job) -> None:
         """The last token is out."""

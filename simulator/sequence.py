@@ -7,7 +7,8 @@ from core.ids import BlockHash, BlockId
 from engine.pool import BlockPool
 from engine.sequence import SequenceState
 
-_ROOT = BlockHash(bytes(16))
+ROOT = BlockHash(bytes(16))
+"""The parent of a prompt's first block."""
 
 
 class Leg(Protocol):
@@ -92,7 +93,7 @@ class SimSequence:
         hashes, first = self._hashes, self.published
         full = min(self.computed // block_size, len(hashes))
         if full > first:
-            parent = hashes[first - 1] if first else _ROOT
+            parent = hashes[first - 1] if first else ROOT
             pool.publish(self.blocks, first, hashes[first:full], parent)
             self.published = full
 

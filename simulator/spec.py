@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.worker import WorkerSpec
@@ -40,12 +41,25 @@ class NetworkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A worker dies with all it holds. `restart_s` later another one is in its place, if any."""
+    """A worker dies with all it holds. `restart_s` later another one is in its place, if any. A
+    silent one ends no connection, so nobody hears of it: routers notice by its silence.
+    """
 
     at_s: float
     pool: str
     worker: int
     restart_s: float | None = None
+    silent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """For so long nothing comes through between a worker and its peers; routers still reach it."""
+
+    at_s: float
+    pool: str
+    worker: int
+    for_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +81,9 @@ class SimSpec:
     max_tokens: int = 2048
     max_queued_tokens: int = 1_000_000
     max_sequences: int = 1024
+    transfer: TransferConfig = field(default_factory=lambda: TransferConfig(fetch=False))
     failures: tuple[Failure, ...] = ()
+    cuts: tuple[Cut, ...] = ()
     closed_sessions: bool = False
     sessions: int | None = None
     samples: int = 200

@@ -1,7 +1,7 @@
 """What a run says, in numbers: latencies, attainment, goodput, use."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from core.estimate import percentile
 from router.policies.base import Slo
@@ -34,6 +34,11 @@ class Summary:
     """Share of the prompt tokens that were cached where they were computed."""
     transfer_s: tuple[float, ...]
     """Pauses between first token and usable KV, at `SHARES`; empty without hand-offs."""
+    leases: dict[str, int]
+    """On KV that others read, of the whole run: opened, and how they ended."""
+    prompts_moved: int
+    prefixes_fetched: int
+    fetched_tokens: int
 
 
 def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) -> Summary:
@@ -61,6 +66,10 @@ def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) ->
         output_tokens_per_s=sum(r.output_tokens for r in complete) / until_s,
         hit_rate=sum(r.cached_tokens for r in complete) / max(1, prompt_tokens),
         transfer_s=_at_shares([r.transfer_s for r in complete if _was_handed(r)]),
+        leases=asdict(outcome.leases),
+        prompts_moved=outcome.prompts_moved,
+        prefixes_fetched=outcome.prefixes_fetched,
+        fetched_tokens=outcome.fetched_tokens,
     )
 
 

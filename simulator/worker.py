@@ -81,7 +81,7 @@ class SimWorker:
             max_running=spec.max_running,
         )
         self._busy_s = 0.0
-        self._pulls = self._pulling_tokens = 0
+        self._pulls = self._pulling_tokens = self._fetching_tokens = 0
         self._events = events
         self._size = spec.block_size
         self._on_kv = on_kv
@@ -184,6 +184,14 @@ class SimWorker:
         self._pulling_tokens += tokens
         self._report = None
 
+    def fetching(self, prompts: int, tokens: int) -> None:
+        """So many more prompts wait for a prefix, of which so many tokens are to be computed then,
+        or fewer.
+        """
+        self._pulls += prompts
+        self._fetching_tokens += tokens
+        self._report = None
+
     def tell_kv(self) -> None:
         """Whoever follows this worker's cache hears what has changed."""
         events = self.pool.take_events()
@@ -220,7 +228,7 @@ class SimWorker:
             context += sequence.known_tokens
         return LoadReport(
             last_submit=last_submit,
-            queued_tokens=self._queued_tokens,
+            queued_tokens=self._queued_tokens + self._fetching_tokens,
             waiting=len(self.scheduler.waiting) + self._pulls,
             running=len(self.scheduler.running),
             context_tokens=context,

@@ -14,6 +14,7 @@ import pytest
 
 from core.clock import SystemClock
 from core.ids import WorkerId
+from kv_transfer.leases import LeaseTable
 from router.chooser import Chooser, Considered, Placement
 from router.config import RouterConfig
 from router.policies.base import Slo
@@ -121,16 +122,18 @@ def simulated_router(live: Cluster, seed: int = 0) -> tuple[SimRouter, Told]:
     for link in fleet_of.links():
         assert link.view is not None
         hello = link.view.hello
+        worker = SimWorker(hello.worker_id, WORKER, Events())
         fleet.join(
             Member(
                 record=link.record,
                 hello=hello,
-                worker=SimWorker(hello.worker_id, WORKER, Events()),
+                worker=worker,
                 queue=PullQueue(),
                 port=network.port(0, 1.0),
                 pool="",
                 holdings=index.join(hello.worker_id),
                 unheard=[],
+                leases=LeaseTable(worker.pool, clock, 10.0),
             )
         )
     router = SimRouter(spec, fleet, clock, network, random=Random(seed), on_end=lambda record: None)
