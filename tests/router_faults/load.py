@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 
 import httpx
@@ -44,7 +45,6 @@ class Client:
     def __init__(self, fleet: RunningFleet, load: Load) -> None:
         self._fleet = fleet
         self._load = load
-        self._oracle = Oracle(VOCAB_SIZE)
 
     async def run(self, number: int) -> None:
         """Until the load stops."""
@@ -76,7 +76,7 @@ class Client:
         load.slowest_s = max(load.slowest_s, _since(began_s))
         load.prefilled_by[str(timings["prefill_worker"])] += 1
         load.decoded_by[str(timings["decode_worker"])] += 1
-        expected = self._expected(prompt, tokens)
+        expected = expected_text(prompt, tokens)
         if text != expected:
             load.wrong.append(f"{text} instead of {expected}, of {timings}")
 
@@ -97,16 +97,6 @@ class Client:
         text = "".join(c["choices"][0]["text"] for c in chunks if c["choices"])
         return text, next(c["baton"] for c in chunks if "baton" in c)
 
-    def _expected(self, prompt: tuple[int, ...], tokens: int) -> str:
-        request = GenerateRequest(
-            request_id=RequestId(f"{prompt}"),  # the oracle's engine knows sequences by it
-            choice=0,
-            prompt_tokens=prompt,
-            sampling=SamplingParams(max_tokens=tokens),
-            deadline_s=1.0,
-        )
-        return "".join(f"word{token}" for token in self._oracle.answer(request))
-
 
 @asynccontextmanager
 async def under_load(fleet: RunningFleet, clients: int = CLIENTS) -> AsyncIterator[Load]:
@@ -123,3 +113,20 @@ async def under_load(fleet: RunningFleet, clients: int = CLIENTS) -> AsyncIterat
 
 def _since(began_s: float) -> float:
     return SystemClock().now_s() - began_s
+
+
+def expected_text(prompt: tuple[int, ...], tokens: int) -> str:
+    """The answer of so many tokens."""
+    request = GenerateRequest(
+        request_id=RequestId(f"{prompt}"),  # the oracle's engine knows sequences by it
+        choice=0,
+        prompt_tokens=prompt,
+        sampling=SamplingParams(max_tokens=tokens),
+        deadline_s=1.0,
+    )
+    return "".join(f"word{token}" for token in _oracle().answer(request))
+
+
+@cache
+def _oracle() -> Oracle:
+    return Oracle(VOCAB_SIZE)

@@ -19,6 +19,7 @@ from tests.router_faults.fleet import (
     running_fleet,
 )
 from tests.router_faults.load import Load, under_load
+from tests.router_faults.outage import outlive_redis
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -137,6 +138,11 @@ async def test_traffic_goes_on_while_redis_hangs_for_six_leases(fleet: RunningFl
     nothing_lost(load)
     await fleet.clean()
     await fleet.connected()
+
+
+async def test_streams_and_requests_go_on_while_redis_is_stopped(fleet: RunningFleet) -> None:
+    """tests/faults/test_registry_outage.py stops it for a minute."""
+    await outlive_redis(fleet, 3 * LEASE_S, step_s=0.008)
 
 
 async def test_a_worker_whose_reports_freeze_is_not_chosen_for_ever(fleet: RunningFleet) -> None:
