@@ -17,6 +17,7 @@ a clip; several in a row are the new truth.
 """
 
 from collections.abc import Sequence
+from operator import mul
 
 _SHAPE_WEIGHT = 0.1  # tells parts apart to a tenth when the prior's shape is off tenfold
 _CLIP_AFTER = 8
@@ -89,7 +90,8 @@ class CostFit:
         return ([part / total for part in parts] if total > 0 else parts), total
 
     def _ratio(self, shares: Sequence[float]) -> float:
-        return sum(c * q for c, q in zip(self._scales, shares, strict=True))
+        ratio: float = sum(map(mul, self._scales, shares))
+        return ratio
 
     def _solve(self) -> None:
         """Coordinate descent from the last solution, each coordinate exact and cut off at 0.
@@ -100,7 +102,7 @@ class CostFit:
         for _ in range(_SWEEPS):
             moved = 0.0
             for i, row in enumerate(self._moments):
-                others = sum(m * c for m, c in zip(row, self._scales, strict=True))
+                others = sum(map(mul, row, self._scales))
                 wanted = self._products[i] + _SHAPE_WEIGHT * level - others
                 wanted += row[i] * self._scales[i]
                 scale = max(0.0, wanted / (row[i] + _SHAPE_WEIGHT))

@@ -200,12 +200,13 @@ class Outliers:
         """The median speed of some peers; None while too little is known of any."""
         self._turn += 1
         speeds: list[float] = []
-        for i in range(min(len(peers), _PEERS)):
-            peer = peers[(self._turn + i) % len(peers)]
-            health = self._known.get(peer)
-            if peer == incarnation or health is None or health.reason is not None:
+        known, count = self._known, len(peers)
+        for turn in range(self._turn, self._turn + min(count, _PEERS)):
+            peer = peers[turn % count]
+            health = known.get(peer)
+            if health is None or health.answers < _ENOUGH_ANSWERS // 2:
                 continue
-            if health.answers >= _ENOUGH_ANSWERS // 2:
+            if health.reason is None and peer != incarnation:
                 speeds.append(health.speed)
         return median(speeds) if speeds else None
 

@@ -26,7 +26,9 @@ class Events:
     def at(self, when_s: float, call: Callable[[A], None], argument: A) -> None:
         """`call(argument)` when the clock is there; now, if that has passed."""
         self._asked += 1
-        heapq.heappush(self._heap, (max(when_s, self._now_s), self._asked, call, argument))
+        now_s = self._now_s
+        due_s = when_s if when_s > now_s else now_s
+        heapq.heappush(self._heap, (due_s, self._asked, call, argument))
 
     def run(self, until_s: float = inf) -> None:
         """Let happen whatever is due by then; the clock stays at the last of it."""

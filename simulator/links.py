@@ -19,7 +19,8 @@ class Link:
 
     def send(self, now_s: float, nbytes: int) -> float:
         """When `nbytes` more are through."""
-        self.free_s = max(self.free_s, now_s) + nbytes / self.bytes_per_s
+        begins_s = self.free_s if self.free_s > now_s else now_s
+        self.free_s = begins_s + nbytes / self.bytes_per_s
         self.carried_bytes += nbytes
         return self.free_s
 

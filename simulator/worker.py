@@ -208,11 +208,11 @@ class SimWorker:
 
     def load(self, last_submit: int = 0) -> LoadReport:
         """As cluster.worker reports it. Within a run of steps its progress is interpolated."""
-        now_s = self._events.now_s()
         report = self._report
-        if report is None or last_submit or (self._report_s != now_s and self._grows):
-            report = self._report = self._load(now_s, last_submit)
-            self._report_s = now_s
+        is_fresh = not self._grows or self._report_s == self._events.now_s()
+        if report is None or last_submit or not is_fresh:
+            self._report_s = self._events.now_s()
+            report = self._report = self._load(self._report_s, last_submit)
         return report
 
     def _load(self, now_s: float, last_submit: int) -> LoadReport:

@@ -96,8 +96,10 @@ class FittedLatency:
         return total_s + curve.per_token2_s * tokens * tokens + curve.per_pair_s * pairs
 
     def _curve(self, sequences: int) -> DecodeCurve:
-        chosen = self.decode[0]
-        for curve in self.decode[1:]:
-            if sequences >= curve.from_sequences:
-                chosen = curve
+        curves = self.decode
+        chosen = curves[0]
+        if len(curves) > 1:
+            for curve in curves:
+                if sequences >= curve.from_sequences:
+                    chosen = curve
         return chosen
