@@ -77,7 +77,7 @@ def serve(
         requests,
         [Workers(PoolRole.PREFILL, _WORKERS, _WORKER)],
         slo=_SLO,
-        router=PLAIN.model_copy(update={"prefill_policy": policy, "requeue": False}),
+        router=PLAIN.model_copy(update={"prefill_policy": policy}),
         max_tokens=1,
         seed=seed,
     ).records

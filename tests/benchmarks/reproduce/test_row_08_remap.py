@@ -44,6 +44,6 @@ def test_minutes_are_counted_from_the_moment_of_change() -> None:
 
 @pytest.mark.timeout(60)
 def test_new_workers_take_their_share() -> None:
-    spikes = {name: scale_out(None, name, seed=0, count=400) for name in SYSTEMS}
+    spikes = {name: scale_out(None, name, 8, seed=0, count=400) for name in SYSTEMS}
     assert all(0 <= share < 1 for spike in spikes.values() for share in spike.hit_share)
     assert spikes["baton"].ttft_s[2] < spikes["modulo"].ttft_s[2]
