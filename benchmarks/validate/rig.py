@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.types import Finding, Run, Target
 from engine.latency.base import LatencyModel
+from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.cluster import Cluster, Outcome
@@ -67,10 +68,11 @@ def run_cluster(
     slo: Slo = NO_SLO,
     router: RouterConfig = PLAIN,
     network: NetworkSpec | None = None,
+    fetch: bool = False,
     max_tokens: int = 2048,
     seed: int = 0,
 ) -> Outcome:
-    """One run, to the end of every request."""
+    """One run, to the end of every request. `fetch`: prefill workers copy prefixes from others."""
     spec = SimSpec(
         pools=tuple(
             PoolSpec(name=pool.role.value, role=pool.role, workers=pool.count, worker=pool.worker)
@@ -79,6 +81,7 @@ def run_cluster(
         router=router,
         slo=slo,
         network=network or NetworkSpec(),
+        transfer=TransferConfig(fetch=fetch),
         max_tokens=max_tokens,
         max_queued_tokens=_ENDLESS,
         max_sequences=_ENDLESS,
