@@ -39,6 +39,7 @@ class Fleet:
         self._links: dict[Incarnation, WorkerLink] = {}
         self._wanted: dict[Incarnation, WorkerRecord] = {}
         self._members: _Members | None = None
+        self._context_tokens = 0
         self.on_load: Callable[[], None] = lambda: None
         """Called with every load report, and when a worker comes or goes."""
 
@@ -61,13 +62,16 @@ class Fleet:
 
     @property
     def limits(self) -> ServingLimits:
-        """What the connected workers can hold."""
+        """What the connected workers can hold; while there is none, what the last ones could: a
+        request that finds them all restarting is one to hold, not one to refuse.
+        """
         return self._now.limits
 
     @property
     def _now(self) -> "_Members":
         if self._members is None:
-            self._members = _Members(self.links())
+            self._members = _Members(self.links(), self._context_tokens)
+            self._context_tokens = self._members.limits.context_tokens
         return self._members
 
     def _changed(self) -> None:
@@ -118,9 +122,11 @@ class Fleet:
 
 
 class _Members:
-    """Who is there; of two lives of one worker, the later one."""
+    """Who is there; of two lives of one worker, the later one. `context_tokens` is the limit while
+    nobody is.
+    """
 
-    def __init__(self, links: Sequence[WorkerLink]) -> None:
+    def __init__(self, links: Sequence[WorkerLink], context_tokens: int) -> None:
         routable: dict[WorkerId, WorkerLink] = {}
         connected: dict[WorkerId, WorkerView] = {}
         for link in links:
@@ -138,6 +144,8 @@ class _Members:
             for role, members in self.links.items()
         }
         self.limits = ServingLimits(
-            context_tokens=min((view.capacity_tokens for view in connected.values()), default=0),
+            context_tokens=min(
+                (view.capacity_tokens for view in connected.values()), default=context_tokens
+            ),
             ready=all(pool.workers for pool in self.pools.values()),
         )

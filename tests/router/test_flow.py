@@ -305,6 +305,28 @@ async def test_a_restart_gathers_a_line_and_no_crowd(
             await until_idle(*cluster.workers, late.worker)
 
 
+async def test_a_request_that_finds_all_workers_restarting_is_held_and_answered() -> None:
+    """It is planned as over HTTP, where the limits say how long its answer may be."""
+    config = RouterConfig(worker_wait_s=20)
+    async with running_cluster(prefill=1, decode=1, router=config) as cluster:
+        before = cluster.flow.limits()
+        for served in (*cluster.prefill, *cluster.decode):
+            await served.stop_serving()
+        await until(lambda: not any(w.connected for w in cluster.flow.workers()), "all lost")
+        limits = cluster.flow.limits()
+        assert not limits.ready
+        assert limits.context_tokens == before.context_tokens > 0
+        client = asyncio.create_task(collect_all(cluster, make_request(PROMPT, max_tokens=4)))
+        async with (
+            served_worker("p", Role.PREFILL, cluster.hub) as prefill,
+            served_worker("d", Role.DECODE, cluster.hub) as decode,
+        ):
+            for late in (prefill, decode):
+                await cluster.registry.register(late.record, 3600.0)
+            assert await soon(client) == expected_tokens(PROMPT, 4)
+            await until_idle(prefill.worker, decode.worker)
+
+
 async def collect_all(cluster: Cluster, request: GenerateRequest) -> list[int]:
     return tokens(await generate(cluster, request))
 
