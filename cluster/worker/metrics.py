@@ -7,6 +7,7 @@ belongs to it.
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -34,12 +35,23 @@ class WorkerCollector(Collector):
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
-        return reading.result(_SCRAPE_TIMEOUT_S)
+        reading: Future[list[Metric]] = Future()
+        self._loop.call_soon_threadsafe(self._read, reading)
+        try:
+            return reading.result(_SCRAPE_TIMEOUT_S)
+        finally:
+            reading.cancel()  # or a loop that hangs would find one for each scrape meanwhile
 
-    async def _read(self) -> list[Metric]:
+    def _read(self, reading: "Future[list[Metric]]") -> None:
+        """On the loop; does nothing for a scrape that has been given up."""
+        if not reading.set_running_or_notify_cancel():
+            return
         worker = self._worker
-        return [*_leases(worker), *_blocks(worker), *_fetches(worker), *_transfers(worker)]
+        try:
+            parts = (_leases(worker), _blocks(worker), _fetches(worker), _transfers(worker))
+            reading.set_result([metric for part in parts for metric in part])
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for, in `collect`
+            reading.set_exception(error)
 
 
 def _leases(worker: Worker) -> Iterator[Metric]:

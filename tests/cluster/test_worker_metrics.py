@@ -8,9 +8,10 @@ import socket
 import httpx
 import pytest
 
-from cluster.worker.metrics import serving_metrics
+from cluster.worker.metrics import WorkerCollector, serving_metrics
 from core.errors import ConfigError, TransferCause, TransferFailed
 from core.ids import Role, WorkerId
+from engine.pool import PoolCounts
 from kv_transfer.loopback import LoopbackHub
 from kv_transfer.metrics import PullStats
 from tests.builders import served_worker
@@ -51,3 +52,28 @@ async def test_a_port_in_use_is_named_with_the_setting() -> None:
                 serving_metrics(served.worker, "127.0.0.1", port),
             ):
                 await asyncio.sleep(0)
+
+
+async def test_scrapes_of_a_worker_that_hangs_leave_nothing_to_be_done_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: list[int] = []
+    async with served_worker("d", Role.DECODE, LoopbackHub()) as served:
+        collector = WorkerCollector(served.worker, asyncio.get_running_loop())
+        counts = served.worker.pool.counts
+
+        def noted() -> PoolCounts:
+            reads.append(1)
+            return counts()
+
+        monkeypatch.setattr(served.worker.pool, "counts", noted)
+        monkeypatch.setattr("cluster.worker.metrics._SCRAPE_TIMEOUT_S", 0.01)
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                collector.collect()  # from the loop itself, which stands still meanwhile
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert reads == []
+        monkeypatch.setattr("cluster.worker.metrics._SCRAPE_TIMEOUT_S", 10.0)
+        assert await asyncio.to_thread(collector.collect)
+        assert reads == [1]
