@@ -29,6 +29,8 @@ _ENOUGH_PREFILLS = 3
 _OUTPUTS = 512
 _QUANTILES = 16
 _ENOUGH_OUTPUTS = 8
+_MAX_KINDS = 256
+"""Known at once; an arena sized by the memory that is free makes a kind of nearly every restart."""
 
 
 WorkerKind = NewType("WorkerKind", str)
@@ -110,7 +112,15 @@ class Curves:
         """What is known of this kind; the prior before the first observation."""
         known = self._kinds.get(kind)
         if known is None:
+            if len(self._kinds) >= _MAX_KINDS:
+                del self._kinds[next(iter(self._kinds))]
             known = self._kinds[kind] = Speed()
+        return known
+
+    def _learning(self, kind: WorkerKind) -> Speed:
+        """As `of`; of all kinds the one that has learned nothing for longest is forgotten first."""
+        known = self.of(kind)
+        self._kinds[kind] = self._kinds.pop(kind)
         return known
 
     def measured(self, kind: WorkerKind) -> bool:
@@ -128,7 +138,7 @@ class Curves:
         is_early = now_s - known.prefill_at_s < _LEARN_EVERY_S and self.measured(kind)
         if is_early or cached_tokens >= tokens:
             return
-        known.prefill_at_s = now_s
+        self._learning(kind).prefill_at_s = now_s
         known.prefill_fit.add(known.prefill.features(cached_tokens, tokens), seconds)
         step_s, token_s, pair_s = known.prefill_fit.coefficients
         self.set_prefill(kind, PrefillCurve(step_s, token_s, pair_s))
@@ -145,7 +155,7 @@ class Curves:
         known = self.of(kind)
         if now_s - known.decode_at_s < _LEARN_EVERY_S:
             return
-        known.decode_at_s = now_s
+        self._learning(kind).decode_at_s = now_s
         known.decode_fit.add((1.0, sequences, context_tokens), step_s)
         step_s, sequence_s, context_token_s = known.decode_fit.coefficients
         known.decode = DecodeCurve(step_s, sequence_s, context_token_s)

@@ -142,7 +142,7 @@ class FlowMetrics:
         )
         self._admission_queue = Gauge(
             telemetry.ADMISSION_QUEUE,
-            "Sequences held in the router until a worker can keep their TTFT target",
+            "Sequences held in the router until a worker can keep their TTFT target, or is there",
             registry=registry,
         )
         self._admission_rejected = Counter(

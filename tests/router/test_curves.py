@@ -2,7 +2,7 @@ from random import Random
 
 import pytest
 
-from router.curves import Curves, PrefillCurve, kind_of, peak_tokens, residual_quantiles
+from router.curves import Curves, PrefillCurve, WorkerKind, kind_of, peak_tokens, residual_quantiles
 from tests.router.views import HELLO
 
 KIND = kind_of(HELLO)
@@ -80,3 +80,13 @@ def test_output_lengths_are_known_after_a_few() -> None:
     curves.saw_output(100)
     assert len(curves.residuals) == 16
     assert curves.steps_to_go == pytest.approx(50, abs=1)
+
+
+def test_kinds_that_restarts_leave_behind_are_forgotten_and_those_in_use_are_not() -> None:
+    curves = Curves()
+    for second in range(2000):
+        curves.of(WorkerKind(f"restart {second}"))
+        curves.saw_prefill(KIND, 0, 1000, 0.5, float(second))
+    assert len(curves._kinds) == 256
+    assert curves.measured(KIND)
+    assert curves.of(KIND).prefill.seconds(0, 1000) == pytest.approx(0.5, rel=0.1)
