@@ -1,6 +1,7 @@
 """The whole way of a request over real gRPC, 2 + 2 workers in this process; faults at every hop."""
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Literal
@@ -11,6 +12,7 @@ from core.clock import SystemClock
 from core.errors import DeadlineExceeded, InvalidRequest, NoWorkers, Overloaded, Unavailable
 from core.ids import Role
 from core.sampling import FinishReason
+from router.attempt import Attempt
 from router.config import RouterConfig
 from router.policies.base import Decision, DecodeQuery, Slo, Stateless
 from router.types import Generated, GenerateRequest
@@ -136,6 +138,16 @@ async def test_many_requests_at_once_do_not_touch_each_other() -> None:
         )
         assert [tokens(a) for a in answers] == [expected_tokens(p, 24) for p in prompts]
         await until_idle(*cluster.workers)
+
+
+async def test_an_attempt_is_gone_when_it_has_ended_without_the_garbage_collector() -> None:
+    async with running_cluster() as cluster:
+        gc.disable()
+        try:
+            assert len(tokens(await generate(cluster, make_request(PROMPT, max_tokens=4)))) == 4
+            assert not [known for known in gc.get_objects() if type(known) is Attempt]
+        finally:
+            gc.enable()
 
 
 async def test_limits_are_those_of_the_smallest_worker() -> None:
