@@ -209,7 +209,7 @@ class OpenAiRequest(_Body):
     def check(self) -> None:
         """Refuse what the types allow and this server does not. Raises InvalidRequest."""
         for name, neutral in self.not_served.items():
-            if getattr(self, name) not in neutral:
+            if name in self.model_fields_set and getattr(self, name) not in neutral:
                 raise _refusal(name, neutral)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(

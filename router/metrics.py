@@ -5,6 +5,7 @@ Counted at the end of a request or of a sequence, never per token.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -24,6 +25,23 @@ _TPOT_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03),
     *(0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2),
 )
+M = TypeVar("M", Counter, Histogram)
+
+
+class Labelled(Generic[M]):
+    """A metric by the values of its labels, each looked up once: prometheus_client's own `labels`
+    takes longer than to count.
+    """
+
+    def __init__(self, metric: M) -> None:
+        self._metric: M = metric
+        self._children: dict[tuple[str, ...], M] = {}
+
+    def labels(self, *values: str) -> M:
+        child = self._children.get(values)
+        if child is None:
+            child = self._children[values] = self._metric.labels(*values)
+        return child
 
 
 class EdgeMetrics:
@@ -32,35 +50,43 @@ class EdgeMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         by_endpoint = ("endpoint",)
-        self.requests = Counter(
-            telemetry.HTTP_REQUESTS,
-            "Requests ended, by the status they ended with (499: the client went away)",
-            ("endpoint", "status"),
-            registry=self.registry,
+        self.requests = Labelled(
+            Counter(
+                telemetry.HTTP_REQUESTS,
+                "Requests ended, by the status they ended with (499: the client went away)",
+                ("endpoint", "status"),
+                registry=self.registry,
+            )
         )
         self.in_flight = Gauge(
             telemetry.REQUESTS_IN_FLIGHT, "Requests being served", registry=self.registry
         )
-        self.ttft_s = Histogram(
-            telemetry.TTFT,
-            "From the request's head to its first token, per choice",
-            by_endpoint,
-            buckets=_LATENCY_BUCKETS_S,
-            registry=self.registry,
+        self.ttft_s = Labelled(
+            Histogram(
+                telemetry.TTFT,
+                "From the request's head to its first token, per choice",
+                by_endpoint,
+                buckets=_LATENCY_BUCKETS_S,
+                registry=self.registry,
+            )
         )
-        self.tpot_s = Histogram(
-            telemetry.TPOT,
-            "Mean time per token after the first, per choice",
-            by_endpoint,
-            buckets=_TPOT_BUCKETS_S,
-            registry=self.registry,
+        self.tpot_s = Labelled(
+            Histogram(
+                telemetry.TPOT,
+                "Mean time per token after the first, per choice",
+                by_endpoint,
+                buckets=_TPOT_BUCKETS_S,
+                registry=self.registry,
+            )
         )
-        self.duration_s = Histogram(
-            telemetry.REQUEST_DURATION,
-            "From the request's head to the end of its answer",
-            by_endpoint,
-            buckets=_LATENCY_BUCKETS_S,
-            registry=self.registry,
+        self.duration_s = Labelled(
+            Histogram(
+                telemetry.REQUEST_DURATION,
+                "From the request's head to the end of its answer",
+                by_endpoint,
+                buckets=_LATENCY_BUCKETS_S,
+                registry=self.registry,
+            )
         )
         self.prompt_tokens = self._counter(telemetry.PROMPT_TOKENS, "Prompt tokens")
         self.cached_tokens = self._counter(
@@ -124,12 +150,14 @@ class FlowMetrics:
     """Implements router.progress.SequenceObserver and router.watcher.FlowWatcher."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._attempts = Counter(
-            telemetry.ATTEMPTS,
-            "Placements of sequences, by outcome: ok or the code of what ended them "
-            "(enough: a stop string matched; cancelled: the client went away)",
-            ("outcome",),
-            registry=registry,
+        self._attempts = Labelled(
+            Counter(
+                telemetry.ATTEMPTS,
+                "Placements of sequences, by outcome: ok or the code of what ended them "
+                "(enough: a stop string matched; cancelled: the client went away)",
+                ("outcome",),
+                registry=registry,
+            )
         )
         self._retries = Counter(
             telemetry.RETRIES, "Placements after a sequence's first", registry=registry
@@ -145,36 +173,44 @@ class FlowMetrics:
             "Sequences held in the router until a worker can keep their TTFT target, or is there",
             registry=registry,
         )
-        self._admission_rejected = Counter(
-            telemetry.ADMISSION_REJECTED,
-            "Sequences refused with 429: their target cannot be kept, or too many are held",
-            ("reason",),
-            registry=registry,
+        self._admission_rejected = Labelled(
+            Counter(
+                telemetry.ADMISSION_REJECTED,
+                "Sequences refused with 429: their target cannot be kept, or too many are held",
+                ("reason",),
+                registry=registry,
+            )
         )
-        self._placed = Counter(
-            telemetry.LOCAL_PREFILLS,
-            "Sequences placed, by whether their decode worker computes the prompt itself: local, or"
-            " why not",
-            ("verdict",),
-            registry=registry,
+        self._placed = Labelled(
+            Counter(
+                telemetry.LOCAL_PREFILLS,
+                "Sequences placed, by whether their decode worker computes the prompt itself:"
+                " local, or why not",
+                ("verdict",),
+                registry=registry,
+            )
         )
-        self._ejected = Counter(
-            telemetry.WORKERS_EJECTED,
-            "Workers left out of placement for a while, by reason",
-            ("reason",),
-            registry=registry,
+        self._ejected = Labelled(
+            Counter(
+                telemetry.WORKERS_EJECTED,
+                "Workers left out of placement for a while, by reason",
+                ("reason",),
+                registry=registry,
+            )
         )
         self._readmitted = Counter(
             telemetry.WORKERS_READMITTED,
             "Ejected workers that answered a probe in time",
             registry=registry,
         )
-        self._requeued = Counter(
-            telemetry.REQUEUES,
-            "Prompts queued at a prefill worker that fell behind: asked to move to another, and"
-            " moved, as they had not begun",
-            ("step",),
-            registry=registry,
+        self._requeued = Labelled(
+            Counter(
+                telemetry.REQUEUES,
+                "Prompts queued at a prefill worker that fell behind: asked to move to another, and"
+                " moved, as they had not begun",
+                ("step",),
+                registry=registry,
+            )
         )
         self._queue_s = Histogram(
             telemetry.QUEUE,
@@ -240,7 +276,8 @@ class FlowMetrics:
     def ended(self, end: SequenceEnd) -> None:
         for outcome in end.attempts:
             self._attempts.labels(outcome).inc()
-        self._retries.inc(max(0, len(end.attempts) - 1))
+        if len(end.attempts) > 1:
+            self._retries.inc(len(end.attempts) - 1)
         timings = end.timings
         if end.output_tokens:
             self._queue_s.observe(timings.queue_s)
@@ -251,4 +288,5 @@ class FlowMetrics:
             self._transfer_blocks.inc(timings.transfer_blocks)
             self._transfer_descriptors.inc(timings.transfer_descriptors)
             self._transfer_hidden_s.inc(timings.transfer_hidden_s)
-        self._migrations.inc(timings.migrations)
+        if timings.migrations:
+            self._migrations.inc(timings.migrations)

@@ -22,6 +22,7 @@ OK = "ok"
 """The outcome of what came to its finish."""
 COMPLETE = frozenset({OK, Enough.code})
 """Outcomes of answers that are whole: of the second kind a stop string ended, in the router."""
+_NO_TIMES = LegTimes()
 
 
 class Mark(NamedTuple):
@@ -74,8 +75,7 @@ class Progress:
         """Of its time, what it has waited while a pool had no worker."""
         self.outcomes: list[str] = []
         self.prefill_worker = self.decode_worker = ""
-        self.prefill_times = LegTimes()
-        self.decode_times = LegTimes()
+        self.prefill_times = self.decode_times = _NO_TIMES
         self.marks: list[Mark] = []
         self._final: Timings | None = None
         self.mark(Stage.ADMIT)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from core import telemetry
 from core.errors import ConfigError, InvalidRequest, Overloaded
@@ -39,7 +40,6 @@ class Tokenizer:
     """One tokenizer and its threads. `close` it when the router stops."""
 
     def __init__(self, hf_tokenizer: Any, *, threads: int) -> None:
-        self._hf = hf_tokenizer
         # The backend's `encode` only reads, so threads share it; Hugging Face's own call sets
         # truncation and padding on it first, and fails when another thread is reading.
         self._backend = hf_tokenizer.backend_tokenizer
@@ -49,6 +49,9 @@ class Tokenizer:
         self._detokenizers = detokenizer_factory(self._backend)
         self._words = WordCache.of(self._backend)
         self._adds_special = bool(self._backend.encode("", add_special_tokens=True).ids)
+        # What `apply_chat_template` looks up anew for every chat.
+        self._template = _default_template(hf_tokenizer)
+        self._special_tokens: dict[str, str] = dict(hf_tokenizer.special_tokens_map)
         self._knows_developer = "developer" in str(hf_tokenizer.chat_template)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self._waiting_chars = 0
@@ -87,7 +90,7 @@ class Tokenizer:
 
         A template that does not know the role `developer` sees `system`.
         """
-        if not self._hf.chat_template:
+        if not self._template:
             raise InvalidRequest(
                 "this model has no chat template, which chats need; use /v1/completions, or add a "
                 "chat_template.jinja to the model's directory",
@@ -124,8 +127,11 @@ class Tokenizer:
     def _encode_turns(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         turns = [self._turn(message) for message in messages]
         try:
-            text: str = self._hf.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+            (text,), _ = render_jinja_template(
+                [turns],
+                chat_template=self._template,
+                add_generation_prompt=True,
+                **self._special_tokens,
             )
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequest(
@@ -140,6 +146,12 @@ class Tokenizer:
         # `encode` keeps offsets into the text besides, which takes a third more time.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
         return tuple(encoding.ids)
+
+
+def _default_template(hf_tokenizer: Any) -> str:
+    """Empty where there is none, or several and none of them the default."""
+    templates = hf_tokenizer.chat_template
+    return str(templates.get("default", "") if isinstance(templates, dict) else templates or "")
 
 
 def _size(message: ChatMessage) -> int:
