@@ -11,13 +11,14 @@ from core.ids import WorkerId
 from core.messages import KvRemoved, KvStored
 from kv_transfer.leases import LeaseCounters, LeaseTable
 from router.index import PrefixIndex
-from router.watcher import Requeue
 from simulator.clients import Clients, OpenClients, make_clients
 from simulator.events import Events
 from simulator.fleet import Member, SimFleet, make_hello, make_record
 from simulator.handoff import PullQueue
 from simulator.job import Record
-from simulator.links import Network, Port
+from simulator.keep import Keeper
+from simulator.links import Network
+from simulator.pools import Pool, Sample, Slot
 from simulator.prefix import FetchCounts, PrefixFetcher, fitted_cost
 from simulator.router import SimRouter
 from simulator.spec import Cut, Failure, PoolRole, PoolSpec, SimSpec
@@ -26,19 +27,6 @@ from simulator.workload.types import SimRequest
 
 _PROGRESS_EVERY = 500
 _COLLECT_AFTER = 50_000
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One pool at one moment. Shares are 0 to 1."""
-
-    at_s: float
-    workers: int
-    queued_tokens: int
-    running: int
-    kv_share: float
-    busy_share: float
-    """Of the time since the last sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,29 +50,6 @@ class Outcome:
     """Of all workers."""
 
 
-@dataclass(slots=True)
-class _Slot:
-    """A place for a worker: its lives follow one another."""
-
-    pool: PoolSpec
-    name: str
-    domain: int
-    port: Port
-    life: int = 0
-    member: Member | None = None
-    busy_s: float = 0.0
-    """Of earlier lives."""
-    preemptions: int = 0
-
-
-@dataclass(slots=True)
-class _Pool:
-    spec: PoolSpec
-    slots: list[_Slot]
-    samples: list[Sample] = field(default_factory=list)
-    busy_s: float = 0.0
-
-
 class Cluster:
     """`run` is called once."""
 
@@ -97,6 +62,7 @@ class Cluster:
         self._records: list[Record] = []
         self._ended = 0
         self._on_progress: Callable[[int], None] = lambda done: None
+        keeper = None if spec.keep is None else Keeper(self._events, spec.keep)
         self._routers = [
             SimRouter(
                 spec,
@@ -105,6 +71,7 @@ class Cluster:
                 self._network,
                 random=Random(self._random.random()),
                 on_end=self._note_end,
+                keeper=keeper,
             )
             for _ in range(spec.routers)
         ]
@@ -146,9 +113,6 @@ class Cluster:
         with _rare_collections():
             while self._ended < len(requests) and self._events.pending and not self._stopped:
                 self._events.run_some(_PROGRESS_EVERY)
-        members = [
-            m for p in self._pools.values() for s in p.slots if (m := s.member) and not m.is_dead
-        ]
         return Outcome(
             records=tuple(sorted(self._records, key=_arrival)),
             samples={name: tuple(pool.samples) for name, pool in self._pools.items()},
@@ -158,35 +122,34 @@ class Cluster:
             kv_moved_bytes=sum(
                 slot.port.received.carried_bytes for p in self._pools.values() for slot in p.slots
             ),
-            preemptions=sum(m.worker.scheduler.preemptions for m in members)
-            + sum(slot.preemptions for p in self._pools.values() for slot in p.slots),
+            preemptions=sum(pool.preemptions for pool in self._pools.values()),
             prefixes_fetched=self._fetches.won,
             fetched_tokens=self._fetches.tokens,
             leases=_sum_leases(self._leases),
-            prompts_moved=sum(router.moves.steps[Requeue.MOVED] for router in self._routers),
+            prompts_moved=sum(router.moves.moved for router in self._routers),
         )
 
     # -- building -------------------------------------------------------------------------------
 
-    def _lay_out(self) -> dict[str, _Pool]:
-        pools: dict[str, _Pool] = {}
+    def _lay_out(self) -> dict[str, Pool]:
+        pools: dict[str, Pool] = {}
         number, per_domain = 0, self._spec.network.domain_workers
         for pool in self._spec.pools:
-            slots: list[_Slot] = []
+            slots: list[Slot] = []
             for i in range(pool.workers):
                 domain = number // per_domain if per_domain else 0
                 port = self._network.port(domain, pool.worker.nic_bytes_per_s)
-                slot = _Slot(pool, f"{pool.name}-{i:05d}", domain, port)
+                slot = Slot(pool, f"{pool.name}-{i:05d}", domain, port)
                 slots.append(slot)
                 number += 1
                 if pool.ready_s > 0:
                     self._events.at(pool.ready_s, self._add, slot)
                 else:
                     self._add(slot)
-            pools[pool.name] = _Pool(pool, slots)
+            pools[pool.name] = Pool(pool, slots)
         return pools
 
-    def _add(self, slot: _Slot) -> None:
+    def _add(self, slot: Slot) -> None:
         """A new life, with an empty cache."""
         slot.life += 1
         queue = PullQueue()
@@ -244,7 +207,7 @@ class Cluster:
             control_s=self._spec.network.control_s,
         )
 
-    def _report(self, slot: _Slot) -> None:
+    def _report(self, slot: Slot) -> None:
         """What a worker says now, all routers hear now; then nothing for a while."""
         member = slot.member
         if member is None or member.is_dead:
@@ -288,14 +251,9 @@ class Cluster:
     # -- failures -------------------------------------------------------------------------------
 
     def _fail(self, failure: Failure) -> None:
-        slot = self._pools[failure.pool].slots[failure.worker]
-        member, now_s = slot.member, self._events.now_s()
-        if member is None or member.is_dead:
+        slot, now_s = self._pools[failure.pool].slots[failure.worker], self._events.now_s()
+        if slot.die() is None:
             return
-        slot.busy_s += member.worker.busy_s
-        slot.preemptions += member.worker.scheduler.preemptions
-        member.is_dead = True
-        member.worker.die()
         noticed_s = self._spec.router.worker_silence_s if failure.silent else 0.0
         if failure.restart_s is not None:  # whose hello tells of it
             noticed_s = min(noticed_s, failure.restart_s)
@@ -306,7 +264,7 @@ class Cluster:
         if failure.restart_s is not None:
             self._events.at(now_s + failure.restart_s, self._add, slot)
 
-    def _lose(self, slot: _Slot) -> None:
+    def _lose(self, slot: Slot) -> None:
         """Routers hear that it is dead."""
         member, slot.member = slot.member, None
         if member is None:
@@ -327,36 +285,15 @@ class Cluster:
         """Utilisation until the last arrival, which is now."""
         now_s = max(1e-9, self._events.now_s())
         for name, pool in self._pools.items():
-            self._busy[name] = self._busy_s(pool) / now_s / max(1, len(pool.slots))
-
-    def _busy_s(self, pool: _Pool) -> float:
-        members = (slot.member for slot in pool.slots)
-        lives = sum(m.worker.busy_s for m in members if m is not None and not m.is_dead)
-        return lives + sum(slot.busy_s for slot in pool.slots)
+            self._busy[name] = pool.busy_s / now_s / max(1, len(pool.slots))
 
     def _sample(self, horizon_s: float) -> None:
         now_s = self._events.now_s()
         for pool in self._pools.values():
-            pool.samples.append(self._look_at(pool, now_s))
+            pool.sample(now_s, self._every_s)
         coming = self._spec.closed_sessions and self._asked < self._total
         if coming or now_s + self._every_s <= horizon_s + 1e-9:
             self._events.at(now_s + self._every_s, self._sample, horizon_s)
-
-    def _look_at(self, pool: _Pool, now_s: float) -> Sample:
-        members = (slot.member for slot in pool.slots)
-        loads = [m.worker.load() for m in members if m is not None and not m.is_dead]
-        free = sum(load.free_blocks for load in loads)
-        blocks = sum(load.total_blocks for load in loads)
-        busy_s, before_s = self._busy_s(pool), pool.busy_s
-        pool.busy_s = busy_s
-        return Sample(
-            at_s=now_s,
-            workers=len(loads),
-            queued_tokens=sum(load.queued_tokens for load in loads),
-            running=sum(load.running for load in loads),
-            kv_share=1 - free / blocks if blocks else 0.0,
-            busy_share=(busy_s - before_s) / self._every_s / max(1, len(pool.slots)),
-        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ whether a worker takes a leg its role's policy's. Here is only the order of the 
 router/attempt.py has it, without the waits that a lost message would need.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from random import Random
@@ -24,29 +24,20 @@ from router.admission import Admit, Reject, Verdict, decide
 from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
 from router.policies.build import build_policies
-from router.rebalancer import EVERY_S, Rebalancer
 from router.watcher import Requeue, Unwatched
 from simulator.events import Events
 from simulator.fleet import Member, SimFleet, SimLink
 from simulator.handoff import Handoff
 from simulator.job import ComputeLeg, DecodeLeg, Job, PrefillLeg, Record
+from simulator.keep import Keeper
 from simulator.links import Network
+from simulator.moves import Moves
 from simulator.spec import SimSpec
 from simulator.workload.types import SimRequest
 
 _LOOK_S = 0.02
 """The first of the line looks for a place so often; the live router does with each load report."""
 _RETRY_S = 0.25
-
-
-class Moves(Unwatched):
-    """Counts the steps of queued prompts' moves."""
-
-    def __init__(self) -> None:
-        self.steps: Counter[Requeue] = Counter()
-
-    def requeued(self, step: Requeue) -> None:
-        self.steps[step] += 1
 
 
 class SimRouter:
@@ -61,12 +52,14 @@ class SimRouter:
         *,
         random: Random,
         on_end: Callable[[Record], None],
+        keeper: Keeper | None = None,
     ) -> None:
         self.fleet = fleet
         self._spec = spec
         self._events = events
         self._network = network
         self._on_end = on_end
+        self._keeper = keeper
         rules = OutlierRules(failures=spec.router.eject_after_failures, eject_s=spec.router.eject_s)
         self.chooser: Chooser[SimLink] = Chooser(
             fleet,
@@ -82,15 +75,7 @@ class SimRouter:
         self._line: deque[tuple[Job, float]] = deque()
         self._looking = False
         self._jobs: dict[int, Job] = {}
-        self.moves = Moves()
-        self._rebalancer = Rebalancer(
-            self.chooser,
-            events,
-            self.moves,
-            ttft_s=spec.slo.ttft_s,
-            enabled=spec.router.requeue,
-        )
-        self._watching = False
+        self.moves = Moves(spec, self.chooser, events)
 
     @property
     def waiting(self) -> int:
@@ -101,6 +86,8 @@ class SimRouter:
 
     def arrive(self, request: SimRequest) -> None:
         """A client asks."""
+        if self._keeper is not None:
+            self._keeper.asked(request.session)
         job = Job(request, self)
         self._jobs[id(job)] = job
         considered, verdict = self._judge(job, first=not self._line)
@@ -205,6 +192,8 @@ class SimRouter:
         leg = ComputeLeg(job, link, now_s)
         job.legs = [leg]
         link.member.worker.compute(leg.sequence)
+        if self._keeper is not None:
+            self._keeper.submitted(link.member)
 
     def _prefill(self, job: Job, placed: Placement[SimLink]) -> None:
         link, now_s = placed.link, self._events.now_s()
@@ -221,6 +210,8 @@ class SimRouter:
         owner = None if source is None else self.fleet.member(source.worker_id)
         deadline_s = job.request.at_s + self._spec.router.request_timeout_s
         leg.compute(source, owner, deadline_s)
+        if self._keeper is not None:
+            self._keeper.submitted(link.member)
 
     def _hand_over(self, job: Job, prefill: PrefillLeg, now_s: float) -> bool:
         """Choose where the answer goes on, before the prompt is computed."""
@@ -268,7 +259,7 @@ class SimRouter:
             placed.queued.move = partial(self._withdraw, job) if moves else None
             self.chooser.queued.add(placed.queued)
             if moves:
-                self._look_at_queues_later()
+                self.moves.look_later()
 
     def _forget_queued(self, job: Job) -> None:
         if job.queued is not None:
@@ -276,18 +267,6 @@ class SimRouter:
             job.queued = None
 
     # -- queued prompts that move -----------------------------------------------------------------
-
-    def _look_at_queues_later(self) -> None:
-        """The live router looks with each load report, which busy workers make all the time."""
-        if not self._watching and self._spec.router.requeue:
-            self._watching = True
-            self._events.at(self._events.now_s() + EVERY_S, SimRouter._look_at_queues, self)
-
-    def _look_at_queues(self) -> None:
-        self._watching = False
-        self._rebalancer.look()
-        if self.chooser.queued:
-            self._look_at_queues_later()
 
     def _withdraw(self, job: Job, to: WorkerId) -> None:
         """The worker gives a prompt back that it has not begun; one that it has goes on there."""
@@ -339,6 +318,8 @@ class SimRouter:
         """The first token of this attempt; with `ended` also the answer's last."""
         job, now_s, sequence = leg.job, self._events.now_s(), leg.sequence
         self._forget_queued(job)
+        if self._keeper is not None:
+            self._keeper.begun(job.request.session)
         job.emitted += 1
         started_s = sequence.started_at_s if sequence.started_at_s is not None else now_s
         record = job.record
@@ -400,6 +381,10 @@ class SimRouter:
         if record.attempts == 1 and job.decode is not None:
             worker = WorkerId(record.decode_worker)
             self.chooser.answer_ended(worker, record.output_tokens, now_s - job.began_s)
+        if self._keeper is not None:
+            workers = {record.prefill_worker, record.decode_worker} - {""}
+            members = [self.fleet.member(WorkerId(worker)) for worker in sorted(workers)]
+            self._keeper.ended(job.request, members, record.queue_s)
         self._end(job, "ok")
 
     def _end(self, job: Job, outcome: str) -> None:

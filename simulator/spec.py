@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.worker import WorkerSpec
+
+if TYPE_CHECKING:
+    from simulator.keep import KeepPolicy
 
 
 class PoolRole(StrEnum):
@@ -86,6 +90,7 @@ class SimSpec:
     cuts: tuple[Cut, ...] = ()
     closed_sessions: bool = False
     sessions: int | None = None
+    keep: "KeepPolicy | None" = None
     samples: int = 200
     seed: int = 0
 

@@ -8,6 +8,7 @@ from benchmarks.reproduce import (
     row_08_remap,
     row_10_ratio,
     row_12_mixes,
+    row_18_ttl,
 )
 from benchmarks.types import Bench
 
@@ -21,5 +22,6 @@ BENCH = Bench(
         row_08_remap.PART,
         row_10_ratio.PART,
         row_12_mixes.PART,
+        row_18_ttl.PART,
     ),
 )
