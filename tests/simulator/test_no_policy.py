@@ -4,7 +4,18 @@ import ast
 from pathlib import Path
 
 SIMULATOR = Path(__file__).parents[2] / "simulator"
-DECIDING = {"choose", "placed", "decide", "plan_step", "share_step", "judge_local", "choose_moves"}
+DECIDING = {
+    "choose",
+    "placed",
+    "decide",
+    "plan_step",
+    "share_step",
+    "judge_local",
+    "choose_moves",
+    "judge_fetch",
+    "fetch_patience_s",
+    "weigh",
+}
 
 
 def test_nothing_in_the_simulator_defines_a_decision_of_the_production_code() -> None:
