@@ -33,6 +33,7 @@ CHUNKS = (512, 2048, 8192)
 """Step budgets in tokens that are tried when none are given."""
 
 _UNSHARED_BLOCK = 16
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,15 +58,21 @@ class Options:
 
 
 def run_plan(options: Options) -> None:
-    """Search and show; the last line of standard output is the JSON object."""
+    """Search and show; the last line of standard output is the JSON object. An interrupt ends the
+    process with status 130, and those of the search with it.
+    """
     problem, notes = pose(options)
-    with _progress() as progress:
-        answer = search(
-            problem,
-            processes=options.processes or os.cpu_count() or 1,
-            progress=progress,
-            rate_rps=options.rate_rps,
-        )
+    try:
+        with _progress() as progress:
+            answer = search(
+                problem,
+                processes=options.processes or os.cpu_count() or 1,
+                progress=progress,
+                rate_rps=options.rate_rps,
+            )
+    except KeyboardInterrupt:
+        print("interrupted: the search was given up, nothing is planned", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
     if not options.only_json:
         show_answer(Console(), options.model, problem, answer, notes)
     if options.write is not None:

@@ -3,7 +3,8 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, resource_tracker
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,17 +14,13 @@ def run_all(call: Callable[..., T], tasks: Sequence[Sequence[object]], count: in
     """`call(*task)` of each task in `count` processes, in the order they end.
 
     Whatever ends the iteration early, an interrupt of this process alone too, ends the processes:
-    an executor left to itself works off all that is queued. An interrupt of the whole group, as a
-    terminal sends it, is this process's to answer; the others are started with it blocked.
+    an executor left to itself works off all that is queued.
     """
     others = set(active_children())
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
     try:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with deaf_to_interrupts():
             futures = [pool.submit(call, *task) for task in tasks]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for done in as_completed(futures):
             yield done.result()
     except BaseException:
@@ -32,3 +29,16 @@ def run_all(call: Callable[..., T], tasks: Sequence[Sequence[object]], count: in
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes started in the block never hear an interrupt of the whole group, as a terminal
+    sends it: it is this process's to answer, with one that came meanwhile when the block ends.
+    """
+    resource_tracker.ensure_running()  # as it starts with the first process it unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

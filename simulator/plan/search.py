@@ -3,7 +3,6 @@
 Rounds are tasks that know nothing of each other, so any number of processes gives one answer.
 """
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from simulator.plan.trial import (
     prefill_setup,
 )
 from simulator.plan.types import Answer, Goodput, Option, Plan, Pool, Problem, Rated, scale_of
+from simulator.processes import deaf_to_interrupts
 
 _WORTH = 0.6
 """Workers whose goodput per GPU is below this share of the best get no further chunk sizes."""
@@ -188,7 +188,9 @@ def _rating(problem: Problem, processes: int, progress: Progress) -> Iterator[Ra
         )
         return
     context = get_context("spawn")
-    with context.Pool(processes, initializer=_begin, initargs=(problem,)) as pool:
+    with deaf_to_interrupts():
+        pool = context.Pool(processes, initializer=_begin, initargs=(problem,))
+    with pool:
         yield lambda what, setups: _collect(
             what, len(setups), progress, pool.imap(_rate_here, setups)
         )
@@ -209,9 +211,8 @@ _problem: Problem | None = None
 
 
 def _begin(problem: Problem) -> None:
-    """In a process of the pool: Ctrl-C is for the one that waits for it."""
+    """In a process of the pool."""
     global _problem  # noqa: PLW0603 - what a process of the pool works on
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _problem = problem
 
 

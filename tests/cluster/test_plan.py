@@ -1,9 +1,17 @@
 """`baton plan`: what it takes, prints and writes."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -122,3 +130,58 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 1
     assert "llama-3-70b does not fit h100 at TP 1" in result.stderr
+
+
+# -- Ctrl-C -------------------------------------------------------------------------------------
+
+_DEADLINE_S = 60.0
+
+
+def _in_session(session: int) -> list[psutil.Process]:
+    """Those of a session that have not ended."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _wait_until(is_so: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + _DEADLINE_S
+    while not is_so():
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "to its group"])
+def test_an_interrupt_ends_the_search_and_leaves_no_process(
+    send: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    """To the group is what a terminal does, while the processes of the search still start."""
+    code = "from cluster.cli import main; main()"
+    options = (
+        "plan --model llama-3-8b --gpu h100 --gpus 32 --slo 500/30 --processes 2"
+        " --trace poisson:rate=4,prompt=1000,output=200"
+    )
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr:
+        command = subprocess.Popen(
+            [sys.executable, "-c", code, *options.split()],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    try:
+        _wait_until(lambda: "simulating" in log.read_text())
+        assert len(_in_session(command.pid)) > 2
+        send(command.pid, signal.SIGINT)
+        printed, _ = command.communicate(timeout=_DEADLINE_S)
+        assert (command.returncode, printed) == (130, b"")
+        assert log.read_text().splitlines()[-1].startswith("interrupted: the search was given up")
+        assert "Traceback" not in log.read_text()
+        _wait_until(lambda: not _in_session(command.pid))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
+        command.wait(_DEADLINE_S)
