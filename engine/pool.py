@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 from core.errors import InternalError
 from core.ids import BlockHash, BlockId
@@ -60,7 +61,7 @@ class BlockPool:
         self._hash: list[BlockHash | None] = [None] * num_blocks
         self._parent: list[BlockHash | None] = [None] * num_blocks
         self._used_at = [0] * num_blocks
-        self._free: deque[BlockId] = deque(BlockId(i) for i in range(num_blocks))
+        self._free: deque[BlockId] = deque(_block_ids(num_blocks))
         self._by_hash: dict[BlockHash, BlockId] = {}
         self._children: dict[BlockHash, int] = {}
         self._num_cached = 0
@@ -406,6 +407,12 @@ class BlockPool:
             last.hashes += hashes
         else:
             self._events.append(_Run(parent=None, hashes=hashes))
+
+
+@lru_cache(maxsize=4)
+def _block_ids(num_blocks: int) -> tuple[BlockId, ...]:
+    """Shared by pools of one size: those of a simulated fleet would else hold millions of ints."""
+    return tuple(map(BlockId, range(num_blocks)))
 
 
 @dataclass(slots=True, kw_only=True)
