@@ -4,6 +4,8 @@ Each size runs in a process of its own, so its peak memory is its own. Requests 
 conversations do: a turn repeats the blocks of the one before it, in blocks of 512 tokens.
 """
 
+from __future__ import annotations
+
 import resource
 import sys
 import time
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from multiprocessing import get_context
 from random import Random
+from typing import TYPE_CHECKING
 
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 from core.ids import BlockHash
@@ -24,6 +27,9 @@ from simulator.spec import PoolRole, PoolSpec, SimSpec
 from simulator.summary import summarise
 from simulator.worker import WorkerSpec
 from simulator.workload.types import SimRequest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _BLOCK = 512
 _STEP_TOKENS = 2048
@@ -94,6 +100,7 @@ def run(run: Run) -> Finding:
             f" prefill; {_STEP_TOKENS} tokens a step; true load, one router",
         ),
         keys=_keys(sizes, taken),
+        draw=lambda axes: _draw(axes, sizes, taken),
     )
 
 
@@ -187,6 +194,17 @@ def _keys(sizes: tuple[_Size, ...], taken: list[_Taken]) -> dict[str, Json]:
         "memory_mb": taken[0].memory_mb,
         "sizes": every,
     }
+
+
+def _draw(axes: Axes, sizes: tuple[_Size, ...], taken: list[_Taken]) -> None:
+    labels = [f"{size.requests:,} on {size.workers:,} workers" for size in sizes]
+    allowed = [1e6 * size.limit_s / size.requests for size in sizes]
+    axes.bar(labels, allowed, color="lightgray", label="allowed")
+    per_request = [1e6 * one.wall_s / size.requests for size, one in zip(sizes, taken, strict=True)]
+    axes.bar(labels, per_request, width=0.5, label="taken")
+    axes.set_xlabel("requests")
+    axes.set_ylabel("us per request")
+    axes.legend(fontsize=7)
 
 
 PART = Part(
