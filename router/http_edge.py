@@ -106,12 +106,11 @@ class Exchange:
     async def run(self) -> None:
         """Serve the request; raises nothing."""
         error: BatonError | None = None
+        # The generator ends it in time, and knows whom it waited for; this is the backstop.
+        limit_s = self._edge.settings.request_timeout_s + _FAREWELL_S
         try:
-            # The generator ends it in time, and knows whom it waited for; this is the backstop.
-            async with asyncio.timeout(self._edge.settings.request_timeout_s + _FAREWELL_S):
-                await self._serve()
-        except TimeoutError:
-            error = DeadlineExceeded("the request's time is up")
+            async with Attended(line_of(self._scope), limit_s) as group:
+                await self._serve(group)
         except BatonError as known:
             error = known
         except asyncio.CancelledError:
@@ -124,39 +123,35 @@ class Exchange:
             await self._say_farewell(error)
         self._record(error)
 
-    async def _serve(self) -> None:
+    async def _serve(self, group: asyncio.TaskGroup) -> None:
         edge = self._edge
         body = await read_body(self._scope, self._receive, edge.settings.max_body_bytes)
         if not body:
             raise InvalidRequest("the body is empty; send a JSON object")
-        async with Attended(line_of(self._scope)) as group:
-            request = self._request_type.parse(body)
-            ends_s = self._started_s + edge.settings.request_timeout_s
-            plan = await edge.planner.plan(request, self._request_id, ends_s)
-            self._plan = plan
-            self._answers = [self._answer(plan, i) for i in range(len(plan.choices))]
-            head = self._head(plan)
-            if plan.stream:
-                last = await stream_answers(
-                    edge.generator,
-                    head,
-                    self._answers,
-                    self._reply,
-                    settings=edge.settings,
-                    metrics=edge.metrics,
-                    group=group,
-                )
-            else:
-                tasks = [
-                    group.create_task(collect_answer(edge.generator, answer))
-                    for answer in self._answers
-                ]
-                texts = [await task for task in tasks]
-                last = answer_body(head, self._answers, texts)
+        request = self._request_type.parse(body)
+        ends_s = self._started_s + edge.settings.request_timeout_s
+        plan = await edge.planner.plan(request, self._request_id, ends_s)
+        self._plan = plan
+        self._answers = [self._answer(plan, i) for i in range(len(plan.choices))]
+        head = self._head(plan)
         if plan.stream:
+            last = await stream_answers(
+                edge.generator,
+                head,
+                self._answers,
+                self._reply,
+                settings=edge.settings,
+                metrics=edge.metrics,
+                group=group,
+            )
             await self._reply.end(last)
         else:
-            await self._reply.json(200, last)
+            tasks = [
+                group.create_task(collect_answer(edge.generator, answer))
+                for answer in self._answers
+            ]
+            texts = [await task for task in tasks]
+            await self._reply.json(200, answer_body(head, self._answers, texts))
 
     def _answer(self, plan: Plan, index: int) -> Answer:
         planned = plan.choices[index]
@@ -235,20 +230,22 @@ class Exchange:
 
 
 class Attended(asyncio.TaskGroup):
-    """A task group that fails with ClientGone when the client goes away.
+    """A task group that fails with ClientGone when the client goes away, and with DeadlineExceeded
+    after `limit_s`.
 
     Of what its tasks and its body raise, one error comes out by itself. On success it waits for
     its tasks; on any error it cancels them.
     """
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, limit_s: float) -> None:
         super().__init__()
         self._line = line
         self._owner = asyncio.current_task()
-        self._gone = False
+        self._left: BatonError | None = None
+        self._limit = asyncio.get_running_loop().call_later(limit_s, self._late)
 
     async def __aenter__(self) -> Self:
-        self._line.attend(self._leave)
+        self._line.attend(self._lost)
         return await super().__aenter__()
 
     async def __aexit__(
@@ -267,18 +264,25 @@ class Attended(asyncio.TaskGroup):
         except asyncio.CancelledError as cancelled:
             failure = cancelled
         finally:
+            self._limit.cancel()
             self._line.attend(None)
-        if self._gone and self._owner is not None:
+        if self._left is not None and self._owner is not None:
             stopped = self._owner.uncancel() > 0
             if not stopped and (isinstance(failure, asyncio.CancelledError | BatonError)):
-                failure = ClientGone("the client closed the connection")
+                failure = self._left
         if failure is not None:
             raise failure
 
-    def _leave(self) -> None:
+    def _lost(self) -> None:
+        self._leave(ClientGone("the client closed the connection"))
+
+    def _late(self) -> None:
+        self._leave(DeadlineExceeded("the request's time is up"))
+
+    def _leave(self, why: BatonError) -> None:
         """The owner waits somewhere within the block."""
-        if self._owner is not None and not self._gone:
-            self._gone = True
+        if self._owner is not None and self._left is None:
+            self._left = why
             self._owner.cancel()
 
 
