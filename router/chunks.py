@@ -1,7 +1,7 @@
 """The bytes of an answer in OpenAI's formats: SSE chunks, or one JSON body.
 
 Of a chunk only the text changes from token to token, so what stands around it is encoded once per
-choice:   data: {"id":...,"choices":[{"index":0,"delta":{"content":  TEXT  },...}]}\n\n
+choice:   data: {"id":...,"choices":[{"index":0,   "delta":{"content":  TEXT  },...}]}\n\n
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from router.http_errors import error_body
 from router.types import Timings
 
 DONE = b"data: [DONE]\n\n"
-_MARK = "\0text\0"
 
 JsonObject = dict[str, object]
 
@@ -49,42 +48,34 @@ class AnswerHead:
 class ChunkEncoder:
     """SSE events of one choice."""
 
-    __slots__ = ("_after", "_before", "_head", "_index")
+    __slots__ = ("_after", "_before", "_chat", "_close", "_open", "_timings")
 
     def __init__(self, head: AnswerHead, index: int) -> None:
-        self._head = head
-        self._index = index
-        delta: JsonObject = {"content": _MARK} if head.chat else {}
-        event = self._event(delta, _MARK, None)
-        self._before, self._after = event.split(orjson.dumps(_MARK))
+        self._chat = head.chat
+        self._timings = head.timings
+        body = orjson.dumps(head.json(_chunk_kind(head), []))
+        self._open = b'data: %b{"index":%d,' % (body.removesuffix(b"]}"), index)
+        self._close = b'}],"usage":null' if head.usage_chunk else b"}]"
+        self._before = self._open + (b'"delta":{"content":' if head.chat else b'"text":')
+        self._after = (b"}" if head.chat else b"") + self._end(None) + b"}\n\n"
 
     def first(self) -> bytes:
         """Opens a chat answer by its role; empty for a text completion."""
-        if not self._head.chat:
+        if not self._chat:
             return b""
-        return self._event({"role": "assistant", "content": ""}, "", None)
+        return self._open + b'"delta":{"role":"assistant","content":""' + self._after
 
     def text(self, piece: str) -> bytes:
         return self._before + orjson.dumps(piece) + self._after
 
     def finish(self, reason: FinishReason, timings: Timings) -> bytes:
-        return self._event({}, "", reason, timings if self._head.timings else None)
+        content = b'"delta":{}' if self._chat else b'"text":""'
+        baton = b',"baton":' + orjson.dumps(timings) if self._timings else b""
+        return b"%b%b%b%b}\n\n" % (self._open, content, self._end(reason), baton)
 
-    def _event(
-        self,
-        delta: JsonObject,
-        text: str,
-        reason: FinishReason | None,
-        timings: Timings | None = None,
-    ) -> bytes:
-        content: JsonObject = {"delta": delta} if self._head.chat else {"text": text}
-        tail: JsonObject = {"logprobs": None, "finish_reason": reason}
-        body = self._head.json(_chunk_kind(self._head), [{"index": self._index, **content, **tail}])
-        if self._head.usage_chunk:
-            body["usage"] = None
-        if timings is not None:
-            body["baton"] = timings
-        return sse_event(orjson.dumps(body))
+    def _end(self, reason: FinishReason | None) -> bytes:
+        """Of the choice, and what stands behind all of them."""
+        return b',"logprobs":null,"finish_reason":%b%b' % (orjson.dumps(reason), self._close)
 
 
 def usage_event(head: AnswerHead, answers: Sequence[Answer]) -> bytes:
