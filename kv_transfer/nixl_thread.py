@@ -239,8 +239,8 @@ class TransferThread:
         try:
             for command in commands:
                 self._do(command)
-            self._poll()
             idle = not commands and not self._readings
+            self._poll()
             if idle or self._agent.spent > _SPENT_MOST:
                 self._agent.tidy()
         except AgentBroken as broken:

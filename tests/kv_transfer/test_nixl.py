@@ -23,13 +23,13 @@ from nixl._api import nixl_agent
 from core.errors import InternalError, TransferCause, TransferFailed
 from core.ids import new_incarnation
 from engine.arena import Arena
-from kv_transfer import nixl
+from kv_transfer import nixl, nixl_thread
 from kv_transfer import nixl_agent as agents
 from kv_transfer.loopback import LoopbackHub
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.nixl_agent import Agent
 from kv_transfer.transport import ReadStats
-from tests.builders import soon
+from tests.builders import soon, until
 from tests.kv_transfer.transport_sides import (
     BLOCK_BYTES,
     LAYOUT,
@@ -476,6 +476,47 @@ async def test_lists_are_prepared_once_for_a_peer_and_again_for_smaller_parts(
     await reads_exactly(reader, owner, [ROW])
     assert faults.calls["prep_xfer_dlist"] == 4
     assert faults.calls["add_remote_agent"] == 1
+
+
+async def test_the_handles_of_ended_reads_are_released_when_the_thread_has_nothing_to_do(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    await reads_exactly(reader, owner, [ROW])
+    await until(lambda: _agent(reader).spent == 0, "nothing is kept")
+    assert faults.calls["release_xfer_handle"] >= 1
+
+
+async def test_a_thread_that_is_never_idle_keeps_few_handles(
+    faulty: tuple[Side, Side], faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = faulty
+    await until(lambda: _agent(reader).spent == 0, "nothing is kept")
+    faults.calls.clear()
+    monkeypatch.setattr(nixl_thread, "_TIDY_AFTER_S", 10 * BOUND_S)
+    for _ in range(nixl_thread._SPENT_MOST):
+        await reader.read(owner, [ROW])
+    assert faults.calls["release_xfer_handle"] == 0
+    await reader.read(owner, [ROW])
+    await until(lambda: _agent(reader).spent == 0, "all are released")
+    assert faults.calls["release_xfer_handle"] == nixl_thread._SPENT_MOST + 1
+
+
+async def test_handles_are_released_before_their_peer_is_dropped(
+    faulty: tuple[Side, Side], faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = faulty
+    await until(lambda: _agent(reader).spent == 0, "nothing is kept")
+    monkeypatch.setattr(nixl_thread, "_TIDY_AFTER_S", 10 * BOUND_S)
+    await reader.read(owner, [ROW])
+    faults.order.clear()
+    await soon(reader.transport.disconnect(owner.shard))
+    assert faults.order.index("release_xfer_handle") < faults.order.index("remove_remote_agent")
+
+
+def _agent(reader: Side) -> Agent:
+    assert isinstance(reader.transport, NixlTransport)
+    return reader.transport._thread._agent
 
 
 async def test_other_memory_under_a_known_name_replaces_the_peer(
