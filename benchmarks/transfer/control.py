@@ -61,11 +61,18 @@ class _Announced:
     at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """Reader to owner: it has heard all that it waits for."""
+
+
 # -- the two processes --------------------------------------------------------------------------
 
 
 async def own(side: Side, task: ControlTask) -> None:
-    """Offer, wait for the reader, announce one block, finish."""
+    """Offer, wait for the reader, announce one block, finish. Stay until the reader has heard all:
+    the end of a stream may overtake what was sent on it last.
+    """
     async with owner_rig(task.arena) as rig:
         side.send(rig.door)
         blocks = rig.pool.allocate(1) or []
@@ -74,6 +81,7 @@ async def own(side: Side, task: ControlTask) -> None:
             side.send(_Offer(lease.lease_id))
             side.send(_Announced(await _announce(rig, lease, blocks)))
             await _until_closed(rig, lease)
+        await side.receive(_Finished)
 
 
 async def _announce(rig: OwnerRig, lease: Lease, blocks: list[BlockId]) -> float:
@@ -114,6 +122,7 @@ async def read(side: Side, task: ControlTask) -> ControlResult:
                 begun.append(read.begun_at_s - announced.at_s)
                 ended.append(read.ended_at_s - announced.at_s)
             side.progress("announcements", number, task.warm_up + task.handoffs)
+        side.send(_Finished())
     return ControlResult(
         asked=Samples(tuple(asked)), begun=Samples(tuple(begun)), ended=Samples(tuple(ended))
     )
