@@ -41,11 +41,11 @@ from core.messages import (
     Offered,
     PrefillSubmit,
     Rejected,
-    RenewLeases,
     Withdraw,
     Withdrawn,
 )
 from core.stages import Stage
+from router.backstops import Answers, Renewal
 from router.chooser import Chooser, Considered, Placement
 from router.client import Leg, LegEvent
 from router.move import Move, handoff_to
@@ -54,8 +54,6 @@ from router.queued import QueuedPrompt
 from router.types import Generated, MigrationReport, Requeued, TokenSink
 
 log = logging.getLogger(__name__)
-
-_SECOND_LOOK_S = 0.05
 
 
 class Attempt:
@@ -72,8 +70,8 @@ class Attempt:
         sink: TokenSink,
         answer_s: float = 5.0,
     ) -> None:
-        self._answer_s = answer_s
-        self._unanswered: dict[Leg, asyncio.TimerHandle] = {}
+        self._answers = Answers(answer_s, self._give_up)
+        self._renewal = Renewal()
         self._chooser = chooser
         self._progress = progress
         self._sink = sink
@@ -91,12 +89,10 @@ class Attempt:
         self._handoff: Handoff | None = None
         self._queued: QueuedPrompt | None = None
         self._move_to: WorkerId | None = None
-        self._lease_s = 0.0
         self._early: list[LegTokens] = []
         self._has_first = self._decoding = self._local = False
         self._move: Move | None = None
         self._deadline = loop.call_later(progress.remaining_s, self._expire)
-        self._renewal: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -110,9 +106,8 @@ class Attempt:
         self._end(None)
         self._progress.outcomes.append(self._progress.outcome(error))
         self._deadline.cancel()
-        self._stop_renewing()
-        for timer in self._unanswered.values():
-            timer.cancel()
+        self._renewal.stop()
+        self._answers.close()
         self._left_queue()
         if self._move is not None:
             ended = "the request has ended"
@@ -143,7 +138,7 @@ class Attempt:
         progress.mark(Stage.PREFILL, progress.decode_worker)
         self._local = True
         self._decode = self._decode_leg(placed, None)
-        self._expect_answer(self._decode)
+        self._answers.expect(self._decode)
 
     def _submit_prefill(self, considered: Considered | None) -> None:
         request, progress = self._progress.request, self._progress
@@ -168,7 +163,7 @@ class Attempt:
             self._hear,
             placed.load_tokens,
         )
-        self._expect_answer(self._prefill)
+        self._answers.expect(self._prefill)
         if placed.queued is not None:
             self._queued = placed.queued
             self._queued.arrived_at_s = progress.arrived_at_s
@@ -218,21 +213,6 @@ class Attempt:
         if self._decode is not None:
             self._decode.on_token = None
 
-    def _expect_answer(self, leg: Leg) -> None:
-        """A worker accepts or rejects at once, or does not hear us, whatever else it may say."""
-        loop = asyncio.get_running_loop()
-        self._unanswered[leg] = loop.call_later(self._answer_s, self._look_again, leg)
-
-    def _look_again(self, leg: Leg) -> None:
-        """After a pause of this process the timer may come before an answer that waits unread."""
-        loop = asyncio.get_running_loop()
-        self._unanswered[leg] = loop.call_later(_SECOND_LOOK_S, self._give_up, leg)
-
-    def _answered(self, leg: Leg) -> None:
-        timer = self._unanswered.pop(leg, None)
-        if timer is not None:
-            timer.cancel()
-
     def _give_up(self, leg: Leg) -> None:
         """No answer to the submit: to be tried elsewhere."""
         if self._over.done():
@@ -263,14 +243,13 @@ class Attempt:
             return []  # or of a leg that was given up, or is needed no more
         match event:
             case Accepted():
-                self._answered(leg)
+                self._answers.came(leg)
                 if leg is self._prefill and event.lease_id is not None:
-                    self._lease_s = event.lease_s
-                    self._start_decode(leg, event.lease_id)
+                    self._start_decode(leg, event.lease_id, event.lease_s)
                 elif leg is self._decode:
-                    self._stop_renewing()  # from here on the reader renews
+                    self._renewal.stop()  # from here on the reader renews
             case Rejected():
-                self._answered(leg)
+                self._answers.came(leg)
                 self._rejected(leg, event)
             case LegFailed():
                 self._fail(leg, event)
@@ -283,7 +262,7 @@ class Attempt:
             case Moved():
                 return self._moved(leg)
             case Withdrawn() if self._move_to is not None:
-                self._answered(leg)
+                self._answers.came(leg)
                 leg.link.finish(leg)
                 raise Requeued(self._move_to)
         return []
@@ -317,6 +296,7 @@ class Attempt:
             # The KV has arrived and its lease is closed: the prefill worker may go now.
             self._prefill.link.finish(self._prefill)
             self._prefill = None
+            self._renewal.stop()
         if not self._decoding and self._decode is not None:
             self._decoding = True
             self._chooser.decoding(self._decode.link)
@@ -379,11 +359,11 @@ class Attempt:
 
     # -- hops -----------------------------------------------------------------------------------
 
-    def _start_decode(self, prefill: Leg, lease_id: LeaseId) -> None:
+    def _start_decode(self, prefill: Leg, lease_id: LeaseId, lease_s: float) -> None:
         self._handoff = handoff_to(prefill.link, lease_id)
         if self._handoff is None:
             return  # its loss has ended this attempt, or is about to
-        self._renew_later()
+        self._renewal.start(prefill, lease_id, lease_s)
         if self._output_position + 1 < self._progress.request.sampling.max_tokens:
             self._submit_decode()
 
@@ -395,7 +375,7 @@ class Attempt:
         self._progress.decode_worker = placed.link.record.worker_id
         self._log_route("route_decode", placed)
         self._decode = self._decode_leg(placed, self._handoff)
-        self._expect_answer(self._decode)
+        self._answers.expect(self._decode)
 
     def _decode_leg(self, placed: Placement, handoff: Handoff | None) -> Leg:
         """Raises WorkerLost."""
@@ -477,20 +457,3 @@ class Attempt:
         progress.decode_worker = move.leg.link.record.worker_id
         progress.mark(Stage.DECODE, progress.decode_worker)
         return [tokens for early in move.early for tokens in self._take(move.leg, early)]
-
-    # -- the lease, while no reader is bound to it ------------------------------------------------
-
-    def _renew_later(self) -> None:
-        if self._lease_s > 0:
-            loop = asyncio.get_running_loop()
-            self._renewal = loop.call_later(self._lease_s / 3, self._renew)
-
-    def _renew(self) -> None:
-        if self._prefill is not None and self._handoff is not None:
-            self._prefill.link.send(RenewLeases(lease_ids=(self._handoff.lease_id,)))
-            self._renew_later()
-
-    def _stop_renewing(self) -> None:
-        if self._renewal is not None:
-            self._renewal.cancel()
-            self._renewal = None
