@@ -142,6 +142,7 @@ async def test_many_requests_at_once_do_not_touch_each_other() -> None:
 
 async def test_an_attempt_is_gone_when_it_has_ended_without_the_garbage_collector() -> None:
     async with running_cluster() as cluster:
+        gc.collect()  # those of other tests
         gc.disable()
         try:
             assert len(tokens(await generate(cluster, make_request(PROMPT, max_tokens=4)))) == 4
