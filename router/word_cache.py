@@ -104,9 +104,12 @@ class WordCache:
         return ids is not None
 
     def _learn(self, word: str) -> Ids:
-        ids = self._encode(word[1:] if word[0] == " " else " " + word)
-        if len(word) <= _WORD_CHARS:
-            self._keep(word, ids)
+        text = word[1:] if word[0] == " " else " " + word
+        if len(word) > _WORD_CHARS:
+            return self._encode(text)
+        # Of so little text `encode`, which keeps the interpreter lock, is the cheaper way.
+        ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        self._keep(word, ids)
         return ids
 
     def _keep(self, word: str, ids: Ids) -> None:
