@@ -12,6 +12,7 @@ by chance or by a tenant on purpose, would serve one prompt's KV to another.
 import hashlib
 from array import array
 from collections.abc import Sequence
+from sys import byteorder
 
 from core.ids import BlockHash, ModelId
 
@@ -27,7 +28,7 @@ def root_hash(model_id: ModelId, cache_salt: str = "") -> BlockHash:
 def chain_hashes(tokens: Sequence[int], block_size: int, parent: BlockHash) -> list[BlockHash]:
     """Hashes of all full blocks of `tokens` below `parent`; a partial last block has none."""
     full = len(tokens) // block_size
-    data = _u32(tokens[: full * block_size])
+    data = pack_tokens(tokens[: full * block_size])
     step = 4 * block_size
     hashes: list[BlockHash] = []
     for start in range(0, full * step, step):
@@ -37,8 +38,18 @@ def chain_hashes(tokens: Sequence[int], block_size: int, parent: BlockHash) -> l
     return hashes
 
 
-def _u32(tokens: Sequence[int]) -> bytes:
-    packed = array("I", tokens)
-    if packed.itemsize != 4:
-        raise RuntimeError("array('I') is not 4 bytes wide on this platform")
-    return packed.tobytes()
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Token ids as little-endian u32, as they are hashed and as they travel."""
+    return _u32(tokens).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> tuple[int, ...]:
+    """Raises ValueError for what `pack_tokens` cannot have made."""
+    return tuple(_u32(packed))
+
+
+def _u32(values: Sequence[int]) -> "array[int]":
+    packed = array("I", values)
+    if packed.itemsize != 4 or byteorder != "little":
+        raise RuntimeError("array('I') is not little-endian u32 on this platform")
+    return packed

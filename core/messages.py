@@ -23,7 +23,7 @@ from core.kv import KvLayout
 from core.sampling import FinishReason, SamplingParams
 from core.stages import Stage
 
-PROTOCOL_MAJOR = 1
+PROTOCOL_MAJOR = 2
 PROTOCOL_MINOR = 0
 
 HEARTBEAT_S = 1.0

@@ -1,5 +1,6 @@
 """The RouterStream's typed messages to and from the wire; used at both ends of the stream."""
 
+from core.blocks import pack_tokens, unpack_tokens
 from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, WorkerId
 from core.messages import (
     Accepted,
@@ -61,7 +62,7 @@ def to_worker(message: RouterToWorker) -> worker_pb2.ToWorker:
             prefill = worker_pb2.PrefillSubmit(
                 number=message.number,
                 sequence_id=sequence_id_to_wire(message.sequence_id),
-                tokens=message.tokens,
+                tokens=pack_tokens(message.tokens),
                 output_position=message.output_position,
                 sampling=_sampling_to_wire(message.sampling),
                 deadline_s=message.deadline_s,
@@ -92,7 +93,7 @@ def from_router(message: worker_pb2.ToWorker) -> RouterToWorker:
             return PrefillSubmit(
                 number=prefill.number,
                 sequence_id=sequence_id_from_wire(prefill.sequence_id),
-                tokens=tuple(prefill.tokens),
+                tokens=_tokens_from_wire(prefill.tokens),
                 output_position=prefill.output_position,
                 sampling=_sampling_from_wire(prefill.sampling),
                 deadline_s=prefill.deadline_s,
@@ -150,7 +151,7 @@ def _decode_to_wire(message: DecodeSubmit) -> worker_pb2.DecodeSubmit:
     return worker_pb2.DecodeSubmit(
         number=message.number,
         sequence_id=sequence_id_to_wire(message.sequence_id),
-        tokens=message.tokens,
+        tokens=pack_tokens(message.tokens),
         output_position=message.output_position,
         sampling=_sampling_to_wire(message.sampling),
         deadline_s=message.deadline_s,
@@ -172,13 +173,20 @@ def _decode_from_wire(decode: worker_pb2.DecodeSubmit) -> DecodeSubmit:
     return DecodeSubmit(
         number=decode.number,
         sequence_id=sequence_id_from_wire(decode.sequence_id),
-        tokens=tuple(decode.tokens),
+        tokens=_tokens_from_wire(decode.tokens),
         output_position=decode.output_position,
         sampling=_sampling_from_wire(decode.sampling),
         deadline_s=decode.deadline_s,
         handoff=handoff,
         cache_salt=decode.cache_salt,
     )
+
+
+def _tokens_from_wire(packed: bytes) -> tuple[int, ...]:
+    try:
+        return unpack_tokens(packed)
+    except ValueError:
+        raise UnknownMessage(f"{len(packed)} bytes of token ids") from None
 
 
 def _sampling_to_wire(sampling: SamplingParams) -> common_pb2.Sampling:

@@ -85,13 +85,13 @@ class PrefillSubmit(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     number: int
     sequence_id: _common_pb2.SequenceId
-    tokens: _containers.RepeatedScalarFieldContainer[int]
+    tokens: bytes
     output_position: int
     sampling: _common_pb2.Sampling
     deadline_s: float
     cache_salt: str
     source: PrefixSource
-    def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., output_position: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., source: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., tokens: _Optional[bytes] = ..., output_position: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., source: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
 
 class PrefixSource(_message.Message):
     __slots__ = ("worker_id", "address", "incarnation", "num_blocks")
@@ -131,13 +131,13 @@ class DecodeSubmit(_message.Message):
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     number: int
     sequence_id: _common_pb2.SequenceId
-    tokens: _containers.RepeatedScalarFieldContainer[int]
+    tokens: bytes
     output_position: int
     sampling: _common_pb2.Sampling
     deadline_s: float
     cache_salt: str
     handoff: Handoff
-    def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., output_position: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., tokens: _Optional[bytes] = ..., output_position: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ...) -> None: ...
 
 class Offer(_message.Message):
     __slots__ = ("number",)

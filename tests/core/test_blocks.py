@@ -1,7 +1,8 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.blocks import HASH_BYTES, chain_hashes, root_hash
+from core.blocks import HASH_BYTES, chain_hashes, pack_tokens, root_hash, unpack_tokens
 from core.ids import ModelId
 from tests.builders import QUICK
 
@@ -53,3 +54,18 @@ def test_a_chain_may_be_computed_in_two_parts(tokens: list[int], size: int, cut:
     head = whole[:cut]
     tail = chain_hashes(tokens[len(head) * size :], size, head[-1] if head else ROOT)
     assert [*head, *tail] == whole
+
+
+@QUICK
+@given(TOKENS)
+def test_packed_tokens_come_back(tokens: list[int]) -> None:
+    assert unpack_tokens(pack_tokens(tokens)) == tuple(tokens)
+
+
+def test_tokens_are_packed_like_this_for_ever() -> None:
+    assert pack_tokens([1, 2**32 - 1]).hex() == "01000000ffffffff"
+
+
+def test_a_token_cut_in_two_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple"):
+        unpack_tokens(b"12345")

@@ -238,3 +238,11 @@ def test_a_role_of_a_newer_worker_is_named_unknown() -> None:
     hello = worker_pb2.WorkerHello.FromString(b"\x18\x63")  # role = 99
     with pytest.raises(UnknownMessage, match="99"):
         from_worker(worker_pb2.ToRouter(hello=hello))
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_a_submit_with_a_token_cut_in_two_is_skipped(kind):
+    raw = worker_pb2.ToWorker()
+    getattr(raw, kind).tokens = b"12345"
+    with pytest.raises(UnknownMessage, match="5 bytes of token ids"):
+        from_router(raw)

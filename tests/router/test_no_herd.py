@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from random import Random
 
+from core.blocks import unpack_tokens
 from core.clock import SystemClock
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
@@ -50,7 +51,7 @@ class Door:
         try:
             while (said := await stream.read()) is not None:
                 if said.HasField("prefill"):
-                    self.placed_tokens += len(said.prefill.tokens)
+                    self.placed_tokens += len(unpack_tokens(said.prefill.tokens))
         except StreamBroken:
             pass  # the router has gone
 
