@@ -59,6 +59,6 @@ def _in_huge_pages(nbytes: int) -> torch.Tensor:
     which there are 512 times as many with 4 KiB as with 2 MiB.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError, AttributeError):  # a kernel, or a platform, without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).zero_()
