@@ -70,7 +70,7 @@ class Attempt:
         sink: TokenSink,
         answer_s: float = 5.0,
     ) -> None:
-        self._answers = Answers(answer_s, self._give_up)
+        self._answers = Answers(answer_s)
         self._renewal = Renewal()
         self._chooser = chooser
         self._progress = progress
@@ -138,7 +138,7 @@ class Attempt:
         progress.mark(Stage.PREFILL, progress.decode_worker)
         self._local = True
         self._decode = self._decode_leg(placed, None)
-        self._answers.expect(self._decode)
+        self._answers.expect(self._decode, self._give_up)
 
     def _submit_prefill(self, considered: Considered | None) -> None:
         request, progress = self._progress.request, self._progress
@@ -163,7 +163,7 @@ class Attempt:
             self._hear,
             placed.load_tokens,
         )
-        self._answers.expect(self._prefill)
+        self._answers.expect(self._prefill, self._give_up)
         if placed.queued is not None:
             self._queued = placed.queued
             self._queued.arrived_at_s = progress.arrived_at_s
@@ -375,7 +375,7 @@ class Attempt:
         self._progress.decode_worker = placed.link.record.worker_id
         self._log_route("route_decode", placed)
         self._decode = self._decode_leg(placed, self._handoff)
-        self._answers.expect(self._decode)
+        self._answers.expect(self._decode, self._give_up)
 
     def _decode_leg(self, placed: Placement, handoff: Handoff | None) -> Leg:
         """Raises WorkerLost."""

@@ -12,20 +12,21 @@ _SECOND_LOOK_S = 0.05
 
 class Answers:
     """Waits for yes or no to each submit. A worker gives one at once, or does not hear us, whatever
-    else it may say; then `give_up` is told.
+    else it may say.
     """
 
-    __slots__ = ("_answer_s", "_give_up", "_waiting")
+    __slots__ = ("_answer_s", "_waiting")
 
-    def __init__(self, answer_s: float, give_up: Callable[[Leg], None]) -> None:
+    def __init__(self, answer_s: float) -> None:
         self._answer_s = answer_s
-        self._give_up = give_up
         self._waiting: dict[Leg, asyncio.TimerHandle] = {}
 
-    def expect(self, leg: Leg) -> None:
-        """It was submitted now."""
+    def expect(self, leg: Leg, give_up: Callable[[Leg], None]) -> None:
+        """It was submitted now; without an answer in time `give_up` is told. Only the timer keeps
+        that: an attempt is to be gone when it has ended, without the garbage collector.
+        """
         loop = asyncio.get_running_loop()
-        self._waiting[leg] = loop.call_later(self._answer_s, self._look_again, leg)
+        self._waiting[leg] = loop.call_later(self._answer_s, self._look_again, leg, give_up)
 
     def came(self, leg: Leg) -> None:
         """Its worker has answered."""
@@ -38,10 +39,10 @@ class Answers:
         for leg in list(self._waiting):
             self.came(leg)
 
-    def _look_again(self, leg: Leg) -> None:
+    def _look_again(self, leg: Leg, give_up: Callable[[Leg], None]) -> None:
         """After a pause of this process the timer may come before an answer that waits unread."""
         loop = asyncio.get_running_loop()
-        self._waiting[leg] = loop.call_later(_SECOND_LOOK_S, self._give_up, leg)
+        self._waiting[leg] = loop.call_later(_SECOND_LOOK_S, give_up, leg)
 
 
 class Renewal:
