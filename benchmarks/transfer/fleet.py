@@ -43,6 +43,8 @@ def workers(
             stack.enter_context(_worker(config, role, f"{role}-{i}", folder, environment))
             for i, role in enumerate(roles)
         ]
+        for process, _ in started:
+            stack.callback(process.terminate)  # all of them, before one is waited for
         yield config, [_record(process, log) for process, log in started]
 
 

@@ -22,6 +22,7 @@ from benchmarks.transfer.rig import (
     ReaderRig,
     block_bytes,
     first_wrong,
+    make_arena,
     owner_rig,
     reader_rig,
 )
@@ -131,7 +132,7 @@ async def read(side: Side, task: ThroughputTask) -> SizeResult:
     async with reader_rig(task.arena) as rig:
         handoff = _Handoff(side, rig, await side.receive(Door))
         raw = await _connect_raw(side, rig) if task.raw else None
-        samples = await interleave(task.rounds, _ways(handoff, raw), on_round=on_round)
+        samples = await interleave(task.rounds, _ways(handoff, raw, task), on_round=on_round)
         side.send(_Want(0))
         if raw is not None:
             raw.close()
@@ -140,9 +141,11 @@ async def read(side: Side, task: ThroughputTask) -> SizeResult:
         )
 
 
-def _ways(handoff: "_Handoff", raw: "RawAgent | None") -> dict[str, Callable[[], Awaitable[float]]]:
+def _ways(
+    handoff: "_Handoff", raw: "RawAgent | None", task: ThroughputTask
+) -> dict[str, Callable[[], Awaitable[float]]]:
     target = block_bytes(handoff.rig.arena).view(-1)
-    spare = torch.ones_like(target)
+    spare = block_bytes(make_arena(task.arena)).view(-1)
 
     async def memcpy_s() -> float:
         await handoff.word()
