@@ -1,18 +1,24 @@
 """Sessions in closed loops: when a turn is asked, how many are open, and what load they make."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from core.errors import InvalidRequest
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.clients import ClosedSessions
 from simulator.closed import GENERATIONS, run_sessions
 from simulator.cluster import Cluster, Outcome
+from simulator.config import SimulationConfig
+from simulator.goodput import SYSTEMS, Question, search
 from simulator.job import Record
 from simulator.spec import SimSpec
 from simulator.workload.types import SimRequest
 from tests.simulator.clusters import run, split
+from tests.simulator.test_goodput import QUESTION, SETTINGS
 
 
 def turn(session: str, at_s: float, think_s: float | None = None, output: int = 11) -> SimRequest:
@@ -111,3 +117,42 @@ def test_the_same_seed_gives_the_same_closed_run() -> None:
     spec = replace(closed(split(2, 2), sessions=5), routers=3, report_s=0.2, seed=3)
     turns = sessions_of(12)
     assert Cluster(spec).run(turns) == Cluster(spec).run(turns)
+
+
+def agents(tmp_path: Path) -> str:
+    """Four sessions of three turns, with a second of thought before each later one."""
+    rows = [
+        {
+            "session_id": session,
+            "turn": k,
+            "timestamp": 1400 * k,
+            "input_length": 160,
+            "output_length": 20,
+            "hash_ids": [100 * session + 10 * k + i for i in range(10)],
+        }
+        for session in range(4)
+        for k in range(3)
+    ]
+    file = tmp_path / "agents.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_goodput_of_closed_sessions_is_sought_by_how_many_are_open(tmp_path: Path) -> None:
+    closed_loop = SimulationConfig(kv_tokens=40_960, closed_sessions=True)
+    settings = replace(SETTINGS, simulation=closed_loop, slo=Slo(ttft_s=0.5, tpot_s=0.1))
+    question = Question(trace=agents(tmp_path), requests=50, refine=2)
+    found = search(SYSTEMS["distserve"], settings, question, seed=0)
+    kept = [p for p in found.points if p.attainment >= 0.9]
+    missed = [p for p in found.points if p.attainment < 0.9]
+    assert kept
+    assert missed
+    # A prompt takes 0.16 s: one prefill worker, of two GPUs, does no more than 6.25 of them in one.
+    assert 0.5 < found.rate_per_gpu_s < 3.2
+    assert max(p.scale for p in kept) < max(p.scale for p in missed) < 64
+
+
+def test_closing_the_loop_of_a_trace_without_sessions_is_refused() -> None:
+    settings = replace(SETTINGS, simulation=SimulationConfig(closed_sessions=True))
+    with pytest.raises(InvalidRequest, match="no sessions"):
+        search(SYSTEMS["baton"], settings, QUESTION, seed=0)
