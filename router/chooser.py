@@ -196,14 +196,13 @@ class Chooser(Generic[L]):
 
     def idle_work_s(self, prompt: QueuedPrompt) -> dict[WorkerId, float]:
         """Seconds of work the prompt is at those other candidates of it that have no queue."""
+        views = self._fleet.pool(Role.PREFILL).views
+        others = (worker for worker in prompt.candidates if worker != prompt.worker_id)
+        idle = [w for w in others if w in views and views[w].queued_tokens <= 0]
+        if not idle:  # the most frequent answer, to a question asked of whole queues
+            return {}
         query = self._prefill_query(prompt.tokens, (), prompt.hashes)
-        found: dict[WorkerId, float] = {}
-        for worker in prompt.candidates:
-            if worker != prompt.worker_id and worker in query.pool and query.is_open(worker):
-                queue_s, work_s = query.expected_s(worker)
-                if queue_s <= 0:
-                    found[worker] = work_s
-        return found
+        return {worker: query.expected_s(worker)[1] for worker in idle if query.is_open(worker)}
 
     def place_locally(self, placement: Placement[L]) -> Placement[L]:
         """As `place`, for one found in `Considered.local`."""

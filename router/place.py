@@ -98,9 +98,7 @@ class PrefillPoolQuery(PoolQuery):
         return min(blocks * self.block_size, self.tokens - 1)
 
     def queued_tokens(self, worker: WorkerId) -> int:
-        view = self._views[worker]
-        load = view.load
-        return view.unseen_tokens + (load.queued_tokens if load is not None else 0)
+        return self._views[worker].queued_tokens
 
     def ttft_s(self, worker: WorkerId) -> tuple[float, float]:
         speed = self._known.curves.of(self._views[worker].kind)

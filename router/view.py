@@ -60,6 +60,12 @@ class WorkerView:
         return reported + self.unseen_submits
 
     @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait or are computed there, own unseen submits included."""
+        load = self.load
+        return self.unseen_tokens + (load.queued_tokens if load is not None else 0)
+
+    @property
     def capacity_tokens(self) -> int:
         """The longest sequence the worker can hold."""
         arena = self.hello.num_blocks * self.hello.layout.block_size

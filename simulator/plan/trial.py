@@ -113,7 +113,7 @@ def _phase(
             PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=1, worker=prefill),
             PoolSpec(name="decode", role=PoolRole.DECODE, workers=1, worker=decode),
         ),
-        router=RouterConfig(admission="off", local_prefill=False),
+        router=RouterConfig(admission="off", local_prefill=False, requeue=False),
         network=NetworkSpec(control_s=0.0),
         judged=judged,
         guess_rps=guess_rps,
