@@ -115,9 +115,10 @@ class Attempt:
         for open_leg in (self._prefill, self._decode):
             if open_leg is not None:
                 open_leg.cancel("the request has ended")
-        # A leg knows this attempt as its listener: left in a circle, all that the request holds
-        # would wait for the garbage collector, whose pauses its thousands of objects make long.
-        self._prefill = self._decode = None
+        # A leg knows this attempt as its listener, and an error the frames it came from: left in a
+        # circle, all that the request holds would wait for the garbage collector, whose pauses its
+        # thousands of objects make long.
+        self._prefill = self._decode = self._error = None
 
     def start(self, considered: Considered | None = None) -> None:
         """Place the prefill, where it was considered just now; all else follows from what the

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Literal
 
 import pytest
@@ -15,7 +15,7 @@ from core.sampling import FinishReason
 from router.attempt import Attempt
 from router.config import RouterConfig
 from router.policies.base import Decision, DecodeQuery, Slo, Stateless
-from router.types import Generated, GenerateRequest
+from router.types import Enough, Generated, GenerateRequest
 from tests.builders import (
     BLOCK_BYTES,
     Cluster,
@@ -140,12 +140,34 @@ async def test_many_requests_at_once_do_not_touch_each_other() -> None:
         await until_idle(*cluster.workers)
 
 
-async def test_an_attempt_is_gone_when_it_has_ended_without_the_garbage_collector() -> None:
+class Satisfied:
+    """A sink that a stop string ends, if it is to, at the first token it is given by itself."""
+
+    def __init__(self, *, early: bool) -> None:
+        self.early = early
+        self.taken = 0
+
+    def token(self, token: int) -> None:
+        self.taken += 1
+        if self.early:
+            raise Enough("a stop string matched")
+
+    def take(self, item: Generated) -> None:
+        self.taken += len(item.tokens)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["finished", "stopped"])
+async def test_an_attempt_is_gone_when_it_has_ended_without_the_garbage_collector(
+    early: bool,
+) -> None:
     async with running_cluster() as cluster:
         gc.collect()  # those of other tests
         gc.disable()
         try:
-            assert len(tokens(await generate(cluster, make_request(PROMPT, max_tokens=4)))) == 4
+            sink = Satisfied(early=early)
+            with suppress(Enough):
+                await soon(cluster.flow.run(make_request(PROMPT, max_tokens=8), sink))
+            assert (sink.taken < 8) is early
             assert not [known for known in gc.get_objects() if type(known) is Attempt]
         finally:
             gc.enable()
