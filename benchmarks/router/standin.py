@@ -6,8 +6,9 @@ runs no model and moves no KV; a decode leg begins as soon as its prefill could 
 
     python -m benchmarks.router.standin ROLE MODEL_ID VOCAB_FILE
 
-prints its registry record, then reads `step SECONDS` lines: the time of a decode step. A prefill
-answers at once. A step of 0 seconds is one turn of the event loop.
+prints its registry record, then reads `step SECONDS` lines: the time of a decode step. A prompt is
+computed at once, by a decode worker too where the router gives it one without a hand-off. A step of
+0 seconds is one turn of the event loop.
 """
 
 import asyncio
@@ -85,11 +86,7 @@ class Stream:
             case PrefillSubmit():
                 self._prefill(message)
             case DecodeSubmit():
-                self.last_submit = message.number
-                self._say(Accepted(number=message.number))
-                left = message.sampling.max_tokens - message.output_position - 1
-                self.legs[message.number] = Leg(message.output_position + 1, left)
-                self.busy.set()
+                self._decode(message)
             case Cancel():
                 self.legs.pop(message.number, None)
             case SnapshotRequest():
@@ -132,12 +129,27 @@ class Stream:
         self._say(TokenFrame(entries=tuple(entries)))
 
     def _prefill(self, message: PrefillSubmit) -> None:
-        worker, number = self.worker, message.number
-        self.last_submit = number
+        number = self.last_submit = message.number
         self._say(Accepted(number=number, lease_id=LeaseId(number), lease_s=_LEASE_S))
+        self._compute(message)
+
+    def _decode(self, message: DecodeSubmit) -> None:
+        number = self.last_submit = message.number
+        self._say(Accepted(number=number))
+        computed_here = message.handoff is None
+        if computed_here:
+            self._compute(message)
+        left = message.sampling.max_tokens - message.output_position - 1
+        if left > 0:
+            self.legs[number] = Leg(message.output_position + 1, left, spoken=computed_here)
+            self.busy.set()
+
+    def _compute(self, message: PrefillSubmit | DecodeSubmit) -> None:
+        """The prompt, its first token and its KV, at once."""
+        worker = self.worker
         ends = message.output_position + 1 >= message.sampling.max_tokens
         token = LegTokens(
-            number=number,
+            number=message.number,
             tokens=(worker.text[message.output_position % len(worker.text)],),
             finish=FinishReason.LENGTH if ends else None,
             times=LegTimes(prefill_s=0.001),
