@@ -9,4 +9,6 @@ class PrefillConfig(Settings):
     """Admission of prompts."""
 
     max_queued_tokens: int = Field(1_000_000, gt=0)
-    """Uncached prompt tokens accepted and waiting; above it submits are rejected."""
+    """Uncached prompt tokens accepted and waiting; above it submits are rejected, and the router
+    asks the next worker. A few thousand pay where several routers share the workers and prompts
+    share little."""

@@ -24,6 +24,7 @@ from core.errors import (
     InternalError,
     InvalidRequest,
     KvMismatch,
+    Overloaded,
     TransferFailed,
     Unavailable,
     WorkerLost,
@@ -51,7 +52,7 @@ from router.client import Leg, LegEvent
 from router.move import Move, handoff_to
 from router.progress import Progress
 from router.queued import QueuedPrompt
-from router.types import Generated, MigrationReport, Requeued, TokenSink
+from router.types import Generated, MigrationReport, PromptRefused, Requeued, TokenSink
 
 log = logging.getLogger(__name__)
 
@@ -323,6 +324,8 @@ class Attempt:
             self._local, self._decode = False, None
             self._submit_prefill(None)
             return
+        if leg is self._prefill and isinstance(error, Overloaded):
+            raise PromptRefused(error.message, leg.link.record.incarnation)
         others = leg is self._decode and self._chooser.has_decode(excluding=self._failed)
         if not others or not error.retryable:
             raise error

@@ -279,6 +279,11 @@ class Chooser(Generic[L]):
         query = self._decode_query(pool, context_tokens, total_tokens, "", closed)
         return self._decode_placement(query, context_tokens)
 
+    def has_prefill(self, excluding: set[Incarnation]) -> bool:
+        """Whether a prefill worker is routable beside these."""
+        pool = self._fleet.pool(Role.PREFILL)
+        return len(pool.named(excluding)) < len(pool.workers)
+
     def has_decode(self, excluding: set[Incarnation]) -> bool:
         """Whether a decode worker is routable beside these."""
         pool = self._fleet.pool(Role.DECODE)

@@ -35,6 +35,7 @@ from router.types import (
     Generated,
     GenerateRequest,
     MigrationReport,
+    PromptRefused,
     Requeued,
     RouteCandidate,
     RouteChoice,
@@ -116,11 +117,14 @@ class Flow:
     ) -> None:
         """One after the other; the first, of a sequence just admitted, goes to its `place`.
 
-        What has begun elsewhere is not refused for load: a full worker's no costs it a pause, and
-        counts as no attempt.
+        A prompt that a full prefill worker refuses is offered to the next at once ("on-demand
+        forwarding upon rejection", P/D-Serve, arXiv 2408.08147), and a round of noes is one
+        attempt. What has begun elsewhere is not refused for load: it costs a pause, and counts as
+        no attempt.
         """
         failed: set[Incarnation] = set()
-        begun, tries = False, 0
+        full: set[Incarnation] = set()
+        begun, tries, pauses = False, 0, 0
         for attempt in count():
             try:
                 await self._attempt(progress, attempt, failed, sink, place)
@@ -128,6 +132,16 @@ class Flow:
             except Requeued as requeued:
                 place = self._place_again(progress, requeued.to, failed)
                 continue
+            except PromptRefused as error:
+                full.add(error.incarnation)
+                if self._chooser.has_prefill(excluding=failed):
+                    place = None
+                    continue
+                failed -= full
+                full.clear()
+                begun = begun or bool(progress.tokens)
+                tries += not begun
+                self._consider_retry(progress, attempt, error, tries)
             except Unavailable as error:
                 overload = isinstance(error, Overloaded)
                 # Where there was no worker, nothing has begun.
@@ -136,7 +150,8 @@ class Flow:
                 tries += not (overload and begun)
                 self._consider_retry(progress, attempt, error, tries)
             place = None
-            await asyncio.sleep(min(_RETRY_PAUSE_S * attempt, _MAX_PAUSE_S))
+            await asyncio.sleep(min(_RETRY_PAUSE_S * pauses, _MAX_PAUSE_S))
+            pauses += 1
             await self._wait_for_workers(progress)
 
     async def _attempt(

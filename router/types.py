@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.errors import Cancelled
-from core.ids import RequestId, Role, WorkerId
+from core.errors import Cancelled, Overloaded
+from core.ids import Incarnation, RequestId, Role, WorkerId
 from core.sampling import FinishReason, SamplingParams
 from router.local import LocalVerdict
 
@@ -138,6 +138,14 @@ class Enough(Cancelled):
     """The sink needs no more tokens: a stop string matched."""
 
     code = "enough"
+
+
+class PromptRefused(Overloaded):
+    """A prefill worker is full, and nothing of this attempt has begun anywhere."""
+
+    def __init__(self, message: str, incarnation: Incarnation) -> None:
+        super().__init__(message)
+        self.incarnation = incarnation
 
 
 class Requeued(Cancelled):

@@ -477,6 +477,42 @@ async def test_a_full_prefill_pool_is_an_overload_after_all_attempts() -> None:
         assert await client.ended() == expected_tokens(PROMPT, 16)
 
 
+async def test_a_prompt_refused_by_full_workers_is_offered_to_the_others_within_one_attempt() -> (
+    None
+):
+    config = RouterConfig(max_attempts=1, prefill_policy="round_robin", admission="off")
+    async with (
+        running_cluster(
+            prefill=3,
+            gated_prefill=True,
+            prefill_settings=make_settings(max_queued_tokens=1),
+            router=config,
+        ) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        readers = []
+        for i in range(3):
+            prompt = make_prompt(22, seed=i)
+            readers.append(Reading(group, cluster, make_request(prompt, name=f"r{i}")))
+            await until(lambda n=i: len(busy(cluster.prefill)) > n, "a prefill")
+        error = await failing(cluster, make_request(make_prompt(22, seed=8), name="all-full"))
+        assert isinstance(error, Overloaded)
+        last = cluster.prefill[2]
+        last.gate.open()
+        await until(lambda: last.worker.runner.load().queued_tokens == 0, "room at the last one")
+        prompt = make_prompt(22, seed=9)
+        again = Reading(group, cluster, make_request(prompt, name="again"))
+        assert await again.ended() == expected_tokens(prompt, 16)
+        timings = again.items[-1].timings
+        assert timings is not None
+        assert timings.prefill_worker == last.worker.hello().worker_id
+        for served in cluster.prefill:
+            served.gate.open()
+        for i, reader in enumerate(readers):
+            assert await reader.ended() == expected_tokens(make_prompt(22, seed=i), 16)
+        await until_idle(*cluster.workers)
+
+
 async def test_an_answer_that_has_begun_waits_for_full_workers_instead_of_being_refused() -> None:
     one = make_settings(max_sequences=1)
     async with (
