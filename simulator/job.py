@@ -60,6 +60,7 @@ class Job:
         "legs",
         "queued",
         "record",
+        "refused",
         "request",
         "requeued",
         "router",
@@ -77,6 +78,8 @@ class Job:
         self.emitted = 0
         self.attempt = 0
         self.failed: set[Incarnation] = set()
+        self.refused: set[Incarnation] = set()
+        """Prefill workers that were full, since it last stood in line."""
         self.legs: list[Leg] = []
         self.decode: SimLink | None = None
         self.queued: QueuedPrompt | None = None

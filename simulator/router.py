@@ -20,7 +20,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.policy import refuse_sequence
 from prefill_worker.config import PrefillConfig
 from prefill_worker.policy import refuse_prompt
-from router.admission import Admit, Reject, Verdict, decide
+from router.admission import Admit, Reject, Verdict, Wait, decide
 from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
 from router.policies.build import build_policies
@@ -37,6 +37,8 @@ from simulator.workload.types import SimRequest
 
 _LOOK_S = 0.02
 """The first of the line looks for a place so often; the live router does with each load report."""
+_ASK_S = 0.005
+"""After a round of refusals the next one begins so much later."""
 _RETRY_S = 0.25
 
 
@@ -105,7 +107,7 @@ class SimRouter:
         except NoWorkers:
             return None, Admit()  # the attempt's to wait for
         if self._spec.router.admission == "off":
-            return considered, Admit()
+            return considered, Admit() if first else Wait(_LOOK_S, 0.0)
         ahead_s = sum(work_s for _, work_s in self._line) / considered.places
         verdict = decide(
             self._events.now_s(),
@@ -122,10 +124,13 @@ class SimRouter:
         over = tokens + job.request.prompt_tokens > config.admission_max_tokens
         return bool(line) and (len(line) >= config.admission_max_requests or over)
 
-    def _look_later(self) -> None:
+    def _is_first(self, job: Job) -> bool:
+        return bool(self._line) and self._line[0][0] is job
+
+    def _look_later(self, pause_s: float = _LOOK_S) -> None:
         if not self._looking:
             self._looking = True
-            self._events.at(self._events.now_s() + _LOOK_S, SimRouter._look, self)
+            self._events.at(self._events.now_s() + pause_s, SimRouter._look, self)
 
     def _look(self) -> None:
         self._looking = False
@@ -135,6 +140,8 @@ class SimRouter:
             if isinstance(verdict, Admit):
                 self._line.popleft()
                 self._start(job, considered)
+                if job.refused or self._is_first(job):
+                    return  # nobody overtakes it while it asks
             elif isinstance(verdict, Reject):
                 self._line.popleft()
                 self._end(job, "refused")
@@ -145,16 +152,17 @@ class SimRouter:
     # -- hops -----------------------------------------------------------------------------------
 
     def _consider(self, job: Job) -> Considered[SimLink]:
-        total = job.request.prompt_tokens + self._max_tokens(job)
+        total = job.request.prompt_tokens + self.max_tokens(job)
         return self.chooser.consider(
             range(job.context_tokens),
             "",
-            job.failed,
+            job.failed | job.refused,
             hashes=job.request.hashes,
             local_total=total if self._is_local else None,
         )
 
-    def _max_tokens(self, job: Job) -> int:
+    def max_tokens(self, job: Job) -> int:
+        """What its client asks for at most."""
         return max(self._spec.max_tokens, job.request.output_tokens)
 
     def _start(self, job: Job, considered: Considered[SimLink] | None) -> None:
@@ -177,6 +185,7 @@ class SimRouter:
         left_s = self._spec.router.request_timeout_s - (self._events.now_s() - job.request.at_s)
         if left_s <= 0:
             self._end(job, "deadline")
+            self._look_later()
         else:
             self._start(job, None)
 
@@ -204,7 +213,7 @@ class SimRouter:
         self._note_queued(job, placed, moves=not job.requeued)
         leg = PrefillLeg(job, link, now_s)
         job.legs = [leg]
-        if job.emitted + 1 < self._max_tokens(job) and not self._hand_over(job, leg, now_s):
+        if job.emitted + 1 < self.max_tokens(job) and not self._hand_over(job, leg, now_s):
             return
         source = placed.source
         owner = None if source is None else self.fleet.member(source.worker_id)
@@ -219,7 +228,7 @@ class SimRouter:
         try:
             placed = self.chooser.for_decode(
                 job.context_tokens,
-                job.request.prompt_tokens + self._max_tokens(job),
+                job.request.prompt_tokens + self.max_tokens(job),
                 job.failed,
                 kv_address=source.hello.peer_address,
             )
@@ -304,13 +313,31 @@ class SimRouter:
                 job.context_tokens, capacity, load.queued_tokens, self._prefill_config
             )
         if refusal is None:
+            if job.refused:
+                job.refused.clear()
+                self._look_later(0.0)
             return True
         self._give_up_legs(job)
         if isinstance(refusal, InvalidRequest):
             self._end(job, "too_long")
-        else:
+        elif decodes:
             self._events.at(self._events.now_s() + _RETRY_S, self._again, job)
+        else:
+            self._forward(job, link)
         return False
+
+    def _forward(self, job: Job, link: SimLink) -> None:
+        """A full prefill worker's no, heard a little later: on to another one, and when all have
+        said no, back into line, before whoever waits there.
+        """
+        now_s, pool = self._events.now_s(), self.fleet.pool(Role.PREFILL)
+        job.refused.add(link.record.incarnation)
+        if len(pool.named(job.refused | job.failed)) < len(pool.workers):
+            self._events.at(now_s + self._spec.network.control_s, self._again, job)
+            return
+        job.refused.clear()
+        self._line.appendleft((job, 0.0))
+        self._look_later(_ASK_S)
 
     # -- what legs say --------------------------------------------------------------------------
 

@@ -6,9 +6,28 @@ from operator import sub
 
 from benchmarks.numbers import Estimate
 from benchmarks.types import Json
+from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 
 SEEDS = 5
 QUICK_SEEDS = 2
+_BEYOND_KERNELS = 1.15e-3
+"""Seconds per ms of kernels."""
+LLAMA_8B_H100 = FittedLatency(
+    prefill=PrefillCurve(
+        base_s=3.91 * _BEYOND_KERNELS,
+        per_token_s=0.01424 * _BEYOND_KERNELS,
+        per_pair_s=2 * 7.56e-7 * _BEYOND_KERNELS,
+    ),
+    decode=(
+        DecodeCurve(
+            base_s=6.12 * _BEYOND_KERNELS,
+            per_sequence_s=0.0091 * _BEYOND_KERNELS,
+            per_context_token_s=4.21e-5 * _BEYOND_KERNELS,
+        ),
+    ),
+)
+"""Sums of measured vLLM kernels (NVIDIA's aiconfigurator, systems/data) fitted to lines, and 15 %
+on top for what is not in kernels."""
 
 
 def seeds_of(quick: bool) -> range:
