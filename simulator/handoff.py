@@ -120,7 +120,7 @@ class Handoff:
             return False
         sequence, size = self.sequence, self.target.worker.spec.block_size
         blocks = -(-sequence.context_tokens // size)
-        self._reserved = self.target.worker.reserve(self._hashes, blocks)
+        self._reserved = self.target.worker.reserve(self._hashes, blocks, sequence)
         if self._reserved is None:
             return False
         self._sent_tokens = len(self._reserved[0]) * size
@@ -137,6 +137,7 @@ class Handoff:
         if self._reserved is not None:
             pool = self.target.worker.pool
             pool.release(self._reserved[0])
+            self.target.worker.receiving.remove(self.sequence)
             self._abandon(self._reserved[1])
             self.target.queue.look()
         if self.source.leases.abort(self._lease.lease_id) is not None:

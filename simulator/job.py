@@ -31,6 +31,8 @@ class Record:
     end_s: float = nan
     transfer_s: float = 0.0
     """From the first token to the KV being usable where the answer goes on."""
+    evictions: int = 0
+    """Times it gave its blocks back for others to grow."""
     attempts: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
@@ -123,8 +125,15 @@ class Leg:
             context_tokens=job.context_tokens,
             outputs_left=outputs_left,
             hashes=job.hashes(size),
+            most_tokens=job.router.max_tokens(job) - job.emitted,
+            emitted=job.emitted,
             arrived_at_s=now_s,
         )
+        self.sequence.on_preempted = self.evicted
+
+    def evicted(self) -> None:
+        """Its context is to be computed again."""
+        self.job.record.evictions += 1
 
     def computed(self, sequence: SimSequence) -> None:
         pass

@@ -32,7 +32,7 @@ class SimSequence:
 
     While it decodes in a run of steps, the worker brings the counts up to date when they matter:
     `joined` is the worker's step count they are true at, and `turn` names its
-    stay in the batch; -1 outside.
+    stay in the batch; -1 outside. Its client lets it grow to `most_tokens`.
     """
 
     __slots__ = (
@@ -46,8 +46,10 @@ class SimSequence:
         "joined",
         "known_tokens",
         "leg",
+        "most_tokens",
         "on_preempted",
         "outputs_left",
+        "prompt_tokens",
         "published",
         "queued_tokens",
         "started_at_s",
@@ -62,11 +64,15 @@ class SimSequence:
         context_tokens: int,
         outputs_left: int,
         hashes: Sequence[BlockHash],
+        most_tokens: int = 0,
+        emitted: int = 0,
         arrived_at_s: float,
     ) -> None:
         self.leg = leg
         self.context_tokens = self.known_tokens = context_tokens
         self.outputs_left = outputs_left
+        self.most_tokens = context_tokens + max(most_tokens, outputs_left)
+        self.prompt_tokens = context_tokens - emitted
         self._hashes = hashes
         self.arrived_at_s = arrived_at_s
         self.started_at_s: float | None = None

@@ -12,10 +12,19 @@ a batch costs O(log n) of its size n. Where the choice is not plain (more sequen
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal
 
 from core.errors import InternalError
 from core.ids import BlockHash, BlockId, WorkerId
 from core.messages import KvRemoved, KvStored, LoadReport
+from decode_worker.headroom import (
+    ENOUGH,
+    Held,
+    PastLengths,
+    limit_headroom_blocks,
+    peak_headroom_blocks,
+)
 from decode_worker.policy import pull_headroom_blocks
 from engine.latency.base import LatencyModel, StepShape
 from engine.planner import share_step
@@ -27,6 +36,11 @@ from simulator.sequence import SimSequence
 
 _MOST_STEPS = 1 << 20
 _IDLE_SWEEP_S = 0.25
+_RESERVE = 0.05
+"""Share of the blocks that a predicted peak leaves free."""
+
+Headroom = Literal["running", "limit", "peak"]
+"""What a pull leaves free: as production's do, or one of decode_worker.headroom."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +56,7 @@ class WorkerSpec:
     kv_bytes_per_token: int = 131_072
     nic_bytes_per_s: float = 50e9
     gpus: int = 1
+    headroom: Headroom = "running"
 
 
 @dataclass(slots=True)
@@ -82,6 +97,9 @@ class SimWorker:
         )
         self._busy_s = 0.0
         self._pulls = self._pulling_tokens = self._fetching_tokens = 0
+        self._past = PastLengths()
+        self.receiving: list[SimSequence] = []
+        """Those that have their blocks, and not yet the KV."""
         self._events = events
         self._size = spec.block_size
         self._on_kv = on_kv
@@ -118,6 +136,8 @@ class SimWorker:
 
     def join(self, sequence: SimSequence) -> None:
         """Its blocks are in place."""
+        if sequence in self.receiving:
+            self.receiving.remove(sequence)
         self.scheduler.join(sequence, self._events.now_s())
         self._fresh.append(sequence)
         self.look()
@@ -156,27 +176,45 @@ class SimWorker:
         return lost
 
     def reserve(
-        self, hashes: Sequence[BlockHash], num_blocks: int
+        self, hashes: Sequence[BlockHash], num_blocks: int, coming: SimSequence | None = None
     ) -> tuple[list[BlockId], list[BlockId]] | None:
         """Cached blocks and fresh ones to receive the rest of `num_blocks`, as kv_transfer's reader
-        takes them: all, beside the headroom of those that run, or nothing.
+        takes them: all, beside the headroom of those that are here, or nothing. `coming` is the
+        sequence they are for, if it will run here.
         """
-        run, pool = self._run, self.pool
+        run, pool, done = self._run, self.pool, 0
         if run is not None and run.batch is None and run.steps > 1:
-            self._grow(self._steps + self._done_steps(run))
+            done = self._done_steps(run)
+            self._grow(self._steps + done)
         cached = pool.lookup(hashes)
         missing = num_blocks - len(cached)
-        headroom = pull_headroom_blocks(len(self.scheduler.running))
-        if pool.available_beside(cached) - missing < headroom:
+        left = pool.available_beside(cached) - missing
+        if left < 0 or left < self._headroom(coming, done):
             return None
         pool.acquire(cached)
         fresh = pool.reserve(missing)
         if fresh is None:
             raise InternalError("reserving failed although the blocks were counted")
         self._report = None
+        if coming is not None:
+            self.receiving.append(coming)
         if run is not None and pool.available < self._decodes * (run.steps // self._size + 1):
             self.look()
         return cached, fresh
+
+    def _headroom(self, coming: SimSequence | None, done: int) -> int:
+        """`done` steps of the run in flight have ended."""
+        scheduler, spec = self.scheduler, self.spec
+        running, past = scheduler.running, self._past.ordered
+        bare = spec.headroom == "running" or (spec.headroom == "peak" and len(past) < ENOUGH)
+        if coming is None or bare:
+            return pull_headroom_blocks(len(running))
+        here = chain(running, scheduler.waiting, self.receiving, (coming,))
+        held = (_held(one, self._steps + done) for one in here)
+        if spec.headroom == "limit":
+            return limit_headroom_blocks(held, self._size)
+        peak = peak_headroom_blocks(held, past, self._size)
+        return max(len(running), peak) + int(_RESERVE * spec.kv_blocks)
 
     def pulling(self, sequences: int, tokens: int) -> None:
         """So many more hand-offs of so many tokens are on their way here, or fewer."""
@@ -460,6 +498,7 @@ class SimWorker:
             return
         self.scheduler.finish(sequence)
         if goes_on:
+            self._past.ended(sequence.known_tokens - sequence.prompt_tokens)
             sequence.leg.ended(sequence)
 
     def _bring_up(self, sequence: SimSequence) -> None:
@@ -513,3 +552,11 @@ class SimWorker:
 def _queued(sequence: SimSequence) -> int:
     """Prompt tokens of a running sequence that count as queued; a lone one is a decode."""
     return sequence.pending_tokens if sequence.pending_tokens > 1 else 0
+
+
+def _held(sequence: SimSequence, steps: int) -> Held:
+    """As it is when so many steps of the worker have ended."""
+    known = sequence.known_tokens
+    if sequence.joined >= 0:
+        known += steps - sequence.joined
+    return Held(known, known - sequence.prompt_tokens, sequence.most_tokens - known)

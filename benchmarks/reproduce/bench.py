@@ -9,6 +9,7 @@ from benchmarks.reproduce import (
     row_09_forward,
     row_10_ratio,
     row_12_mixes,
+    row_14_headroom,
     row_18_ttl,
 )
 from benchmarks.types import Bench
@@ -24,6 +25,7 @@ BENCH = Bench(
         row_09_forward.PART,
         row_10_ratio.PART,
         row_12_mixes.PART,
+        row_14_headroom.PART,
         row_18_ttl.PART,
     ),
 )
