@@ -132,17 +132,14 @@ class Flow:
             except Requeued as requeued:
                 place = self._place_again(progress, requeued.to, failed)
                 continue
-            except PromptRefused as error:
-                full.add(error.incarnation)
-                if self._chooser.has_prefill(excluding=failed):
-                    place = None
-                    continue
-                failed -= full
-                full.clear()
-                begun = begun or bool(progress.tokens)
-                tries += not begun
-                self._consider_retry(progress, attempt, error, tries)
             except Unavailable as error:
+                if isinstance(error, PromptRefused):
+                    full.add(error.incarnation)
+                    if self._chooser.has_prefill(excluding=failed):
+                        place = None
+                        continue
+                    failed -= full
+                    full.clear()
                 overload = isinstance(error, Overloaded)
                 # Where there was no worker, nothing has begun.
                 waits = isinstance(error, Overloaded | NoWorkers)
