@@ -29,6 +29,7 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
             transfer=config.transfer,
             prefill=config.prefill,
             decode=config.decode,
+            step_s=config.router.step_s(config.slo.tpot_ms / 1e3),
         ),
         drain_s=config.drain_timeout_s,
         host=spec.host,

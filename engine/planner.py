@@ -1,7 +1,8 @@
 """What goes into the next step: decodes first, the rest of the budget to prefill chunks.
 
 Pure. One token of every decoding sequence, then chunks of the others in the given order, so a long
-prompt delays running answers by at most one step of `step_tokens`.
+prompt delays running answers by at most one step of `step_tokens`; of how many that is beside them,
+core.step.StepBudget tells.
 """
 
 from collections.abc import Sequence

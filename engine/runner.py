@@ -14,6 +14,7 @@ from core.clock import Clock
 from core.errors import BatonError, DeadlineExceeded, InternalError
 from core.fit import PrefillCost
 from core.sampling import FinishReason
+from core.step import StepBudget
 from engine.pool import BlockPool
 from engine.scheduler import RunnerLoad, Scheduler
 from engine.sequence import Sequence, SequenceState
@@ -55,6 +56,7 @@ class Runner:
         max_batch: int,
         step_timeout_s: float,
         on_step_end: Callable[[], None],
+        budget: StepBudget | None = None,
     ) -> None:
         self._engine = engine
         self._pool = pool
@@ -68,6 +70,7 @@ class Runner:
             step_tokens=step_tokens,
             max_batch=max_batch,
             on_admitted=lambda sequence: self._listeners[id(sequence)].on_blocks(sequence),
+            budget=budget,
         )
         self._listeners: dict[int, SequenceListener] = {}
         self._wake = asyncio.Event()
@@ -174,9 +177,17 @@ class Runner:
                 await asyncio.wait([step], timeout=_STEP_GRACE_S)
 
     def _learn(self, batch: list[tuple[Sequence, int]], seconds: float) -> None:
-        """A step of prefill and decode mixed says nothing about either part: it is left out."""
+        """A step of prefill and decode mixed says nothing about either part, but about others."""
         if all(s.computed < s.context_tokens for s, _ in batch):
             self.prefill_cost.add([(s.computed, s.computed + n) for s, n in batch], seconds)
+            return
+        now_s, budget = self._clock.now_s(), self._scheduler.budget
+        if not budget.learns(now_s):
+            return
+        chunks = [(s.computed, s.computed + n) for s, n in batch if s.pending_tokens > 1]
+        contexts = [s.known_tokens for s, _ in batch if s.pending_tokens == 1]
+        if chunks and contexts:
+            budget.saw(chunks, len(contexts), sum(contexts), seconds, now_s)
 
     async def _rest(self) -> None:
         self._wake.clear()

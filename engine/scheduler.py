@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from core.errors import InternalError
 from core.ids import BlockHash, BlockId
+from core.step import StepBudget
 from engine.planner import plan_step
 from engine.pool import BlockPool
 from engine.sequence import SequenceState
@@ -59,7 +60,8 @@ class RunnerLoad:
 
 class Scheduler(Generic[S]):
     """Owns the queues. `on_admitted` hears of sequences that begin with a cached prefix. While
-    `max_running` run, others wait, as in vLLM's max_num_seqs.
+    `max_running` run, others wait, as in vLLM's max_num_seqs. `budget` bounds what a step takes of
+    prompts while others decode.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Scheduler(Generic[S]):
         max_batch: int,
         on_admitted: Callable[[S], None],
         max_running: int | None = None,
+        budget: StepBudget | None = None,
     ) -> None:
         self._pool = pool
+        self.budget = budget or StepBudget(None)
         self._max_running = max_running
         self._block_size = block_size
         self._step_tokens = step_tokens
@@ -152,9 +156,8 @@ class Scheduler(Generic[S]):
         run. It is in flight until `step_ended`.
         """
         self.admit(now_s)
-        feed = plan_step(
-            [s.pending_tokens for s in self.running], self._step_tokens, self._max_batch
-        )
+        pending = [s.pending_tokens for s in self.running]
+        feed = plan_step(pending, self._tokens_now(), self._max_batch)
         batch: list[tuple[S, int]] = []
         for sequence, count in zip(list(self.running), feed, strict=True):
             if not count or sequence.state is not SequenceState.RUNNING:
@@ -172,6 +175,19 @@ class Scheduler(Generic[S]):
             if sequence.started_at_s is None:
                 sequence.started_at_s = now_s
         return batch
+
+    def step_tokens(self, decodes: int, context_tokens: int, start: int) -> int:
+        """Of a step in which so many sequences decode and a prompt goes on from `start`."""
+        most = self._step_tokens
+        chunk = self.budget.chunk_tokens(start, decodes, context_tokens, most)
+        return min(most, decodes + chunk)
+
+    def _tokens_now(self) -> int:
+        begun = next((s.computed for s in self.running if s.pending_tokens > 1), None)
+        if begun is None or self.budget.step_s is None:
+            return self._step_tokens
+        contexts = [s.known_tokens for s in self.running if s.pending_tokens == 1]
+        return self.step_tokens(len(contexts), sum(contexts), begun)
 
     def step_ended(self) -> None:
         """The step reads and writes no more."""

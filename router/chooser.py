@@ -120,7 +120,13 @@ class Chooser(Generic[L]):
         self._fleet = fleet
         self._policies = policies
         self._clock = clock
-        self._known = Knowledge(index=fleet.index, curves=Curves(), slo=policies.slo, random=random)
+        self._known = Knowledge(
+            index=fleet.index,
+            curves=Curves(),
+            slo=policies.slo,
+            step_s=policies.step_s,
+            random=random,
+        )
         self.queued = QueuedPrompts(self._known.coming)
         """Prompts on their way, noted by whoever submits them."""
 
@@ -220,32 +226,33 @@ class Chooser(Generic[L]):
         cached = DecodeCacheQuery(
             pool, self._known, prefill.now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
         )
-        query = self._decode_query(pool, tokens, total_tokens, "", closed)
         elsewhere_s, why = sum(prefill.ttft_s(remote.worker_id)), None
         steps_to_go = self._known.curves.steps_to_go
-        for beside, decode_s, worker in sorted(_ways(cached, query), key=_first_token_s):
-            outlook = Outlook(beside.queue_s, beside.work_s)
+        for beside in sorted(_ways(cached), key=_first_token_s):
+            worker = beside.worker_id
             option = LocalOption(
                 measured=cached.measured(worker),
-                here_s=sum(outlook),
-                elsewhere_s=elsewhere_s,
-                decode_s=decode_s,
-                delay_s=beside.delay_s,
-                chunk_steps=beside.chunk_steps,
+                fits=partial(self._fits, worker, pool, tokens, total_tokens),
+                beside=beside,
                 steps_to_go=steps_to_go,
-                fits=partial(query.fits, worker),
+                elsewhere_s=elsewhere_s,
             )
             verdict = judge_local(option, self._known.slo)
             if verdict is LocalVerdict.LOCAL:
+                scored = Scored(worker, beside.first_token_s)
                 placement = Placement(
                     link=self._fleet.link(Role.DECODE, worker),
-                    decision=Decision(worker, [Scored(worker, option.here_s)], "sooner there"),
+                    decision=Decision(worker, [scored], "sooner there"),
                     load_tokens=tokens,
                     prompt_tokens=tokens - cached.cached_tokens(worker),
                 )
+                outlook = Outlook(beside.queue_s, beside.work_s)
                 return Local(verdict, placement, outlook, len(pool.workers))
             why = why or verdict
         return Local(why or LocalVerdict.NOBODY)
+
+    def _fits(self, worker: WorkerId, pool: Pool, tokens: int, total_tokens: int) -> bool:
+        return self._decode_query(pool, tokens, total_tokens, "", frozenset()).fits(worker)
 
     def for_decode(
         self,
@@ -316,12 +323,22 @@ class Chooser(Generic[L]):
             return
         incarnation = view.hello.incarnation
         self._outliers.answered(incarnation, now_s)
-        is_alone = view.hello.role is Role.PREFILL  # elsewhere answers decoded beside it
-        if is_alone and times.prefill_s > 0:
-            predicted_s = curves.of(view.kind).prefill.seconds(times.cached_tokens, tokens)
+        if times.prefill_s <= 0:
+            return
+        predicted_s = curves.of(view.kind).prefill.seconds(times.cached_tokens, tokens)
+        if view.hello.role is Role.PREFILL:
             curves.saw_prefill(view.kind, times.cached_tokens, tokens, times.prefill_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations
             self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
+        elif view.load is not None and view.load.running > 1:
+            # Elsewhere answers decoded beside it.
+            speed, load, cached = curves.of(view.kind), view.load, times.cached_tokens
+            decode_s = speed.decode.seconds(load.running, load.context_tokens)
+            beside_s = speed.beside * decode_s
+            chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens)
+            steps = -(-(tokens - cached) // chunk)
+            alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
+            curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
 
     def decoding(self, link: L) -> None:
         """A sequence has its first token of its decode from there."""
@@ -426,19 +443,14 @@ class Chooser(Generic[L]):
         return pool
 
 
-_Way = tuple[Beside, float, WorkerId]
-"""What awaits a prompt at a decode worker, a step of the answers there (s), and which it is."""
-
-
-def _ways(cached: DecodeCacheQuery, query: DecodePoolQuery) -> Iterator[_Way]:
+def _ways(query: DecodeCacheQuery) -> Iterator[Beside]:
     drawn = sample(query, _LOCAL_LOOKS)
-    for worker in dict.fromkeys(chain(cached.holders(_LOCAL_HOLDERS), drawn)):
-        decode_s = query.tpot_s(worker) if query.sequences(worker) else 0.0
-        yield cached.beside(worker, decode_s), decode_s, worker
+    for worker in dict.fromkeys(chain(query.holders(_LOCAL_HOLDERS), drawn)):
+        yield query.beside(worker)
 
 
-def _first_token_s(way: _Way) -> float:
-    return way[0].queue_s + way[0].work_s
+def _first_token_s(beside: Beside) -> float:
+    return beside.first_token_s
 
 
 def _hashes(pool: Pool, tokens: Sequence[int], cache_salt: str) -> list[BlockHash]:

@@ -65,6 +65,10 @@ class RouterConfig(Settings):
     local_prefill: bool = True
     """A prompt is computed at a decode worker, without a hand-off, when that is sooner and the
     answers running there keep slo.tpot_ms."""
+    local_step_share: float = Field(0.95, ge=0)
+    """Of slo.tpot_ms, what a step of a decode worker should take that computes part of a prompt
+    beside answers: it takes as many of the prompt's tokens as fit, but at least 64. 0: as many as
+    engine.step_tokens allows. It bounds nothing without local_prefill."""
     eject_after_failures: int = Field(5, ge=0)
     """Legs in a row that fail on a worker before it is left out of placement for a while; one that
     is far slower than its peers is left out as well. 0 leaves out none."""
@@ -75,3 +79,7 @@ class RouterConfig(Settings):
     index_max_mb: int = Field(1024, ge=1)
     """Bound of the prefix index: about 5 million blocks, with few workers. When it is full, newly
     cached blocks are not known to the router until workers have evicted others."""
+
+    def step_s(self, tpot_s: float) -> float | None:
+        """What such a step should take at most, with that target; None: no bound."""
+        return self.local_step_share * tpot_s or None if self.local_prefill else None

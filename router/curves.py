@@ -2,9 +2,12 @@
 
     prefill   seconds = steps * a + tokens * b + pairs * c        (as core/fit.py)
     decode    seconds of a step = a + sequences * b + context * c
+    both      seconds of a step = prefill + beside * decode
 
-The second is the form DistServe and xLLM fit (OSDI'24, section 4.2; arXiv 2510.14686). Predictions
-are arithmetic on frozen coefficients, so that a decision may ask for a dozen of them.
+The second is the form DistServe and xLLM fit (OSDI'24, section 4.2; arXiv 2510.14686). A step that
+does both reads the weights once: what its decodes add to its chunk is a share of what they take
+alone, learned from the prompts that decode workers compute. Predictions are arithmetic on frozen
+coefficients, so that a decision may ask for a dozen of them.
 """
 
 from bisect import bisect_right
@@ -14,6 +17,7 @@ from typing import NewType
 
 from core.fit import CostFit
 from core.messages import WorkerHello
+from core.step import chunk_within
 
 _QUEUE_PROMPT_TOKENS = 4096
 """A queue of tokens is priced as prompts of this length."""
@@ -53,9 +57,22 @@ class PrefillCurve:
     def seconds(self, start: int, end: int) -> float:
         """To compute positions [start, end) of one prompt on an idle worker."""
         tokens = end - start
-        steps = -(-tokens // self.step_tokens)
-        pair_s = self.pair_s * (start + end + 1) / 2
-        return steps * self.step_s + tokens * (self.token_s + pair_s) if tokens > 0 else 0.0
+        if tokens <= 0:
+            return 0.0
+        return -(-tokens // self.step_tokens) * self.step_s + self.work_s(start, end)
+
+    def work_s(self, start: int, end: int) -> float:
+        """Of these, all but what every step takes."""
+        return (end - start) * (self.token_s + self.pair_s * (start + end + 1) / 2)
+
+    def chunk_tokens(self, step_s: float | None, beside_s: float, start: int, end: int) -> int:
+        """Of a prompt's [start, end), beside decodes that add `beside_s` to a step which a worker
+        keeps within `step_s`; of its middle, where a chunk takes what it takes on average.
+        """
+        if step_s is None or not beside_s:
+            return self.step_tokens
+        room_s, middle = step_s - beside_s - self.step_s, (start + end) // 2
+        return chunk_within(room_s, middle, self.token_s, self.pair_s, self.step_tokens)
 
     def features(self, start: int, end: int) -> tuple[int, int, float]:
         """Steps, tokens and pairs (of a token with itself or an earlier one) of [start, end)."""
@@ -66,6 +83,11 @@ class PrefillCurve:
     def queue_token_s(self) -> float:
         """Of one token that waits with others."""
         return self.seconds(0, _QUEUE_PROMPT_TOKENS) / _QUEUE_PROMPT_TOKENS
+
+    @property
+    def queue_work_s(self) -> float:
+        """Of these, all but what every step takes."""
+        return self.work_s(0, _QUEUE_PROMPT_TOKENS) / _QUEUE_PROMPT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +112,12 @@ class Speed:
     def __init__(self) -> None:
         self.prefill = PrefillCurve(*_PREFILL_PRIOR)
         self.queue_token_s = self.prefill.queue_token_s
+        self.queue_work_s = self.prefill.queue_work_s
         self.decode = DecodeCurve(*_DECODE_PRIOR)
         self.prefill_fit = CostFit(_PREFILL_PRIOR, weight=0.1)
         self.decode_fit = CostFit(_DECODE_PRIOR, weight=0.1)
+        self.beside = 1.0
+        self.beside_fit = CostFit((1.0,))
         self.prefill_at_s = self.decode_at_s = -_LEARN_EVERY_S
 
 
@@ -146,7 +171,8 @@ class Curves:
     def set_prefill(self, kind: WorkerKind, curve: PrefillCurve) -> None:
         """Take a curve as given, until observations replace it."""
         known = self.of(kind)
-        known.prefill, known.queue_token_s = curve, curve.queue_token_s
+        known.prefill = curve
+        known.queue_token_s, known.queue_work_s = curve.queue_token_s, curve.queue_work_s
 
     def saw_decode(
         self, kind: WorkerKind, sequences: int, context_tokens: int, step_s: float, now_s: float
@@ -159,6 +185,12 @@ class Curves:
         known.decode_fit.add((1.0, sequences, context_tokens), step_s)
         step_s, sequence_s, context_token_s = known.decode_fit.coefficients
         known.decode = DecodeCurve(step_s, sequence_s, context_token_s)
+
+    def saw_beside(self, kind: WorkerKind, decode_s: float, added_s: float) -> None:
+        """Decodes that take `decode_s` alone added `added_s` to the steps of a prompt."""
+        known = self.of(kind)
+        known.beside_fit.add((decode_s,), max(0.0, added_s))
+        known.beside = known.beside_fit.coefficients[0]
 
     def saw_output(self, tokens: int) -> None:
         """An answer ended after so many."""

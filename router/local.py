@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from router.place import Beside
 from router.policies.base import Slo
 
 
@@ -39,31 +40,25 @@ class LocalOption:
     measured: bool
     fits: Callable[[], bool]
     """Whether its memory holds the sequence; asked last, as it costs most."""
-    decode_s: float
-    """A step of the answers there, this one included; 0 where none runs."""
-    delay_s: float
-    """What all chunks, its own and those of prompts before it, add to such steps."""
-    chunk_steps: int
-    """Steps with such a chunk."""
+    beside: Beside
     steps_to_go: int
     """Steps the median answer there has still to go; 0 where that is not known."""
-    here_s: float
-    """To the first token there: its steps, those of prompts before it, and answers beside them."""
     elsewhere_s: float
     """To the first token at the prefill worker that would be chosen, its queue included."""
 
     @property
     def mean_step_s(self) -> float:
         """Of an answer there, over the steps it has still to go or those with a chunk."""
-        return self.decode_s + self.delay_s / max(1, self.chunk_steps, self.steps_to_go)
+        there = self.beside
+        return there.decode_s + there.delay_s / max(1.0, there.chunk_steps, self.steps_to_go)
 
 
 def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
     """LOCAL when it harms no running answer and is not slower."""
     if not option.measured:
         return LocalVerdict.UNMEASURED
-    if option.here_s > max(option.elsewhere_s, slo.tpot_s):
+    if option.beside.first_token_s > max(option.elsewhere_s, slo.tpot_s):
         return LocalVerdict.SLOWER
-    if option.decode_s and option.mean_step_s > slo.tpot_s:
+    if option.beside.decode_s and option.mean_step_s > slo.tpot_s:
         return LocalVerdict.TPOT
     return LocalVerdict.LOCAL if option.fits() else LocalVerdict.FULL

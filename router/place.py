@@ -26,6 +26,8 @@ class Knowledge:
     index: PrefixIndex
     curves: Curves
     slo: Slo
+    step_s: float | None = None
+    """What decode workers let a step take that computes part of a prompt beside answers."""
     random: Random
     coming: Coming = field(default_factory=Coming)
 
@@ -155,36 +157,50 @@ class DecodeCacheQuery(PrefillPoolQuery):
     report yet is mostly hand-offs, which are load but no prefill to wait for.
     """
 
-    def queued_tokens(self, worker: WorkerId) -> int:
+    def beside(self, worker: WorkerId) -> "Beside":
+        """What awaits the prompt there, and the answers that it would run beside."""
         view = self._views[worker]
-        load = view.load
-        return view.unseen_prompt_tokens + (load.queued_tokens if load is not None else 0)
-
-    def beside(self, worker: WorkerId, decode_s: float) -> "Beside":
-        """What awaits the prompt there, where answers decode for `decode_s` in each step."""
-        speed, cached = self._known.curves.of(self._views[worker].kind), self.cached_tokens(worker)
-        queued, step_tokens = self.queued_tokens(worker), speed.prefill.step_tokens
-        queue_s = queued * speed.queue_token_s
-        work_s = speed.prefill.seconds(cached, self.tokens)
-        steps = -(-(self.tokens - cached) // step_tokens)
+        speed, load, sequences = self._known.curves.of(view.kind), view.load, view.sequences
+        decode_s, queued = 0.0, view.unseen_prompt_tokens
+        if load is not None:
+            queued += load.queued_tokens
+        if sequences:
+            context_tokens = view.unseen_tokens + (load.context_tokens if load is not None else 0)
+            decode_s = speed.decode.seconds(sequences + 1, context_tokens + self.tokens)
+        cached, beside_s, curve = self.cached_tokens(worker), speed.beside * decode_s, speed.prefill
+        chunk = curve.chunk_tokens(self._known.step_s, beside_s, cached, self.tokens)
+        steps, queued_steps = -(-(self.tokens - cached) // chunk), queued / chunk
+        step_s = beside_s + curve.step_s
+        work_s = curve.work_s(cached, self.tokens) + steps * step_s
+        queue_s = queued * speed.queue_work_s + queued_steps * step_s
         return Beside(
-            queue_s=queue_s + queued / step_tokens * decode_s,
-            work_s=work_s + steps * decode_s,
-            delay_s=queue_s + work_s,
-            chunk_steps=steps + -(-queued // step_tokens),
+            worker_id=worker,
+            queue_s=queue_s,
+            work_s=work_s,
+            decode_s=decode_s,
+            delay_s=queue_s + work_s - (steps + queued_steps) * decode_s,
+            chunk_steps=steps + queued_steps,
         )
 
 
 class Beside(NamedTuple):
-    """A prompt at a decode worker: seconds of what is before it, and of its own uncached tokens,
-    both with the steps of the answers there; seconds that all these chunks add to those steps, and
-    how many steps have one.
-    """
+    """A prompt at a decode worker."""
 
+    worker_id: WorkerId
     queue_s: float
+    """Of the prompts before it, with the decodes in their steps."""
     work_s: float
+    """Of its own uncached tokens, likewise."""
+    decode_s: float
+    """A step of the answers there without any chunk, this one included; 0 where none runs."""
     delay_s: float
-    chunk_steps: int
+    """What the chunks of all these prompts add to such steps."""
+    chunk_steps: float
+    """Steps that have one."""
+
+    @property
+    def first_token_s(self) -> float:
+        return self.queue_s + self.work_s
 
 
 def _busy(view: WorkerView) -> tuple[int, WorkerId]:

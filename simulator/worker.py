@@ -18,6 +18,7 @@ from typing import Literal
 from core.errors import InternalError
 from core.ids import BlockHash, BlockId, WorkerId
 from core.messages import KvRemoved, KvStored, LoadReport
+from core.step import StepBudget
 from decode_worker.headroom import (
     ENOUGH,
     Held,
@@ -72,7 +73,7 @@ class _Run:
 
 
 class SimWorker:
-    """One life of one worker."""
+    """One life of one worker. `step_s`: see core.step.StepBudget."""
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class SimWorker:
         *,
         on_kv: Callable[[Sequence[KvStored | KvRemoved]], None] = lambda events: None,
         on_space: Callable[[], None] = lambda: None,
+        step_s: float | None = None,
         stepwise: bool = False,
     ) -> None:
         self.worker_id = worker_id
@@ -94,6 +96,7 @@ class SimWorker:
             max_batch=spec.max_batch,
             on_admitted=lambda sequence: sequence.leg.computed(sequence),
             max_running=spec.max_running,
+            budget=StepBudget(step_s),
         )
         self._busy_s = 0.0
         self._pulls = self._pulling_tokens = self._fetching_tokens = 0
@@ -334,7 +337,11 @@ class SimWorker:
         """The next run, where all decodes go on and their blocks suffice; else None."""
         spec, now_s, decodes = self.spec, self._events.now_s(), self._decodes
         prompts = [sequence.pending_tokens for sequence in self._prompts]
-        fed, chunks = share_step(decodes, prompts, spec.step_tokens, spec.max_batch)
+        step_tokens = spec.step_tokens
+        if prompts:
+            begun = self._prompts[0].computed
+            step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, begun)
+        fed, chunks = share_step(decodes, prompts, step_tokens, spec.max_batch)
         if fed < decodes or len(self.scheduler.running) > spec.max_batch:
             return None
         if not self._grow(self._steps):
@@ -433,6 +440,8 @@ class SimWorker:
             return  # it was cut short, and ended then
         self._settling = True
         self._busy_s += run.ends_s - run.began_s
+        if (run.chunks or run.batch) and self.scheduler.budget.learns(run.ends_s):
+            self._learn(self._shape(run), run.ends_s - run.began_s)
         if run.batch is not None:
             self._apply(run.batch)
         else:
@@ -443,6 +452,13 @@ class SimWorker:
         self.tell_kv()
         if self._run is None:  # else what came of it has begun the next
             self._begin()
+
+    def _learn(self, step: StepShape, seconds: float) -> None:
+        """As the runner does."""
+        sequences, context_tokens = step.decode_sequences, step.decode_context_tokens
+        if step.prefill and sequences:
+            now_s = self._events.now_s()
+            self.scheduler.budget.saw(step.prefill, sequences, context_tokens, seconds, now_s)
 
     def _apply_run(self, run: _Run) -> None:
         if not run.chunks and run.steps > 1:

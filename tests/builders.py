@@ -40,6 +40,7 @@ from core.messages import (
 )
 from core.registry import MemoryRegistry, Registry, WorkerRecord
 from core.sampling import FinishReason, SamplingParams
+from core.step import StepBudget
 from core.stream import address_of, listen
 from decode_worker.config import DecodeConfig
 from engine import runner as engine_runner
@@ -252,6 +253,7 @@ async def running_engine_loop(
     *,
     step_tokens: int = 16,
     max_batch: int = 8,
+    budget: StepBudget | None = None,
 ) -> AsyncIterator[RunnerParts]:
     """Checks the pool after every step, and that nothing is left referenced at the end."""
     pool = BlockPool(engine.info.num_blocks)
@@ -263,6 +265,7 @@ async def running_engine_loop(
         max_batch=max_batch,
         step_timeout_s=30.0,
         on_step_end=pool.check,
+        budget=budget,
     )
     task = asyncio.create_task(runner.run())
     try:

@@ -62,6 +62,7 @@ async def _serve(
             transfer=transfer,
             prefill=config.prefill,
             decode=config.decode,
+            step_s=config.router.step_s(config.slo.tpot_ms / 1e3),
         ),
         drain_s=config.drain_timeout_s,
         host=arguments.host,

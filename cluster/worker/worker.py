@@ -32,6 +32,7 @@ from core.messages import (
     WorkerToRouter,
 )
 from core.stages import Stage
+from core.step import StepBudget
 from decode_worker.config import DecodeConfig
 from decode_worker.policy import pull_headroom_blocks
 from decode_worker.role import DecodeRole
@@ -65,6 +66,8 @@ class WorkerSettings:
     transfer: TransferConfig
     prefill: PrefillConfig
     decode: DecodeConfig
+    step_s: float | None = None
+    """What a step should take that computes part of a prompt beside answers; None: no bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,7 @@ class Worker:
             max_batch=settings.engine.max_batch,
             step_timeout_s=settings.engine.step_timeout_s,
             on_step_end=self._step_ended,
+            budget=StepBudget(settings.step_s),
         )
         self.leases = LeaseTable(self.pool, clock, settings.transfer.lease_s)
         self.owner = Owner(self.leases, self._blocks_freed)

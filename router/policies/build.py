@@ -31,6 +31,8 @@ class Policies:
     prefill: PrefillPolicy
     decode: DecodePolicy
     slo: Slo = DEFAULT_SLO
+    step_s: float | None = None
+    """What decode workers let a step take that computes part of a prompt beside answers."""
 
 
 PREFILL: Mapping[str, Callable[[RouterConfig], PrefillPolicy]] = {
@@ -57,4 +59,5 @@ DECODE: Mapping[str, Callable[[], DecodePolicy]] = {
 def build_policies(config: RouterConfig, slo: Slo = DEFAULT_SLO) -> Policies:
     """Fresh ones: what they remember is one router's."""
     prefill, decode = PREFILL[config.prefill_policy], DECODE[config.decode_policy]
-    return Policies(prefill=prefill(config), decode=decode(), slo=slo)
+    step_s = config.step_s(slo.tpot_s)
+    return Policies(prefill=prefill(config), decode=decode(), slo=slo, step_s=step_s)

@@ -2,12 +2,14 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
 from core.clock import FakeClock
 from core.errors import DeadlineExceeded, InternalError, KvMismatch
 from core.sampling import FinishReason
+from core.step import StepBudget
 from engine.pool import PoolCounts
 from engine.runner import Runner
 from engine.sequence import Sequence
@@ -358,6 +360,23 @@ async def test_what_prefill_costs_is_learned_from_steps_that_only_prefill() -> N
         heard = parts.submit(make_sequence(make_prompt(40)))
         await soon(heard.ended.wait())
         assert parts.runner.prefill_cost.observed_steps == 3
+
+
+async def test_what_a_step_takes_of_a_prompt_beside_an_answer_is_learned_from_such_steps() -> None:
+    clock = FakeClock()
+    engine = make_engine(700, sleep=clock.advance)
+    async with running_engine_loop(
+        engine, clock, step_tokens=512, budget=StepBudget(0.014)
+    ) as parts:
+        answer = parts.submit(make_sequence(make_prompt(8), name="a", max_tokens=400))
+        await until(lambda: bool(answer.tokens), "an answer that decodes")
+        prompt = parts.submit(make_sequence(make_prompt(2200, seed=1), name="b", max_tokens=1))
+        await soon(prompt.ended.wait())
+        assert answer.finish is None, "it decoded all the while"
+        await soon(answer.ended.wait())
+    chunks = [b - a for a, b in pairwise([0, *prompt.computed])]
+    assert chunks[:2] == [511, 511]
+    assert all(180 < tokens < 320 for tokens in chunks[2:-1]), chunks
 
 
 # -- load -----------------------------------------------------------------------------------------

@@ -262,12 +262,12 @@ def test_a_prompt_that_would_wait_for_the_prefill_pool_goes_to_a_decode_worker()
     measured(subject, fleet)
     subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=10.0))
     assert local_of(subject) is LocalVerdict.LOCAL  # within the time of a token, without a hand-off
-    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5))
+    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5), step_s=None)
     queue_at(fleet, "decode-0", 400)
     queue_at(fleet, "decode-1", 400)
     assert local_of(subject) is LocalVerdict.SLOWER
     queue_at(fleet, "prefill-0", 4000)
-    assert local_of(subject) is LocalVerdict.TPOT  # 440 tokens would be a step of 44 s
+    assert local_of(subject) is LocalVerdict.TPOT  # the answers there would have steps of 6 s
     for _ in range(8):
         subject._known.curves.saw_output(60)
     assert local_of(subject) is LocalVerdict.LOCAL  # which the next 30 steps make good
@@ -287,15 +287,37 @@ def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_repo
     assert local_of(subject) is LocalVerdict.LOCAL
 
 
-def test_times_of_prompts_computed_beside_answers_teach_nothing() -> None:
+def prefilled_at_decode(subject: Chooser, fleet: Workers, prefill_s: float) -> float:
+    """What decodes add to a step with a chunk, as a share, once a prompt took so long there."""
+    link = fleet.link(Role.DECODE, WorkerId("decode-0"))
+    subject.prefilled(link, 40, LegTimes(prefill_s=prefill_s))  # type: ignore[arg-type]
+    return subject._known.curves.of(link.view.kind).beside
+
+
+def test_a_prompt_computed_beside_answers_teaches_what_they_add_and_not_what_a_prefill_takes() -> (
+    None
+):
     fleet = Workers()
     subject = chooser(fleet)
     measured(subject, fleet)
     before = times(subject, fleet)
     subject._clock.advance(10.0)  # type: ignore[attr-defined]
-    link = fleet.link(Role.DECODE, WorkerId("decode-0"))
-    subject.prefilled(link, 40, LegTimes(prefill_s=400.0))  # type: ignore[arg-type]
+    curves, view = subject._known.curves, fleet.everyone.views[WorkerId("decode-0")]
+    alone_s = curves.of(view.kind).prefill.seconds(0, 40)
+    decode_s = curves.of(view.kind).decode.seconds(2, 100)
+    for _ in range(200):
+        share = prefilled_at_decode(subject, fleet, alone_s + 0.25 * decode_s)
+    assert share == pytest.approx(0.25, rel=1e-3)
     assert times(subject, fleet) == before
+
+
+def test_a_prompt_computed_where_nobody_else_runs_teaches_nothing() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    measured(subject, fleet)
+    view = fleet.everyone.views[WorkerId("decode-0")]
+    view.load = replace(IDLE, running=1, context_tokens=40)
+    assert prefilled_at_decode(subject, fleet, 400.0) == 1.0
 
 
 def test_a_decode_worker_with_a_shorter_way_is_an_outlook_of_the_prompt() -> None:

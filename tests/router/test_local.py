@@ -1,24 +1,28 @@
 """When a decode worker computes a prompt itself."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
+from core.ids import WorkerId
 from router.local import LocalOption, LocalVerdict, judge_local
+from router.place import Beside
 from router.policies.base import Slo
 
 SLO = Slo(ttft_s=2.0, tpot_s=0.1)
-GOOD = LocalOption(
-    measured=True,
-    fits=lambda: True,
+THERE = Beside(
+    worker_id=WorkerId("d"),
+    queue_s=0.1,
+    work_s=0.4,
     decode_s=0.02,
     delay_s=0.3,
     chunk_steps=4,
-    steps_to_go=0,
-    here_s=0.5,
-    elsewhere_s=0.6,
 )
+GOOD = LocalOption(measured=True, fits=lambda: True, beside=THERE, steps_to_go=0, elsewhere_s=0.6)
+
+
+def there(**change: float) -> LocalOption:
+    return replace(GOOD, beside=THERE._replace(**change))  # type: ignore[arg-type]
 
 
 def test_a_prompt_that_is_sooner_there_and_harms_nobody_is_computed_there() -> None:
@@ -26,35 +30,35 @@ def test_a_prompt_that_is_sooner_there_and_harms_nobody_is_computed_there() -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "verdict"),
+    ("option", "verdict"),
     [
-        ({"measured": False}, LocalVerdict.UNMEASURED),
-        ({"fits": lambda: False}, LocalVerdict.FULL),
-        ({"delay_s": 0.321}, LocalVerdict.TPOT),
-        ({"here_s": 0.61}, LocalVerdict.SLOWER),
+        (replace(GOOD, measured=False), LocalVerdict.UNMEASURED),
+        (replace(GOOD, fits=lambda: False), LocalVerdict.FULL),
+        (there(delay_s=0.321), LocalVerdict.TPOT),
+        (there(queue_s=0.21), LocalVerdict.SLOWER),
     ],
 )
-def test_each_reason_not_to(change: dict[str, Any], verdict: LocalVerdict) -> None:
-    assert judge_local(replace(GOOD, **change), SLO) is verdict
+def test_each_reason_not_to(option: LocalOption, verdict: LocalVerdict) -> None:
+    assert judge_local(option, SLO) is verdict
 
 
 def test_a_costly_chunk_harms_nobody_where_nobody_runs() -> None:
-    alone = replace(GOOD, decode_s=0.0, delay_s=2.0)
+    alone = there(decode_s=0.0, delay_s=2.0)
     assert judge_local(alone, SLO) is LocalVerdict.LOCAL
 
 
 def test_a_step_may_miss_the_target_where_the_mean_over_the_answers_keeps_it() -> None:
-    slow = replace(GOOD, delay_s=4 * 0.2)  # steps of 0.22 s
+    slow = there(delay_s=4 * 0.2)  # steps of 0.22 s
     assert judge_local(slow, SLO) is LocalVerdict.TPOT
     assert judge_local(replace(slow, steps_to_go=9), SLO) is LocalVerdict.TPOT
     assert judge_local(replace(slow, steps_to_go=10), SLO) is LocalVerdict.LOCAL
 
 
 def test_answers_that_end_before_the_prompt_does_have_a_chunk_in_every_step() -> None:
-    slow = replace(GOOD, delay_s=40 * 0.2, chunk_steps=40, steps_to_go=10)
+    slow = replace(there(delay_s=40 * 0.2, chunk_steps=40), steps_to_go=10)
     assert slow.mean_step_s == pytest.approx(0.22)
 
 
 def test_within_the_time_of_a_token_it_saves_the_hand_off() -> None:
-    soon = replace(GOOD, here_s=0.09, elsewhere_s=0.01)
+    soon = replace(there(queue_s=0.0, work_s=0.09), elsewhere_s=0.01)
     assert judge_local(soon, SLO) is LocalVerdict.LOCAL

@@ -1,5 +1,8 @@
 """What the queries answer about a fleet's views, and who else holds a prompt's prefix."""
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,7 +13,7 @@ from router.curves import PrefillCurve
 from router.place import Beside, DecodeCacheQuery
 from router.policies.base import Decision, Scored
 from tests.builders import QUICK
-from tests.router.views import BLOCK, CHAIN, Workers
+from tests.router.views import BLOCK, CHAIN, IDLE, Workers
 
 A = WorkerId("a")
 
@@ -138,29 +141,66 @@ def fleet(**cached: int) -> Workers:
     return workers
 
 
+def beside_a(workers: Workers) -> Beside:
+    query = DecodeCacheQuery(workers.pool, workers.known, 0.0, tokens=33, hashes=CHAIN)
+    return query.beside(A)
+
+
 def test_a_hand_off_not_yet_reported_is_no_prefill_to_wait_for_at_a_decode_worker() -> None:
     workers = Workers(Role.DECODE)
-    workers.add("a", queued=7).submitted(1, 500)
-    pool, known = workers.pool, workers.known
-    query = DecodeCacheQuery(pool, known, 0.0, tokens=33, hashes=CHAIN)
-    assert query.queued_tokens(WorkerId("a")) == 7
-    assert workers.prefill().queued_tokens(WorkerId("a")) == 507
+    view = workers.add("a", queued=7)
+    before = beside_a(workers)
+    view.submitted(1, 500)
+    after = beside_a(workers)
+    assert workers.prefill().queued_tokens(A) == 507
+    assert before.queue_s == pytest.approx(7.0)
+    assert after.queue_s == pytest.approx(7.0, rel=1e-3), "but for an answer in its step"
 
 
 def test_prompts_at_one_decode_worker_add_up_before_a_report_shows_them() -> None:
     workers = Workers(Role.DECODE)
-    view = workers.add("a", cached=2, queued=30)
+    view = workers.add("a", cached=2, queued=30, running=1)
     curve = PrefillCurve(0.0, 1.0, 0.0, step_tokens=10)
     workers.known.curves.set_prefill(view.kind, curve)
-
-    def beside() -> Beside:
-        query = DecodeCacheQuery(workers.pool, workers.known, 0.0, tokens=33, hashes=CHAIN)
-        return query.beside(WorkerId("a"), 0.5)
-
     work_s, steps = 25.0, 3  # of 33 tokens 8 are cached
-    assert beside() == (30 + 3 * 0.5, work_s + steps * 0.5, 30 + work_s, 3 + steps)
-    view.submitted(1, 20, 20)
-    assert beside() == (50 + 5 * 0.5, work_s + steps * 0.5, 50 + work_s, 5 + steps)
+    for number, tokens in enumerate((30, 50, 70)):
+        there = beside_a(workers)
+        assert there.chunk_steps == tokens / 10 + steps
+        assert there.delay_s == pytest.approx(tokens + work_s)
+        assert there.queue_s == pytest.approx(tokens + tokens / 10 * there.decode_s)
+        assert there.work_s == pytest.approx(work_s + steps * there.decode_s)
+        view.submitted(number + 1, 20, 20)
+
+
+def test_a_step_with_a_chunk_takes_what_decodes_were_seen_to_add_to_one() -> None:
+    workers = Workers(Role.DECODE)
+    view = workers.add("a", running=1)
+    before = beside_a(workers)
+    for _ in range(200):
+        workers.known.curves.saw_beside(view.kind, 0.4, 0.1)
+    after = beside_a(workers)
+    saved_s = 0.75 * after.decode_s
+    assert after.work_s == pytest.approx(before.work_s - saved_s, rel=1e-6)
+    assert after.delay_s == pytest.approx(before.delay_s - saved_s, rel=1e-6)
+
+
+def test_chunks_beside_answers_are_as_long_as_decode_workers_make_them() -> None:
+    workers = Workers(Role.DECODE)
+    view = workers.add("a", queued=6400, running=1)
+    workers.known.curves.set_prefill(view.kind, PrefillCurve(0.002, 1e-4, 0.0))
+
+    def beside(step_s: float | None) -> Beside:
+        known = replace(workers.known, step_s=step_s)
+        return DecodeCacheQuery(workers.pool, known, 0.0, tokens=6401, hashes=()).beside(A)
+
+    free = beside(None)
+    bound = beside(free.decode_s + 0.002 + 128 * 1e-4)
+    assert free.chunk_steps == 13 + 6400 / 512
+    assert bound.chunk_steps == 51 + 6400 / 128
+    more_s = (bound.chunk_steps - free.chunk_steps) * (0.002 + free.decode_s)
+    assert bound.first_token_s == pytest.approx(free.first_token_s + more_s)
+    view.load = IDLE
+    assert beside(0.001).chunk_steps == 13, "nobody decodes there"
 
 
 def test_the_source_is_the_longest_holder() -> None:

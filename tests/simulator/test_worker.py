@@ -1,6 +1,7 @@
 """The worker that jumps over equal steps and the one that takes each as the scheduler plans it."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -53,9 +54,11 @@ def hashes_of(family: int, count: int) -> list[BlockHash]:
     return [BlockHash(bytes([family + 1, i % 256, i // 256]) + bytes(13)) for i in range(count)]
 
 
-def play(asks: list[Ask], spec: WorkerSpec, *, stepwise: bool) -> tuple[list[Diary], SimWorker]:
+def play(
+    asks: list[Ask], spec: WorkerSpec, *, stepwise: bool = False, step_s: float | None = None
+) -> tuple[list[Diary], SimWorker]:
     events = Events()
-    worker = SimWorker(WorkerId("w"), spec, events, stepwise=stepwise)
+    worker = SimWorker(WorkerId("w"), spec, events, stepwise=stepwise, step_s=step_s)
     diaries: list[Diary] = []
     size = spec.block_size
 
@@ -97,7 +100,7 @@ def random_case(seed: int) -> tuple[list[Ask], WorkerSpec]:
         latency=LATENCY,
         kv_blocks=random.choice([24, 40, 400]),
         block_size=size,
-        step_tokens=random.choice([16, 64]),
+        step_tokens=random.choice([16, 64, 256]),
         max_batch=random.choice([2, 4, 64]),
     )
     longest = spec.kv_blocks * size // 2
@@ -127,8 +130,9 @@ def test_jumping_and_stepping_give_the_same_times_and_decisions() -> None:
     preempted = 0
     for seed in range(120):
         asks, spec = random_case(seed)
-        jumped, worker = play(asks, spec, stepwise=False)
-        stepped, oracle = play(asks, spec, stepwise=True)
+        step_s = [None, 0.008, 0.012][seed % 3]
+        jumped, worker = play(asks, spec, step_s=step_s)
+        stepped, oracle = play(asks, spec, step_s=step_s, stepwise=True)
         assert rounded(jumped) == rounded(stepped), f"seed {seed}"
         assert worker.scheduler.preemptions == oracle.scheduler.preemptions
         assert worker.pool.hashes() == oracle.pool.hashes()
@@ -138,3 +142,22 @@ def test_jumping_and_stepping_give_the_same_times_and_decisions() -> None:
         worker.pool.check_idle()
         preempted += oracle.scheduler.preemptions
     assert preempted > 30
+
+
+def slowest_step_s(step_s: float | None) -> float:
+    """Of a long answer, while prompts are computed beside it: between two `computed` of a chunk."""
+    spec = WorkerSpec(latency=LATENCY, kv_blocks=4000, block_size=16, max_batch=64)
+    asks = [Ask(0.0, 16, 400, 0)]
+    asks += [Ask(0.5 + i / 10, 2000, 2, 1 + i) for i in range(20)]
+    diaries, worker = play(asks, spec, step_s=step_s)
+    gaps: list[float] = []
+    for diary in diaries[11:]:  # the first ones teach
+        times = [at for what, at, _ in diary.heard if what == "computed"]
+        gaps += [b - a for a, b in pairwise(times)]
+    assert worker.scheduler.idle
+    return max(gaps)
+
+
+def test_a_chunk_beside_an_answer_is_as_long_as_the_target_of_a_step_allows() -> None:
+    assert slowest_step_s(None) > 0.015
+    assert slowest_step_s(0.0125) == pytest.approx(0.0125, rel=0.05)
