@@ -222,9 +222,7 @@ class Reader:
                 known = known or self._open(door)
                 await asyncio.shield(known[0].ready)
                 self._keep_reachable(known[0])
-        except TimeoutError as error:
-            if known is not None:
-                known[1].cancel()
+        except TimeoutError as error:  # the connection bounds itself, and others may wait for it
             raise TransferFailed(
                 f"no answer from the KV owner {door.worker_id}", cause=TransferCause.NO_ANSWER
             ) from error
