@@ -123,9 +123,10 @@ class Exchange:
             await self._say_farewell(error)
         self._record(error)
 
-    async def _serve(self, group: asyncio.TaskGroup) -> None:
+    async def _serve(self, group: "Attended") -> None:
         edge = self._edge
         body = await read_body(self._scope, self._receive, edge.settings.max_body_bytes)
+        group.watch()
         if not body:
             raise InvalidRequest("the body is empty; send a JSON object")
         request = self._request_type.parse(body)
@@ -245,8 +246,14 @@ class Attended(asyncio.TaskGroup):
         self._limit = asyncio.get_running_loop().call_later(limit_s, self._late)
 
     async def __aenter__(self) -> Self:
-        self._line.attend(self._lost)
+        self.watch()
         return await super().__aenter__()
+
+    def watch(self) -> None:
+        """Again once the body is read: behind a large one the server has stopped reading, and sees
+        no end of the connection.
+        """
+        self._line.attend(self._lost)
 
     async def __aexit__(
         self,

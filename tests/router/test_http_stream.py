@@ -53,6 +53,23 @@ async def test_client_that_leaves_closes_the_generator(tmp_path, body, first):
     assert gone == 1
 
 
+@pytest.mark.parametrize("body", [LARGE, LARGE.replace(b"true", b"false")], ids=["stream", "whole"])
+@in_loop
+async def test_a_client_that_leaves_is_noticed_though_its_large_body_came_after_the_head(
+    tmp_path, body
+):
+    generator = ScriptedGenerator(endless(first=0))
+    async with running(generator, model_directory(tmp_path)) as server:
+        connection, loop = await raw_connection(server.port), asyncio.get_running_loop()
+        post = raw_post(PATH, body)
+        await loop.sock_sendall(connection, post[:1000])
+        await until(lambda: server.sample("baton_requests_in_flight") == 1)
+        await loop.sock_sendall(connection, post[1000:])
+        await generator.until_running(1)
+        connection.close()
+        await generator.until_running(0)
+
+
 @in_loop
 async def test_leaving_the_official_clients_stream_closes_the_generator(tmp_path):
     generator = ScriptedGenerator(endless(first=3))
