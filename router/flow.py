@@ -140,6 +140,7 @@ class Flow:
                         continue
                     failed -= full
                     full.clear()
+                    pauses = max(1, pauses)  # the next round asks all of them again
                 overload = isinstance(error, Overloaded)
                 # Where there was no worker, nothing has begun.
                 waits = isinstance(error, Overloaded | NoWorkers)

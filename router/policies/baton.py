@@ -48,9 +48,7 @@ class Baton:
         self._hotness = HotnessTree()
 
     def candidates_of(self, query: PrefillQuery) -> list[WorkerId]:
-        """Where the prompt may go; homes first. Only the replay moves a queued prompt to another
-        of them (rebalance.py), the live router does not yet.
-        """
+        """Where the prompt may go, also later while it is queued (rebalance.py); homes first."""
         self._rings.follow(query.pool)
         key = self._hotness.key(query)
         homes = self._rings.homes(key, query.is_open) if key is not None else ()
