@@ -35,6 +35,7 @@ _POLL_MIN_S = 0.00005
 _POLL_MAX_S = 0.001
 _TIDY_AFTER_S = 0.01
 _SPENT_MOST = 64
+_TIDY_AT_ONCE = 4
 
 T = TypeVar("T")
 Ending: TypeAlias = "asyncio.Future[ReadStats] | asyncio.Future[None]"
@@ -242,7 +243,7 @@ class TransferThread:
             idle = not commands and not self._readings
             self._poll()
             if idle or self._agent.spent > _SPENT_MOST:
-                self._agent.tidy()
+                self._agent.tidy(_TIDY_AT_ONCE)
         except AgentBroken as broken:
             return str(broken)
         return ""
