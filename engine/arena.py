@@ -58,7 +58,10 @@ def _in_huge_pages(nbytes: int) -> torch.Tensor:
     To touch an arena first, and to read it from another process, costs the kernel work per page, of
     which there are 512 times as many with 4 KiB as with 2 MiB.
     """
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no {nbytes} bytes for the KV arena: {error}") from error
     with suppress(OSError, AttributeError):  # a kernel, or a platform, without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).zero_()

@@ -30,6 +30,7 @@ class Schedulable(Protocol):
     state: SequenceState
     arrived_at_s: float
     started_at_s: float | None
+    context_tokens: int
     computed: int
     cached_tokens: int
     published: int
@@ -183,11 +184,12 @@ class Scheduler(Generic[S]):
         return min(most, decodes + chunk)
 
     def _tokens_now(self) -> int:
-        begun = next((s.computed for s in self.running if s.pending_tokens > 1), None)
-        if begun is None or self.budget.step_s is None:
+        prompt = next((s for s in self.running if s.pending_tokens > 1), None)
+        # One that was preempted holds blocks, and its client waits for the next token: not slowed.
+        if prompt is None or prompt.known_tokens > prompt.context_tokens or not self.budget.step_s:
             return self._step_tokens
         contexts = [s.known_tokens for s in self.running if s.pending_tokens == 1]
-        return self.step_tokens(len(contexts), sum(contexts), begun)
+        return self.step_tokens(len(contexts), sum(contexts), prompt.computed)
 
     def step_ended(self) -> None:
         """The step reads and writes no more."""

@@ -285,6 +285,7 @@ class SimWorker:
         self._admit()
         if not self.scheduler.running:
             self._run = None
+            self._on_space()  # what was given back meanwhile has woken nobody
             return
         run = None if self._stepwise else self._plan()
         if run is None:
@@ -338,7 +339,7 @@ class SimWorker:
         spec, now_s, decodes = self.spec, self._events.now_s(), self._decodes
         prompts = [sequence.pending_tokens for sequence in self._prompts]
         step_tokens = spec.step_tokens
-        if prompts:
+        if prompts and self._prompts[0].known_tokens == self._prompts[0].context_tokens:
             begun = self._prompts[0].computed
             step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, begun)
         fed, chunks = share_step(decodes, prompts, step_tokens, spec.max_batch)
