@@ -165,10 +165,14 @@ def run_once(settings: Settings, question: Question, seed: int, scale: float) ->
     spec = build_spec(settings, workload.block_size, seed)
     counted = workload.requests[int(_WARM_UP * len(workload.requests)) :]
     misses = _Misses(spec.slo, counted[0].at_s, (1 - question.share) * len(counted))
-    Cluster(replace(spec, samples=0)).run(workload.requests, enough=misses.note)
+    ended = len(
+        Cluster(replace(spec, samples=0)).run(workload.requests, enough=misses.note).records
+    )
+    if not misses.too_many:
+        misses.count += len(workload.requests) - ended  # the rest never will
     span_s = counted[-1].at_s - counted[0].at_s
     rate_per_s = len(counted) / span_s if span_s > 0 else 0.0
-    return Point(scale, rate_per_s / spec.gpus, 1 - misses.count / len(counted))
+    return Point(scale, rate_per_s / spec.gpus, max(0.0, 1 - misses.count / len(counted)))
 
 
 def _run_closed(settings: Settings, question: Question, seed: int, scale: float) -> Point:
@@ -201,6 +205,10 @@ class _Misses:
             record.outcome == "ok" and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s
         )
         self.count += record.at_s >= self._since_s and not kept
+        return self.too_many
+
+    @property
+    def too_many(self) -> bool:
         return self.count > self._most + 1e-9
 
 

@@ -236,8 +236,8 @@ class Fetch:
         fetcher.sources.met(self._source.incarnation)
         fetcher.counts.won += 1
         fetcher.counts.tokens += len(fresh) * size
-        self._landed(again=True)
         self._finish()
+        self._landed(again=True)
 
     def _in_reach(self) -> bool:
         now_s, me, owner = self._fetcher.events.now_s(), self._fetcher.member, self._owner
@@ -261,8 +261,8 @@ class Fetch:
         fetcher.counts.failed[cause] += 1
         fetcher.sources.fell_short(self._source.incarnation, cause, fetcher.events.now_s())
         self._give_back()
-        self._landed(again=False)
         self._finish()
+        self._landed(again=False)
 
     def _landed(self, *, again: bool) -> None:
         """Others that want the same look again, unless it would fail for each of them."""

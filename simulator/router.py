@@ -320,6 +320,7 @@ class SimRouter:
         self._give_up_legs(job)
         if isinstance(refusal, InvalidRequest):
             self._end(job, "too_long")
+            self._look_later(0.0)
         elif decodes:
             self._events.at(self._events.now_s() + _RETRY_S, self._again, job)
         else:

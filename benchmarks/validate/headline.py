@@ -148,17 +148,19 @@ def _tune(case: Case, size: Size, processes: int) -> tuple[dict[str, Setup], flo
     question = Question(trace=case.trace, requests=int(case.requests * size.tuning), refine=1)
     first = search(SYSTEMS[DEFAULT], _settings(case, OURS), question, _TUNING_SEED)
     scale = _scale_of(first) or question.first_scale
+    question = replace(question, first_scale=scale / 2, growth=1.25)
     tasks = [
-        (setup, peer, case, replace(question, first_scale=scale / 2))
+        (setup, peer, case, question)
         for peer in SYSTEMS.values()
         if peer.name != DEFAULT
         for setup in _setups(peer, size)
     ]
-    best: dict[str, tuple[float, Setup]] = {}
+    tried: dict[str, list[tuple[float, float, int, int]]] = {}
     for setup, one in run_all(_try, tasks, processes):
-        if one.system not in best or one.rate_per_gpu_s > best[one.system][0]:
-            best[one.system] = one.rate_per_gpu_s, setup
-    return {DEFAULT: OURS} | {name: setup for name, (_, setup) in best.items()}, scale
+        key = one.rate_per_gpu_s, _kept(one), setup.prefill_workers, setup.step_tokens
+        tried.setdefault(one.system, []).append(key)
+    setups = {name: Setup(*max(keys)[2:]) for name, keys in tried.items()}
+    return {DEFAULT: OURS} | setups, scale
 
 
 def _setups(peer: System, size: Size) -> list[Setup]:
@@ -169,6 +171,14 @@ def _setups(peer: System, size: Size) -> list[Setup]:
 
 def _try(setup: Setup, system: System, case: Case, question: Question) -> tuple[Setup, Found]:
     return setup, search(system, _settings(case, setup), question, _TUNING_SEED)
+
+
+def _kept(found: Found) -> float:
+    """The share kept at the rate found, which tells setups with the same rate apart."""
+    return max(
+        (p.attainment for p in found.points if p.rate_per_gpu_s == found.rate_per_gpu_s),
+        default=0.0,
+    )
 
 
 def _scale_of(found: Found) -> float:
