@@ -3,8 +3,8 @@
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from core.channel import describe_break, heed_cancel
@@ -160,10 +160,10 @@ class PeerConnection:
         """A read failed: the next pull shall make contact anew."""
         self._retired.set()
 
-    @asynccontextmanager
-    async def bind(self, lease_id: LeaseId, sequence_id: SequenceId) -> AsyncIterator[BoundLease]:
+    @contextmanager
+    def bind(self, lease_id: LeaseId, sequence_id: SequenceId) -> Iterator[BoundLease]:
         """Bound inside; on the way out the owner is told, unless the lease was closed."""
-        async with self._hold(lease_id) as lease:
+        with self._hold(lease_id) as lease:
             self.bind_again(lease_id, sequence_id, 0)
             yield lease
 
@@ -203,11 +203,11 @@ class PeerConnection:
             raise TransferFailed(
                 "the KV owner holds no more of the prefix", cause=TransferCause.NOT_HELD
             )
-        async with self._hold(fetched.lease_id) as lease:
+        with self._hold(fetched.lease_id) as lease:
             yield lease, fetched.block_ids
 
-    @asynccontextmanager
-    async def _hold(self, lease_id: LeaseId) -> AsyncIterator[BoundLease]:
+    @contextmanager
+    def _hold(self, lease_id: LeaseId) -> Iterator[BoundLease]:
         self._raise_lost()
         if lease_id in self._leases or lease_id in self._asked:
             raise TransferFailed(
@@ -229,13 +229,18 @@ class PeerConnection:
         """All that was announced of a running sequence is here."""
         self._send(Ready(lease_id=lease_id))
 
-    async def close_lease(
+    def ask_close(self, lease: BoundLease, verify: tuple[BlockId, ...]) -> None:
+        """Ask the closing question; `closed_lease` hears the answer."""
+        lease.asked = True
+        self._send(Close(lease_id=lease.lease_id, verify=verify))
+
+    async def closed_lease(
         self, lease: BoundLease, verify: tuple[BlockId, ...], timeout_s: float
     ) -> Closed:
-        """Ask the closing question, and again when the answer is late; silence is UNKNOWN."""
-        for _ in range(_CLOSE_ASKS):
-            lease.asked = True
-            self._send(Close(lease_id=lease.lease_id, verify=verify))
+        """The answer to the closing question, asked again while it is late; silence is UNKNOWN."""
+        for ask in range(_CLOSE_ASKS):
+            if ask or not lease.asked:
+                self.ask_close(lease, verify)
             try:
                 async with asyncio.timeout(timeout_s / _CLOSE_ASKS):
                     while lease.closed is None:

@@ -36,6 +36,8 @@ from kv_transfer.messages import (
 )
 from wire import common_pb2, peer_pb2
 
+_OUTCOMES = {outcome.value: outcome for outcome in LeaseOutcome}
+
 
 class UnknownMessage(ValueError):
     """A message kind of a newer peer; the receiver skips it."""
@@ -305,5 +307,4 @@ def _outcome_to_wire(outcome: LeaseOutcome) -> peer_pb2.Outcome:
 
 
 def _outcome_from_wire(outcome: int) -> LeaseOutcome:
-    known = {known.value for known in LeaseOutcome}
-    return LeaseOutcome(outcome) if outcome in known else LeaseOutcome.UNKNOWN
+    return _OUTCOMES.get(outcome, LeaseOutcome.UNKNOWN)

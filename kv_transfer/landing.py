@@ -62,6 +62,8 @@ class Landing:
         self.reads: list[asyncio.Future[ReadStats]] = []
         self._remote: dict[int, BlockId] = {}
         self._running = 0
+        self._all_posted = False
+        self._verified: list[int] = []
         self._since_s = 0.0
         self._seconds = 0.0
         self._hidden_s = 0.0
@@ -114,7 +116,25 @@ class Landing:
         self._running -= 1
         if self._running == 0:
             self._seconds += time.monotonic() - self._since_s
+            self._ask_if_all_here()
         self._lease.changed.set()
+
+    def all_posted(self) -> None:
+        """Nothing is left to read: the closing question is asked as soon as the last read has
+        ended well, before any task is woken for it.
+        """
+        self._all_posted = True
+        self._ask_if_all_here()
+
+    def _ask_if_all_here(self) -> None:
+        if not self._all_posted or self._running or self._lease.asked or self._lease.failure:
+            return
+        if all(read.exception() is None for read in self.reads):
+            self._verified = self._to_verify()
+            self._connection.ask_close(self._lease, self._verified_blocks())
+
+    def _verified_blocks(self) -> tuple[BlockId, ...]:
+        return tuple(self._remote[place] for place in self._verified)
 
     def note_final(self) -> None:
         """The owner has announced its last: what was read until now was hidden behind its work."""
@@ -147,18 +167,20 @@ class Landing:
                 ) from None
 
     async def confirm(self) -> None:
-        """Ask the closing question; on return the blocks are usable, one running reference each."""
+        """Hear the closing question's answer, after `settle`; on return the blocks are usable, one
+        running reference each.
+        """
+        self.all_posted()
         self.stats = self._sum_up()
-        picked = self._to_verify()
-        ask = self._connection.close_lease(
-            self._lease, tuple(self._remote[i] for i in picked), self._room.config.read_timeout_s
+        answer = self._connection.closed_lease(
+            self._lease, self._verified_blocks(), self._room.config.read_timeout_s
         )
-        if picked:
+        if self._verified:
             mine, closed = await asyncio.gather(
-                checksum_blocks(self._room.arena, [self.fresh[i] for i in picked]), ask
+                checksum_blocks(self._room.arena, [self.fresh[i] for i in self._verified]), answer
             )
         else:
-            mine, closed = (), await ask
+            mine, closed = (), await answer
         if closed.outcome is not LeaseOutcome.HELD:
             self._lease.raise_failure()
             expired = closed.outcome is LeaseOutcome.EXPIRED

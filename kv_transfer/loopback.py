@@ -79,7 +79,7 @@ class LoopbackTransport:
         source = self._hub.arenas.get(self._peers[peer])
         if source is None:
             raise TransferFailed("the peer's memory is gone", cause=TransferCause.READ_FAILED)
-        rows: list[tuple[int, int, int]] = plan.rows.tolist()
+        rows: list[list[int]] = plan.rows.tolist()
         if any(remote + nbytes > len(source) for remote, _, nbytes in rows):
             raise TransferFailed(
                 "the plan reads past the peer's arena", cause=TransferCause.READ_FAILED

@@ -28,16 +28,13 @@ from nixl._api import nixl_agent, nixl_agent_config
 from core.errors import InternalError
 from engine.arena import Arena
 from kv_transfer.messages import Memory
+from kv_transfer.plan import ReadPlan, Rows, Run
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_DELAY_US = 10_000
 _INDICES_PER_ROW = 8
 _INDICES_ALWAYS = 8192
-_FEW_ROWS = 64
-"""Worked in Python: with cold caches, as a hand-off finds them, each call of numpy costs 50 us."""
-
-_Rows = npt.NDArray[np.uint64]
 _Indices = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 # The bindings' errors share no base but Exception; everything they can raise, and what their Python
@@ -134,16 +131,15 @@ class Agent:
 
     # -- reads ----------------------------------------------------------------------------------
 
-    def post(self, remote: Remote, rows: _Rows) -> int | None:
-        """Begin to read `rows` (see ReadPlan; never empty). Answers a number to poll it by, or
-        None: it has ended, as over shared memory, where the copy happens in this call.
+    def post(self, remote: Remote, plan: ReadPlan) -> int | None:
+        """Begin a read, never of nothing. Answers a number to poll it by, or None: it has ended,
+        as over shared memory, where the copy happens in this call.
 
         Raises ReadRefused or PeerLost.
         """
-        few = rows.tolist() if len(rows) <= _FEW_ROWS else None
-        self._check_rows(remote, rows, few)
+        self._check(remote, plan)
         try:
-            handle = self._make(remote, rows, few)
+            handle = self._make(remote, plan)
         except _LOST as error:
             raise PeerLost(_text(error)) from None
         except _BACKEND as error:
@@ -211,12 +207,14 @@ class Agent:
     def _release(self, handle: Handle) -> None:
         self._quietly("release_xfer_handle", self._nixl.release_xfer_handle, handle)
 
-    def _check_rows(self, remote: Remote, rows: _Rows, few: list[list[int]] | None) -> None:
+    def _check(self, remote: Remote, plan: ReadPlan) -> None:
         """Offsets come from the peer's messages: nothing outside the two arenas is touched."""
+        few = plan.few
         if few is not None:
-            there, here = (max(row[i] + row[2] for row in few) for i in (0, 1))
+            there, here = (max(run[i] + run[2] for run in few) for i in (0, 1))
             wrapped = False
         else:
+            rows = plan.rows
             ends = rows[:, :2] + rows[:, 2:]
             wrapped = bool((ends < rows[:, :2]).any())
             there, here = ends.max(axis=0).tolist()
@@ -224,11 +222,11 @@ class Agent:
             whose = "this worker's" if here > self._arena.nbytes else "the peer's"
             raise ReadRefused(f"the plan goes past {whose} arena")
 
-    def _make(self, remote: Remote, rows: _Rows, few: list[list[int]] | None) -> Handle:
-        indices = _few_indices(few, remote.unit) if few is not None else None
+    def _make(self, remote: Remote, plan: ReadPlan) -> Handle:
+        indices = _few_indices(plan.few, remote.unit) if plan.few is not None else None
         if indices is not None and remote.lists is not None:
             return self._make_prepared(remote.lists, indices)
-        unit = remote.unit
+        unit, rows = remote.unit, plan.rows
         units, rest = np.divmod(rows, np.uint64(unit))
         if rest.any():
             unit = int(np.gcd.reduce(rows, axis=None, initial=np.uint64(unit)))
@@ -264,14 +262,14 @@ class Agent:
         )
         remote.lists, remote.unit = (here, there), unit
 
-    def _make_described(self, remote: Remote, rows: _Rows) -> Handle:
+    def _make_described(self, remote: Remote, rows: Rows) -> Handle:
         memory = remote.memory
         here = self._described(self._arena.address, rows[:, 1], rows[:, 2], self.device)
         there = self._described(memory.address, rows[:, 0], rows[:, 2], memory.device)
         handle: Handle = self._nixl.initialize_xfer("READ", here, there, remote.agent_name)
         return handle
 
-    def _described(self, base: int, offsets: _Rows, lengths: _Rows, device: str) -> object:
+    def _described(self, base: int, offsets: Rows, lengths: Rows, device: str) -> object:
         kind, index = _split(device)
         descriptors = np.empty((len(offsets), 3), dtype=np.uint64)
         descriptors[:, 0] = offsets + np.uint64(base)
@@ -307,7 +305,7 @@ def start_agent(name: str) -> nixl_agent:
     return agent
 
 
-def _few_indices(rows: list[list[int]], unit: int) -> _Indices | None:
+def _few_indices(rows: list[Run], unit: int) -> _Indices | None:
     """What `_indices` makes of few rows; None where they are not whole units, or of many."""
     if sum(row[2] for row in rows) > _INDICES_ALWAYS * unit:
         return None
@@ -321,7 +319,7 @@ def _few_indices(rows: list[list[int]], unit: int) -> _Indices | None:
     return np.array(there, np.int32), np.array(here, np.int32)
 
 
-def _indices(units: _Rows) -> _Indices:
+def _indices(units: Rows) -> _Indices:
     """Rows in units instead of bytes, as one index per unit: in the arena there, and here."""
     there, here, counts = units.astype(np.int32).T
     if len(units) < (total := int(counts.sum())):
@@ -330,7 +328,7 @@ def _indices(units: _Rows) -> _Indices:
     return np.ascontiguousarray(there, np.int32), np.ascontiguousarray(here, np.int32)
 
 
-def _strided(address: int, nbytes: int, device: str, unit: int) -> _Rows:
+def _strided(address: int, nbytes: int, device: str, unit: int) -> Rows:
     """A whole arena as one entry: address, unit, device, stride, count."""
     return np.array([[address, unit, _split(device)[1], unit, nbytes // unit]], dtype=np.uint64)
 

@@ -15,6 +15,7 @@ import queue
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,38 @@ class Command:
     refused: TransferCause = TransferCause.READ_FAILED
 
 
+class _Commands:
+    """What the thread is told, in order; None: stop.
+
+    The thread waits inside one call of C. With queue.Queue it comes and goes through some fifteen
+    calls of Python, during which the event loop, woken by what the thread has just ended, waits
+    for the interpreter: 60 us of a hand-off.
+    """
+
+    def __init__(self) -> None:
+        self._commands: deque[Command | None] = deque()
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def put(self, command: Command | None) -> None:
+        self._commands.append(command)
+        try:
+            self._bell.release()
+        except RuntimeError:  # it has rung, and was not heard yet
+            return
+
+    def get(self, timeout_s: float | None = None) -> Command | None:
+        """Raises queue.Empty. A ring may be left from a command that was taken without waiting."""
+        while not self._commands:
+            if not self._bell.acquire(timeout=-1 if timeout_s is None else timeout_s):
+                raise queue.Empty
+        return self._commands.popleft()
+
+    def take_left(self) -> list[Command]:
+        left, self._commands = self._commands, deque()
+        return [command for command in left if command is not None]
+
+
 class TransferThread:
     """`call` runs something on the event loop, where `failed` hears why the thread has ended.
 
@@ -92,7 +125,7 @@ class TransferThread:
         self._read_timeout_s = read_timeout_s
         self._call = call
         self._failed = failed
-        self._commands: queue.Queue[Command | None] = queue.Queue()
+        self._commands = _Commands()
         self._started: queue.Queue[Exception | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._peers: dict[ShardId, _Peer] = {}
@@ -122,12 +155,7 @@ class TransferThread:
 
     def take_left_over(self) -> list[Command]:
         """Commands that nobody will run, once the thread has ended."""
-        left = []
-        while not self._commands.empty():
-            command = self._commands.get_nowait()
-            if command is not None:
-                left.append(command)
-        return left
+        return self._commands.take_left()
 
     def stop(self, timeout_s: float) -> bool:
         """End all reads, then the thread; blocks. Whether it has ended in time."""
@@ -163,7 +191,7 @@ class TransferThread:
         started_s = time.monotonic()
         try:
             peer.remote = peer.remote or self._agent.add(peer.memory)
-            number = self._agent.post(peer.remote, plan.rows)
+            number = self._agent.post(peer.remote, plan)
         except PeerLost:
             self._forget(peer)
             raise
@@ -211,7 +239,7 @@ class TransferThread:
         self.busy_since_s = None
         commands: list[Command] = []
         try:
-            command = self._commands.get(timeout=self._patience_s())
+            command = self._commands.get(self._patience_s())
             if command is None:
                 return False
             commands.append(command)

@@ -10,8 +10,9 @@ neighbour joins all there is to join, and the plan is the shortest there is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, reduce
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,24 +24,38 @@ from core.kv import KvLayout
 _FEW_BLOCKS = 256
 
 Int64s = npt.NDArray[np.int64]
+Rows: TypeAlias = npt.NDArray[np.uint64]
+Run: TypeAlias = list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadPlan:
-    """Contiguous runs to read from one owner shard.
-
-    `rows` is `[n, 3]` uint64: byte offset in the owner's arena, byte offset in the reader's, bytes.
+    """Contiguous runs to read from one owner shard: byte offset in the owner's arena, byte offset
+    in the reader's, bytes. Few of them are a list, many an array, see `_whole_rows`.
     """
 
-    rows: npt.NDArray[np.uint64]
+    runs: list[Run] | Rows
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        few = self.few
+        self.nbytes = int(self.rows[:, 2].sum()) if few is None else sum(run[2] for run in few)
 
     @property
-    def nbytes(self) -> int:
-        return int(self.rows[:, 2].sum())
+    def few(self) -> list[Run] | None:
+        """The runs, if they are few."""
+        return self.runs if isinstance(self.runs, list) else None
+
+    @property
+    def rows(self) -> Rows:
+        """The runs, `[n, 3]` uint64."""
+        if isinstance(self.runs, list):
+            return np.array(self.runs, dtype=np.uint64).reshape(-1, 3)
+        return self.runs
 
     @property
     def descriptors(self) -> int:
-        return len(self.rows)
+        return len(self.runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +125,14 @@ class _BlockRuns:
     """A block is one run on both sides, and neighbouring blocks are neighbours."""
 
 
-def _whole_rows(
-    runs: _BlockRuns, remote: Sequence[BlockId], local: Sequence[BlockId]
-) -> npt.NDArray[np.uint64]:
-    """`[n, 3]` of ReadPlan where a block is one run on both sides, as between equal layouts.
+def _whole_rows(runs: _BlockRuns, remote: Sequence[BlockId], local: Sequence[BlockId]) -> list[Run]:
+    """Where a block is one run on both sides, as between equal layouts.
 
     As `_rows`, for few: a hand-off plans them once, with cold caches, where each call of numpy
     costs some 50 us. Two blocks: 360 us by arrays, 80 by this loop.
     """
     owner, reader, block = int(runs.owner[0, 0, 0]), int(runs.reader[0, 0, 0]), runs.reader_stride
-    rows: list[list[int]] = []
+    rows: list[Run] = []
     source_next = target_next = -1
     for target, source in sorted(zip(local, remote, strict=True)):
         if source == source_next and target == target_next:
@@ -127,7 +140,7 @@ def _whole_rows(
         else:
             rows.append([owner + source * block, reader + target * block, block])
         source_next, target_next = source + 1, target + 1
-    return np.array(rows, dtype=np.uint64)
+    return rows
 
 
 def _in_target_order(remote: Sequence[BlockId], local: Sequence[BlockId]) -> tuple[Int64s, Int64s]:
@@ -137,7 +150,7 @@ def _in_target_order(remote: Sequence[BlockId], local: Sequence[BlockId]) -> tup
     return source[order], target[order]
 
 
-def _rows(runs: _BlockRuns, source: Int64s, target: Int64s) -> npt.NDArray[np.uint64]:
+def _rows(runs: _BlockRuns, source: Int64s, target: Int64s) -> Rows:
     """`[n, 3]` of ReadPlan for all pairs of blocks, `target` ascending."""
     outer, _, inner = runs.nbytes.shape
     cube = np.empty((outer, len(source), inner, 3), dtype=np.int64)

@@ -84,7 +84,7 @@ class Pulling:
                 return self._final
             if self._landing is not None:
                 self._landing.raise_failed_read()
-            if self._final is not None and self._first_gap >= self._num_blocks(self._final):
+            if self._final is not None and self._complete:
                 return self._final
             self._lease.raise_failure()
             self._ask_for_rest()
@@ -131,6 +131,14 @@ class Pulling:
             landing.post(start, block_ids)
         while self._first_gap in self._announced:
             self._first_gap += 1
+        if self._complete:
+            landing.all_posted()
+
+    @property
+    def _complete(self) -> bool:
+        """All blocks of the sequence were announced, and their reads posted."""
+        final = self._final
+        return final is not None and self._first_gap >= self._num_blocks(final)
 
     def _news(self, announce: Announce, limit: int) -> list[tuple[int, list[BlockId]]]:
         """What an announcement says for the first time, as runs of consecutive blocks."""
@@ -252,6 +260,7 @@ class Fetching:
         usable = False
         try:
             landing.post(len(cached), block_ids)
+            landing.all_posted()
             await landing.settle()
             await landing.confirm()
             usable = True

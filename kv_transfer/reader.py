@@ -139,7 +139,7 @@ class Reader:
         async with self._in_time(door.worker_id, request.timeout_s):
             connection = await self._connect(door)
             lease_id = request.handoff.lease_id
-            async with connection.bind(lease_id, request.sequence_id) as lease:
+            with connection.bind(lease_id, request.sequence_id) as lease:
                 pulling = Pulling(
                     self,
                     connection,
