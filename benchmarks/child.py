@@ -4,6 +4,7 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
+import torch
 import uvloop
 
 from benchmarks.processes import ChildSide, Done, Failed, Job
@@ -11,6 +12,7 @@ from benchmarks.processes import ChildSide, Done, Failed, Job
 
 def main() -> None:
     """`python -m benchmarks.child BENCH_FD OTHER_FD`."""
+    torch.set_num_threads(1)  # else a fill or a memcpy takes both cores
     bench, other = (Connection(int(number)) for number in sys.argv[1:3])
     side = ChildSide(bench, other)
     while True:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,6 +20,7 @@ from types import TracebackType
 from typing import Protocol, TypeVar, cast
 
 from benchmarks.types import BenchFailed, Progress
+from benchmarks.zygote import Zygote
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -118,16 +117,16 @@ class ChildSide:
 class Pair:
     """Two children of the bench, started by `with`; each runs one work function at a time."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        one_thread = {"OMP_NUM_THREADS": "1"}  # else a fill or a memcpy takes both cores
-        self._environment = {**os.environ, **one_thread, **(environment or {})}
+    def __init__(self, zygote: Zygote, environment: Mapping[str, str] | None = None) -> None:
+        self._zygote = zygote
+        self._environment = environment or {}
         self._children: list[_Child] = []
 
     def __enter__(self) -> Pair:
         ends = Pipe()
         try:
             for name, end in zip(("owner", "reader"), ends, strict=True):
-                self._children.append(_Child(name, end, self._environment))
+                self._children.append(_Child(self._zygote, name, end, self._environment))
         except BaseException:
             self._end(orderly=False)
             raise
@@ -183,9 +182,10 @@ class Pair:
 
 
 class Pairs:
-    """Pairs by environment, each started when it is first asked for: a start takes seconds."""
+    """Pairs by environment, each started when it is first asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, zygote: Zygote) -> None:
+        self._zygote = zygote
         self._open = ExitStack()
         self._pairs: dict[tuple[tuple[str, str], ...], Pair] = {}
 
@@ -204,31 +204,28 @@ class Pairs:
         """The idle pair with these variables set."""
         key = tuple(sorted(environment.items()))
         if key not in self._pairs:
-            self._pairs[key] = self._open.enter_context(Pair(environment))
+            self._pairs[key] = self._open.enter_context(Pair(self._zygote, environment))
         return self._pairs[key]
 
 
 class _Child:
     """One `python -m benchmarks.child`. Its output goes to a file, shown only if it fails."""
 
-    def __init__(self, name: str, link: Connection, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, zygote: Zygote, name: str, link: Connection, environment: Mapping[str, str]
+    ) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self.connection, mine = Pipe()
-        numbers = (mine.fileno(), link.fileno())
-        command = [sys.executable, "-m", "cluster.child", str(os.getpid()), "benchmarks.child"]
-        try:
-            self._process = subprocess.Popen(
-                [*command, *map(str, numbers)],
-                pass_fds=numbers,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                start_new_session=True,  # Ctrl-C is the bench's to handle
+        with mine:
+            self._process = zygote.fork(
+                "benchmarks.child",
+                (),
+                environment=environment,
+                output=self._log.fileno(),
+                errors=self._log.fileno(),
+                descriptors=(mine.fileno(), link.fileno()),
             )
-        finally:
-            mine.close()
 
     def receive(self) -> Step | Done:
         """What it says next. Raises BenchFailed with its reason, or the end of its log."""
@@ -249,11 +246,7 @@ class _Child:
             self._process.terminate()
 
     def join(self) -> None:
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(_STOP_TIMEOUT_S)
+        self._process.join(_STOP_TIMEOUT_S)
         self._log.close()
 
     def _tail(self) -> str:

@@ -20,6 +20,7 @@ from benchmarks.machine import Machine, arena_device, describe_machine
 from benchmarks.processes import Pairs
 from benchmarks.types import PEERS, Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
+from benchmarks.zygote import Zygote
 from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
@@ -106,7 +107,7 @@ def choose_parts(bench: Bench, names: Sequence[str], options: Container[str] = (
 
 
 def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[tuple[str, Finding]]:
-    with Pairs() as pairs, Kept() as kept:
+    with Zygote() as zygote, Pairs(zygote) as pairs, Kept() as kept:
         for i, part in enumerate(parts):
             title = f"{i + 1}/{len(parts)} {part.name}"
             with _progress(title, part.what) as report:
@@ -114,6 +115,7 @@ def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[t
                     quick=options.quick,
                     device=device,
                     progress=report,
+                    zygote=zygote,
                     pairs=pairs,
                     kept=kept,
                     traces=options.traces,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from benchmarks.kept import Kept
     from benchmarks.processes import Pairs
+    from benchmarks.zygote import Zygote
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -81,6 +82,7 @@ class Run:
     quick: bool
     device: str
     progress: Progress
+    zygote: Zygote
     pairs: Pairs
     kept: Kept
     traces: tuple[Path, ...] = ()

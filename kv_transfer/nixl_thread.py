@@ -76,9 +76,9 @@ class Command:
 class _Commands:
     """What the thread is told, in order; None: stop.
 
-    The thread waits inside one call of C. With queue.Queue it comes and goes through some fifteen
-    calls of Python, during which the event loop, woken by what the thread has just ended, waits
-    for the interpreter: 60 us of a hand-off.
+    The thread waits inside one call of C. Into queue.Queue it goes through some fifteen calls of
+    Python, during which the event loop, woken by what the thread has just ended, waits for the
+    interpreter.
     """
 
     def __init__(self) -> None:

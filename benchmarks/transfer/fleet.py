@@ -3,18 +3,19 @@
 import asyncio
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import TextIO
 
 import yaml
 from tokenizers import Tokenizer, models
 
 from benchmarks.types import BenchFailed
+from benchmarks.zygote import Forked, Zygote
 from cluster.config_file import load_config
 from core.clock import SystemClock
 from core.ids import Incarnation, ModelId, Role, WorkerId
@@ -33,19 +34,23 @@ _LOG_TAIL = 3000
 
 @contextmanager
 def workers(
-    engine: EngineConfig, vocab_size: int, roles: Sequence[Role], environment: Mapping[str, str]
+    zygote: Zygote,
+    engine: EngineConfig,
+    vocab_size: int,
+    roles: Sequence[Role],
+    environment: Mapping[str, str],
 ) -> Iterator[tuple[Path, list[WorkerRecord]]]:
-    """Run `python -m cluster.worker` once per role; answers their config file and records."""
+    """Run `cluster.worker` once per role; answers their config file and records."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-")))
         config = _write_model(folder, engine, vocab_size)
         started = [
-            stack.enter_context(_worker(config, role, f"{role}-{i}", folder, environment))
+            stack.enter_context(_worker(zygote, config, role, f"{role}-{i}", environment))
             for i, role in enumerate(roles)
         ]
-        for process, _ in started:
-            stack.callback(process.terminate)  # all of them, before one is waited for
-        yield config, [_record(process, log) for process, log in started]
+        for worker in started:
+            stack.callback(worker.process.terminate)  # all of them, before one is waited for
+        yield config, [_record(worker) for worker in started]
 
 
 def _write_model(folder: Path, engine: EngineConfig, vocab_size: int) -> Path:
@@ -58,39 +63,46 @@ def _write_model(folder: Path, engine: EngineConfig, vocab_size: int) -> Path:
     return config
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A worker process: what it prints, and where it logs."""
+
+    process: Forked
+    output: TextIO
+    log: Path
+
+
 @contextmanager
 def _worker(
-    config: Path, role: Role, worker_id: str, folder: Path, environment: Mapping[str, str]
-) -> Iterator[tuple["subprocess.Popen[str]", Path]]:
-    log = folder / f"{worker_id}.log"
-    command = [sys.executable, "-m", "cluster.child", str(os.getpid()), "cluster.worker"]
-    command += ["--config", str(config), "--role", role, "--worker-id", worker_id]
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **environment},
-            start_new_session=True,  # Ctrl-C is the bench's to handle
-        )
-    try:
-        yield process, log
-    finally:
-        process.terminate()
+    zygote: Zygote, config: Path, role: Role, worker_id: str, environment: Mapping[str, str]
+) -> Iterator[_Started]:
+    log = config.parent / f"{worker_id}.log"
+    arguments = ("--config", str(config), "--role", role, "--worker-id", worker_id)
+    reading, writing = os.pipe()
+    with os.fdopen(reading, encoding="utf-8") as output:
         try:
-            process.communicate(timeout=_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            with log.open("wb") as errors:
+                process = zygote.fork(
+                    "cluster.worker.__main__",
+                    arguments,
+                    environment=environment,
+                    output=writing,
+                    errors=errors.fileno(),
+                )
+        finally:
+            os.close(writing)
+        try:
+            yield _Started(process, output, log)
+        finally:
+            process.terminate()
+            process.join(_STOP_TIMEOUT_S)
 
 
-def _record(process: "subprocess.Popen[str]", log: Path) -> WorkerRecord:
+def _record(worker: _Started) -> WorkerRecord:
     """What the worker prints when it serves."""
-    line = process.stdout.readline() if process.stdout is not None else ""
+    line = worker.output.readline()
     if not line:
-        tail = log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
+        tail = worker.log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
         raise BenchFailed(
             "a worker did not start\n" + "\n".join(f"  {x}" for x in tail.split("\n"))
         )

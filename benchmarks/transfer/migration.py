@@ -85,7 +85,8 @@ def run(run: Run) -> Finding:
     repeats = 5 if run.quick else 9
     engine = timed_engine(_ARENA_TOKENS, _ARENA_TOKENS, _PREFILL_MS_PER_TOKEN)
     run.progress("starting three workers", 0, 1)
-    with workers(engine, _VOCAB_SIZE, _ROLES, ucx_tls(SHM, "cpu")) as (config, records):
+    with workers(run.zygote, engine, _VOCAB_SIZE, _ROLES, ucx_tls(SHM, "cpu")) as fleet:
+        config, records = fleet
 
         async def measure() -> dict[int, list[Moved]]:
             async with flow_over(config, records) as flow:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.processes import Pair, Side
 from benchmarks.types import BenchFailed
+from benchmarks.zygote import Zygote
 
 pytestmark = pytest.mark.processes
 
@@ -49,7 +50,7 @@ def quiet(text: str, done: int, total: int) -> None:
 
 def test_the_sides_speak_to_each_other_and_the_reader_answers_every_job() -> None:
     steps: list[tuple[str, int, int]] = []
-    with Pair() as pair:
+    with Zygote() as zygote, Pair(zygote) as pair:
         for number in (3, 4):
             answer = pair.run(
                 send_number,
@@ -64,14 +65,26 @@ def test_the_sides_speak_to_each_other_and_the_reader_answers_every_job() -> Non
 
 
 def test_a_side_that_fails_or_dies_ends_the_run_with_its_words() -> None:
-    with Pair() as pair, pytest.raises(BenchFailed, match="owner process failed: ValueError: no"):
+    with (
+        Zygote() as zygote,
+        Pair(zygote) as pair,
+        pytest.raises(BenchFailed, match="owner process failed: ValueError: no"),
+    ):
         pair.run(fail, sleep, "no", progress=quiet, timeout_s=TIMEOUT_S)
-    with Pair() as pair, pytest.raises(BenchFailed, match=r"reader process died\n  last words"):
+    with (
+        Zygote() as zygote,
+        Pair(zygote) as pair,
+        pytest.raises(BenchFailed, match=r"reader process died\n  last words"),
+    ):
         pair.run(sleep, exit_at_once, 1, progress=quiet, timeout_s=TIMEOUT_S)
     assert psutil.Process().children() == []
 
 
 def test_work_that_does_not_end_is_given_up_and_ended() -> None:
-    with Pair() as pair, pytest.raises(BenchFailed, match=r"did not end within 0\.2 s"):
+    with (
+        Zygote() as zygote,
+        Pair(zygote) as pair,
+        pytest.raises(BenchFailed, match=r"did not end within 0\.2 s"),
+    ):
         pair.run(sleep, sleep, 60.0, progress=quiet, timeout_s=0.2)
     assert psutil.Process().children() == []

@@ -15,6 +15,7 @@ from benchmarks.router.loops import Bodies, measure_loop, measure_stalls
 from benchmarks.router.rig import Rig, RigHost, hosted
 from benchmarks.run import choose_parts, find_bench
 from benchmarks.types import PEERS, Run
+from benchmarks.zygote import Zygote
 from core.errors import InvalidRequest
 from core.ids import Role
 
@@ -30,8 +31,8 @@ def bodies(rig: Rig, tokens: int) -> Bodies:
 @pytest.fixture(scope="module")
 def host() -> Iterator[RigHost]:
     """One router for all tests here, ended at the end."""
-    with Pairs() as pairs, Kept() as kept:
-        run = Run(quick=True, device="cpu", progress=quiet, pairs=pairs, kept=kept)
+    with Zygote() as zygote, Pairs(zygote) as pairs, Kept() as kept:
+        run = Run(quick=True, device="cpu", progress=quiet, zygote=zygote, pairs=pairs, kept=kept)
         first = hosted(run)
         assert hosted(run) is first, "parts of one run share it"
         yield first
