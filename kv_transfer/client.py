@@ -208,6 +208,9 @@ class PeerConnection:
 
     @contextmanager
     def _hold(self, lease_id: LeaseId) -> Iterator[BoundLease]:
+        """Bound inside. Afterwards no read that ends late asks the closing question: with the
+        abort lost, HELD would commit a move that nobody takes.
+        """
         self._raise_lost()
         if lease_id in self._leases or lease_id in self._asked:
             raise TransferFailed(
@@ -224,6 +227,7 @@ class PeerConnection:
                     self._asked.popitem(last=False)
             if lease.closed is None:
                 self._send(Abort(lease_id=lease_id, reason="the reader gave up"))
+            lease.fail(TransferFailed("the pull is over"))
 
     def send_ready(self, lease_id: LeaseId) -> None:
         """All that was announced of a running sequence is here."""

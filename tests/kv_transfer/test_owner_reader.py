@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from core.errors import DeadlineExceeded
-from core.ids import Incarnation, LeaseId
+from core.ids import BlockId, Incarnation, LeaseId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from core.stream import MessageStream, dial
+from kv_transfer.client import BoundLease, PeerConnection
 from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.messages import Bind
 from kv_transfer.reader import Pulled
@@ -27,6 +28,21 @@ from tests.kv_transfer.halves import (
     pair,
 )
 from wire import peer_pb2
+
+
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[LeaseId]:
+    """Of which lease the closing question was asked, in order."""
+    asked: list[LeaseId] = []
+    ask = PeerConnection.ask_close
+
+    def note(self: PeerConnection, lease: BoundLease, verify: tuple[BlockId, ...]) -> None:
+        asked.append(lease.lease_id)
+        ask(self, lease, verify)
+
+    monkeypatch.setattr(PeerConnection, "ask_close", note)
+    return asked
+
 
 # -- what arrives -------------------------------------------------------------------------------
 
@@ -217,7 +233,9 @@ async def test_blocks_stay_quarantined_until_the_last_of_their_reads_ends() -> N
         p.assert_reader_holds_nothing()
 
 
-async def test_a_cancelled_pull_ends_the_lease_and_quarantines_what_is_read() -> None:
+async def test_a_cancelled_pull_ends_the_lease_and_quarantines_what_is_read(
+    questions: list[LeaseId],
+) -> None:
     async with pair() as p:
         p.half.transport.holds = True
         lease, _ = p.owner.whole(3)
@@ -230,6 +248,29 @@ async def test_a_cancelled_pull_ends_the_lease_and_quarantines_what_is_read() ->
         p.half.transport.let_go()
         await asyncio.sleep(0)
         p.assert_reader_holds_nothing()
+    assert not questions
+
+
+async def test_the_question_leaves_with_the_end_of_the_last_read_and_not_before(
+    questions: list[LeaseId],
+) -> None:
+    async with pair() as p, asyncio.TaskGroup() as group:
+        p.half.transport.holds = True
+        lease, blocks = p.owner.open(4)
+        pulling = group.create_task(p.pull(lease, 4))
+        await until(lambda: lease.reader is not None, "the reader bound")
+        p.owner.owner.announce(lease, blocks[:2])
+        await until(lambda: p.half.transport.waiting == 1)
+        p.owner.owner.finish(lease, blocks[2:], LAST, ended=False)
+        await until(lambda: p.half.transport.waiting == 2)
+        p.half.transport.let_go(1)
+        await asyncio.sleep(0)
+        assert not questions
+        p.half.transport.let_go()
+        await asyncio.sleep(0)
+        assert questions == [lease.lease_id]
+        p.assert_arrived(await pulling, blocks)
+    assert questions == [lease.lease_id]
 
 
 async def test_a_lost_reader_frees_the_owners_blocks_at_once() -> None:
@@ -261,7 +302,7 @@ async def test_a_lost_owner_fails_the_pull() -> None:
         p.assert_reader_holds_nothing()
 
 
-async def test_a_transport_that_fails_fails_the_pull() -> None:
+async def test_a_transport_that_fails_fails_the_pull(questions: list[LeaseId]) -> None:
     async with pair() as p:
         lease, _ = p.owner.whole(3)
         p.half.transport.holds = True
@@ -273,6 +314,7 @@ async def test_a_transport_that_fails_fails_the_pull() -> None:
             assert "memory is gone" in await pulling
         p.assert_reader_holds_nothing()
         await p.owner_holds_nothing()
+    assert not questions
 
 
 async def test_a_restarted_owner_is_not_read_from() -> None:
