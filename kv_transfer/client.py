@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -19,13 +19,14 @@ from core.ids import (
     WorkerId,
     shard_id,
 )
-from core.messages import PROTOCOL_MAJOR
 from core.stream import MessageStream, StreamBroken, dial
+from kv_transfer.bound import BoundLease, afresh
 from kv_transfer.codec import (
     UnknownMessage,
     from_owner_from_wire,
     from_reader_to_wire,
 )
+from kv_transfer.greeting import check_hello
 from kv_transfer.messages import (
     Abort,
     Announce,
@@ -42,7 +43,6 @@ from kv_transfer.messages import (
     Refused,
     Renew,
     Renewed,
-    Shard,
 )
 from kv_transfer.plan import ArenaShape
 from kv_transfer.transports import Transports
@@ -52,7 +52,6 @@ log = logging.getLogger(__name__)
 
 Stream = MessageStream[peer_pb2.FromOwner]
 
-_LEASE_INBOX_MESSAGES = 65_536
 _CLOSE_ASKS = 4
 _ASKED_LEASES = 4_096
 _BREAKS = (StreamBroken, UnknownMessage)
@@ -65,51 +64,6 @@ class OwnerAddress:
     worker_id: WorkerId
     address: str
     incarnation: Incarnation
-
-
-class BoundLease:
-    """What arrives for one lease: announcements, then its end. `changed` wakes the one pull.
-
-    `on_announce` is called for each announcement as it is heard, before `changed`.
-    """
-
-    def __init__(self, lease_id: LeaseId) -> None:
-        self.lease_id = lease_id
-        self.inbox: deque[Announce] = deque()
-        self.changed = asyncio.Event()
-        self.on_announce: Callable[[], None] | None = None
-        self.failure: TransferFailed | None = None
-        self.asked = False
-        """Whether it was: from then on a HELD may be under way."""
-        self.closed: Closed | None = None
-
-    def hear(self, announce: Announce) -> None:
-        """More blocks are final."""
-        if len(self.inbox) >= _LEASE_INBOX_MESSAGES:
-            self.fail(TransferFailed("the pull fell behind its announcements"))
-            return
-        self.inbox.append(announce)
-        if self.on_announce is not None:
-            self.on_announce()
-        self.changed.set()
-
-    def answer(self, closed: Closed) -> None:
-        """The closing question's; one that nobody asked for is none."""
-        if self.asked and self.closed is None:
-            self.closed = closed
-            self.changed.set()
-
-    def fail(self, failure: TransferFailed) -> None:
-        """Nothing more comes; the closing question stays unanswered."""
-        self.failure = self.failure or failure
-        if self.closed is None:
-            self.closed = Closed(lease_id=self.lease_id, outcome=LeaseOutcome.ABORTED)
-        self.changed.set()
-
-    def raise_failure(self) -> None:
-        """Raise what ended the lease, if anything did."""
-        if self.failure is not None:
-            raise _afresh(self.failure)
 
 
 class PeerConnection:
@@ -257,7 +211,7 @@ class PeerConnection:
 
     def _raise_lost(self) -> None:
         if self._lost is not None:
-            raise _afresh(self._lost)
+            raise afresh(self._lost)
 
     # -- the stream -----------------------------------------------------------------------------
 
@@ -270,7 +224,7 @@ class PeerConnection:
                     dialled = dial(self.door.address, peer_pb2.FromOwner.FromString)
                     stream = self._stream = await stack.enter_async_context(dialled)
                     self._send(self._hello())
-                    await self._check_hello(await stream.read())
+                    await self._greet(await stream.read())
                 self.ready.set_result(None)
                 await self._serve(stream)
         except* TimeoutError:
@@ -298,35 +252,16 @@ class PeerConnection:
             for helper in helpers:
                 helper.cancel()
 
-    async def _check_hello(self, raw: peer_pb2.FromOwner | None) -> None:
-        mine = self._hello()
+    async def _greet(self, raw: peer_pb2.FromOwner | None) -> None:
         hello = from_owner_from_wire(raw) if raw is not None else None
-        if not isinstance(hello, PeerHello) or not hello.shards:
-            raise TransferFailed("the KV owner said no hello", cause=TransferCause.OTHER_PROTOCOL)
-        if hello.protocol_major != PROTOCOL_MAJOR:
-            raise TransferFailed(
-                f"the KV owner speaks protocol {hello.protocol_major}",
-                cause=TransferCause.OTHER_PROTOCOL,
-            )
-        if hello.incarnation != self.door.incarnation:
-            raise TransferFailed(
-                "the KV owner was restarted: its blocks are gone",
-                cause=TransferCause.OWNER_RESTARTED,
-            )
-        if hello.model_id != mine.model_id:
-            raise TransferFailed(
-                f"the KV owner serves another model, {hello.model_id}",
-                cause=TransferCause.OTHER_MODEL,
-            )
-        for shard in hello.shards:
-            _check_shard(shard)
+        shards = check_hello(hello, self.door.incarnation, self._hello().model_id)
         self.shapes = tuple(
             ArenaShape(shard.layout, shard.memories[0].nbytes // shard.layout.block_bytes)
-            for shard in hello.shards
+            for shard in shards
         )
-        for rank, shard in enumerate(hello.shards):
+        for rank, shard in enumerate(shards):
             self.transport_name = await self._transports.connect(
-                shard_id(hello.incarnation, rank), shard.memories
+                shard_id(self.door.incarnation, rank), shard.memories
             )
 
     def _dispatch(self, raw: peer_pb2.FromOwner) -> bool:
@@ -404,24 +339,10 @@ class PeerConnection:
             lease.fail(failure)
         for answer in self._fetches.values():
             if not answer.done():
-                answer.set_exception(_afresh(failure))
+                answer.set_exception(afresh(failure))
         if not self.ready.done():
-            self.ready.set_exception(_afresh(failure))
+            self.ready.set_exception(afresh(failure))
             self.ready.exception()  # it may be that nobody waits for it
-
-
-def _check_shard(shard: Shard) -> None:
-    """Raises TransferFailed where the owner describes an arena that cannot be."""
-    try:
-        shard.layout.check()
-    except ValueError as error:
-        raise TransferFailed(
-            f"the KV owner's layout makes no sense: {error}", cause=TransferCause.NO_PLAN
-        ) from error
-    if not shard.memories:
-        raise TransferFailed(
-            "the KV owner offers no way to read it", cause=TransferCause.NO_TRANSPORT
-        )
 
 
 def _first(errors: BaseExceptionGroup[TransferFailed]) -> TransferFailed:
@@ -429,9 +350,4 @@ def _first(errors: BaseExceptionGroup[TransferFailed]) -> TransferFailed:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     assert isinstance(error, TransferFailed)
-    return _afresh(error)
-
-
-def _afresh(failure: TransferFailed) -> TransferFailed:
-    """The same without a traceback: one that is kept would keep the stream's socket open."""
-    return TransferFailed(failure.message, cause=failure.cause)
+    return afresh(error)

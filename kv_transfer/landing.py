@@ -10,8 +10,9 @@ from core.errors import TransferCause, TransferFailed
 from core.ids import BlockHash, BlockId
 from engine.arena import Arena
 from engine.pool import BlockPool
+from kv_transfer.bound import BoundLease
 from kv_transfer.checksum import checksum_blocks, pick_blocks
-from kv_transfer.client import BoundLease, PeerConnection
+from kv_transfer.client import PeerConnection
 from kv_transfer.config import TransferConfig
 from kv_transfer.messages import LeaseOutcome
 from kv_transfer.metrics import PullStats

@@ -15,7 +15,8 @@ from core.errors import InternalError, TransferCause, TransferFailed
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
-from kv_transfer.nixl_thread import Command, TransferThread, fail
+from kv_transfer.nixl_commands import Command, fail
+from kv_transfer.nixl_thread import TransferThread
 from kv_transfer.plan import ReadPlan
 from kv_transfer.transport import ReadStats
 

@@ -15,17 +15,17 @@ import queue
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
-from core.errors import InternalError, TransferCause, TransferFailed
+from core.errors import InternalError, TransferCause
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
 from kv_transfer.nixl_agent import Agent, AgentBroken, PeerLost, ReadRefused, Remote
+from kv_transfer.nixl_commands import Command, Commands, Ending, fail
 from kv_transfer.plan import ReadPlan
 from kv_transfer.transport import ReadStats
 
@@ -39,7 +39,6 @@ _SPENT_MOST = 64
 _TIDY_AT_ONCE = 4
 
 T = TypeVar("T")
-Ending: TypeAlias = "asyncio.Future[ReadStats] | asyncio.Future[None]"
 
 
 @dataclass(slots=True, eq=False)
@@ -64,47 +63,6 @@ class _Reading:
     overdue: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Something for the thread to do. `future` ends with it; that of a read perhaps later."""
-
-    run: Callable[[], None]
-    future: Ending
-    refused: TransferCause = TransferCause.READ_FAILED
-
-
-class _Commands:
-    """What the thread is told, in order; None: stop.
-
-    The thread waits inside one call of C. Into queue.Queue it goes through some fifteen calls of
-    Python, during which the event loop, woken by what the thread has just ended, waits for the
-    interpreter.
-    """
-
-    def __init__(self) -> None:
-        self._commands: deque[Command | None] = deque()
-        self._bell = threading.Lock()
-        self._bell.acquire()
-
-    def put(self, command: Command | None) -> None:
-        self._commands.append(command)
-        try:
-            self._bell.release()
-        except RuntimeError:  # it has rung, and was not heard yet
-            return
-
-    def get(self, timeout_s: float | None = None) -> Command | None:
-        """Raises queue.Empty. A ring may be left from a command that was taken without waiting."""
-        while not self._commands:
-            if not self._bell.acquire(timeout=-1 if timeout_s is None else timeout_s):
-                raise queue.Empty
-        return self._commands.popleft()
-
-    def take_left(self) -> list[Command]:
-        left, self._commands = self._commands, deque()
-        return [command for command in left if command is not None]
-
-
 class TransferThread:
     """`call` runs something on the event loop, where `failed` hears why the thread has ended.
 
@@ -125,7 +83,7 @@ class TransferThread:
         self._read_timeout_s = read_timeout_s
         self._call = call
         self._failed = failed
-        self._commands = _Commands()
+        self._commands = Commands()
         self._started: queue.Queue[Exception | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._peers: dict[ShardId, _Peer] = {}
@@ -360,12 +318,6 @@ class TransferThread:
 
     def _fail(self, future: Ending, reason: str, cause: TransferCause) -> None:
         self._call(partial(fail, future, reason, cause))
-
-
-def fail(future: Ending, reason: str, cause: TransferCause) -> None:
-    """On the event loop: end a future that has not ended."""
-    if not future.done():
-        future.set_exception(TransferFailed(f"KV read failed: {reason}", cause=cause))
 
 
 def _stats(plan: ReadPlan, started_s: float) -> ReadStats:

@@ -18,7 +18,8 @@ from functools import partial
 
 from core.errors import BatonError, TransferCause, TransferFailed
 from core.ids import BlockHash, BlockId, SequenceId
-from kv_transfer.client import BoundLease, PeerConnection
+from kv_transfer.bound import BoundLease
+from kv_transfer.client import PeerConnection
 from kv_transfer.landing import Landing, Reserved, Room
 from kv_transfer.messages import Announce
 

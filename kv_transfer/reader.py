@@ -20,7 +20,8 @@ from core.ids import BlockHash, BlockId, Incarnation, SequenceId, ShardId, Worke
 from core.messages import Handoff, PrefixSource
 from engine.arena import Arena
 from engine.pool import BlockPool
-from kv_transfer.client import BoundLease, OwnerAddress, PeerConnection
+from kv_transfer.bound import BoundLease
+from kv_transfer.client import OwnerAddress, PeerConnection
 from kv_transfer.config import TransferConfig
 from kv_transfer.landing import Landing, Reserved
 from kv_transfer.messages import PeerHello

@@ -14,7 +14,7 @@ from core.sampling import SamplingParams
 from engine.arena import Arena
 from engine.sequence import Sequence as EngineSequence
 from engine.types import Sampled
-from kv_transfer.client import BoundLease
+from kv_transfer.bound import BoundLease
 from kv_transfer.config import TransferConfig
 from kv_transfer.landing import Reserved
 from kv_transfer.leases import Lease

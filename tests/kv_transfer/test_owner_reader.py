@@ -12,7 +12,8 @@ from core.errors import DeadlineExceeded
 from core.ids import BlockId, Incarnation, LeaseId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from core.stream import MessageStream, dial
-from kv_transfer.client import BoundLease, PeerConnection
+from kv_transfer.bound import BoundLease
+from kv_transfer.client import PeerConnection
 from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.messages import Bind
 from kv_transfer.reader import Pulled
