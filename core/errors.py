@@ -12,7 +12,7 @@
     |   +-- ConfigError                -   bad set-up: one sentence, non-zero exit
     +-- Unavailable               another worker, or a later moment, may succeed
     |   +-- Overloaded                429  with Retry-After
-    |   +-- NoWorkers                 503  no routable prefill or decode worker
+    |   +-- NoWorkers                 503  no routable prefill or decode worker; with Retry-After
     |   +-- WorkerLost                503  its stream ended
     |   +-- TransferFailed            503  KV did not arrive, or may not be used
     |       +-- KvMismatch            503  KV that arrived is proven wrong
@@ -133,6 +133,7 @@ class NoWorkers(Unavailable):
     """No worker of a needed role is routable."""
 
     code = "no_workers"
+    retry_after_s = 5.0  # a worker that restarts needs some seconds at least
 
 
 class WorkerLost(Unavailable):

@@ -7,7 +7,7 @@ import math
 
 import orjson
 
-from core.errors import BatonError, Cancelled, NotAuthenticated, Overloaded
+from core.errors import BatonError, Cancelled, NotAuthenticated, NoWorkers, Overloaded
 
 Header = tuple[bytes, bytes]
 
@@ -38,7 +38,7 @@ def error_body(error: BatonError) -> bytes:
 
 def error_headers(error: BatonError) -> list[Header]:
     """Headers an error asks for, besides the content's."""
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | NoWorkers):
         return [(b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s)))]
     if isinstance(error, NotAuthenticated):
         return [(b"www-authenticate", b"Bearer")]
