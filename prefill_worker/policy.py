@@ -16,13 +16,17 @@ _PATIENCE_FLOOR_S = 0.5
 
 
 def refuse_prompt(
-    num_tokens: int, capacity_tokens: int, queued_tokens: int, config: PrefillConfig
+    num_tokens: int,
+    capacity_tokens: int,
+    queued_tokens: int,
+    open_legs: int,
+    config: PrefillConfig,
 ) -> BatonError | None:
     """Why a prompt cannot be taken now, or None.
 
     `capacity_tokens` is what this worker's arena and model hold at most, `queued_tokens` what has
-    to be computed before. A worker with an empty queue takes any prompt that fits: nothing smaller
-    would ever be accepted otherwise.
+    to be computed before, `open_legs` how many prompts are held. A worker with an empty queue takes
+    any prompt that fits: nothing smaller would ever be accepted otherwise.
     """
     if num_tokens < 1:
         return InvalidRequest("the prompt has no tokens")
@@ -32,6 +36,8 @@ def refuse_prompt(
         )
     if queued_tokens and queued_tokens + num_tokens > config.max_queued_tokens:
         return Overloaded(f"{queued_tokens} prompt tokens are queued already")
+    if open_legs >= config.max_legs:
+        return Overloaded(f"{open_legs} prompts are held already")
     return None
 
 

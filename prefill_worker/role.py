@@ -107,7 +107,7 @@ class PrefillRole:
         """Accept, with a lease, or reject with the true reason."""
         queued_tokens = self._runner.load().queued_tokens + self.pulling_tokens
         refusal = refuse_prompt(
-            len(submit.tokens), self._capacity_tokens, queued_tokens, self._config
+            len(submit.tokens), self._capacity_tokens, queued_tokens, self.open_legs, self._config
         )
         if refusal is not None:
             rejected = Rejected(number=submit.number, code=refusal.code, message=refusal.message)

@@ -310,7 +310,11 @@ class SimRouter:
             )
         else:
             refusal = refuse_prompt(
-                job.context_tokens, capacity, load.queued_tokens, self._prefill_config
+                job.context_tokens,
+                capacity,
+                load.queued_tokens,
+                load.running + load.waiting,
+                self._prefill_config,
             )
         if refusal is None:
             if job.refused:

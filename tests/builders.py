@@ -304,12 +304,13 @@ def make_settings(
     step_tokens: int = 64,
     max_batch: int = 64,
     max_queued_tokens: int = 1_000_000,
+    max_legs: int = 4096,
     max_sequences: int = 1024,
 ) -> WorkerSettings:
     return WorkerSettings(
         engine=make_config(num_blocks, step_tokens=step_tokens, max_batch=max_batch),
         transfer=TransferConfig(backend="loopback", lease_s=lease_s, read_timeout_s=read_timeout_s),
-        prefill=PrefillConfig(max_queued_tokens=max_queued_tokens),
+        prefill=PrefillConfig(max_queued_tokens=max_queued_tokens, max_legs=max_legs),
         decode=DecodeConfig(max_sequences=max_sequences),
     )
 

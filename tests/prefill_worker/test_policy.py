@@ -15,11 +15,13 @@ from prefill_worker.policy import (
 )
 from tests.builders import QUICK
 
-CONFIG = PrefillConfig(max_queued_tokens=100)
+CONFIG = PrefillConfig(max_queued_tokens=100, max_legs=3)
 
 
-def refusal(num_tokens: int, *, queued: int = 0, capacity: int = 1000) -> BatonError | None:
-    return refuse_prompt(num_tokens, capacity, queued, CONFIG)
+def refusal(
+    num_tokens: int, *, queued: int = 0, capacity: int = 1000, legs: int = 0
+) -> BatonError | None:
+    return refuse_prompt(num_tokens, capacity, queued, legs, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,13 @@ def test_a_prompt_is_taken_when_it_fits_the_worker_and_its_queue(
     num_tokens: int, queued: int, error: type
 ) -> None:
     assert type(refusal(num_tokens, queued=queued)) is error
+
+
+@pytest.mark.parametrize(("legs", "error"), [(2, type(None)), (3, Overloaded)])
+def test_a_prompt_of_nothing_to_compute_is_taken_while_there_are_few(
+    legs: int, error: type
+) -> None:
+    assert type(refusal(1, legs=legs)) is error
 
 
 def test_the_refusal_names_both_lengths() -> None:

@@ -100,6 +100,23 @@ async def test_a_prompt_that_cannot_be_taken_is_rejected_and_holds_nothing(
         assert pair.prefill.worker.open_legs == 1
 
 
+async def test_the_prompts_held_are_bounded_until_their_leases_end() -> None:
+    async with worker_pair(worker_settings=make_settings(max_legs=2)) as pair:
+        handoff = await pair.start_prefill(1, PROMPT, name="1")
+        await pair.start_prefill(2, PROMPT, name="2")
+        await pair.to_prefill.until(lambda: bool(pair.to_prefill.entries(2)))
+        pair.prefill.worker.handle(pair.to_prefill.outlet, prefill_submit(3, PROMPT))
+        rejected = await pair.to_prefill.first(Rejected)
+        assert (rejected.number, rejected.code) == (3, "overloaded")
+        await pair.start_decode(1, PROMPT, handoff, name="1")
+        assert len(await pair.to_decode.answered(1)) == 7
+        await until(lambda: pair.prefill.worker.open_legs == 1, "the end of a lease")
+        await pair.start_prefill(4, PROMPT, name="4")
+        cancel(pair, 2)
+        cancel(pair, 4)
+        await pair.idle()
+
+
 async def test_a_waiting_prompt_can_be_cancelled() -> None:
     async with worker_pair(worker_settings=make_settings(num_blocks=8), gated_prefill=True) as pair:
         await pair.start_prefill(1, PROMPT)
