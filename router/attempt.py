@@ -30,7 +30,7 @@ from core.errors import (
     WorkerLost,
     from_code,
 )
-from core.ids import Incarnation, LeaseId, Role, SequenceId, WorkerId
+from core.ids import LeaseId, Role, SequenceId, WorkerId
 from core.messages import (
     Accepted,
     DecodeSubmit,
@@ -52,7 +52,14 @@ from router.client import Leg, LegEvent
 from router.move import Move, handoff_to
 from router.progress import Progress
 from router.queued import QueuedPrompt
-from router.types import Generated, MigrationReport, PromptRefused, Requeued, TokenSink
+from router.types import (
+    Generated,
+    MigrationReport,
+    PromptRefused,
+    Requeued,
+    Shut,
+    TokenSink,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +72,7 @@ class Attempt:
         chooser: Chooser,
         progress: Progress,
         attempt: int,
-        failed: set[Incarnation],
+        shut: Shut,
         clock: Clock,
         *,
         sink: TokenSink,
@@ -76,7 +83,7 @@ class Attempt:
         self._chooser = chooser
         self._progress = progress
         self._sink = sink
-        self._failed = failed
+        self._shut = shut
         self._clock = clock
         request = progress.request
         self._sequence_id = SequenceId(request.request_id, request.choice, attempt)
@@ -145,9 +152,9 @@ class Attempt:
     def _submit_prefill(self, considered: Considered | None) -> None:
         request, progress = self._progress.request, self._progress
         if considered is not None:
-            placed = self._chooser.place(considered)
+            placed = self._chooser.place(considered, self._shut.failed)
         else:
-            placed = self._chooser.for_prefill(self._context, request.cache_salt, self._failed)
+            placed = self._chooser.for_prefill(self._context, request.cache_salt, self._shut)
         progress.prefill_worker = placed.link.record.worker_id
         self._log_route("route_prefill", placed)
         progress.mark(Stage.PREFILL, progress.prefill_worker)
@@ -225,7 +232,7 @@ class Attempt:
 
     def _blame(self, leg: Leg) -> None:
         role = Role.PREFILL if leg is self._prefill else Role.DECODE
-        self._failed.add(leg.link.record.incarnation)
+        self._shut.failed.add(leg.link.record.incarnation)
         self._chooser.failed(role, leg.link.record.incarnation)
 
     def _expire(self) -> None:
@@ -317,16 +324,17 @@ class Attempt:
 
     def _rejected(self, leg: Leg, event: Rejected) -> None:
         """A decode worker's no costs only another choice; a prefill worker's, another attempt."""
-        self._failed.add(leg.link.record.incarnation)
         leg.link.finish(leg)
         error = from_code(event.code, event.message)
+        said_no = self._shut.full if isinstance(error, Overloaded) else self._shut.failed
+        said_no.add(leg.link.record.incarnation)
         if self._local and error.retryable:
             self._local, self._decode = False, None
             self._submit_prefill(None)
             return
         if leg is self._prefill and isinstance(error, Overloaded):
-            raise PromptRefused(error.message, leg.link.record.incarnation)
-        others = leg is self._decode and self._chooser.has_decode(excluding=self._failed)
+            raise PromptRefused(error.message)
+        others = leg is self._decode and self._chooser.has_decode(excluding=self._shut.all)
         if not others or not error.retryable:
             raise error
         self._submit_decode()
@@ -342,7 +350,8 @@ class Attempt:
             # Either end may be at fault; the one that is not has successes with others.
             self._chooser.failed(Role.PREFILL, self._handoff.owner_incarnation)
         if isinstance(error, KvMismatch) and self._handoff is not None:
-            self._failed.add(self._handoff.owner_incarnation)  # it may be wrong there already
+            # It may be wrong there already.
+            self._shut.failed.add(self._handoff.owner_incarnation)
         raise error
 
     def _emit(self, tokens: LegTokens) -> None:
@@ -374,7 +383,7 @@ class Attempt:
     def _submit_decode(self) -> None:
         address = self._handoff.owner_address if self._handoff is not None else ""
         placed = self._chooser.for_decode(
-            len(self._context), self._total_tokens, self._failed, kv_address=address
+            len(self._context), self._total_tokens, self._shut.all, kv_address=address
         )
         self._progress.decode_worker = placed.link.record.worker_id
         self._log_route("route_decode", placed)

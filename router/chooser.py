@@ -23,6 +23,7 @@ from router.policies.build import Policies
 from router.pool import Pool
 from router.progress import COMPLETE, SequenceEnd
 from router.queued import QueuedPrompt, QueuedPrompts
+from router.types import Shut
 from router.watcher import Unwatched
 
 _LOCAL_HOLDERS = 2
@@ -130,11 +131,9 @@ class Chooser(Generic[L]):
         self.queued = QueuedPrompts(self._known.coming)
         """Prompts on their way, noted by whoever submits them."""
 
-    def for_prefill(
-        self, tokens: Sequence[int], cache_salt: str, failed: set[Incarnation]
-    ) -> Placement[L]:
+    def for_prefill(self, tokens: Sequence[int], cache_salt: str, shut: Shut) -> Placement[L]:
         """A prefill worker for a prompt. Raises NoWorkers."""
-        return self.place(self.consider(tokens, cache_salt, failed), failed)
+        return self.place(self.consider(tokens, cache_salt, shut.all), shut.failed)
 
     def consider(
         self,
@@ -160,7 +159,9 @@ class Chooser(Generic[L]):
     def place(
         self, considered: Considered[L], failed: Collection[Incarnation] = ()
     ) -> Placement[L]:
-        """The prompt will be submitted where it was considered, without an `await` in between."""
+        """The prompt will be submitted where it was considered, without an `await` in between, and
+        read nothing from the `failed`.
+        """
         query, decision = considered.query, considered.decision
         self._policies.prefill.placed(query, decision)
         chosen = decision.worker_id

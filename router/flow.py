@@ -17,7 +17,7 @@ from random import Random
 from core import telemetry
 from core.clock import Clock
 from core.errors import InvalidRequest, NoWorkers, Overloaded, Unavailable
-from core.ids import Incarnation, RequestId, Role, WorkerId
+from core.ids import RequestId, Role, WorkerId
 from router.admission import Admission, QueueBounds, SloClass
 from router.attempt import Attempt
 from router.chooser import Chooser, Considered
@@ -40,6 +40,7 @@ from router.types import (
     RouteCandidate,
     RouteChoice,
     ServingLimits,
+    Shut,
     TokenSink,
     WorkerStatus,
 )
@@ -122,24 +123,21 @@ class Flow:
         attempt. What has begun elsewhere is not refused for load: it costs a pause, and counts as
         no attempt.
         """
-        failed: set[Incarnation] = set()
-        full: set[Incarnation] = set()
+        shut = Shut()
         begun, tries, pauses = False, 0, 0
         for attempt in count():
             try:
-                await self._attempt(progress, attempt, failed, sink, place)
+                await self._attempt(progress, attempt, shut, sink, place)
                 return
             except Requeued as requeued:
-                place = self._place_again(progress, requeued.to, failed)
+                place = self._place_again(progress, requeued.to, shut)
                 continue
             except Unavailable as error:
                 if isinstance(error, PromptRefused):
-                    full.add(error.incarnation)
-                    if self._chooser.has_prefill(excluding=failed):
+                    if self._chooser.has_prefill(excluding=shut.all):
                         place = None
                         continue
-                    failed -= full
-                    full.clear()
+                    shut.full.clear()
                     pauses = max(1, pauses)  # the next round asks all of them again
                 overload = isinstance(error, Overloaded)
                 # Where there was no worker, nothing has begun.
@@ -156,7 +154,7 @@ class Flow:
         self,
         progress: Progress,
         attempt: int,
-        failed: set[Incarnation],
+        shut: Shut,
         sink: TokenSink,
         place: Considered | None,
     ) -> None:
@@ -165,7 +163,7 @@ class Flow:
             self._chooser,
             progress,
             attempt,
-            failed,
+            shut,
             self._clock,
             sink=sink,
             answer_s=self._config.worker_silence_s,
@@ -174,14 +172,12 @@ class Flow:
             hops.start(place)
             await hops.end()
 
-    def _place_again(
-        self, progress: Progress, to: WorkerId, failed: set[Incarnation]
-    ) -> Considered | None:
+    def _place_again(self, progress: Progress, to: WorkerId, shut: Shut) -> Considered | None:
         """The place a queued prompt moves to; None if that is gone, for the policy to choose."""
         progress.requeued = True
         self._watcher.requeued(Requeue.MOVED)
         context = (*progress.request.prompt_tokens, *progress.tokens)
-        return self._chooser.consider_at(to, context, progress.request.cache_salt, failed)
+        return self._chooser.consider_at(to, context, progress.request.cache_salt, shut.all)
 
     async def migrate(
         self, request_id: RequestId, choice: int, to: WorkerId | None, timeout_s: float

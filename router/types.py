@@ -1,6 +1,6 @@
 """The seam between the HTTP edge and flow.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from core.errors import Cancelled, Overloaded
@@ -143,9 +143,18 @@ class Enough(Cancelled):
 class PromptRefused(Overloaded):
     """A prefill worker is full, and nothing of this attempt has begun anywhere."""
 
-    def __init__(self, message: str, incarnation: Incarnation) -> None:
-        super().__init__(message)
-        self.incarnation = incarnation
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """Workers that a sequence does not go to again while there are others."""
+
+    failed: set[Incarnation] = field(default_factory=set)
+    full: set[Incarnation] = field(default_factory=set)
+    """They had no room, and nothing else: a prefix may be read from them."""
+
+    @property
+    def all(self) -> set[Incarnation]:
+        return self.failed | self.full
 
 
 class Requeued(Cancelled):

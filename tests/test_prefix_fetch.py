@@ -50,6 +50,7 @@ BLOCK = 16
 BLOCK_BYTES = BLOCK * 256
 SLOW = {"prefill_base_ms": 20, "prefill_per_token_ms": 2, "prefill_per_token2_ms": 0}
 FREE = {"prefill_base_ms": 0, "prefill_per_token_ms": 0, "prefill_per_token2_ms": 0}
+NO_BOUNDS: Mapping[str, int] = {}
 WAIT_S = 20.0
 
 
@@ -60,11 +61,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(
-    model: Path, directory: Path, *roles: str, timed: Mapping[str, float] = SLOW
+    model: Path,
+    directory: Path,
+    *roles: str,
+    timed: Mapping[str, float] = SLOW,
+    prefill: Mapping[str, int] = NO_BOUNDS,
 ) -> Iterator[tuple[Path, list[WorkerProcess]]]:
     """Workers with an arena of 64 blocks, and their config."""
     engine = {"kind": "timed", "kv_memory_mb": 0.25, "timed": dict(timed)}
-    config = write_config(directory, {"model": {"path": str(model)}, "engine": engine})
+    tree = {"model": {"path": str(model)}, "engine": engine, "prefill": dict(prefill)}
+    config = write_config(directory, tree)
     with worker_processes(config, roles) as workers:
         yield config, workers
 
@@ -252,6 +258,32 @@ async def test_a_request_sent_elsewhere_finds_its_prefix_and_the_text_is_right(
         assert output_tokens(items) == oracle(request.prompt_tokens, 20)
         timings = ended(items)
         assert timings.prefill_worker == other.record.worker_id
+        assert (timings.cached_tokens, timings.fetched_tokens) == (400, 400)
+        await assert_clean(workers)
+
+
+async def test_a_prompt_that_its_prefixs_holder_has_no_room_for_takes_the_prefix_along(
+    model: Path, tmp_path: Path
+) -> None:
+    prompt, bounds = prompt_of(400, seed=15), {"max_queued_tokens": 450}
+    with started(model, tmp_path, "prefill", "prefill", "decode", prefill=bounds) as cluster:
+        config, workers = cluster
+        async with flow_over(config, workers) as flow:
+            await collect(flow, make_request("warm", (*prompt, 1), max_tokens=1))
+            first, second = workers[:2]
+            holder, other = (first, second) if await has_blocks(first) else (second, first)
+            async with linked([other, holder]) as links:
+                await links.prefill(0, prompt_of(40, seed=16))
+                load = asyncio.create_task(links.prefill(1, prompt_of(200, seed=17)))
+                async with asyncio.timeout(WAIT_S):
+                    while not any(status.queued_tokens for status in flow.workers()):
+                        await asyncio.sleep(0.005)
+                request = make_request("forwarded", (*prompt, 7, 7, 7), max_tokens=20)
+                items = await collect(flow, request)
+                await load
+        assert output_tokens(items) == oracle(request.prompt_tokens, 20)
+        timings = ended(items)
+        assert (timings.prefill_worker, timings.attempts) == (other.record.worker_id, 2)
         assert (timings.cached_tokens, timings.fetched_tokens) == (400, 400)
         await assert_clean(workers)
 

@@ -43,7 +43,7 @@ from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Progress
 from router.queued import QueuedPrompt
-from router.types import Generated, MigrationReport, Requeued
+from router.types import Generated, MigrationReport, Requeued, Shut
 from router.view import WorkerView
 from router.watcher import Unwatched
 from tests.builders import make_engine, make_prompt, make_request, soon
@@ -158,9 +158,9 @@ class Scene:
         request = make_request(PROMPT, max_tokens=max_tokens, deadline_s=deadline_s)
         self.progress = Progress(request, clock)
         # As long as the destination counts as failed, the source is chosen.
-        self.failed = {self.destination.record.incarnation}
+        self.shut = Shut(failed={self.destination.record.incarnation})
         self.attempt = Attempt(
-            chooser, self.progress, 0, self.failed, clock, sink=self, answer_s=answer_s
+            chooser, self.progress, 0, self.shut, clock, sink=self, answer_s=answer_s
         )
         self.chooser = chooser
         self.tokens: list[int] = []
@@ -409,8 +409,8 @@ async def test_its_no_leaves_the_way_by_a_prefill_worker() -> None:
         s.start_at_decode()
         s.source.say(Rejected(number=0, code="overloaded", message="full"))
         assert isinstance(s.prefill.sent[0], PrefillSubmit)
-        s.failed.clear()
-        s.failed.add(s.source.record.incarnation)
+        s.shut.failed.clear()
+        s.shut.failed.add(s.source.record.incarnation)
         s.prefill.say(Accepted(number=0, lease_id=LeaseId(1), lease_s=10.0))
         submit = s.destination.sent[0]
         assert isinstance(submit, DecodeSubmit)
@@ -446,7 +446,7 @@ async def test_a_submit_that_is_neither_accepted_nor_refused_is_tried_elsewhere(
     with Scene(answer_s=0.01) as s:
         with pytest.raises(WorkerLost, match="did not take or refuse"):
             await soon(s.attempt.end())
-        assert s.source.record.incarnation in s.failed
+        assert s.source.record.incarnation in s.shut.failed
         assert ejected(s) == ["d0"]
 
 
@@ -479,7 +479,7 @@ async def test_a_failed_leg_counts_against_its_worker() -> None:
 
 async def test_a_workers_no_does_not_count_against_it() -> None:
     with Scene() as s:
-        s.failed.clear()
+        s.shut.failed.clear()
         s.source.say(Rejected(number=0, code="overloaded", message="full"))
         assert s.destination.legs
         assert ejected(s) == []
@@ -531,7 +531,7 @@ async def test_a_withdrawn_prompt_ends_the_attempt_and_cancels_its_decode_leg() 
     assert isinstance(s.source.sent[-1], Cancel)
     assert not any(isinstance(message, Cancel) for message in s.prefill.sent)
     assert all_queued(s) == []
-    assert s.failed == {s.destination.record.incarnation}
+    assert s.shut.failed == {s.destination.record.incarnation}
 
 
 async def test_a_decode_worker_that_hears_first_of_the_withdrawn_lease_is_not_at_fault() -> None:

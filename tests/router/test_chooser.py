@@ -21,7 +21,7 @@ from router.policies.base import Slo
 from router.policies.build import build_policies
 from router.pool import Pool
 from router.progress import Mark, SequenceEnd
-from router.types import Timings
+from router.types import Shut, Timings
 from router.view import WorkerView
 from router.watcher import Unwatched
 from tests.builders import make_request
@@ -123,9 +123,9 @@ def test_failed_workers_are_chosen_only_when_there_is_no_other() -> None:
     subject = chooser(fleet)
     first, second = Incarnation("prefill-0"), Incarnation("prefill-1")
     for _ in range(10):
-        placed = subject.for_prefill(PROMPT, "", {first})
+        placed = subject.for_prefill(PROMPT, "", Shut({first}))
         assert placed.decision.worker_id == "prefill-1"
-    assert subject.for_prefill(PROMPT, "", {first, second}).decision.worker_id in {
+    assert subject.for_prefill(PROMPT, "", Shut({first, second})).decision.worker_id in {
         "prefill-0",
         "prefill-1",
     }
@@ -217,7 +217,7 @@ def test_four_routers_that_know_nothing_of_each_other_do_not_herd() -> None:
         subject = chooser(fleet, seed)
         for i in range(40):
             prompt = tuple(range(1000 * i, 1000 * i + 40))
-            placed = subject.for_prefill(prompt, "", set())
+            placed = subject.for_prefill(prompt, "", Shut())
             view = placed.link.view
             assert view is not None
             view.submitted(i + 1, placed.load_tokens)
@@ -237,7 +237,7 @@ def test_a_worker_whose_reports_freeze_is_not_chosen_for_ever() -> None:
     fleet = Workers(prefill=4)
     subject, chosen = chooser(fleet), Counter[str]()
     for i in range(400):
-        placed = subject.for_prefill(PROMPT, "", set())
+        placed = subject.for_prefill(PROMPT, "", Shut())
         view = placed.link.view
         assert view is not None
         view.submitted(i + 1, placed.load_tokens)
