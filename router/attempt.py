@@ -333,7 +333,7 @@ class Attempt:
             self._submit_prefill(None)
             return
         if leg is self._prefill and isinstance(error, Overloaded):
-            raise PromptRefused(error.message)
+            raise PromptRefused(error.message, leg.link.record.worker_id)
         others = leg is self._decode and self._chooser.has_decode(excluding=self._shut.all)
         if not others or not error.retryable:
             raise error

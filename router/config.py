@@ -44,6 +44,10 @@ class RouterConfig(Settings):
     counts as no load."""
     max_attempts: int = Field(3, ge=1)
     """Placements tried for one sequence before its error reaches the client."""
+    max_forwards: int = Field(64, ge=1)
+    """Full prefill workers that a prompt is offered to in a row, which is one attempt; after a
+    pause the others are asked. Each costs the router about a placement. Workers that keep no queue
+    (prefill.max_queued_tokens) want all of them asked, however many there are."""
     prefill_policy: PrefillPolicyName = "baton"
     """How a prefill worker is chosen; the others are for comparison. See router/policies/."""
     decode_policy: DecodePolicyName = "baton"

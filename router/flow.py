@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from random import Random
+from typing import NamedTuple
 
 from core import telemetry
 from core.clock import Clock
@@ -50,6 +51,13 @@ log = logging.getLogger(__name__)
 
 _RETRY_PAUSE_S = 0.05
 _MAX_PAUSE_S = 1.0
+
+
+class _No(NamedTuple):
+    """Of a full prefill worker; `load` in its own words."""
+
+    worker_id: WorkerId
+    load: str
 
 
 class Flow:
@@ -119,46 +127,50 @@ class Flow:
         """One after the other; the first, of a sequence just admitted, goes to its `place`.
 
         A prompt that a full prefill worker refuses is offered to the next at once ("on-demand
-        forwarding upon rejection", P/D-Serve, arXiv 2408.08147), and a round of noes is one
-        attempt. What has begun elsewhere is not refused for load: it costs a pause, and counts as
-        no attempt.
+        forwarding upon rejection", P/D-Serve, arXiv 2408.08147), and a row of noes is one attempt,
+        which ends where `max_forwards` have said no; the next one asks the others first. What has
+        begun elsewhere is not refused for load: it costs a pause, and counts as no attempt.
         """
         shut = Shut()
-        begun, tries, pauses = False, 0, 0
+        no: _No | None = None
+        begun, tries, pauses, noes = False, 0, 0, 0
         for attempt in count():
             try:
-                await self._attempt(progress, attempt, shut, sink, place)
+                with self._attempt(progress, attempt, shut, sink) as hops:
+                    hops.start(place)
+                    if no is not None:
+                        _log_forward(progress, no)
+                    await hops.end()
                 return
             except Requeued as requeued:
-                place = self._place_again(progress, requeued.to, shut)
+                place, no = self._place_again(progress, requeued.to, shut), None
                 continue
             except Unavailable as error:
+                place = no = None
                 if isinstance(error, PromptRefused):
-                    if self._chooser.has_prefill(excluding=shut.all):
-                        place = None
+                    noes += 1
+                    others = self._chooser.has_prefill(excluding=shut.all)
+                    if others and noes < self._config.max_forwards:
+                        no = _No(error.worker_id, error.message)
                         continue
-                    shut.full.clear()
-                    pauses = max(1, pauses)  # the next round asks all of them again
+                    if not others:
+                        shut.full.clear()  # the next row asks all of them again
+                    pauses = max(1, pauses)
                 overload = isinstance(error, Overloaded)
                 # Where there was no worker, nothing has begun.
                 waits = isinstance(error, Overloaded | NoWorkers)
                 begun = begun or bool(progress.tokens) or not waits
                 tries += not (overload and begun)
                 self._consider_retry(progress, attempt, error, tries)
-            place = None
             await asyncio.sleep(min(_RETRY_PAUSE_S * pauses, _MAX_PAUSE_S))
-            pauses += 1
+            pauses, noes = pauses + 1, 0
             await self._wait_for_workers(progress)
 
-    async def _attempt(
-        self,
-        progress: Progress,
-        attempt: int,
-        shut: Shut,
-        sink: TokenSink,
-        place: Considered | None,
-    ) -> None:
-        """One placement, to its last token. Nothing is awaited before it is submitted."""
+    @contextmanager
+    def _attempt(
+        self, progress: Progress, attempt: int, shut: Shut, sink: TokenSink
+    ) -> Iterator[Attempt]:
+        """A block around one placement, to its last token."""
         hops = Attempt(
             self._chooser,
             progress,
@@ -169,8 +181,7 @@ class Flow:
             answer_s=self._config.worker_silence_s,
         )
         with hops, self._known(progress.request, hops):
-            hops.start(place)
-            await hops.end()
+            yield hops
 
     def _place_again(self, progress: Progress, to: WorkerId, shut: Shut) -> Considered | None:
         """The place a queued prompt moves to; None if that is gone, for the policy to choose."""
@@ -254,6 +265,19 @@ class Flow:
     def _with_health(self, link: WorkerLink) -> WorkerStatus:
         reason = self._outliers.ejected_for(link.record.incarnation)
         return replace(_describe(link), ejected=reason is not None, ejected_for=reason or "")
+
+
+def _log_forward(progress: Progress, no: _No) -> None:
+    """One line per no of a prompt that was offered to the next at once."""
+    if log.isEnabledFor(logging.DEBUG):
+        line = telemetry.log_line(
+            "prompt_forwarded",
+            request_id=progress.request.request_id,
+            worker_id=no.worker_id,
+            load=no.load,
+            next=progress.prefill_worker,
+        )
+        log.debug("%s", line)
 
 
 def _outlier_rules(config: RouterConfig) -> OutlierRules:

@@ -143,6 +143,10 @@ class Enough(Cancelled):
 class PromptRefused(Overloaded):
     """A prefill worker is full, and nothing of this attempt has begun anywhere."""
 
+    def __init__(self, message: str, worker_id: WorkerId) -> None:
+        super().__init__(message)
+        self.worker_id = worker_id
+
 
 @dataclass(frozen=True, slots=True)
 class Shut:

@@ -60,6 +60,7 @@ class Job:
         "emitted",
         "failed",
         "legs",
+        "noes",
         "queued",
         "record",
         "refused",
@@ -81,7 +82,9 @@ class Job:
         self.attempt = 0
         self.failed: set[Incarnation] = set()
         self.refused: set[Incarnation] = set()
-        """Prefill workers that were full, since it last stood in line."""
+        """Prefill workers that were full, since one took it or all of them were."""
+        self.noes = 0
+        """Of these, in a row since it last stood in line."""
         self.legs: list[Leg] = []
         self.decode: SimLink | None = None
         self.queued: QueuedPrompt | None = None

@@ -319,6 +319,7 @@ class SimRouter:
         if refusal is None:
             if job.refused:
                 job.refused.clear()
+                job.noes = 0
                 self._look_later(0.0)
             return True
         self._give_up_legs(job)
@@ -332,15 +333,19 @@ class SimRouter:
         return False
 
     def _forward(self, job: Job, link: SimLink) -> None:
-        """A full prefill worker's no, heard a little later: on to another one, and when all have
-        said no, back into line, before whoever waits there.
+        """A full prefill worker's no, heard a little later: on to another one, and when all or
+        many in a row have said no, back into line, before whoever waits there.
         """
         now_s, pool = self._events.now_s(), self.fleet.pool(Role.PREFILL)
         job.refused.add(link.record.incarnation)
-        if len(pool.named(job.refused | job.failed)) < len(pool.workers):
+        job.noes += 1
+        others = len(pool.named(job.refused | job.failed)) < len(pool.workers)
+        if others and job.noes < self._spec.router.max_forwards:
             self._events.at(now_s + self._spec.network.control_s, self._again, job)
             return
-        job.refused.clear()
+        job.noes = 0
+        if not others:
+            job.refused.clear()
         self._line.appendleft((job, 0.0))
         self._look_later(_ASK_S)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Literal
@@ -516,6 +517,45 @@ async def test_a_prompt_refused_by_full_workers_is_offered_to_the_others_within_
         for i, reader in enumerate(readers):
             assert await reader.ended() == expected_tokens(make_prompt(22, seed=i), 16)
         await until_idle(*cluster.workers)
+
+
+@pytest.mark.parametrize("max_attempts", [1, 2])
+async def test_a_row_of_noes_is_bounded_and_the_next_one_asks_the_others(
+    max_attempts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RouterConfig(
+        max_attempts=max_attempts, max_forwards=2, prefill_policy="round_robin", admission="off"
+    )
+    async with (
+        running_cluster(
+            prefill=3,
+            gated_prefill=True,
+            prefill_settings=make_settings(max_queued_tokens=1),
+            router=config,
+        ) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        for i in range(3):
+            prompt = make_prompt(22, seed=i)
+            Reading(group, cluster, make_request(prompt, name=f"r{i}"))
+            await until(lambda n=i: len(busy(cluster.prefill)) > n, "a prefill")
+        last = cluster.prefill[2]
+        last.gate.open()
+        await until(lambda: last.worker.runner.load().queued_tokens == 0, "room at the last one")
+        request = make_request(make_prompt(22, seed=9), name="late")
+        with caplog.at_level(logging.DEBUG, "router.flow"):
+            if max_attempts == 1:
+                assert isinstance(await failing(cluster, request), Overloaded)
+            else:
+                items = await generate(cluster, request)
+                assert tokens(items) == expected_tokens(request.prompt_tokens, 16)
+                assert items[-1].timings is not None
+                assert items[-1].timings.attempts == 3
+        (line,) = (m for m in caplog.messages if m.startswith("prompt_forwarded"))
+        assert "request_id=late worker_id=prefill-0" in line
+        assert line.endswith('load="22 prompt tokens are queued already" next=prefill-1')
+        for served in cluster.prefill:
+            served.gate.open()
 
 
 async def test_an_answer_that_has_begun_waits_for_full_workers_instead_of_being_refused() -> None:
