@@ -45,6 +45,7 @@ KV_BLOCKS_HELD = "baton_kv_blocks_held"
 PREFIX_FETCHES = "baton_prefix_fetches_total"
 PREFIX_FETCHED_TOKENS = "baton_prefix_fetched_tokens_total"
 PREEMPTIONS = "baton_preemptions_total"
+MESSAGE_BUGS = "baton_router_message_bugs_total"
 # Of one worker as the reader of one owner.
 PAIR_HANDOFFS = "baton_kv_pair_handoffs_total"
 PAIR_BYTES = "baton_kv_pair_bytes_total"

@@ -133,11 +133,14 @@ class PrefillRole:
         leg = self._legs.pop(_LegKey(id(sink), number), None)
         if leg is None:
             return
-        if leg.fetch is not None:
-            leg.fetch.cancel()
-        else:
-            self._runner.remove(leg.sequence)
-        self._owner.abort(leg.lease.lease_id, reason)
+        try:
+            if leg.fetch is not None:
+                leg.fetch.cancel()
+            else:
+                self._runner.remove(leg.sequence)
+        finally:
+            # A lease whose prefill has not ended never expires: a bug above must not keep it.
+            self._owner.abort(leg.lease.lease_id, reason)
 
     def withdraw(self, sink: RouterSink, number: int) -> None:
         """Stop a leg for which nothing was computed yet, and say so; one that has begun goes on."""

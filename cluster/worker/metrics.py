@@ -48,7 +48,13 @@ class WorkerCollector(Collector):
             return
         worker = self._worker
         try:
-            parts = (_leases(worker), _blocks(worker), _fetches(worker), _transfers(worker))
+            parts = (
+                _leases(worker),
+                _blocks(worker),
+                _fetches(worker),
+                _transfers(worker),
+                _bugs(worker),
+            )
             reading.set_result([metric for part in parts for metric in part])
         except Exception as error:  # noqa: BLE001 - raised where it is waited for, in `collect`
             reading.set_exception(error)
@@ -132,6 +138,14 @@ def _transfers(worker: Worker) -> Iterator[Metric]:
         for cause, count in pair.failures.items():
             failures.add_metric([owner_id, cause], count)
     yield failures
+
+
+def _bugs(worker: Worker) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        telemetry.MESSAGE_BUGS,
+        "Messages of routers that a bug kept the worker from handling; each ended its leg",
+        value=worker.message_bugs,
+    )
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from core.messages import (
     Moved,
     Offered,
     Rejected,
+    RenewLeases,
     RouterRefused,
+    SnapshotRequest,
     TokenFrame,
     Withdrawn,
     WorkerToRouter,
@@ -71,7 +73,13 @@ class RouterDoor:
             except UnknownMessage as unknown:
                 log.info("router_message_skipped %s", unknown)
                 continue
-            self._worker.handle(outlet, message)
+            try:
+                self._worker.handle(outlet, message)
+            except Exception as bug:
+                # What is about one leg must not end the stream, and with it all the others.
+                if isinstance(message, RenewLeases | SnapshotRequest):
+                    raise
+                self._worker.handled_badly(outlet, message, bug)
 
 
 class Voice:

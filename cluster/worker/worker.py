@@ -52,6 +52,8 @@ from prefill_worker.role import PrefillRole
 
 log = logging.getLogger(__name__)
 
+LegMessage = PrefillSubmit | DecodeSubmit | Offer | Cancel | Withdraw
+
 _SWEEP_S = 0.25
 _CHECK_S = 5.0  # the check looks at every block: a tenth of a second for 65,536
 _STOP_S = 10.0
@@ -105,6 +107,8 @@ class Worker:
         self._draining = False
         self._outlets: set[RouterOutlet] = set()
         self._next_event = 1
+        self.message_bugs = 0
+        """Messages of routers that `handled_badly` has heard of."""
         self.pool = BlockPool(info.num_blocks)
         self.runner = Runner(
             engine,
@@ -239,12 +243,24 @@ class Worker:
                 self._broadcast_events()
                 self._send_snapshot(outlet)
 
+    def handled_badly(self, outlet: RouterOutlet, message: LegMessage, bug: Exception) -> None:
+        """`handle` has raised: a bug, which ends the leg that the message is about."""
+        kind, number = type(message).__name__, message.number
+        log.error("router_message_bug message=%s number=%d", kind, number, exc_info=bug)
+        self.message_bugs += 1
+        try:
+            self.fail_leg(outlet, number, InternalError(f"a bug in the worker: its log has {kind}"))
+        except Exception:  # as if it were over: nobody can end it any better
+            log.exception("leg_not_ended number=%d", number)
+
     def fail_leg(self, outlet: RouterOutlet, number: int, error: BatonError) -> None:
         """End a leg of which the router cannot be told, and tell it that; other legs go on."""
-        self.handle(outlet, Cancel(number=number, reason=error.message))
         stage = Stage.PREFILL if self._role is Role.PREFILL else Stage.DECODE
         failed = LegFailed(number=number, code=error.code, message=error.message, stage=stage)
-        outlet.send(failed)
+        try:
+            self.handle(outlet, Cancel(number=number, reason=error.message))
+        finally:
+            outlet.send(failed)
 
     def _submit(self, outlet: RouterOutlet, submit: PrefillSubmit | DecodeSubmit) -> None:
         refusal: BatonError | None = None
