@@ -499,7 +499,14 @@ async def running_cluster(
         ):
             for i in range(count):
                 served = await stack.enter_async_context(
-                    served_worker(f"{role}-{i}", role, hub, worker_settings=chosen, gated=gated)
+                    served_worker(
+                        f"{role}-{i}",
+                        role,
+                        hub,
+                        worker_settings=chosen,
+                        clock=clock,
+                        gated=gated,
+                    )
                 )
                 pools[role].append(served)
                 await registry.register(served.record, 3600.0)
