@@ -189,6 +189,11 @@ class Landing:
                 f"the KV owner did not confirm the blocks: {closed.outcome.name}",
                 cause=TransferCause.EXPIRED if expired else TransferCause.NOT_CONFIRMED,
             )
+        if mine and not closed.checksums:
+            raise TransferFailed(
+                "the KV owner's answer with its checksums was lost, and it keeps none",
+                cause=TransferCause.NOT_CONFIRMED,
+            )
         if mine != closed.checksums:
             raise TransferFailed(
                 "the KV that arrived is not the owner's: its checksum differs",

@@ -8,7 +8,7 @@ from core.ids import BlockId
 from core.kv import KvLayout
 from engine.arena import Arena
 from kv_transfer.checksum import VerifyMode, checksum_blocks, pick_blocks
-from kv_transfer.messages import Close
+from kv_transfer.messages import Close, Closed, FromOwner
 from tests.kv_transfer.halves import Pair, pair
 
 
@@ -53,6 +53,27 @@ async def test_blocks_that_arrived_well_pass(mode: VerifyMode) -> None:
         lease, blocks = p.owner.whole(5)
         p.assert_arrived(await p.pull(lease, 5, cached=2), blocks[2:])
         assert p.owner.table.counters.closed == 1
+
+
+async def test_a_lost_answer_with_checksums_is_no_confirmation_and_no_damage() -> None:
+    """The question that follows it finds the lease closed, and its blocks perhaps others'."""
+    async with pair(verify="all", read_timeout_s=0.6) as p:
+        lost: list[FromOwner] = []
+
+        def says(message: FromOwner) -> list[FromOwner]:
+            first = isinstance(message, Closed) and not lost
+            if first:
+                lost.append(message)
+            return [] if first else [message]
+
+        p.owner.owner.says = says
+        lease, _ = p.owner.whole(4)
+        with pytest.raises(TransferFailed) as caught:
+            await p.pull(lease, 4)
+        assert caught.value.cause is TransferCause.NOT_CONFIRMED
+        assert [isinstance(m, Closed) and len(m.checksums) for m in lost] == [4]
+        p.assert_reader_holds_nothing()
+        await p.owner_holds_nothing()
 
 
 async def test_blocks_outside_the_lease_are_not_summed() -> None:
