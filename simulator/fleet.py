@@ -129,9 +129,10 @@ class SimFleet:
             }
         return self._roles[role]
 
-    def member(self, worker_id: WorkerId) -> Member:
-        """Whoever it is, of any role."""
-        return self._links[worker_id].member
+    def find(self, worker_id: WorkerId) -> Member | None:
+        """Of any role; None once it is lost."""
+        link = self._links.get(worker_id)
+        return None if link is None else link.member
 
     def link(self, role: Role, worker_id: WorkerId) -> SimLink:
         return self._links[worker_id]

@@ -83,9 +83,13 @@ class Keeper:
             self._release(kept)
 
     def ended(self, request: SimRequest, members: list[Member], queue_s: float) -> None:
-        """An answer has ended; its prompt lies in the caches of these workers."""
+        """An answer has ended; its prompt lies in the caches of these workers: those of its last
+        attempt that are still up.
+        """
         now_s = self._events.now_s()
         kept = self._kept[request.session] = _Kept(now_s)
+        if not members:
+            return
         spec = members[0].worker.spec
         tokens = request.prompt_tokens + request.output_tokens
         share = tokens / (spec.block_size * spec.kv_blocks)
@@ -122,6 +126,8 @@ class Keeper:
     def _make_room(self, member: Member) -> None:
         """Let the newest go while what is pinned keeps others from going on."""
         self._watched.discard(member.record.incarnation)
+        if member.is_dead:
+            return  # what it held is gone, and nobody runs there
         held = [k for k in self._kept.values() if any(m is member for m, _ in k.leases)]
         load = member.worker.load()
         stuck = not load.running and load.waiting

@@ -216,7 +216,7 @@ class SimRouter:
         if job.emitted + 1 < self.max_tokens(job) and not self._hand_over(job, leg, now_s):
             return
         source = placed.source
-        owner = None if source is None else self.fleet.member(source.worker_id)
+        owner = None if source is None else self.fleet.find(source.worker_id)
         deadline_s = job.request.at_s + self._spec.router.request_timeout_s
         leg.compute(source, owner, deadline_s)
         if self._keeper is not None:
@@ -420,7 +420,8 @@ class SimRouter:
             self.chooser.answer_ended(worker, record.output_tokens, now_s - job.began_s)
         if self._keeper is not None:
             workers = {record.prefill_worker, record.decode_worker} - {""}
-            members = [self.fleet.member(WorkerId(worker)) for worker in sorted(workers)]
+            found = [self.fleet.find(WorkerId(worker)) for worker in sorted(workers)]
+            members = [member for member in found if member is not None]
             self._keeper.ended(job.request, members, record.queue_s)
         self._end(job, "ok")
 

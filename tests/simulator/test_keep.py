@@ -6,9 +6,9 @@ from math import inf
 import pytest
 
 from simulator.cluster import Cluster, Outcome
-from simulator.spec import PoolRole, SimSpec
+from simulator.spec import Failure, PoolRole, SimSpec
 from simulator.workload.types import SimRequest
-from tests.simulator.clusters import WORKER, ask, check_idle, colocated, pool
+from tests.simulator.clusters import WORKER, ask, check_idle, colocated, pool, split
 
 
 @dataclass
@@ -84,3 +84,23 @@ def test_turns_may_wait_in_the_order_their_sessions_began() -> None:
         records = [record for record in outcome.records if record.session == "a"]
         first[by_session] = records[1].ttft_s
     assert first[True] < 0.5 * first[False]
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_answer_that_outlives_its_prefill_worker_is_kept_where_it_ended(silent: bool) -> None:
+    keep = Keep(3.5)
+    failure = Failure(at_s=0.3, pool="prefill", worker=0, silent=silent)
+    spec = replace(split(prefill=2), closed_sessions=True, keep=keep, failures=(failure,))
+    long = replace(ask(0.0, family=1, output=600), session="a")
+    turns = [long, replace(ask(9.0, prompt=176, family=1), session="a", think_s=3.0)]
+    turns += [turn(f"b{i}", 0.01 * i, 2 + i) for i in range(4)]
+    outcome = finished(spec, turns)
+    assert [record.outcome for record in outcome.records] == ["ok"] * 6
+    assert keep.pauses_s == [pytest.approx(3.0)]
+
+
+def test_nobody_is_left_to_keep_what_a_lost_worker_had() -> None:
+    failure = Failure(at_s=0.2, pool="colocated", worker=0, restart_s=0.5)
+    spec = replace(spec_of(Keep(inf)), failures=(failure,))
+    outcome = finished(spec, [turn("a", 0.0, 1), turn("a", 9.0, 1, think_s=3.0)])
+    assert [record.outcome for record in outcome.records] == ["ok"] * 2
