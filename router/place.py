@@ -86,39 +86,42 @@ class PrefillPoolQuery(PoolQuery):
         return found
 
     def cached_tokens(self, worker: WorkerId) -> int:
-        holdings, blocks = self._views[worker].holdings, None
-        if self._levels is None:
-            self._levels = self._known.index.levels(self.hashes, self._mask, 1)
-        for level in self._levels:
-            blocks = level.blocks
-            if level.mask & holdings.bit:
+        bit, levels = self._views[worker].holdings.bit, self._levels
+        if levels is None:
+            levels = self._levels = self._known.index.levels(self.hashes, self._mask, 1)
+        for blocks, mask in levels:
+            if mask & bit:
                 return self._usable(blocks)
-        return self._usable(holdings.depth(self.hashes, blocks)) if blocks else 0
+        most = levels[-1].blocks if levels else 0
+        return self._usable(self._known.index.longest(self.hashes, bit, most)[0])
 
     def _usable(self, blocks: int) -> int:
         """The last token is always computed."""
-        return min(blocks * self.block_size, self.tokens - 1)
+        tokens = blocks * self.block_size
+        return tokens if tokens < self.tokens else self.tokens - 1
 
     def queued_tokens(self, worker: WorkerId) -> int:
         return self._views[worker].queued_tokens
 
     def ttft_s(self, worker: WorkerId) -> tuple[float, float]:
-        speed = self._known.curves.of(self._views[worker].kind)
-        work_s = speed.prefill.seconds(self.cached_tokens(worker), self.tokens)
-        return self.queued_tokens(worker) * speed.queue_token_s, work_s
+        return self._seconds(worker, self.cached_tokens(worker))
 
     def coming(self, limit: int) -> list[WorkerId]:
         found = self._known.coming.longest(self._steps, limit)
         return [worker for worker in found if worker in self._views and self.is_open(worker)]
 
     def expected_s(self, worker: WorkerId) -> tuple[float, float]:
-        speed = self._known.curves.of(self._views[worker].kind)
         cached = self.cached_tokens(worker)
         steps = self._known.coming.steps_at(worker, self._steps)
         if steps:
             cached = max(cached, self._usable(steps * blocks_per_step(self.block_size)))
+        return self._seconds(worker, cached)
+
+    def _seconds(self, worker: WorkerId, cached: int) -> tuple[float, float]:
+        view = self._views[worker]
+        speed = self._known.curves.of(view.kind)
         work_s = speed.prefill.seconds(cached, self.tokens)
-        return self.queued_tokens(worker) * speed.queue_token_s, work_s
+        return view.queued_tokens * speed.queue_token_s, work_s
 
     def measured(self, worker: WorkerId) -> bool:
         """Whether the seconds predicted for it rest on what such workers have taken."""
@@ -131,14 +134,14 @@ class PrefillPoolQuery(PoolQuery):
         prefix; of a few equals one in the same network domain, then with the fewest sequences.
         """
         here = self.cached_tokens(chosen)
-        wanted = self.hashes[: (self.tokens - 1) // self.block_size]
+        wanted = min(len(self.hashes), (self.tokens - 1) // self.block_size)
         index, mask = self._known.index, everyone.mask(self._known.index)
         for worker in everyone.named(failed):
             mask &= ~everyone.views[worker].holdings.bit
         least = here // self.block_size + 1
-        if least > len(wanted) or not index.holders(wanted[least - 1]) & mask:
+        if least > wanted or not index.holders(self.hashes[least - 1]) & mask:
             return None
-        blocks, longest = index.longest(wanted, mask)
+        blocks, longest = index.longest(self.hashes, mask, wanted)
         start = int(self.random.random() * mask.bit_length())
         some = index.pick(longest, _SOURCES, start)
         domain = self._views[chosen].domain

@@ -58,7 +58,8 @@ class Baton:
         return list(dict.fromkeys((*homes, *holders, *query.coming(_COMING), *drawn)))
 
     def choose(self, query: PrefillQuery) -> Decision:
-        scored = [self._score(query, worker) for worker in self.candidates_of(query)]
+        weight = max(self._least_weight, 1 - self._busy)
+        scored = [_score(query, worker, weight) for worker in self.candidates_of(query)]
         best = min(scored, key=_cost)
         if _ttft_s(best) <= query.slo.ttft_s:
             return Decision(best.worker_id, scored, "cost")
@@ -73,11 +74,10 @@ class Baton:
         if other is not None:  # any other one is busy as often as all are
             self._busy += ((query.queued_tokens(other) > 0) - self._busy) / _LOOKS
 
-    def _score(self, query: PrefillQuery, worker: WorkerId) -> Scored:
-        queue_s, work_s = query.expected_s(worker)
-        terms = (("queue_s", queue_s), ("work_s", work_s))
-        weight = max(self._least_weight, 1 - self._busy)
-        return Scored(worker, weight * queue_s + work_s, terms)
+
+def _score(query: PrefillQuery, worker: WorkerId, weight: float) -> Scored:
+    queue_s, work_s = query.expected_s(worker)
+    return Scored(worker, weight * queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))
 
 
 def _cost(candidate: Scored) -> float:
