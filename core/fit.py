@@ -65,10 +65,12 @@ class CostFit:
         self.observed += 1
         self._weight = self._keep * self._weight + 1.0
         self._ratios = self._keep * self._ratios + ratio
-        for i, share in enumerate(shares):
-            self._products[i] = self._keep * self._products[i] + share * ratio
-            for j, other in enumerate(shares):
-                self._moments[i][j] = self._keep * self._moments[i][j] + share * other
+        keep, products = self._keep, self._products
+        for i, (share, row) in enumerate(zip(shares, self._moments, strict=True)):
+            products[i] = keep * products[i] + share * ratio
+            row[:] = [
+                keep * moment + share * other for moment, other in zip(row, shares, strict=True)
+            ]
         self._solve()
 
     def predict(self, features: Sequence[float]) -> float:
@@ -98,17 +100,22 @@ class CostFit:
 
         The problem is convex, and its condition number at most memory / w: a few sweeps do.
         """
-        level = self._ratios / self._weight
+        level, scales = self._ratios / self._weight, self._scales
+        rows = [
+            (i, row, row[i], row[i] + _SHAPE_WEIGHT, product + _SHAPE_WEIGHT * level)
+            for i, (row, product) in enumerate(zip(self._moments, self._products, strict=True))
+        ]
+        settled = _SETTLED * level
         for _ in range(_SWEEPS):
-            moved = 0.0
-            for i, row in enumerate(self._moments):
-                others = sum(map(mul, row, self._scales))
-                wanted = self._products[i] + _SHAPE_WEIGHT * level - others
-                wanted += row[i] * self._scales[i]
-                scale = max(0.0, wanted / (row[i] + _SHAPE_WEIGHT))
-                moved = max(moved, abs(scale - self._scales[i]))
-                self._scales[i] = scale
-            if moved <= _SETTLED * level:
+            has_moved = False
+            for i, row, own, divisor, target in rows:
+                before = scales[i]
+                wanted = target - sum(map(mul, row, scales)) + own * before
+                scale = wanted / divisor if wanted > 0.0 else 0.0
+                scales[i] = scale
+                if not -settled <= scale - before <= settled:
+                    has_moved = True
+            if not has_moved:
                 return
 
 

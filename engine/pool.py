@@ -73,9 +73,9 @@ class BlockPool:
 
     def lookup(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
         """The published blocks of the longest prefix of `hashes`; takes no reference."""
-        found: list[BlockId] = []
+        found, published = list[BlockId](), self._by_hash.get
         for block_hash in hashes:
-            block_id = self._by_hash.get(block_hash)
+            block_id = published(block_hash)
             if block_id is None:
                 break
             found.append(block_id)

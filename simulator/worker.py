@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter
 from typing import Literal
 
 from core.errors import InternalError
@@ -35,6 +36,7 @@ from engine.sequence import SequenceState
 from simulator.events import Events
 from simulator.sequence import SimSequence
 
+_KNOWN = attrgetter("known_tokens")
 _MOST_STEPS = 1 << 20
 _IDLE_SWEEP_S = 0.25
 _RESERVE = 0.05
@@ -263,10 +265,7 @@ class SimWorker:
             share = (now_s - run.began_s) / (run.ends_s - run.began_s)
             grown = int(share * run.steps) * run.sequences
         context = self._context_tokens + grown + self._pulling_tokens
-        for sequence in self._prompts:
-            context += sequence.known_tokens
-        for sequence in self._fresh:
-            context += sequence.known_tokens
+        context += sum(map(_KNOWN, self._prompts)) + sum(map(_KNOWN, self._fresh))
         return LoadReport(
             last_submit=last_submit,
             queued_tokens=self._queued_tokens + self._fetching_tokens,
@@ -337,8 +336,8 @@ class SimWorker:
     def _plan(self) -> _Run | None:
         """The next run, where all decodes go on and their blocks suffice; else None."""
         spec, now_s, decodes = self.spec, self._events.now_s(), self._decodes
-        prompts = [sequence.pending_tokens for sequence in self._prompts]
         step_tokens = spec.step_tokens
+        prompts = _first_pending(self._prompts, step_tokens)
         if prompts and self._prompts[0].known_tokens == self._prompts[0].context_tokens:
             begun = self._prompts[0].computed
             step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, begun)
@@ -348,7 +347,8 @@ class SimWorker:
         if not self._grow(self._steps):
             return None
         if prompts:
-            fed_prompts = self._first_chunks(list(zip(self._prompts, chunks, strict=True)), now_s)
+            planned = list(zip(self._prompts, chunks, strict=False))  # those behind get nothing
+            fed_prompts = self._first_chunks(planned, now_s)
             return _Run(now_s, 1, self._decodes, fed_prompts)
         while self._ends[0][2].turn != self._ends[0][1]:
             heapq.heappop(self._ends)
@@ -465,9 +465,9 @@ class SimWorker:
         if not run.chunks and run.steps > 1:
             self._grow(self._steps + run.steps - 1)
         self._count(run.steps)
-        done = [s for s, count in run.chunks if self._feed(s, count)]
-        if run.chunks:
-            self._sort_prompts(done)
+        done = {s for s, count in run.chunks if self._feed(s, count)}
+        for sequence, _ in run.chunks:
+            self._sort_prompt(sequence, sequence in done)
         ends = self._ends
         while ends and ends[0][0] <= self._steps:
             _, order, sequence = heapq.heappop(ends)
@@ -478,14 +478,14 @@ class SimWorker:
             sequence.publish(self.pool, self._size)
             self._sampled(sequence)
 
-    def _sort_prompts(self, done: list[SimSequence]) -> None:
-        """A prompt of which one token is left is fed it with the decodes."""
-        left = [s for s in self._prompts if s not in done]
-        self._prompts = [s for s in left if s.pending_tokens > 1]
-        for sequence in left:
-            if sequence.pending_tokens == 1:
-                self._queued_tokens -= 1
-                self._fresh.append(sequence)
+    def _sort_prompt(self, sequence: SimSequence, is_done: bool) -> None:
+        """One that was fed. If one token is left of it, it is fed that with the decodes."""
+        if is_done:
+            self._prompts.remove(sequence)
+        elif sequence.pending_tokens == 1:
+            self._prompts.remove(sequence)
+            self._queued_tokens -= 1
+            self._fresh.append(sequence)
 
     def _count(self, steps: int) -> None:
         """So many steps of the decodes have ended."""
@@ -564,6 +564,17 @@ class SimWorker:
         for sequence in self.scheduler.waiting:
             sequence.queued_tokens = sequence.pending_tokens - sequence.cached_tokens
         self._queued_tokens = self.scheduler.load().queued_tokens
+
+
+def _first_pending(prompts: Sequence[SimSequence], step_tokens: int) -> list[int]:
+    """Pending tokens of the first prompts, as many as fill a step of that size."""
+    pending: list[int] = []
+    for sequence in prompts:
+        pending.append(sequence.known_tokens - sequence.computed)
+        step_tokens -= pending[-1]
+        if step_tokens <= 0:
+            break
+    return pending
 
 
 def _queued(sequence: SimSequence) -> int:

@@ -47,6 +47,18 @@ class _Matmul:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Attention:
+    """Of one layer of one rank. Bytes are those of one token, `flops_per_pair` all ranks'."""
+
+    flops_per_pair: int
+    flops_per_s: float
+    kv_bytes: float
+    """Ranks beyond the KV heads hold copies."""
+    query_bytes: float
+    memory_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RooflineLatency:
     """Implements LatencyModel for `model` on `tp` devices. Raises ConfigError when the heads do not
     divide by `tp`.
@@ -57,6 +69,7 @@ class RooflineLatency:
     tp: int = 1
     efficiency: Efficiency = Efficiency()
     _matmuls: tuple[_Matmul, ...] = field(init=False, repr=False, compare=False)
+    _attention: _Attention = field(init=False, repr=False, compare=False)
     _known: dict[tuple[int, int], float] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
@@ -68,6 +81,17 @@ class RooflineLatency:
                 f" a tensor parallel degree of {self.tp}"
             )
         object.__setattr__(self, "_matmuls", _layer_matmuls(self.model, self.tp))
+        object.__setattr__(self, "_attention", self._attention_rates())
+
+    def _attention_rates(self) -> _Attention:
+        model, gained, device = self.model, self.efficiency, self.device
+        return _Attention(
+            flops_per_pair=4 * model.heads * model.head_dim,
+            flops_per_s=gained.attention_compute * device.flops_per_s,
+            kv_bytes=2 * max(1.0, model.kv_heads / self.tp) * model.head_dim * model.kv_bytes,
+            query_bytes=model.heads * model.head_dim * 2 / self.tp,
+            memory_bytes_per_s=gained.memory * device.memory_bytes_per_s,
+        )
 
     def step_s(self, shape: StepShape) -> float:
         tokens = shape.decode_sequences
@@ -119,28 +143,19 @@ class RooflineLatency:
 
     def _chunk_s(self, start: int, end: int) -> float:
         """Attention of one layer over a chunk's own tokens and the KV before them."""
-        model, gained, tokens = self.model, self.efficiency, end - start
+        rates, tokens = self._attention, end - start
         pairs = tokens * (start + end) / 2
-        flops = 4 * model.heads * model.head_dim * pairs / self.tp
-        moved = (end + tokens) * self._kv_bytes() + 4 * tokens * self._query_bytes()
-        compute_s = flops / (gained.attention_compute * self.device.flops_per_s)
-        memory_s = moved / (gained.memory * self.device.memory_bytes_per_s)
-        return max(compute_s, memory_s) + gained.launch_s
+        moved = (end + tokens) * rates.kv_bytes + 4 * tokens * rates.query_bytes
+        compute_s = rates.flops_per_pair * pairs / self.tp / rates.flops_per_s
+        memory_s = moved / rates.memory_bytes_per_s
+        return max(compute_s, memory_s) + self.efficiency.launch_s
 
     def _decode_attention_s(self, context_tokens: float) -> float:
         if not context_tokens:
             return 0.0
-        moved = context_tokens * self._kv_bytes()
-        gained = self.efficiency
-        return moved / (gained.memory * self.device.memory_bytes_per_s) + gained.launch_s
-
-    def _kv_bytes(self) -> float:
-        """KV of one token in one layer of one rank; ranks beyond the KV heads hold copies."""
-        model = self.model
-        return 2 * max(1.0, model.kv_heads / self.tp) * model.head_dim * model.kv_bytes
-
-    def _query_bytes(self) -> float:
-        return self.model.heads * self.model.head_dim * 2 / self.tp
+        rates = self._attention
+        moved_s = context_tokens * rates.kv_bytes / rates.memory_bytes_per_s
+        return moved_s + self.efficiency.launch_s
 
     def _all_reduce_s(self, tokens: int) -> float:
         """Ring all-reduce of 16-bit activations."""
