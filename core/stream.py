@@ -206,15 +206,17 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         if self._transport.is_closing():
             return True
         if not self._held:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._held += (_LENGTH.pack(len(body)), body)
         self._held_bytes += len(body)
         if self._held_bytes > _MAX_HELD_BYTES:
-            self._flush()
+            self.flush()
         return True
 
-    def _flush(self) -> None:
-        """Hand what is held to the transport, which sends it at once if it can."""
+    def flush(self) -> None:
+        """Hand what is held to the transport, which sends it at once if it can: for a question that
+        somebody waits for, while there is still work to do in this turn of the event loop.
+        """
         held, self._held, self._held_bytes = self._held, [], 0
         transport = self._transport
         if not held or transport.is_closing():
@@ -225,7 +227,7 @@ class MessageStream(asyncio.Protocol, Generic[In]):
 
     def close(self) -> None:
         """Close once what was sent is out, or in a while."""
-        self._flush()
+        self.flush()
         transport = self._transport
         transport.close()
         if transport.get_write_buffer_size():
@@ -233,7 +235,7 @@ class MessageStream(asyncio.Protocol, Generic[In]):
 
     def abort(self, reason: str = "") -> None:
         """Close at once; what was not sent yet is lost. With a reason, reading raises it."""
-        self._flush()
+        self.flush()
         self._aborted = self._aborted or reason
         self._transport.abort()
 

@@ -9,7 +9,7 @@ same answer. All times come from the clock passed in; one thread calls all of th
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -145,10 +145,29 @@ class LeaseTable:
             if lease is not None and lease.reader == reader and lease.expires_at_s != NEVER_S:
                 lease.expires_at_s = self._clock.now_s() + self.lease_s
 
-    def close(self, lease_id: LeaseId, reader: str) -> LeaseOutcome:
-        """Answer the closing question; idempotent while the lease is remembered."""
+    def close(
+        self,
+        lease_id: LeaseId,
+        reader: str,
+        tell: Callable[[LeaseOutcome], None] = lambda _: None,
+    ) -> LeaseOutcome:
+        """Answer the closing question; idempotent while the lease is remembered.
+
+        `tell` hears the answer first and the blocks, thousands of a long prompt, are let go after
+        it: a decode worker waits for the answer.
+        """
         self._forget()
         lease = self._open.get(lease_id)
+        outcome = self._outcome(lease_id, lease, reader)
+        tell(outcome)
+        if lease is not None and outcome is LeaseOutcome.EXPIRED:
+            self._expire(lease)
+        elif lease is not None and outcome is LeaseOutcome.HELD:
+            self.counters.closed += 1
+            self._end(lease, LeaseOutcome.HELD)
+        return outcome
+
+    def _outcome(self, lease_id: LeaseId, lease: Lease | None, reader: str) -> LeaseOutcome:
         if lease is None:
             ended = self._ended.get(lease_id)
             if ended is None or ended.reader != reader:
@@ -156,12 +175,8 @@ class LeaseTable:
             return ended.outcome
         if lease.reader != reader or lease.tokens is None:
             return LeaseOutcome.UNKNOWN
-        if lease.expires_at_s <= self._clock.now_s():
-            self._expire(lease)
-            return LeaseOutcome.EXPIRED
-        self.counters.closed += 1
-        self._end(lease, LeaseOutcome.HELD)
-        return LeaseOutcome.HELD
+        expired = lease.expires_at_s <= self._clock.now_s()
+        return LeaseOutcome.EXPIRED if expired else LeaseOutcome.HELD
 
     def abort(self, lease_id: LeaseId) -> Lease | None:
         """End a lease early; answers it if it was open."""

@@ -127,10 +127,14 @@ class Owner:
 
     def close(self, reader: str, question: Close, checksums: tuple[int, ...]) -> None:
         """Answer the closing question. `checksums` are those it asked for."""
+        lease_id = question.lease_id
+
+        def tell(outcome: LeaseOutcome) -> None:
+            answer = Closed(lease_id=lease_id, outcome=outcome, checksums=checksums)
+            self._send(reader, answer)
+
         self.sweep()
-        outcome = self.table.close(question.lease_id, reader)
-        answer = Closed(lease_id=question.lease_id, outcome=outcome, checksums=checksums)
-        self._send(reader, answer)
+        self.table.close(lease_id, reader, tell)
         self._on_freed()
 
     def may_verify(self, reader: str, question: Close) -> bool:

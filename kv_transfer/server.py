@@ -11,7 +11,7 @@ from core.stream import MessageStream, StreamBroken, accepting
 from engine.arena import Arena
 from kv_transfer.checksum import checksum_blocks
 from kv_transfer.codec import UnknownMessage, from_owner_to_wire, from_reader_from_wire
-from kv_transfer.messages import Close, FromOwner, FromReader, PeerHello, Refused
+from kv_transfer.messages import Close, Closed, FromOwner, FromReader, PeerHello, Refused
 from kv_transfer.owner import Owner
 from wire import peer_pb2
 
@@ -50,6 +50,8 @@ class PeerDoor:
     async def _serve(self, stream: Stream) -> None:
         def send(message: FromOwner) -> None:
             stream.send(from_owner_to_wire(message))
+            if isinstance(message, Closed):
+                stream.flush()
 
         mine = self._hello()
         send(mine)

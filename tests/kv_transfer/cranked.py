@@ -192,6 +192,9 @@ class OwnerEnd:
     def send(self, message: peer_pb2.FromOwner) -> None:
         self._link.to_reader.write(message)
 
+    def flush(self) -> None:
+        """What was sent is under way already."""
+
     async def read(self) -> peer_pb2.FromReader | None:
         return await self._link.to_owner.read()
 

@@ -6,7 +6,7 @@ hand-off that returns brings exactly that, in order; and everything comes to res
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -95,8 +95,14 @@ class FreesUnderReads(WatchedPool):
 
 
 class TrustsAnybody(WatchedTable):
-    def close(self, lease_id: LeaseId, reader: str) -> LeaseOutcome:
+    def close(
+        self,
+        lease_id: LeaseId,
+        reader: str,
+        tell: Callable[[LeaseOutcome], None] = lambda _: None,
+    ) -> LeaseOutcome:
         super().close(lease_id, reader)
+        tell(LeaseOutcome.HELD)
         return LeaseOutcome.HELD
 
 

@@ -45,7 +45,13 @@ def test_a_close_by_its_reader_says_held_and_frees_the_blocks() -> None:
     t = Table()
     lease = t.open()
     assert t.held() == 2
-    assert t.table.close(lease.lease_id, READER) is LeaseOutcome.HELD
+    told: list[tuple[LeaseOutcome, int]] = []
+
+    def tell(outcome: LeaseOutcome) -> None:
+        told.append((outcome, t.held()))
+
+    assert t.table.close(lease.lease_id, READER, tell) is LeaseOutcome.HELD
+    assert told == [(LeaseOutcome.HELD, 2)], "the answer comes before the blocks are let go"
     assert t.held() == 0
 
 

@@ -110,8 +110,13 @@ class WatchedTable(LeaseTable):
             self.promises[lease.lease_id].kv += [self._kv[b] for b in block_ids]
         super().extend(lease, block_ids)
 
-    def close(self, lease_id: LeaseId, reader: str) -> LeaseOutcome:
-        outcome = super().close(lease_id, reader)
+    def close(
+        self,
+        lease_id: LeaseId,
+        reader: str,
+        tell: Callable[[LeaseOutcome], None] = lambda _: None,
+    ) -> LeaseOutcome:
+        outcome = super().close(lease_id, reader, tell)
         if outcome is LeaseOutcome.HELD:
             self.confirmed.setdefault(lease_id, reader)
         return outcome
