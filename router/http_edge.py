@@ -33,7 +33,7 @@ from router.config import RouterConfig
 from router.http_body import read_body
 from router.http_errors import ClientGone, ClientTooSlow
 from router.http_reply import Line, Reply, line_of
-from router.http_stream import collect_answer, stream_answers
+from router.http_stream import collect_answers, stream_answers
 from router.metrics import EdgeMetrics
 from router.request_context import header, request_id_of
 from router.requests import Plan, Planner
@@ -147,11 +147,7 @@ class Exchange:
             )
             await self._reply.end(last)
         else:
-            tasks = [
-                group.create_task(collect_answer(edge.generator, answer))
-                for answer in self._answers
-            ]
-            texts = [await task for task in tasks]
+            texts = await collect_answers(edge.generator, self._answers, group)
             await self._reply.json(200, answer_body(head, self._answers, texts))
 
     def _answer(self, plan: Plan, index: int) -> Answer:

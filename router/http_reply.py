@@ -5,7 +5,7 @@ from typing import Protocol
 
 from starlette.types import Scope, Send
 
-from core.errors import BatonError
+from core.errors import BatonError, InternalError
 from router.http_errors import Header, error_body, error_headers
 
 ABORT_EXTENSION = "baton.abort"
@@ -81,6 +81,19 @@ class Reply:
             ],
         )
         return line_of(self._scope)
+
+    def start_stream_now(self) -> Line:
+        """As `start_stream`, while the connection is not paused: nothing is waited for then, so a
+        first token that comes from a worker's stream wakes no task.
+        """
+        starting = self.start_stream()
+        try:
+            starting.send(None)
+        except StopIteration as started:
+            line: Line = started.value
+            return line
+        starting.close()
+        raise InternalError("the server made the head of a response wait")
 
     @property
     def paused(self) -> bool:

@@ -8,7 +8,7 @@ leave together when it has room. Each token's text is one event.
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TypeVar
 
 from core.errors import BatonError, InternalError
@@ -23,23 +23,30 @@ from router.types import Enough, Generated, Generator, TokenSink
 
 T = TypeVar("T")
 
+Spawn = Callable[[Coroutine[None, None, bytes]], Awaitable[bytes]]
+
 MAX_HELD_BYTES = 16 * 1024 * 1024
 """Of one answer's events, whatever the time: a worker could say much within the grace."""
 
 
 class Outflow:
-    """Events of all choices, in order, to the one connection; held until `run` has opened it.
+    """Events of all choices, in order, to the one connection. The first takes the response's head
+    with it, at once; those that find the connection full are held until it has room.
 
     When `max_events` are held, the client has `grace_s` to take them: a burst of tokens is no slow
-    client.
+    client. `spawn` starts a task of the request, for when that wait begins before `rest` is called.
     """
 
     __slots__ = (
         *("_error", "_grace_s", "_held", "_held_bytes", "_limit", "_line", "_max_events", "_open"),
-        *("_ready", "_wake", "events", "writes"),
+        *("_ready", "_reply", "_runs", "_spawn", "_starting", "_wake", "events", "writes"),
     )
 
-    def __init__(self, *, max_events: int, grace_s: float, producers: int) -> None:
+    def __init__(
+        self, reply: Reply, spawn: Spawn, *, max_events: int, grace_s: float, producers: int
+    ) -> None:
+        self._reply = reply
+        self._spawn = spawn
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._ready = False
@@ -49,6 +56,9 @@ class Outflow:
         self._open = producers
         self._error: BatonError | None = None
         self._line: Line | None = None
+        self._starting = False
+        """The head waits for the client."""
+        self._runs: Awaitable[bytes] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._limit: asyncio.Timeout | None = None
         self.events = 0
@@ -58,7 +68,11 @@ class Outflow:
         """Take an event; never waits."""
         self.events += 1
         line = self._line
-        if line is None or self._held or line.paused:
+        if line is None and not self._starting and not self._reply.paused:
+            self._add(event)
+            line = self._line = self._reply.start_stream_now()
+            self._release(line)
+        elif line is None or self._held or line.paused:
             self._hold(event)
         else:
             self.writes += 1
@@ -78,22 +92,29 @@ class Outflow:
         self._wake_up()
 
     def fail(self, error: BatonError) -> None:
-        """The answer cannot be completed: `run` raises `error` after the events so far."""
+        """The answer cannot be completed: `rest` raises `error` after the events so far."""
         if self._error is None:
             self._error = error
         self._wake_up()
 
-    async def run(self, reply: Reply) -> bytes:
-        """Start the response with the first event, and return when all producers have closed, with
-        what is still held.
+    async def rest(self) -> bytes:
+        """Wait until all producers have closed; what is still held then.
 
         An error before any event is raised with nothing sent. Raises ClientTooSlow.
         """
+        if self._runs is None:
+            self._runs = self._run()
+        return await self._runs
+
+    async def _run(self) -> bytes:
         await self._something()
-        if self._error is not None and not self._held:
-            raise self._error
-        start = reply.start_stream()
-        line = await (self._bounded(start) if reply.paused else start)
+        line = self._line
+        if line is None:
+            if self._error is not None and not self._held:
+                raise self._error
+            self._starting = True
+            start = self._reply.start_stream()
+            line = await (self._bounded(start) if self._reply.paused else start)
         while True:
             if line.paused:
                 await self._bounded(line.drain())
@@ -138,6 +159,8 @@ class Outflow:
         self._add(event)
         self._ready = True
         self._bound()
+        if self._runs is None:
+            self._runs = self._spawn(self._run())
         self._wake_up()
 
     def _add(self, event: bytes) -> None:
@@ -229,17 +252,25 @@ async def stream_answers(
     """Send all but the last bytes, which are returned: the caller ends the response with them.
 
     The response starts with the first item of any choice; an error before that is raised with
-    nothing sent. The choices run in `group`.
+    nothing sent. A single choice runs in the caller's task, several in `group`.
     """
     outflow = Outflow(
+        reply,
+        group.create_task,
         max_events=settings.stream_buffer_events,
         grace_s=settings.slow_client_grace_s,
         producers=len(answers),
     )
-    for answer in answers:
-        group.create_task(_speak(generator, answer, ChunkEncoder(head, answer.index), outflow))
+    speaking = [
+        _speak(generator, answer, ChunkEncoder(head, answer.index), outflow) for answer in answers
+    ]
     try:
-        rest = await outflow.run(reply)
+        if len(speaking) == 1:
+            await speaking[0]
+        else:
+            for speak in speaking:
+                group.create_task(speak)
+        rest = await outflow.rest()
     finally:
         metrics.stream_events.inc(outflow.events)
         metrics.coalesced_events.inc(outflow.events - outflow.writes)
@@ -257,8 +288,17 @@ async def _speak(
         outflow.close()
 
 
-async def collect_answer(generator: Generator, answer: Answer) -> str:
-    """The whole text of one answer, for a request that does not stream."""
+async def collect_answers(
+    generator: Generator, answers: Sequence[Answer], group: asyncio.TaskGroup
+) -> list[str]:
+    """The whole text of each, for a request that does not stream."""
+    if len(answers) == 1:
+        return [await _collect(generator, answers[0])]
+    tasks = [group.create_task(_collect(generator, answer)) for answer in answers]
+    return [await task for task in tasks]
+
+
+async def _collect(generator: Generator, answer: Answer) -> str:
     text = Text(answer)
     await _to_the_end(generator, answer, text)
     return "".join(text.pieces)

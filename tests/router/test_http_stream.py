@@ -17,8 +17,9 @@ from http_builders import (
     saying,
 )
 
-from core.errors import ConfigError
+from core.errors import ConfigError, InternalError
 from router.http_errors import ClientTooSlow
+from router.http_reply import LINE_EXTENSION, Reply
 from router.http_stream import MAX_HELD_BYTES, Outflow
 from router.serve import bind_listener
 from router.types import Generated
@@ -195,6 +196,10 @@ class Client:
         await self._open.wait()
 
     async def start_stream(self):
+        await self.drain()
+        return self.start_stream_now()
+
+    def start_stream_now(self):
         self.started = True
         return self
 
@@ -205,44 +210,65 @@ class Client:
         self._open.set()
 
 
-def outflow(producers=1, max_events=4, grace_s=1.0):
-    return Outflow(max_events=max_events, grace_s=grace_s, producers=producers)
+def outflow(client, producers=1, max_events=4, grace_s=1.0):
+    return Outflow(
+        client, asyncio.ensure_future, max_events=max_events, grace_s=grace_s, producers=producers
+    )
 
 
-async def begun(flow, client):
-    """An outflow that writes through: its first event is out."""
-    task = asyncio.ensure_future(flow.run(client))
+def begun(**settings):
+    """An outflow that writes through, its client, and the wait for its end: one event is out."""
+    client = Client()
+    flow = outflow(client, **settings)
     flow.put(b"first")
-    while not client.chunks:
-        await asyncio.sleep(0)
+    assert client.chunks == [b"first"]
     client.chunks.clear()
-    return task
+    return flow, client, asyncio.ensure_future(flow.rest())
 
 
 @in_loop
 async def test_outflow_raises_the_first_error_after_the_events_before_it():
-    flow, client = outflow(producers=2), Client()
+    client = Client()
+    flow = outflow(client, producers=2)
     flow.put(b"a")
     flow.fail(ConfigError("first"))
     flow.fail(ConfigError("second"))
     with pytest.raises(ConfigError, match="first"):
-        await flow.run(client)
+        await flow.rest()
     assert client.chunks == [b"a"]
 
 
 @in_loop
 async def test_outflow_that_fails_before_any_event_starts_no_response():
-    flow, client = outflow(), Client()
+    client = Client()
+    flow = outflow(client)
     flow.fail(ConfigError("first"))
     with pytest.raises(ConfigError, match="first"):
-        await flow.run(client)
+        await flow.rest()
     assert not client.started
+
+
+def test_the_first_event_takes_the_head_with_it_and_waits_for_no_task():
+    client = Client()
+    flow = outflow(client)
+    flow.put_last(b"role")
+    flow.put(b"text")
+    assert (client.started, client.chunks, flow.writes) == (True, [b"roletext"], 1)
+
+
+@in_loop
+async def test_a_head_that_has_to_wait_is_an_error_where_nothing_may_wait():
+    async def send(message):
+        await asyncio.sleep(0)
+
+    scope = {"extensions": {LINE_EXTENSION: {"line": Client()}}}
+    with pytest.raises(InternalError):
+        Reply(scope, send).start_stream_now()
 
 
 @in_loop
 async def test_outflow_ends_when_every_producer_has_closed():
-    flow, client = outflow(producers=2), Client()
-    running = await begun(flow, client)
+    flow, _, running = begun(producers=2)
     flow.close()
     await asyncio.sleep(0)
     assert not running.done()
@@ -252,8 +278,7 @@ async def test_outflow_ends_when_every_producer_has_closed():
 
 @in_loop
 async def test_event_is_written_where_it_is_put():
-    flow, client = outflow(), Client()
-    running = await begun(flow, client)
+    flow, client, running = begun()
     flow.put(b"a")
     flow.put(b"b")
     assert client.chunks == [b"a", b"b"]
@@ -264,8 +289,7 @@ async def test_event_is_written_where_it_is_put():
 
 @in_loop
 async def test_events_held_for_a_full_connection_leave_in_one_write_and_in_order():
-    flow, client = outflow(), Client()
-    running = await begun(flow, client)
+    flow, client, running = begun()
     client.stop_reading()
     flow.put(b"a")
     flow.put(b"b")
@@ -279,8 +303,7 @@ async def test_events_held_for_a_full_connection_leave_in_one_write_and_in_order
 
 @in_loop
 async def test_what_ends_an_answer_leaves_with_the_end_of_the_response():
-    flow, client = outflow(), Client()
-    running = await begun(flow, client)
+    flow, client, running = begun()
     flow.put_last(b"a")
     flow.put_last(b"b")
     flow.close()
@@ -291,8 +314,7 @@ async def test_what_ends_an_answer_leaves_with_the_end_of_the_response():
 
 @in_loop
 async def test_what_ends_one_of_several_answers_does_not_wait_for_the_others():
-    flow, client = outflow(producers=2), Client()
-    running = await begun(flow, client)
+    flow, client, running = begun(producers=2)
     flow.put_last(b"a")
     flow.put_last(b"b")
     flow.close()
@@ -307,17 +329,16 @@ async def test_what_ends_one_of_several_answers_does_not_wait_for_the_others():
 
 @in_loop
 async def test_outflow_that_nobody_takes_raises_after_its_grace():
-    flow = outflow(max_events=2, grace_s=0.01)
+    flow = outflow(Client(reads=False), max_events=2, grace_s=0.01)
     flow.put(b"a")
     flow.put(b"b")
     with pytest.raises(ClientTooSlow, match="2 events behind"):
-        await flow.run(Client(reads=False))
+        await flow.rest()
 
 
 @in_loop
 async def test_outflow_that_holds_too_many_bytes_raises_without_grace():
-    flow, client = outflow(max_events=1000, grace_s=1000.0), Client()
-    running = await begun(flow, client)
+    flow, client, running = begun(max_events=1000, grace_s=1000.0)
     client.stop_reading()
     flow.put(bytes(MAX_HELD_BYTES))
     await asyncio.sleep(0)
