@@ -11,8 +11,9 @@ by chance or by a tenant on purpose, would serve one prompt's KV to another.
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from sys import byteorder
+from typing import overload
 
 from core.ids import BlockHash, ModelId
 
@@ -27,20 +28,65 @@ def root_hash(model_id: ModelId, cache_salt: str = "") -> BlockHash:
 
 def chain_hashes(tokens: Sequence[int], block_size: int, parent: BlockHash) -> list[BlockHash]:
     """Hashes of all full blocks of `tokens` below `parent`; a partial last block has none."""
-    full = len(tokens) // block_size
-    data = pack_tokens(tokens[: full * block_size])
-    step = 4 * block_size
+    data, step = pack_tokens(tokens), 4 * block_size
     hashes: list[BlockHash] = []
-    for start in range(0, full * step, step):
+    for start in range(0, len(data) - step + 1, step):
         digest = hashlib.blake2b(parent + data[start : start + step], digest_size=HASH_BYTES)
         parent = BlockHash(digest.digest())
         hashes.append(parent)
     return hashes
 
 
+class PackedTokens(Sequence[int]):
+    """Token ids kept as they are hashed and as they travel. Those of a prompt are counted, hashed
+    and sent on, and as good as never looked at one by one.
+    """
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed) // 4
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[int, ...]: ...
+
+    def __getitem__(self, place: int | slice) -> int | tuple[int, ...]:
+        if isinstance(place, slice):
+            return tuple(self._ids()[place])
+        return self._ids()[place]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, PackedTokens):
+            return self.packed == other.packed
+        return tuple(self) == other
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"PackedTokens({tuple(self)})"
+
+    def _ids(self) -> "memoryview[int]":
+        return memoryview(self.packed).cast("I")
+
+
+def join_tokens(first: Sequence[int], then: Sequence[int]) -> Sequence[int]:
+    """One after the other."""
+    return PackedTokens(pack_tokens(first) + pack_tokens(then)) if then else first
+
+
 def pack_tokens(tokens: Sequence[int]) -> bytes:
     """Token ids as little-endian u32, as they are hashed and as they travel."""
-    return _u32(tokens).tobytes()
+    return tokens.packed if isinstance(tokens, PackedTokens) else _u32(tokens).tobytes()
 
 
 def unpack_tokens(packed: bytes) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ ends all its legs.
 Durations travel, never absolute times.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, SequenceId, WorkerId
@@ -64,7 +65,7 @@ class PrefillSubmit:
 
     number: int
     sequence_id: SequenceId
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     output_position: int
     sampling: SamplingParams
     deadline_s: float
@@ -83,7 +84,7 @@ class DecodeSubmit:
 
     number: int
     sequence_id: SequenceId
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     output_position: int
     sampling: SamplingParams
     deadline_s: float

@@ -1,6 +1,6 @@
 """One sequence on one worker: its tokens, how far its KV reaches, and which blocks hold it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import Enum
 from typing import Self
 
@@ -32,7 +32,7 @@ class Sequence:
         self,
         *,
         sequence_id: SequenceId,
-        context: tuple[int, ...],
+        context: Collection[int],
         output_position: int,
         sampling: SamplingParams,
         root: BlockHash,

@@ -17,6 +17,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from core.blocks import join_tokens
 from core.clock import Clock
 from core.errors import (
     BatonError,
@@ -87,7 +88,7 @@ class Attempt:
         self._clock = clock
         request = progress.request
         self._sequence_id = SequenceId(request.request_id, request.choice, attempt)
-        self._context = (*request.prompt_tokens, *progress.tokens)
+        self._context = join_tokens(request.prompt_tokens, progress.tokens)
         self._output_position = len(progress.tokens)
         loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = loop.create_future()

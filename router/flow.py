@@ -16,6 +16,7 @@ from random import Random
 from typing import NamedTuple
 
 from core import telemetry
+from core.blocks import join_tokens
 from core.clock import Clock
 from core.errors import InvalidRequest, NoWorkers, Overloaded, Unavailable
 from core.ids import RequestId, Role, WorkerId
@@ -187,7 +188,7 @@ class Flow:
         """The place a queued prompt moves to; None if that is gone, for the policy to choose."""
         progress.requeued = True
         self._watcher.requeued(Requeue.MOVED)
-        context = (*progress.request.prompt_tokens, *progress.tokens)
+        context = join_tokens(progress.request.prompt_tokens, progress.tokens)
         return self._chooser.consider_at(to, context, progress.request.cache_salt, shut.all)
 
     async def migrate(

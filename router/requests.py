@@ -92,7 +92,7 @@ class Planner:
                     deadline_s=max(0.0, ends_s - self._clock.now_s()),
                     cache_salt=body.cache_salt or "",
                 )
-                after = () if chat else prompt[-_CONTEXT_TAIL:]
+                after = () if chat else tuple(prompt[-_CONTEXT_TAIL:])
                 choices.append(PlannedChoice(request=request, after=after, counts_prompt=i == 0))
         return Plan(
             model=body.model,
@@ -110,8 +110,8 @@ class Planner:
                 f"the model '{model}' does not exist; this server has {served}", param="model"
             )
 
-    async def _prompts(self, body: OpenAiRequest) -> list[tuple[int, ...]]:
-        prompts: list[tuple[int, ...]] = []
+    async def _prompts(self, body: OpenAiRequest) -> list[Sequence[int]]:
+        prompts: list[Sequence[int]] = []
         if isinstance(body, ChatCompletionRequest):
             prompts.append(await self._tokenizer.encode_chat(body.messages))
         elif isinstance(body, CompletionRequest):

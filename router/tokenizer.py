@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from core import telemetry
+from core.blocks import PackedTokens, pack_tokens
 from core.errors import ConfigError, InvalidRequest, Overloaded
 from core.openai import ChatMessage
 from engine.weights import check_tokenizer, read_json
@@ -81,11 +82,11 @@ class Tokenizer:
             log.warning("%s", telemetry.log_line("no_chat_template", directory=directory))
         return cls(hf_tokenizer, threads=threads)
 
-    async def encode_text(self, text: str) -> tuple[int, ...]:
+    async def encode_text(self, text: str) -> Sequence[int]:
         """Ids of a text, with the special tokens the tokenizer adds to one."""
         return await self._in_thread(len(text), lambda: self._encode(text, special=True))
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    async def encode_chat(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
         """Ids of a chat up to where the assistant speaks. Raises InvalidRequest.
 
         A template that does not know the role `developer` sees `system`.
@@ -107,7 +108,7 @@ class Tokenizer:
         """Running work ends by itself; waiting work is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, size: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    async def _in_thread(self, size: int, work: Callable[[], Sequence[int]]) -> Sequence[int]:
         if size <= INLINE_CHARS:
             return work()
         if self._waiting_chars and self._waiting_chars + size > MAX_WAITING_CHARS:
@@ -124,7 +125,7 @@ class Tokenizer:
         turn = {"role": role, "content": message.text}
         return turn if message.name is None else turn | {"name": message.name}
 
-    def _encode_turns(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def _encode_turns(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
         turns = [self._turn(message) for message in messages]
         try:
             (text,), _ = render_jinja_template(
@@ -139,13 +140,13 @@ class Tokenizer:
             ) from error
         return self._encode(text, special=False)
 
-    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
+    def _encode(self, text: str, *, special: bool) -> Sequence[int]:
         special = special and self._adds_special
         if self._words is not None and not special:
             return self._words.encode(text)
         # `encode` keeps offsets into the text besides, which takes a third more time.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
-        return tuple(encoding.ids)
+        return PackedTokens(pack_tokens(encoding.ids))
 
 
 def _default_template(hf_tokenizer: Any) -> str:

@@ -1,5 +1,6 @@
 """The seam between the HTTP edge and flow.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +16,7 @@ class GenerateRequest:
 
     request_id: RequestId
     choice: int
-    prompt_tokens: tuple[int, ...]
+    prompt_tokens: Sequence[int]
     sampling: SamplingParams
     deadline_s: float
     cache_salt: str = ""

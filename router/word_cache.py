@@ -16,10 +16,11 @@ Before an added token the expression sees its text end, so all white space there
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Self, cast
 
 from tokenizers import Tokenizer
+
+from core.blocks import PackedTokens, pack_tokens
 
 MAX_CHARS = 32 * 1024
 """Of a text that is looked up: it is done in one go, with the interpreter lock held."""
@@ -45,7 +46,8 @@ _PATTERNS = tuple(
 )
 """Of Llama 3 and of Qwen 2 and 3."""
 
-Ids = tuple[int, ...]
+Ids = bytes
+"""Of a word, packed: to join a text's is one copy, and touches no id."""
 
 
 class WordCache:
@@ -72,8 +74,11 @@ class WordCache:
         ok = is_bpe and plain and within and _cuts_at_spaces(spec["pre_tokenizer"] or {})
         return cls(backend, [token["content"] for token in added]) if ok else None
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str) -> PackedTokens:
         """What the tokenizer gives for `text`."""
+        return PackedTokens(self._packed(text))
+
+    def _packed(self, text: str) -> Ids:
         if len(text) > MAX_CHARS:
             return self._encode(text)
         words = text.split(" ")
@@ -94,7 +99,7 @@ class WordCache:
                 return self._encode(text)
             for i in new:
                 found[i] = self._learn(words[i])
-        return tuple(chain.from_iterable(cast(list[Ids], found)))
+        return b"".join(cast(list[Ids], found))
 
     def _recall(self, words: list[str], found: list[Ids | None], i: int) -> bool:
         """A word of the older generation that is still used belongs to the new one."""
@@ -108,7 +113,7 @@ class WordCache:
         if len(word) > _WORD_CHARS:
             return self._encode(text)
         # Of so little text `encode`, which keeps the interpreter lock, is the cheaper way.
-        ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = pack_tokens(self._backend.encode(text, add_special_tokens=False).ids)
         self._keep(word, ids)
         return ids
 
@@ -119,7 +124,7 @@ class WordCache:
 
     def _encode(self, text: str) -> Ids:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-        return tuple(encoding.ids)
+        return pack_tokens(encoding.ids)
 
 
 def _cuts_at_spaces(pre_tokenizer: dict[str, Any]) -> bool:

@@ -2,7 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.blocks import HASH_BYTES, chain_hashes, pack_tokens, root_hash, unpack_tokens
+from core.blocks import (
+    HASH_BYTES,
+    PackedTokens,
+    chain_hashes,
+    join_tokens,
+    pack_tokens,
+    root_hash,
+    unpack_tokens,
+)
 from core.ids import ModelId
 from tests.builders import QUICK
 
@@ -69,3 +77,23 @@ def test_tokens_are_packed_like_this_for_ever() -> None:
 def test_a_token_cut_in_two_is_refused() -> None:
     with pytest.raises(ValueError, match="multiple"):
         unpack_tokens(b"12345")
+
+
+@QUICK
+@given(TOKENS, st.integers(-50, 50), st.integers(-50, 50))
+def test_packed_tokens_read_as_the_tuple_they_were(ids: list[int], start: int, end: int) -> None:
+    packed, plain = PackedTokens(pack_tokens(ids)), tuple(ids)
+    assert (len(packed), tuple(packed), packed[start:end]) == (len(ids), plain, plain[start:end])
+    assert [packed[i] for i in range(-len(ids), len(ids))] == [*ids, *ids]
+    assert packed == plain and hash(packed) == hash(plain)
+    assert packed == PackedTokens(pack_tokens(plain)) and packed != (*plain, 1)
+    assert pack_tokens(packed) == pack_tokens(plain)
+
+
+def test_tokens_joined_to_packed_ones_hash_and_travel_as_all_of_them() -> None:
+    packed = PackedTokens(pack_tokens(range(40)))
+    whole = tuple(range(50))
+    joined = join_tokens(packed, range(40, 50))
+    assert join_tokens(packed, ()) is packed
+    assert joined == whole and pack_tokens(joined) == pack_tokens(whole)
+    assert chain_hashes(joined, 16, ROOT) == chain_hashes(whole, 16, ROOT)
