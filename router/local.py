@@ -10,8 +10,8 @@ both sides of the trade are predicted.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from router.place import Beside
 from router.policies.base import Slo
@@ -33,8 +33,7 @@ class LocalVerdict(StrEnum):
     """A prefill worker is predicted to give the first token sooner, by more than a token takes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalOption:
+class LocalOption(NamedTuple):
     """A prompt at a decode worker. All seconds are predictions."""
 
     measured: bool

@@ -192,6 +192,8 @@ def sample(query: Query, count: int, among: Sequence[WorkerId] | None = None) ->
             if len(found) == count:
                 return found
     left = [worker for worker in pool if query.is_open(worker)]
+    if len(left) == 1:
+        return left
     return query.random.sample(left, min(count, len(left)))
 
 
