@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Literal
@@ -199,6 +200,24 @@ async def test_the_status_table_has_every_worker() -> None:
             "decode-0": Role.DECODE,
         }
         assert all(view.connected and view.total_blocks == 256 for view in rows.values())
+
+
+async def test_every_placement_is_a_line_that_explains_itself_where_that_is_asked_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running_cluster() as cluster:
+        await generate(cluster, make_request(PROMPT, name="quiet"))
+        with caplog.at_level(logging.DEBUG, "router.attempt"):
+            items = await generate(cluster, make_request(make_prompt(30), name="asked"))
+    timings = items[-1].timings
+    assert timings is not None
+    lines = [m for m in caplog.messages if m.startswith("route_")]
+    assert [line.split(" ")[:3] for line in lines] == [
+        ["route_prefill", "request_id=asked", timings.prefill_worker],
+        ["route_decode", "request_id=asked", timings.decode_worker],
+    ]
+    for line in lines:  # the candidates, each with its cost and what that is made of
+        assert re.search(r" by .+: .*[a-z]+-\d=[-\d.e]+\(\w+=", line), line
 
 
 # -- workers that die ---------------------------------------------------------------------------
@@ -649,19 +668,36 @@ async def test_under_load_a_request_is_refused_early_and_served_when_the_load_is
         assert tokens(items) == expected_tokens(PROMPT, 16)
 
 
-async def test_a_worker_that_fails_is_left_out_and_shown_as_ejected() -> None:
-    strict = RouterConfig(worker_wait_s=0, eject_after_failures=1)
-    async with running_cluster(router=strict) as cluster:
+async def test_a_worker_that_fails_is_shown_as_ejected_and_left_out_until_it_answers_again() -> (
+    None
+):
+    strict = RouterConfig(worker_wait_s=0, eject_after_failures=1, eject_s=5.0, local_prefill=False)
+    clock = ShiftedClock()
+    async with running_cluster(router=strict, clock=clock) as cluster:
+
+        def ejected() -> set[str]:
+            return {status.worker_id for status in cluster.flow.workers() if status.ejected}
+
+        async def prefilled_by(seed: int) -> str:
+            request = make_request(make_prompt(22, seed=seed), name=f"later{seed}")
+            timings = (await generate(cluster, request))[-1].timings
+            assert timings is not None
+            return timings.prefill_worker
+
         for served in cluster.prefill:
             await generate(cluster, make_request(PROMPT, name=served.record.worker_id))
         await until_idle(*cluster.workers)
         holder = next(s for s in cluster.prefill if s.worker.pool.hashes())
         holder.engine.arena.data[:] = 0
         await generate(cluster, make_request(PROMPT, name="again"))
-        assert holder.record.worker_id in {w.worker_id for w in cluster.flow.workers() if w.ejected}
-        later = await generate(cluster, make_request(make_prompt(22, seed=9), name="later"))
-        assert later[-1].timings is not None
-        assert later[-1].timings.prefill_worker != holder.record.worker_id
+        assert ejected() == {holder.record.worker_id}
+        for seed in range(10, 20):
+            assert await prefilled_by(seed) != holder.record.worker_id
+        clock.ahead_s += 5.0
+        later = [await prefilled_by(seed) for seed in range(20, 50)]
+        assert holder.record.worker_id in later
+        assert ejected() == set()
+        await until_idle(*cluster.workers)
 
 
 # -- clients that leave, and time that runs out -------------------------------------------------

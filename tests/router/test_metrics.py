@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry
 
 from core.ids import BlockHash, WorkerId
 from router.index import PrefixIndex
+from router.local import LocalVerdict
 from router.metrics import EdgeMetrics, FlowMetrics
 from router.progress import SequenceEnd
 from router.types import Timings, WorkerStatus
@@ -62,6 +63,18 @@ def test_admission_counts_refusals_by_reason_and_shows_who_waits() -> None:
     assert value("baton_admission_rejected_total", {"reason": "target"}) == 2
     assert value("baton_admission_rejected_total", {"reason": "queue_full"}) == 1
     assert value("baton_admission_queue_requests") == 7
+
+
+def test_placements_count_by_whether_the_decode_worker_computes_the_prompt_and_why_not() -> None:
+    registry = CollectorRegistry()
+    metrics = FlowMetrics(registry)
+    for verdict in (*LocalVerdict, LocalVerdict.TPOT):
+        metrics.placed(verdict)
+    counts = {
+        verdict: registry.get_sample_value("baton_local_prefills_total", {"verdict": verdict})
+        for verdict in LocalVerdict
+    }
+    assert counts == {verdict: 1 + (verdict is LocalVerdict.TPOT) for verdict in LocalVerdict}
 
 
 def test_ejections_count_by_reason() -> None:

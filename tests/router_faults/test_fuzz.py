@@ -4,6 +4,7 @@ Whatever comes, it answers within the request's time, never with a 5xx, as the d
 afterwards nothing is open. Examples are derived from the test's name: the same ones every time.
 """
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import anyio.to_thread
 import httpx
+import psutil
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -51,6 +53,9 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Runni
     folder = tmp_path_factory.mktemp("fuzzed")
     async with running_fleet(folder, chosen, routers=1, workers=("p0", "d0")) as running:
         yield running
+
+
+ROUNDS = 100
 
 
 def few(examples: int) -> settings:
@@ -157,6 +162,38 @@ async def test_any_bytes_for_a_body_are_refused(fleet: RunningFleet, path: str) 
         assert reply.json()["error"]["message"]
 
     await anyio.to_thread.run_sync(ask)
+    await fleet.clean()
+
+
+async def test_what_was_asked_leaves_nothing_in_the_routers_memory(fleet: RunningFleet) -> None:
+    """Two kilobytes kept of each request would be as much as is allowed for all of them."""
+    (router,) = fleet.routers
+    process = psutil.Process(router.process.pid)
+    url = f"{router.url}{GENERATING[1]}"
+    served = {"model": MODEL.name, "prompt": "A fox", "max_tokens": 3}
+    bodies: list[tuple[int, object]] = [
+        (200, served),
+        (200, {**served, "stream": True, "n": 2}),
+        (200, {**served, "stop": ["never said"], "seed": 1}),
+        (400, {**served, "prompt": "a fox ran " * 400}),
+        (400, {**served, "n": "many"}),
+        (400, {**served, "unknown": [{"deep": [[]]}] * 50}),
+        (400, "no object"),
+        (404, {**served, "model": "another"}),
+    ]
+
+    async def ask_all(rounds: int) -> None:
+        for _ in range(rounds):
+            replies = await asyncio.gather(
+                *(fleet.client.post(url, json=body) for _, body in bodies)
+            )
+            assert [reply.status_code for reply in replies] == [status for status, _ in bodies]
+
+    await ask_all(ROUNDS // 2)
+    before = process.memory_info().rss
+    await ask_all(ROUNDS)
+    grown = process.memory_info().rss - before
+    assert grown < 2048 * ROUNDS * len(bodies), f"{grown} bytes"
     await fleet.clean()
 
 
