@@ -177,10 +177,16 @@ class _Hashes:
         self._block_size = block_size
         self._shared = shared
         self._known: dict[tuple[BlockHash, int, int], BlockHash] = {}
+        self._last: tuple[int, tuple[int, ...], list[BlockHash]] = 0, (), []
 
     def of(self, record: Record, copy: int) -> tuple[BlockHash, ...]:
-        parent, chain = BlockHash(b""), list[BlockHash]()
-        for block in record.ids[: record.prompt_tokens // self._block_size]:
+        ids = record.ids[: record.prompt_tokens // self._block_size]
+        last_copy, last_ids, last_chain = self._last
+        # A turn mostly repeats the one before it.
+        goes_on = copy == last_copy and ids[: len(last_ids)] == last_ids
+        chain = list(last_chain) if goes_on else []
+        parent = chain[-1] if chain else BlockHash(b"")
+        for block in ids[len(chain) :]:
             key = parent, 0 if block in self._shared else copy, block
             known = self._known.get(key)
             if known is None:
@@ -189,4 +195,5 @@ class _Hashes:
                 self._known[key] = known
             chain.append(known)
             parent = known
+        self._last = copy, ids, chain
         return tuple(chain)
