@@ -1,13 +1,17 @@
 """What a number of sessions in closed loops gets: the load is how many are open at once.
 
-    begin, spread over a minute | as many have ended as are open | judged | the last begins | end
+    begin, spread over half a minute | two turns for each that is open | so many judged | these end
 
-Three times as many sessions run as are open at once. Before the first of those marks all are at the
-same stage and caches are empty, after the last one fewer are open; neither part is judged.
+The sessions that are open at first begin in their middle, each at a turn of its own, so that young
+and old ones are mixed from the start. In their first turns they find less in caches than sessions
+that were simulated from their beginning would, so these turns are not judged.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil, inf
+from random import Random
 
 from router.policies.base import Slo
 from simulator.cluster import Cluster
@@ -15,8 +19,12 @@ from simulator.job import Record
 from simulator.spec import SimSpec
 from simulator.workload.types import SimRequest
 
-BEGIN_S = 60.0
-GENERATIONS = 3
+BEGIN_S = 30.0
+_WARM_TURNS = 2
+_BEGINNING_TURNS = 8
+"""Of each session while others begin, for those whose turns are short."""
+_SPARE = 1.25
+"""More sessions than are needed on average: an unlucky run may have many short ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,56 +37,99 @@ class Attained:
     share: float
 
 
+def sessions_needed(sessions: int, judged: int, mean_turns: float) -> int:
+    """How many a run takes that keeps `sessions` open until `judged` requests were."""
+    turns = (_BEGINNING_TURNS + _WARM_TURNS + 1) * sessions + judged
+    return sessions + ceil(_SPARE * turns / mean_turns)
+
+
 def run_sessions(
-    spec: SimSpec, requests: Sequence[SimRequest], sessions: int, share: float
+    spec: SimSpec, requests: Sequence[SimRequest], sessions: int, share: float, judged: int
 ) -> Attained:
-    """`requests` of `GENERATIONS * sessions` whole sessions, ended early once `share` is missed."""
-    judge = _Judge(spec.slo, requests, sessions, share)
+    """`requests` of whole sessions, until `judged` of them have ended, or there are no more
+    sessions to begin; ended early once `share` is missed.
+    """
     spec = replace(spec, closed_sessions=True, sessions=sessions, samples=0)
-    Cluster(spec).run(requests, enough=judge.note)
-    judged = [record for record in judge.records if record.at_s > judge.from_s]
-    judged = [record for record in judged if record.at_s <= judge.until_s]
-    span_s = max((r.at_s for r in judged), default=0.0) - judge.from_s
-    kept = sum(_kept(record, spec.slo) for record in judged)
-    rate_per_s = len(judged) / span_s if span_s > 0 else 0.0
-    if judge.missed_early:
-        return Attained(rate_per_s, 1 - judge.misses / len(requests))
-    return Attained(rate_per_s, kept / max(1, len(judged)))
+    requests = _begin_midway(requests, sessions, Random(spec.seed))
+    cluster, most = Cluster(spec), (1 - share) * (judged + sessions)
+    judge = _Judge(spec.slo, requests, sessions, judged, cluster.now_s)
+    cluster.run(
+        requests,
+        on_asked=judge.asked,
+        enough=lambda record: judge.note(record) or judge.misses > most,
+    )
+    counted = judged + sessions if judge.misses > most else max(1, judge.judged)
+    rate_per_s = judge.judged / judge.span_s if judge.span_s > 0 else 0.0
+    return Attained(rate_per_s, 1 - judge.misses / counted if judge.judged else 0.0)
+
+
+def _begin_midway(
+    requests: Sequence[SimRequest], sessions: int, random: Random
+) -> list[SimRequest]:
+    """Without the first turns, from none to all but one, of each session that is open at first."""
+    turns: dict[str, list[SimRequest]] = {}
+    for request in requests:
+        turns.setdefault(request.session, []).append(request)
+    begun = list[SimRequest]()
+    for i, each in enumerate(turns.values()):
+        skipped = random.randrange(len(each)) if i < sessions else 0
+        begun.append(replace(each[skipped], at_s=each[0].at_s, think_s=None))
+        begun += each[skipped + 1 :]
+    return sorted(begun, key=lambda request: request.at_s)
 
 
 class _Judge:
-    """Keeps the records, and tells the judged part from the rest."""
+    """Tells the requests that are judged from the rest. They came when the sessions were under way,
+    and before enough of them had ended; what each session waits for then is the last.
+    """
 
     def __init__(
-        self, slo: Slo, requests: Sequence[SimRequest], sessions: int, share: float
+        self,
+        slo: Slo,
+        requests: Sequence[SimRequest],
+        sessions: int,
+        judged: int,
+        now_s: Callable[[], float],
     ) -> None:
         self._slo = slo
-        self._left: dict[str, int] = {}
-        for request in requests:
-            self._left[request.session] = self._left.get(request.session, 0) + 1
+        self._wanted = judged
+        self._now_s = now_s
+        self._left = Counter(request.session for request in requests)
+        self._to_begin = len(self._left) - sessions
         self._sessions = sessions
-        self._more = len(self._left) - sessions
-        self._over = 0
-        self._most = (1 - share) * len(requests)
-        self.records: list[Record] = []
-        self.misses = 0
-        self.missed_early = False
-        self.from_s = self.until_s = float("inf")
+        self._warm = _WARM_TURNS * sessions
+        self._came: set[str] = set()
+        self._waiting: set[str] = set()
+        """Sessions with an answer to come."""
+        self._last: set[str] | None = None
+        """Of these, when enough had ended, those whose answer is still to come."""
+        self._from_s = inf
+        self.judged = self.misses = 0
+        self.span_s = 0.0
+
+    def asked(self, request: SimRequest) -> None:
+        """One has come."""
+        self._waiting.add(request.session)
+        self._came.add(request.session)
 
     def note(self, record: Record) -> bool:
-        """Whether the share can no longer be kept, however many are still to be judged."""
-        self.records.append(record)
-        self._left[record.session] -= 1
-        if not self._left[record.session]:
-            self._over += 1
-            now_s = max(record.at_s, record.end_s if record.outcome == "ok" else record.at_s)
-            if self._over == self._sessions:
-                self.from_s = now_s
-            if self._over == self._more:
-                self.until_s = now_s
-        self.misses += self.from_s < record.at_s <= self.until_s and not _kept(record, self._slo)
-        self.missed_early = self.misses > self._most
-        return self.missed_early
+        """One has ended; answers whether all that are judged have."""
+        session, last = record.session, self._last
+        self._waiting.discard(session)
+        self._left[session] -= 1
+        self._to_begin -= not self._left[session]
+        self._warm -= len(self._came) >= self._sessions
+        if record.at_s > self._from_s and (last is None or session in last):
+            self.judged += 1
+            self.misses += not _kept(record, self._slo)
+        if self._warm == 0:
+            self._from_s = self._now_s()
+        if last is not None:
+            last.discard(session)
+            return not last
+        if self._warm < 0 and (self.judged >= self._wanted or self._to_begin <= 0):
+            self._last, self.span_s = set(self._waiting), self._now_s() - self._from_s
+        return self._last is not None and not self._last
 
 
 def _kept(record: Record, slo: Slo) -> bool:

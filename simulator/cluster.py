@@ -76,6 +76,7 @@ class Cluster:
             for _ in range(spec.routers)
         ]
         self._enough: Callable[[Record], bool] | None = None
+        self._on_asked: Callable[[SimRequest], None] = lambda request: None
         self._stopped = False
         self._clients: Clients = OpenClients(())
         self._total = self._asked = 0
@@ -92,12 +93,14 @@ class Cluster:
         on_progress: Callable[[int], None] | None = None,
         *,
         enough: Callable[[Record], bool] | None = None,
+        on_asked: Callable[[SimRequest], None] | None = None,
     ) -> Outcome:
         """All requests, to their end; or, asked of each record that is complete, until `enough`.
 
-        `on_progress` hears how many have ended.
+        `on_progress` hears how many have ended, `on_asked` of each request as it comes.
         """
         self._enough = enough
+        self._on_asked = on_asked or self._on_asked
         self._on_progress = on_progress or self._on_progress
         spec, self._total = self._spec, len(requests)
         self._clients = make_clients(requests, closed=spec.closed_sessions, at_once=spec.sessions)
@@ -128,6 +131,10 @@ class Cluster:
             leases=_sum_leases(self._leases),
             prompts_moved=sum(router.moves.moved for router in self._routers),
         )
+
+    def now_s(self) -> float:
+        """The virtual clock's."""
+        return self._events.now_s()
 
     # -- building -------------------------------------------------------------------------------
 
@@ -231,6 +238,7 @@ class Cluster:
 
     def _ask(self, request: SimRequest) -> None:
         self._asked += 1
+        self._on_asked(request)
         if self._asked == self._total:
             self._note_busy()
         routers = self._routers

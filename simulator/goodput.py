@@ -8,6 +8,7 @@ number of processes gives the same result.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +19,7 @@ from core.estimate import Estimate
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.build import Settings, build_spec
-from simulator.closed import BEGIN_S, GENERATIONS, run_sessions
+from simulator.closed import BEGIN_S, run_sessions, sessions_needed
 from simulator.cluster import Cluster
 from simulator.config import SimulatedPool
 from simulator.job import Record
@@ -180,15 +181,23 @@ def _run_closed(settings: Settings, question: Question, seed: int, scale: float)
     shaping = Shaping(
         seed=seed,
         rate_scale=sessions / BEGIN_S,
-        sessions=GENERATIONS * sessions,
+        sessions=sessions_needed(sessions, question.requests, _mean_turns(question.trace)),
         max_prompt_tokens=question.max_prompt_tokens,
     )
     workload = load_workload(question.trace, shaping).workload
-    if not workload.requests[0].session:
-        raise InvalidRequest("simulation.closed_sessions: the trace has no sessions to close")
     spec = build_spec(settings, workload.block_size, seed)
-    attained = run_sessions(spec, workload.requests, sessions, question.share)
+    attained = run_sessions(
+        spec, workload.requests, sessions, question.share, judged=question.requests
+    )
     return Point(scale, attained.rate_per_s / spec.gpus, attained.share)
+
+
+@lru_cache(maxsize=4)
+def _mean_turns(trace: str) -> float:
+    turns = Counter(request.session for request in load_workload(trace).workload.requests)
+    if "" in turns:
+        raise InvalidRequest("simulation.closed_sessions: the trace has no sessions to close")
+    return turns.total() / len(turns)
 
 
 class _Misses:

@@ -1,8 +1,10 @@
 """Sessions in closed loops: when a turn is asked, how many are open, and what load they make."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -10,7 +12,7 @@ from core.errors import InvalidRequest
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.clients import ClosedSessions
-from simulator.closed import GENERATIONS, run_sessions
+from simulator.closed import _begin_midway, _Judge, run_sessions, sessions_needed
 from simulator.cluster import Cluster, Outcome
 from simulator.config import SimulationConfig
 from simulator.goodput import SYSTEMS, Question, search
@@ -104,13 +106,38 @@ def sessions_of(count: int) -> list[SimRequest]:
 @pytest.mark.parametrize("at_once", [2, 12])
 def test_more_sessions_at_once_are_more_load_until_the_targets_are_missed(at_once: int) -> None:
     spec = replace(split(), slo=Slo(ttft_s=0.5, tpot_s=0.1))
-    attained = run_sessions(spec, sessions_of(GENERATIONS * at_once), at_once, 0.9)
+    turns = sessions_of(sessions_needed(at_once, 200, 4))
+    attained = run_sessions(spec, turns, at_once, 0.9, judged=200)
     if at_once == 2:
         # A turn takes 0.262 s, with three pauses of 0.4 s to four; two sessions seldom meet.
         assert attained.share == 1.0
         assert attained.rate_per_s == pytest.approx(8 / (4 * 0.262 + 3 * 0.4), rel=0.15)
     else:
         assert attained.share < 0.9
+
+
+def test_sessions_open_at_first_begin_in_their_middle_and_later_ones_whole() -> None:
+    asked: list[str] = []
+    midway = _begin_midway(sessions_of(40), 20, Random(0))
+    turns = Counter(request.session for request in midway)
+    assert {turns[f"s{i}"] for i in range(20)} == {1, 2, 3, 4}
+    assert {turns[f"s{i}"] for i in range(20, 40)} == {4}
+    for request in midway:
+        if request.session not in asked:
+            assert request.think_s is None
+            assert request.at_s == pytest.approx(0.05 * int(request.session[1:]))
+            asked.append(request.session)
+
+
+def test_as_many_requests_are_judged_as_are_asked_for_and_those_under_way_then() -> None:
+    spec = replace(split(2, 2), slo=Slo(ttft_s=5.0, tpot_s=1.0))
+    turns = sessions_of(sessions_needed(6, 40, 4))
+    cluster = Cluster(replace(spec, closed_sessions=True, sessions=6))
+    judge = _Judge(spec.slo, turns, 6, 40, cluster.now_s)
+    ended = len(cluster.run(turns, on_asked=judge.asked, enough=judge.note).records)
+    assert 40 <= judge.judged <= 46
+    assert judge.misses == 0
+    assert 40 + 2 * 6 <= ended < len(turns)
 
 
 def test_the_same_seed_gives_the_same_closed_run() -> None:
