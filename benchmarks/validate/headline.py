@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
@@ -25,7 +26,7 @@ from simulator.config import SimulationConfig
 from simulator.goodput import SYSTEMS, Found, Question, Standing, System, rank, search
 from simulator.processes import run_all
 from simulator.workload.build import Shaping
-from simulator.workload.load import load_workload
+from simulator.workload.load import load_workload, read_trace
 from simulator.workload.records import trace_name
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Size:
 
     long_requests: int
     chat_requests: int
+    closed_requests: int
+    """Judged of closed sessions."""
     tuning: float
     """Share of these that a split is judged by."""
     splits: tuple[int, ...]
@@ -65,6 +68,7 @@ class Size:
 FULL = Size(
     long_requests=3000,
     chat_requests=8000,
+    closed_requests=3000,
     tuning=0.3,
     splits=(2, 3, 4, 5, 6),
     step_tokens=(256, 512, 1024, 2048),
@@ -74,6 +78,7 @@ FULL = Size(
 QUICK = Size(
     long_requests=300,
     chat_requests=200,
+    closed_requests=200,
     tuning=1.0,
     splits=(4, 6),
     step_tokens=(512,),
@@ -103,6 +108,8 @@ class Case:
     slo: Slo
     requests: int
     model: Model = SMALL
+    closed: bool = False
+    """Recorded sessions are replayed in closed loops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +212,7 @@ def _settings(case: Case, setup: Setup) -> Settings:
             profile="roofline:h100",
             model=case.model.name,
             tensor_parallel=case.model.tensor_parallel,
+            closed_sessions=case.closed,
         ),
         engine=EngineConfig(step_tokens=setup.step_tokens),
         router=RouterConfig(),
@@ -224,9 +232,18 @@ def _cases(run: Run, size: Size, model: Model) -> list[Case]:
         shaping = Shaping(requests=200)
         requests = load_workload(trace, shaping).workload.requests
         mean = sum(r.prompt_tokens for r in requests) / len(requests)
-        name = trace_name(trace)
-        cases.append(_case(str(trace), name, size, prompt_tokens=mean, model=model))
+        case = _case(str(trace), trace_name(trace), size, prompt_tokens=mean, model=model)
+        cases.append(_closed(case, size) if _has_timed_sessions(trace) else case)
     return cases
+
+
+def _has_timed_sessions(trace: Path) -> bool:
+    recorded = read_trace(trace, Shaping(requests=200))
+    return recorded.timed and bool(recorded.records[0].session)
+
+
+def _closed(case: Case, size: Size) -> Case:
+    return replace(case, closed=True, requests=size.closed_requests)
 
 
 def _case(trace: str, name: str, size: Size, *, prompt_tokens: float, model: Model = SMALL) -> Case:
@@ -254,7 +271,8 @@ def _run(run: Run, model: Model, key: str) -> Finding:
             f"simulated: {gpus} H100, {model.name}, {size.seeds} seeds, each another part of"
             " the trace; the first tenth of a run does not count; +- is half of the 95 % interval,"
             " behind is paired to the best by seed",
-            "sessions are replayed at their recorded stamps, not as closed loops",
+            "recorded sessions are closed loops: as many are open at once as keep the share;"
+            " text without times is asked a turn a second",
         ),
         keys={
             key: {
