@@ -54,7 +54,7 @@ class Size:
     long_requests: int
     chat_requests: int
     closed_requests: int
-    """Judged of closed sessions."""
+    """Judged of closed sessions; several times as many pass before, while these get under way."""
     tuning: float
     """Share of these that a split is judged by."""
     splits: tuple[int, ...]
@@ -68,13 +68,15 @@ class Size:
 FULL = Size(
     long_requests=3000,
     chat_requests=8000,
-    closed_requests=3000,
+    closed_requests=1000,
     tuning=0.3,
     splits=(2, 3, 4, 5, 6),
     step_tokens=(256, 512, 1024, 2048),
     seeds=5,
     refine=3,
 )
+FULL_LARGE = replace(FULL, long_requests=1000, chat_requests=3000, tuning=0.5)
+"""A worker of the large model serves a fraction of the requests: fewer last as long."""
 QUICK = Size(
     long_requests=300,
     chat_requests=200,
@@ -257,8 +259,8 @@ def _case(trace: str, name: str, size: Size, *, prompt_tokens: float, model: Mod
     )
 
 
-def _run(run: Run, model: Model, key: str) -> Finding:
-    size = QUICK if run.quick else FULL
+def _run(run: Run, model: Model, full: Size, key: str) -> Finding:
+    size = QUICK if run.quick else full
     cases, found = _cases(run, size, model), dict[str, Judged]()
     for i, case in enumerate(cases):
         run.progress(case.name, i, len(cases))
@@ -348,12 +350,12 @@ PART = Part(
     name="headline",
     what="goodput of the default against the peers' ways to serve, at equal GPUs",
     keys=("goodput",),
-    run=lambda run: _run(run, SMALL, "goodput"),
+    run=lambda run: _run(run, SMALL, FULL, "goodput"),
 )
 PART_LARGE = Part(
     name="headline_70b",
     what="the same with Llama-3-70B on four GPUs per worker",
     keys=("goodput_70b",),
-    run=lambda run: _run(run, LARGE, "goodput_70b"),
+    run=lambda run: _run(run, LARGE, FULL_LARGE, "goodput_70b"),
     option="headline_70b",
 )
