@@ -1,7 +1,5 @@
 """When a decode worker computes a prompt itself."""
 
-from dataclasses import replace
-
 import pytest
 
 from core.ids import WorkerId
@@ -22,7 +20,7 @@ GOOD = LocalOption(measured=True, fits=lambda: True, beside=THERE, steps_to_go=0
 
 
 def there(**change: float) -> LocalOption:
-    return replace(GOOD, beside=THERE._replace(**change))  # type: ignore[arg-type]
+    return GOOD._replace(beside=THERE._replace(**change))  # type: ignore[arg-type]
 
 
 def test_a_prompt_that_is_sooner_there_and_harms_nobody_is_computed_there() -> None:
@@ -32,8 +30,8 @@ def test_a_prompt_that_is_sooner_there_and_harms_nobody_is_computed_there() -> N
 @pytest.mark.parametrize(
     ("option", "verdict"),
     [
-        (replace(GOOD, measured=False), LocalVerdict.UNMEASURED),
-        (replace(GOOD, fits=lambda: False), LocalVerdict.FULL),
+        (GOOD._replace(measured=False), LocalVerdict.UNMEASURED),
+        (GOOD._replace(fits=lambda: False), LocalVerdict.FULL),
         (there(delay_s=0.321), LocalVerdict.TPOT),
         (there(queue_s=0.21), LocalVerdict.SLOWER),
     ],
@@ -50,15 +48,15 @@ def test_a_costly_chunk_harms_nobody_where_nobody_runs() -> None:
 def test_a_step_may_miss_the_target_where_the_mean_over_the_answers_keeps_it() -> None:
     slow = there(delay_s=4 * 0.2)  # steps of 0.22 s
     assert judge_local(slow, SLO) is LocalVerdict.TPOT
-    assert judge_local(replace(slow, steps_to_go=9), SLO) is LocalVerdict.TPOT
-    assert judge_local(replace(slow, steps_to_go=10), SLO) is LocalVerdict.LOCAL
+    assert judge_local(slow._replace(steps_to_go=9), SLO) is LocalVerdict.TPOT
+    assert judge_local(slow._replace(steps_to_go=10), SLO) is LocalVerdict.LOCAL
 
 
 def test_answers_that_end_before_the_prompt_does_have_a_chunk_in_every_step() -> None:
-    slow = replace(there(delay_s=40 * 0.2, chunk_steps=40), steps_to_go=10)
+    slow = there(delay_s=40 * 0.2, chunk_steps=40)._replace(steps_to_go=10)
     assert slow.mean_step_s == pytest.approx(0.22)
 
 
 def test_within_the_time_of_a_token_it_saves_the_hand_off() -> None:
-    soon = replace(there(queue_s=0.0, work_s=0.09), elsewhere_s=0.01)
+    soon = there(queue_s=0.0, work_s=0.09)._replace(elsewhere_s=0.01)
     assert judge_local(soon, SLO) is LocalVerdict.LOCAL
