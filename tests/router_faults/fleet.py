@@ -2,9 +2,8 @@
 
 import asyncio
 import re
-import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -136,13 +135,14 @@ class RunningFleet:
         await self.start_worker(name)
         await self.connected()
 
-    def start_router(self) -> RunningRouter:
-        """It listens in a moment."""
-        with closing(socket.create_server(("127.0.0.1", 0))) as free:
-            port = free.getsockname()[1]
-        arguments = ["--config", str(self.config), "--port", str(port)]
+    async def start_router(self) -> RunningRouter:
+        """It listens on return, on a port of its own choice: one that is free now may be taken by
+        some connection a moment later.
+        """
+        arguments = ["--config", str(self.config), "--port", "0"]
         process = fork(run_router, arguments, self._log("router"))
-        router = RunningRouter(f"http://127.0.0.1:{port}", process)
+        address = await found(process, r"router_listens address=(\S+)")
+        router = RunningRouter(f"http://{address}", process)
         self.routers.append(router)
         return router
 
@@ -227,7 +227,7 @@ async def running_fleet(
         fleet = RunningFleet(folder, settings, redis, client)
         stack.push_async_callback(fleet.close)
         for _ in range(routers):
-            fleet.start_router()
+            await fleet.start_router()
         for name in workers:
             await fleet.start_worker(name)
         await fleet.connected()

@@ -75,7 +75,7 @@ async def outlive_redis(fleet: RunningFleet, seconds: float, step_s: float) -> N
             fleet.redis.start()
     for stream, prompt in zip(streams, prompts, strict=True):
         assert stream.text == expected_text(prompt, tokens)
-    late = fleet.start_router()  # it knows nobody but by what workers have written since
+    late = await fleet.start_router()  # it knows nobody but by what workers have written since
     try:
         await fleet.until_router(late, telemetry.WORKERS_CONNECTED, len(fleet.workers))
     finally:

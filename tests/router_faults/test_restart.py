@@ -39,7 +39,7 @@ async def time_to_know_all(fleet: RunningFleet) -> float:
     """Of a new router, from the start of its process, without its imports; ends it."""
     clock = SystemClock()
     began_s = clock.now_s()
-    router = fleet.start_router()
+    router = await fleet.start_router()
     await fleet.until_router(router, telemetry.INDEX_BLOCKS, WORKERS * BLOCKS)
     took_s = clock.now_s() - began_s
     await fleet.until_router(router, telemetry.WORKERS_CONNECTED, WORKERS)

@@ -120,7 +120,8 @@ async def test_the_other_routers_go_on_when_one_is_killed(fleet: RunningFleet) -
     del fleet.routers[0]
     nothing_lost(load)
     await fleet.clean()
-    await fleet.until_router(fleet.start_router(), telemetry.WORKERS_CONNECTED, len(fleet.workers))
+    fresh = await fleet.start_router()
+    await fleet.until_router(fresh, telemetry.WORKERS_CONNECTED, len(fleet.workers))
 
 
 async def test_traffic_goes_on_while_redis_hangs_for_six_leases(fleet: RunningFleet) -> None:
