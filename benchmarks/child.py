@@ -11,7 +11,7 @@ from benchmarks.processes import ChildSide, Done, Failed, Job
 
 
 def main() -> None:
-    """`python -m benchmarks.child BENCH_FD OTHER_FD`."""
+    """The arguments are two descriptors: to the bench, and to the other process."""
     torch.set_num_threads(1)  # else a fill or a memcpy takes both cores
     bench, other = (Connection(int(number)) for number in sys.argv[1:3])
     side = ChildSide(bench, other)
@@ -36,7 +36,3 @@ async def _await(job: Job, side: ChildSide) -> object:
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
-
-
-if __name__ == "__main__":
-    main()

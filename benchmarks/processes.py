@@ -209,7 +209,7 @@ class Pairs:
 
 
 class _Child:
-    """One `python -m benchmarks.child`. Its output goes to a file, shown only if it fails."""
+    """One process of `benchmarks.child`. Its output goes to a file, shown only if it fails."""
 
     def __init__(
         self, zygote: Zygote, name: str, link: Connection, environment: Mapping[str, str]

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import NoReturn
@@ -61,14 +62,7 @@ class Zygote:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._socket is None or self._process is None:
-            return
-        self._socket.close()
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._stop()
 
     def fork(
         self,
@@ -85,39 +79,61 @@ class Zygote:
         their numbers follow the arguments. Raises BenchFailed.
         """
         birth = _Birth(module, tuple(arguments), dict(environment))
+        commands = self._started()
         try:
-            commands = self._started()
             numbers = array.array("i", [output, errors, *descriptors])
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)]
             commands.sendmsg([json.dumps(asdict(birth)).encode()], rights)
             pid = int(commands.recv(_MESSAGE_BYTES))
         except (OSError, ValueError) as error:
+            self._stop()  # a late answer would be taken for that to the next command
             raise BenchFailed(f"no process could be started for {module}: {error}") from error
         return Forked(pid)
 
     def _started(self) -> socket.socket:
         if self._socket is None:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                one_thread = {"OPENBLAS_NUM_THREADS": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    env={**os.environ, **one_thread},
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            self._socket.settimeout(_START_TIMEOUT_S)
-            if self._socket.recv(_MESSAGE_BYTES) != b"ready":
-                raise OSError("it ended while it imported")
-            self._socket.settimeout(_FORK_TIMEOUT_S)
+            try:
+                self._start(self._socket, theirs)
+            except OSError as error:
+                self._stop()
+                raise BenchFailed(f"no process to fork others from: {error}") from error
+            finally:
+                theirs.close()
         return self._socket
+
+    def _start(self, commands: socket.socket, theirs: socket.socket) -> None:
+        one_thread = {"OPENBLAS_NUM_THREADS": "1", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, **one_thread},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()  # or the end of that process would not be seen here
+        commands.settimeout(_START_TIMEOUT_S)
+        if commands.recv(_MESSAGE_BYTES) != b"ready":
+            raise OSError("it ended while it imported")
+        commands.settimeout(_FORK_TIMEOUT_S)
+
+    def _stop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._socket = self._process = None
 
 
 class Forked:
     """A process of the zygote, which reaps it."""
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         try:
             self._process: psutil.Process | None = psutil.Process(pid)
         except psutil.NoSuchProcess:
@@ -151,6 +167,7 @@ def main(number: int) -> None:
     """Fork per message until the other end is closed."""
     for module in _PRELOAD:
         importlib.import_module(module)
+    zygote = os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
     gc.collect()
     gc.freeze()
@@ -163,18 +180,20 @@ def main(number: int) -> None:
             pid = os.fork()
             if pid == 0:
                 commands.close()
-                _live(_Birth(**json.loads(text)), descriptors)
+                _live(zygote, _Birth(**json.loads(text)), descriptors)
             for descriptor in descriptors:
                 os.close(descriptor)
             commands.send(str(pid).encode())
 
 
-def _live(birth: _Birth, descriptors: Sequence[int]) -> NoReturn:
+def _live(zygote: int, birth: _Birth, descriptors: Sequence[int]) -> NoReturn:
     """The life of a forked process; never returns into the zygote's code."""
     code = 1
     try:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != zygote:
+            sys.exit(1)  # it died before we could ask
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         for stream, descriptor in zip((1, 2), descriptors, strict=False):
@@ -188,8 +207,9 @@ def _live(birth: _Birth, descriptors: Sequence[int]) -> NoReturn:
     except BaseException:  # noqa: BLE001 - the root of the process
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # nobody reads it any more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

@@ -2,14 +2,16 @@
 
 import asyncio
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import pytest
 
 from benchmarks.processes import Pair, Side
 from benchmarks.types import BenchFailed
-from benchmarks.zygote import Zygote
+from benchmarks.zygote import Forked, Zygote
 
 pytestmark = pytest.mark.processes
 
@@ -44,6 +46,23 @@ async def exit_at_once(side: Side, status: int) -> None:
     os._exit(status)
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Every process a test forks; none outlives it."""
+    pids: list[int] = []
+    fork = Zygote.fork
+
+    def note(self: Zygote, *arguments: Any, **named: Any) -> Forked:
+        child = fork(self, *arguments, **named)
+        pids.append(child.pid)
+        return child
+
+    monkeypatch.setattr(Zygote, "fork", note)
+    yield pids
+    assert pids
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
 def quiet(text: str, done: int, total: int) -> None:
     """Progress nobody looks at."""
 
@@ -61,7 +80,6 @@ def test_the_sides_speak_to_each_other_and_the_reader_answers_every_job() -> Non
             )
             assert answer == (2 * number, number)
     assert steps == [("doubling", 1, 2)] * 2
-    assert psutil.Process().children() == []
 
 
 def test_a_side_that_fails_or_dies_ends_the_run_with_its_words() -> None:
@@ -77,7 +95,6 @@ def test_a_side_that_fails_or_dies_ends_the_run_with_its_words() -> None:
         pytest.raises(BenchFailed, match=r"reader process died\n  last words"),
     ):
         pair.run(sleep, exit_at_once, 1, progress=quiet, timeout_s=TIMEOUT_S)
-    assert psutil.Process().children() == []
 
 
 def test_work_that_does_not_end_is_given_up_and_ended() -> None:
@@ -87,4 +104,3 @@ def test_work_that_does_not_end_is_given_up_and_ended() -> None:
         pytest.raises(BenchFailed, match=r"did not end within 0\.2 s"),
     ):
         pair.run(sleep, sleep, 60.0, progress=quiet, timeout_s=0.2)
-    assert psutil.Process().children() == []
