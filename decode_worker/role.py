@@ -6,6 +6,7 @@ A running leg may be offered to another decode worker, which pulls its KV while 
 
 import asyncio
 import logging
+from contextlib import ExitStack
 from types import TracebackType
 
 from core.clock import Clock
@@ -112,17 +113,20 @@ class DecodeRole:
         leg = self._legs.pop((id(sink), number), None)
         if leg is None:
             return
-        leg.drop_migration("the leg was cancelled")
-        if leg.pull is not None:
-            leg.pull.cancel()
-        else:
-            self._runner.remove(leg.sequence)
+        try:
+            leg.drop_migration("the leg was cancelled")
+        finally:  # a bug above must not keep its blocks
+            if leg.pull is not None:
+                leg.pull.cancel()
+            else:
+                self._runner.remove(leg.sequence)
 
     def sink_lost(self, sink: RouterSink) -> None:
         """The router's stream ended: so do its legs."""
-        for sink_id, number in list(self._legs):
-            if sink_id == id(sink):
-                self.cancel(sink, number)
+        with ExitStack() as all_of_them:  # also when one raises
+            for sink_id, number in self._legs:
+                if sink_id == id(sink):
+                    all_of_them.callback(self.cancel, sink, number)
 
     def offer(self, sink: RouterSink, number: int) -> None:
         """Open a lease on a running leg's KV for another decode worker, or say why not.

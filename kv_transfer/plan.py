@@ -22,6 +22,7 @@ from core.ids import BlockId
 from core.kv import KvLayout
 
 _FEW_BLOCKS = 256
+_FEW_RUNS = 64
 
 Int64s = npt.NDArray[np.int64]
 Rows: TypeAlias = npt.NDArray[np.uint64]
@@ -31,13 +32,16 @@ Run: TypeAlias = list[int]
 @dataclass(slots=True)
 class ReadPlan:
     """Contiguous runs to read from one owner shard: byte offset in the owner's arena, byte offset
-    in the reader's, bytes. Few of them are a list, many an array, see `_whole_rows`.
+    in the reader's, bytes. Few of them are a list, as each call of numpy costs some 50 us with the
+    cold caches that a hand-off finds.
     """
 
     runs: list[Run] | Rows
     nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.runs, list) and len(self.runs) <= _FEW_RUNS:
+            self.runs = self.runs.tolist()
         few = self.few
         self.nbytes = int(self.rows[:, 2].sum()) if few is None else sum(run[2] for run in few)
 
@@ -128,8 +132,7 @@ class _BlockRuns:
 def _whole_rows(runs: _BlockRuns, remote: Sequence[BlockId], local: Sequence[BlockId]) -> list[Run]:
     """Where a block is one run on both sides, as between equal layouts.
 
-    As `_rows`, for few: a hand-off plans them once, with cold caches, where each call of numpy
-    costs some 50 us. Two blocks: 360 us by arrays, 80 by this loop.
+    As `_rows`, for few. Two blocks: 360 us by arrays with cold caches, 80 by this loop.
     """
     owner, reader, block = int(runs.owner[0, 0, 0]), int(runs.reader[0, 0, 0]), runs.reader_stride
     rows: list[Run] = []

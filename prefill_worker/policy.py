@@ -25,8 +25,8 @@ def refuse_prompt(
     """Why a prompt cannot be taken now, or None.
 
     `capacity_tokens` is what this worker's arena and model hold at most, `queued_tokens` what has
-    to be computed before, `open_legs` how many prompts are held. A worker with an empty queue takes
-    any prompt that fits: nothing smaller would ever be accepted otherwise.
+    to be computed before, `open_legs` how many prompts are held. A worker with an empty queue, and
+    fewer legs than it holds, takes any prompt that fits: else the longest would find none.
     """
     if num_tokens < 1:
         return InvalidRequest("the prompt has no tokens")

@@ -7,6 +7,7 @@ expiry. Until then a cancel of the leg still ends the lease.
 
 import asyncio
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -152,8 +153,10 @@ class PrefillRole:
 
     def sink_lost(self, sink: RouterSink) -> None:
         """The router's stream ended: so do its legs."""
-        for key in [key for key in self._legs if key.sink == id(sink)]:
-            self.cancel(sink, key.number, "the router's stream ended")
+        with ExitStack() as all_of_them:  # also when one raises
+            for key in self._legs:
+                if key.sink == id(sink):
+                    all_of_them.callback(self.cancel, sink, key.number, "the router's stream ended")
 
     # -- bringing a prefix ----------------------------------------------------------------------
 

@@ -255,6 +255,7 @@ class Attempt:
             case Accepted():
                 self._answers.came(leg)
                 if leg is self._prefill and event.lease_id is not None:
+                    self._shut.full.clear()  # the noes before are old when this attempt has failed
                     self._start_decode(leg, event.lease_id, event.lease_s)
                 elif leg is self._decode:
                     self._renewal.stop()  # from here on the reader renews

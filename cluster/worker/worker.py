@@ -216,9 +216,11 @@ class Worker:
     def detach(self, outlet: RouterOutlet) -> None:
         """The stream ended, and with it all its legs."""
         self._outlets.discard(outlet)
-        self.prefill.sink_lost(outlet)
-        self._decode.sink_lost(outlet)
-        self._blocks_freed()
+        try:
+            self.prefill.sink_lost(outlet)
+        finally:
+            self._decode.sink_lost(outlet)
+            self._blocks_freed()
 
     def handle(self, outlet: RouterOutlet, message: RouterToWorker) -> None:
         """One message of one router."""

@@ -218,13 +218,14 @@ async def test_memory_says_what_the_arena_is(kind: str, new_side: NewSide) -> No
         ((0, 256 * BLOCK_BYTES, BLOCK_BYTES), "this worker's"),
     ],
 )
+@pytest.mark.parametrize("others", [1, 100], ids=["few runs", "many runs"])
 async def test_a_plan_past_an_arena_fails_alone(
-    pair: tuple[Side, Side], row: Row, whose: str
+    pair: tuple[Side, Side], row: Row, whose: str, others: int
 ) -> None:
     reader, owner = pair
     before = reader.data.copy()
     with pytest.raises(TransferFailed, match=f"past {whose} arena"):
-        await reader.read(owner, [*blocks((1, 1)), row])
+        await reader.read(owner, [*blocks(*((2 * i, 2 * i) for i in range(others))), row])
     assert np.array_equal(reader.data, before)
     await reader.read(owner, blocks((1, 1)))
 
