@@ -30,6 +30,8 @@ from simulator.workload.types import Workload
 
 _WIDEST = 2.0**10
 _WARM_UP = 0.1
+_MOST_TURNS = 50
+"""Judged of each open session on average: few of them, where a search begins, are soon judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,17 +180,16 @@ def run_once(settings: Settings, question: Question, seed: int, scale: float) ->
 
 def _run_closed(settings: Settings, question: Question, seed: int, scale: float) -> Point:
     sessions = max(1, round(scale))
+    judged = min(question.requests, _MOST_TURNS * sessions)
     shaping = Shaping(
         seed=seed,
         rate_scale=sessions / BEGIN_S,
-        sessions=sessions_needed(sessions, question.requests, _mean_turns(question.trace)),
+        sessions=sessions_needed(sessions, judged, _mean_turns(question.trace)),
         max_prompt_tokens=question.max_prompt_tokens,
     )
     workload = load_workload(question.trace, shaping).workload
     spec = build_spec(settings, workload.block_size, seed)
-    attained = run_sessions(
-        spec, workload.requests, sessions, question.share, judged=question.requests
-    )
+    attained = run_sessions(spec, workload.requests, sessions, question.share, judged)
     return Point(scale, attained.rate_per_s / spec.gpus, attained.share)
 
 
