@@ -59,8 +59,7 @@ def run_sessions(
         enough=lambda record: judge.note(record) or judge.misses > most,
     )
     counted = judged + sessions if judge.misses > most else max(1, judge.judged)
-    rate_per_s = judge.judged / judge.span_s if judge.span_s > 0 else 0.0
-    return Attained(rate_per_s, 1 - judge.misses / counted if judge.judged else 0.0)
+    return Attained(judge.rate_per_s, 1 - judge.misses / counted if judge.judged else 0.0)
 
 
 def _begin_midway(
@@ -104,8 +103,14 @@ class _Judge:
         self._last: set[str] | None = None
         """Of these, when enough had ended, those whose answer is still to come."""
         self._from_s = inf
+        self._until_s = inf
         self.judged = self.misses = 0
-        self.span_s = 0.0
+
+    @property
+    def rate_per_s(self) -> float:
+        """Of those that are judged, so far."""
+        span_s = min(self._until_s, self._now_s()) - self._from_s
+        return self.judged / span_s if span_s > 0 else 0.0
 
     def asked(self, request: SimRequest) -> None:
         """One has come."""
@@ -128,7 +133,7 @@ class _Judge:
             last.discard(session)
             return not last
         if self._warm < 0 and (self.judged >= self._wanted or self._to_begin <= 0):
-            self._last, self.span_s = set(self._waiting), self._now_s() - self._from_s
+            self._last, self._until_s = set(self._waiting), self._now_s()
         return self._last is not None and not self._last
 
 

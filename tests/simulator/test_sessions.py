@@ -114,6 +114,7 @@ def test_more_sessions_at_once_are_more_load_until_the_targets_are_missed(at_onc
         assert attained.rate_per_s == pytest.approx(8 / (4 * 0.262 + 3 * 0.4), rel=0.15)
     else:
         assert attained.share < 0.9
+        assert attained.rate_per_s > 0
 
 
 def test_sessions_open_at_first_begin_in_their_middle_and_later_ones_whole() -> None:
