@@ -51,7 +51,7 @@ def run_sessions(
     """
     spec = replace(spec, closed_sessions=True, sessions=sessions, samples=0)
     requests = _begin_midway(requests, sessions, Random(spec.seed))
-    cluster, most = Cluster(spec), (1 - share) * (judged + sessions)
+    cluster, most = Cluster(spec), (1 - share) * (judged + sessions) + 1e-9
     judge = _Judge(spec.slo, requests, sessions, judged, cluster.now_s)
     cluster.run(
         requests,

@@ -156,7 +156,7 @@ def _tune(case: Case, size: Size, processes: int) -> tuple[dict[str, Setup], flo
     """How each system is set up, and the rate scale Baton reaches."""
     question = Question(trace=case.trace, requests=int(case.requests * size.tuning), refine=1)
     first = search(SYSTEMS[DEFAULT], _settings(case, OURS), question, _TUNING_SEED)
-    scale = _scale_of(first) or question.first_scale
+    scale = _scale_of(first, question.share) or question.first_scale
     question = replace(question, first_scale=scale / 2, growth=1.25)
     tasks = [
         (setup, peer, case, question)
@@ -190,11 +190,9 @@ def _kept(found: Found) -> float:
     )
 
 
-def _scale_of(found: Found) -> float:
+def _scale_of(found: Found, share: float) -> float:
     """Of the best rate that kept the share; 0 if none did."""
-    return max(
-        (p.scale for p in found.points if p.rate_per_gpu_s <= found.rate_per_gpu_s), default=0
-    )
+    return max((p.scale for p in found.points if p.attainment >= share), default=0)
 
 
 def _question(case: Case, size: Size, scale: float) -> Question:
