@@ -13,17 +13,20 @@ from benchmarks.types import BenchFailed, Part, Run
 from benchmarks.validate import curves, distserve, queueing, vllm_run
 from benchmarks.validate.determinism import digest
 from benchmarks.validate.rig import make_worker, simulate
+from benchmarks.zygote import Zygote
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from simulator.spec import PoolRole
 from simulator.workload.types import SimRequest
 
 
 def run_with(profiles: Path | None) -> Run:
+    zygote = Zygote()
     return Run(
         quick=True,
         device="cpu",
         progress=lambda text, done, total: None,
-        pairs=Pairs(),
+        zygote=zygote,
+        pairs=Pairs(zygote),
         kept=Kept(),
         profiles=profiles,
     )
