@@ -11,7 +11,7 @@ from core.blocks import chain_hashes, root_hash
 from core.clock import Clock
 from core.errors import NoWorkers
 from core.ids import BlockHash, Incarnation, Role, WorkerId
-from core.messages import LegTimes, PrefixSource
+from core.messages import LegTimes, LoadReport, PrefixSource
 from core.stages import Stage
 from router.curves import Curves
 from router.local import LocalOption, LocalVerdict, judge_local
@@ -371,9 +371,13 @@ class Chooser(Generic[L]):
         if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
             return
         if view.load.running:
-            step_s, load = decode_s / steps, view.load
-            predicted_s = curves.of(view.kind).decode.seconds(load.running, load.context_tokens)
-            curves.saw_decode(view.kind, load.running, load.context_tokens, step_s, now_s)
+            step_s, running, context_tokens = (
+                decode_s / steps,
+                view.load.running,
+                _running(view.load),
+            )
+            predicted_s = curves.of(view.kind).decode.seconds(running, context_tokens)
+            curves.saw_decode(view.kind, running, context_tokens, step_s, now_s)
             peers = self._fleet.pool(Role.DECODE).incarnations
             self._outliers.took(view.hello.incarnation, peers, step_s, predicted_s, now_s)
 
@@ -448,6 +452,11 @@ def _ways(query: DecodeCacheQuery) -> Iterator[Beside]:
     drawn = sample(query, _LOCAL_LOOKS)
     for worker in dict.fromkeys(chain(query.holders(_LOCAL_HOLDERS), drawn)):
         yield query.beside(worker)
+
+
+def _running(load: LoadReport) -> int:
+    """Context of those that run: reports count what is on its way there, which no step reads."""
+    return load.context_tokens * load.running // (load.running + load.waiting)
 
 
 def _first_token_s(beside: Beside) -> float:

@@ -109,6 +109,18 @@ def test_what_prefill_and_decode_take_is_learned_from_answers(outcome: str) -> N
     assert step_s == pytest.approx(0.5, rel=0.2)
 
 
+def test_a_step_is_learned_with_the_context_of_those_that_run_alone() -> None:
+    fleet, seen = Workers(), []
+    for waiting in (0, 6):
+        view = fleet.everyone.views[WorkerId("decode-0")]
+        context = 100 * (2 + waiting) // 2
+        view.load = replace(IDLE, running=2, waiting=waiting, context_tokens=context)
+        subject = chooser(fleet)
+        subject.ended(end(step_s=0.5, outcome="ok"))
+        seen.append(times(subject, fleet)[1])
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("how", [{"outcome": "cancelled"}, {"attempts": 2}])
 def test_nothing_is_learned_from_what_did_not_go_straight(how: dict[str, object]) -> None:
     fleet = Workers()
