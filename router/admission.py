@@ -13,6 +13,9 @@ as long as it computes. Over all candidates the policy looked at:
     wait     w + queue / 2  <= patience on one of them: a queue may drain twice as fast as predicted
     reject   otherwise; where no prediction is wrong by more than that, waiting was for nothing
 
+Whoever is admitted by its TTFT may still be refused because no decode worker could keep its TPOT
+target (`router.admission_decode`; decode_load.py): that does not wait, as answers take long to end.
+
 An idle worker admits whoever has not outwaited its patience, so a prediction that is far too high
 corrects itself. Whoever comes while a pool has no worker waits in the same bounded line: a restart
 gathers no crowd. Late binding and early rejection are those of Mooncake (FAST'25, section 5.2) and
@@ -32,6 +35,8 @@ from core.clock import Clock
 from core.errors import DeadlineExceeded, NoWorkers, Overloaded
 from core.ids import RequestId
 from router.chooser import Chooser, Considered, Outlook
+from router.config import DecodeAdmission
+from router.decode_load import DecodeLoad
 from router.policies.base import Slo
 from router.progress import Progress
 from router.watcher import FlowWatcher, RejectReason
@@ -109,6 +114,15 @@ def decide(
     return Wait(latest_s, drain_s) if latest_s > 0 else Reject(drain_s)
 
 
+def decide_decode(load: DecodeLoad | None) -> Verdict:
+    """Of a prompt that its TTFT admits: whether there is a decode worker for it. Where nothing is
+    predicted, there is.
+    """
+    if load is None or load.share <= 1.0:
+        return Admit()
+    return Reject(min(max(_LEAST_RETRY_S, load.drain_s), _MOST_RETRY_S), RejectReason.DECODE)
+
+
 def patience_of(work_s: float, slo: Slo) -> float:
     """How long a prompt that takes `work_s` itself may wait, here and at its worker."""
     return max(slo.ttft_s - work_s, slo.ttft_s / 2, work_s)
@@ -173,6 +187,7 @@ class Admission:
         *,
         ready: Callable[[], bool],
         enabled: bool = True,
+        decode: DecodeAdmission = "off",
         local: bool = True,
         worker_wait_s: float = 15.0,
     ) -> None:
@@ -188,6 +203,7 @@ class Admission:
         self._bounds = bounds
         self._watcher = watcher
         self._enabled = enabled
+        self._decode = decode
         self._lines: dict[str, deque[_Asking]] = defaultdict(deque)
         self._started: Counter[RequestId] = Counter()
 
@@ -301,6 +317,8 @@ class Admission:
             asking.slo_class.slo,
             ahead_s=None if is_first else _ahead_s(line, asking) / considered.places,
         )
+        if isinstance(verdict, Admit):
+            verdict = decide_decode(self._chooser.decode_load(considered, self._decode))
         return considered, verdict
 
     def _gap_left_s(self, asking: _Asking) -> float:
@@ -321,18 +339,18 @@ class Admission:
 
     def _refusal(self, verdict: Reject, slo_class: SloClass) -> Overloaded:
         self._watcher.rejected(verdict.reason)
-        target = (
-            f"the first token would miss its target of {slo_class.slo.ttft_s:g} s; try again later"
-            " (slo.ttft_ms sets the target, router.admission switches this)"
-        )
-        full = (
-            f"{self.waiting} requests wait for a worker, and no more may; try again later"
-            " (router.admission_max_requests and router.admission_max_tokens bound them)"
-        )
-        return Overloaded(
-            target if verdict.reason is RejectReason.TARGET else full,
-            retry_after_s=verdict.retry_after_s,
-        )
+        slo = slo_class.slo
+        text = {
+            RejectReason.TARGET: f"the first token would miss its target of {slo.ttft_s:g} s; try"
+            " again later (slo.ttft_ms sets the target, router.admission switches this)",
+            RejectReason.DECODE: "no decode worker has room for the answer, or could give its"
+            f" tokens within {1e3 * slo.tpot_s:g} ms each; try again later (slo.tpot_ms sets the"
+            " target, router.admission_decode switches this)",
+            RejectReason.QUEUE_FULL: f"{self.waiting} requests wait for a worker, and no more may;"
+            " try again later (router.admission_max_requests and router.admission_max_tokens bound"
+            " them)",
+        }
+        return Overloaded(text[verdict.reason], retry_after_s=verdict.retry_after_s)
 
 
 def _work_s(considered: Considered | None) -> float:

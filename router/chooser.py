@@ -13,7 +13,9 @@ from core.errors import NoWorkers
 from core.ids import BlockHash, Incarnation, Role, WorkerId
 from core.messages import LegTimes, LoadReport, PrefixSource
 from core.stages import Stage
+from router.config import DecodeAdmission
 from router.curves import Curves
+from router.decode_load import DecodeLoad, Then
 from router.local import LocalOption, LocalVerdict, judge_local
 from router.members import L, Members
 from router.outliers import NO_OUTLIERS, Outliers
@@ -29,6 +31,7 @@ from router.watcher import Unwatched
 _LOCAL_HOLDERS = 2
 _LOCAL_LOOKS = 2
 """Drawn beside those."""
+_DECODE_LOOKS = 8
 _FEW_TOKENS = 8
 """Fewer steps tell too little of what a step takes."""
 
@@ -254,6 +257,29 @@ class Chooser(Generic[L]):
 
     def _fits(self, worker: WorkerId, pool: Pool, tokens: int, total_tokens: int) -> bool:
         return self._decode_query(pool, tokens, total_tokens, "", frozenset()).fits(worker)
+
+    def decode_load(self, considered: Considered[L], rule: DecodeAdmission) -> DecodeLoad | None:
+        """Of the least loaded of a few decode workers, the prompt included; None where the rule is
+        off, nothing was measured, or a decode worker was found that computes the prompt itself.
+        """
+        pool, query = self._fleet.pool(Role.DECODE), considered.query
+        if rule == "off" or considered.local.placement is not None or not pool.workers:
+            return None
+        then = None
+        if rule == "predicted":
+            after_s = sum(query.expected_s(considered.decision.worker_id))
+            then = Then(after_s, self.queued.due_share(query.now_s + after_s))
+        decode = self._decode_query(pool, query.tokens, query.tokens, "", self._closed(pool, ()))
+        loads = [decode.load(worker, then) for worker in sample(decode, _DECODE_LOOKS)]
+        return min((load for load in loads if load is not None), default=None)
+
+    def decode_load_at(self, worker: WorkerId, context_tokens: int) -> DecodeLoad | None:
+        """What a sequence would find at that decode worker now; None where that is not known."""
+        pool = self._fleet.pool(Role.DECODE)
+        if worker not in pool.views:
+            return None
+        query = self._decode_query(pool, context_tokens, context_tokens, "", frozenset())
+        return query.load(worker, None)
 
     def for_decode(
         self,

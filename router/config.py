@@ -19,6 +19,7 @@ PrefillPolicyName = Literal[
     "preble",
 ]
 DecodePolicyName = Literal["baton", "round_robin", "random", "least_load", "power_of_two"]
+DecodeAdmission = Literal["off", "current", "predicted"]
 
 
 class RouterConfig(Settings):
@@ -66,6 +67,10 @@ class RouterConfig(Settings):
     ones are answered 429."""
     admission_max_tokens: int = Field(2_000_000, ge=0)
     """Prompt tokens of the requests held."""
+    admission_decode: DecodeAdmission = "off"
+    """With admission: slo, a request is answered 429 as well when no decode worker could keep
+    slo.tpot_ms for it, or has the memory; current: were it to come there now; predicted: when its
+    prefill will be done. See router/decode_load.py."""
     local_prefill: bool = True
     """A prompt is computed at a decode worker, without a hand-off, when that is sooner and the
     answers running there keep slo.tpot_ms."""

@@ -92,6 +92,7 @@ class Flow:
             watcher,
             ready=self._has_pools,
             enabled=config.admission == "slo",
+            decode=config.admission_decode,
             local=config.local_prefill,
             worker_wait_s=config.worker_wait_s,
         )

@@ -9,12 +9,14 @@ from core.ids import BlockHash, Incarnation, WorkerId
 from core.messages import PrefixSource
 from router.coming import Coming, blocks_per_step, steps_of
 from router.curves import Curves, peak_tokens
+from router.decode_load import DecodeLoad, Decoding, Pace, Then, load_now, load_then
 from router.index import Level, PrefixIndex
 from router.policies.base import Slo
 from router.pool import Pool
 from router.view import WorkerView
 
 _SOURCES = 4
+_ENOUGH_ANSWERS = 3
 _RESERVE = 0.03
 """Share of an arena that a predicted peak leaves free."""
 
@@ -254,6 +256,25 @@ class DecodePoolQuery(PoolQuery):
         if context_tokens + sequences * residuals[0] <= room:
             return True  # even if all of them were to go on as long as the longest
         return peak_tokens(context_tokens, sequences, residuals) <= room
+
+    def load(self, worker: WorkerId, then: Then | None) -> DecodeLoad | None:
+        """What the sequence would find there then, or now; None before steps of such workers were
+        measured.
+        """
+        view = self._views[worker]
+        speed, load, room = self._known.curves.of(view.kind), view.load, view.hello
+        if load is None or speed.decode_fit.observed < _ENOUGH_ANSWERS:
+            return None
+        there = Decoding(
+            running=load.running,
+            coming=load.waiting + view.unseen_submits,
+            context_tokens=self.context_tokens(worker),
+            room_tokens=int((1 - _RESERVE) * room.num_blocks * room.layout.block_size),
+        )
+        pace = Pace(speed.decode, self._known.curves.residuals, self.slo.tpot_s)
+        if then is None:
+            return load_now(there, self._tokens, pace)
+        return load_then(there, self._tokens, pace, then)
 
     def tpot_s(self, worker: WorkerId) -> float:
         curve = self._known.curves.of(self._views[worker].kind).decode

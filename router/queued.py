@@ -6,9 +6,12 @@ may move to another worker (rebalancer.py).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from core.ids import BlockHash, WorkerId
 from router.coming import Coming, steps_of
+
+_LOOKS = 256
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -31,9 +34,14 @@ class QueuedPrompt:
     move: Callable[[WorkerId], None] | None = None
     """Asks for it to be moved there, once; None where it must stay."""
 
+    @property
+    def due_at_s(self) -> float:
+        """When its first token was predicted to come."""
+        return self.submitted_at_s + self.queue_s + self.work_s
+
     def overdue_s(self, now_s: float) -> float:
         """How much later its first token is than was predicted; below 0 while it is not."""
-        return now_s - self.submitted_at_s - self.queue_s - self.work_s
+        return now_s - self.due_at_s
 
 
 class QueuedPrompts:
@@ -61,6 +69,11 @@ class QueuedPrompts:
     def __bool__(self) -> bool:
         """Whether there are any."""
         return bool(self._at)
+
+    def due_share(self, by_s: float) -> float:
+        """Of some of them, those whose first token should have come by then; 1 without any."""
+        some = list(islice(chain.from_iterable(self._at.values()), _LOOKS))
+        return sum(prompt.due_at_s <= by_s for prompt in some) / len(some) if some else 1.0
 
     def workers(self) -> list[WorkerId]:
         """Where any are."""

@@ -11,6 +11,8 @@ class RejectReason(StrEnum):
 
     TARGET = "target"
     """Its TTFT target cannot be met any more."""
+    DECODE = "decode"
+    """No decode worker could keep its TPOT target, or has the memory."""
     QUEUE_FULL = "queue_full"
 
 

@@ -20,7 +20,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.policy import refuse_sequence
 from prefill_worker.config import PrefillConfig
 from prefill_worker.policy import refuse_prompt
-from router.admission import Admit, Reject, Verdict, Wait, decide
+from router.admission import Admit, Reject, Verdict, Wait, decide, decide_decode
 from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
 from router.policies.build import build_policies
@@ -116,6 +116,9 @@ class SimRouter:
             self._spec.slo,
             ahead_s=None if first else ahead_s,
         )
+        if isinstance(verdict, Admit):
+            load = self.chooser.decode_load(considered, self._spec.router.admission_decode)
+            verdict = decide_decode(load)
         return considered, verdict
 
     def _is_full(self, job: Job) -> bool:

@@ -20,10 +20,12 @@ from router.admission import (
     Verdict,
     Wait,
     decide,
+    decide_decode,
     patience_of,
 )
 from router.chooser import Chooser, Considered, Outlook
-from router.config import RouterConfig
+from router.config import DecodeAdmission, RouterConfig
+from router.decode_load import DecodeLoad
 from router.policies.base import Decision, Slo
 from router.policies.build import build_policies
 from router.progress import Progress
@@ -98,6 +100,20 @@ def test_what_is_not_measured_is_admitted() -> None:
     assert verdict() == Admit()
 
 
+@pytest.mark.parametrize("load", [None, DecodeLoad(0.3, 0.0), DecodeLoad(1.0, 0.0)])
+def test_a_decode_worker_that_keeps_the_target_or_is_not_known_refuses_nobody(
+    load: DecodeLoad | None,
+) -> None:
+    assert decide_decode(load) == Admit()
+
+
+@pytest.mark.parametrize(("drain_s", "retry_s"), [(0.0, 1.0), (7.0, 7.0), (500.0, 60.0)])
+def test_a_full_decode_pool_refuses_until_enough_answers_have_ended(
+    drain_s: float, retry_s: float
+) -> None:
+    assert decide_decode(DecodeLoad(1.1, drain_s)) == Reject(retry_s, RejectReason.DECODE)
+
+
 # -- the line -----------------------------------------------------------------------------------
 
 
@@ -110,6 +126,7 @@ class Places:
         self._query = workers.prefill()
         self.now = outlooks
         self.looks = 0
+        self.decode: DecodeLoad | None = None
         self.gone = False
         """No worker is there."""
         self.half = False
@@ -129,6 +146,9 @@ class Places:
                 return iter(outlooks)
 
         return Seen(self._query, Decision(WorkerId("a"), ()))
+
+    def decode_load(self, considered: Considered, rule: DecodeAdmission) -> DecodeLoad | None:
+        return None if rule == "off" else self.decode
 
 
 class Noted(Unwatched):
@@ -169,6 +189,7 @@ class Door:
             self.noted,
             ready=self.places.ready,
             enabled=enabled,
+            decode="current",
             worker_wait_s=WORKER_WAIT_S,
         )
         self.entered: list[str] = []
@@ -249,6 +270,28 @@ async def test_who_comes_later_does_not_pass_those_who_wait() -> None:
         d.places.now = (FREE,)
         await d.come("b")
         assert d.entered == []
+        await d.report(FREE)
+        assert d.entered == ["a"]
+
+
+async def test_who_has_a_place_is_refused_at_once_when_no_decode_worker_can_serve_it() -> None:
+    async with door() as d:
+        d.places.now, d.places.decode = (FREE,), DecodeLoad(1.5, 4.0)
+        await d.come("a")
+        error = d.refused["a"]
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_s == 4.0
+        assert "router.admission_decode" in error.message
+        assert d.noted.reasons == [RejectReason.DECODE]
+
+
+async def test_who_waits_is_not_judged_by_decode_workers_before_its_turn() -> None:
+    async with door() as d:
+        await d.come("a")
+        d.places.decode = DecodeLoad(1.5, 4.0)
+        await d.report(BUSY)
+        assert not d.refused
+        d.places.decode = DecodeLoad(0.5, 0.0)
         await d.report(FREE)
         assert d.entered == ["a"]
 

@@ -121,6 +121,25 @@ def test_a_step_is_learned_with_the_context_of_those_that_run_alone() -> None:
     assert seen[0] == seen[1]
 
 
+def test_a_prompt_finds_the_least_loaded_decode_worker_unless_it_stays_or_nobody_asks() -> None:
+    fleet = Workers(decode=2)
+    subject = chooser(fleet)
+    considered = subject.consider(PROMPT, "")
+    assert subject.decode_load(considered, "current") is None  # before a step was measured
+    for _ in range(3):
+        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject.ended(end(step_s=0.04, outcome="ok"))
+    assert subject.decode_load(considered, "off") is None
+    busy = fleet.everyone.views[WorkerId("decode-0")]
+    both = subject.decode_load(considered, "current")
+    busy.load = replace(IDLE, running=2000, context_tokens=100_000)
+    assert subject.decode_load(considered, "current") == both
+    there, here = (subject.decode_load_at(WorkerId(f"decode-{i}"), 40) for i in (0, 1))
+    assert there is not None and here is not None
+    assert there.share > 1.0 >= here.share
+    assert subject.decode_load_at(WorkerId("gone"), 40) is None
+
+
 @pytest.mark.parametrize("how", [{"outcome": "cancelled"}, {"attempts": 2}])
 def test_nothing_is_learned_from_what_did_not_go_straight(how: dict[str, object]) -> None:
     fleet = Workers()

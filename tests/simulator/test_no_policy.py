@@ -8,6 +8,7 @@ DECIDING = {
     "choose",
     "placed",
     "decide",
+    "decide_decode",
     "plan_step",
     "share_step",
     "judge_local",
