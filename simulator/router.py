@@ -378,6 +378,14 @@ class SimRouter:
             for other in job.legs:
                 other.drop()
             self._complete(job)
+        elif self._spec.late_refusals and job.decode is not None:
+            self._check_decode(job, job.decode)
+
+    def _check_decode(self, job: Job, link: SimLink) -> None:
+        load = self.chooser.decode_load_at(link.record.worker_id, job.context_tokens)
+        if isinstance(decide_decode(load), Reject):
+            self._give_up_legs(job)
+            self._end(job, "refused")
 
     def _decoding(self, job: Job) -> None:
         now_s = self._events.now_s()

@@ -73,7 +73,9 @@ class SimSpec:
     With `report_s` a router hears of load and caches only every so often, as every worker reports;
     0 lets it see what is. `max_tokens` is what clients ask for at most. With `closed_sessions`
     turns wait for the answer before them, and at most `sessions` are open at once
-    (simulator/clients.py).
+    (simulator/clients.py). With `late_refusals` a prompt that its decode worker could not serve in
+    time once it is computed ends there, its prefill wasted: a what-if, as a live client has its
+    first token by then.
     """
 
     pools: tuple[PoolSpec, ...]
@@ -91,6 +93,7 @@ class SimSpec:
     closed_sessions: bool = False
     sessions: int | None = None
     keep: "KeepPolicy | None" = None
+    late_refusals: bool = False
     samples: int = 200
     seed: int = 0
 
