@@ -10,21 +10,78 @@ is the end of the lease by whoever, COMMIT is its Close answered HELD, which hap
 decides who owns the sequence.
 """
 
-import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
 
+from core.ids import BlockId, LeaseId, SequenceId
 from core.kv import KvLayout
-from engine.runner import Runner
-from engine.sequence import Sequence, SequenceState
-from kv_transfer.leases import Lease
+from engine.sequence import SequenceState
+from kv_transfer.leases import Lease, LeaseListener
 from kv_transfer.messages import LeaseOutcome
-from kv_transfer.owner import Owner
 
 log = logging.getLogger(__name__)
 
 
-def refuse_offer(sequence: Sequence) -> str:
+class Movable(Protocol):
+    """What is read of a running sequence; see engine.sequence.Sequence."""
+
+    state: SequenceState
+    context_tokens: int
+    computed: int
+    published: int
+    blocks: list[BlockId]
+    on_preempted: Callable[[], None] | None
+
+    @property
+    def sequence_id(self) -> SequenceId: ...
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def pending_tokens(self) -> int: ...
+
+
+S = TypeVar("S", bound=Movable)
+S_contra = TypeVar("S_contra", bound=Movable, contravariant=True)
+
+
+class Batch(Protocol[S_contra]):
+    """Where it runs; see engine.runner.Runner."""
+
+    def hold(self, sequence: S_contra) -> None: ...
+
+    def resume(self, sequence: S_contra) -> None: ...
+
+    def remove(self, sequence: S_contra) -> None: ...
+
+
+class Leases(Protocol):
+    """The owner's side of a lease; see kv_transfer.owner.Owner."""
+
+    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease: ...
+
+    def announce(self, lease: Lease, block_ids: Sequence[BlockId]) -> None: ...
+
+    def finish(
+        self, lease: Lease, block_ids: Sequence[BlockId], tokens: tuple[int, ...], *, ended: bool
+    ) -> None: ...
+
+    def abort(self, lease_id: LeaseId, reason: str) -> None: ...
+
+
+class Patience(Protocol):
+    """A call that comes later unless it is cancelled."""
+
+    def cancel(self) -> None: ...
+
+
+CallLater = Callable[[float, Callable[[], None]], Patience]
+"""As an event loop's."""
+
+
+def refuse_offer(sequence: Movable) -> str:
     """Why a sequence cannot be offered now; empty: it can."""
     if sequence.state is SequenceState.HELD:
         return "it is being handed over already"
@@ -35,7 +92,7 @@ def refuse_offer(sequence: Sequence) -> str:
     return ""
 
 
-class Migration:
+class Migration(Generic[S]):
     """One offer of one running sequence (implements kv_transfer.leases.LeaseListener).
 
     `advance` is called after each token that does not end the sequence, `drop` when the sequence
@@ -45,11 +102,12 @@ class Migration:
 
     def __init__(
         self,
-        sequence: Sequence,
+        sequence: S,
         *,
-        runner: Runner,
-        owner: Owner,
+        runner: Batch[S],
+        owner: Leases,
         layout: KvLayout,
+        call_later: CallLater,
         stop_s: float,
         on_over: Callable[[bool], None],
     ) -> None:
@@ -57,11 +115,12 @@ class Migration:
         self._runner = runner
         self._owner = owner
         self._layout = layout
+        self._call_later = call_later
         self._stop_s = stop_s
         self._on_over = on_over
         self.ready = False
         """The reader has all that was announced: the next step is the last one here."""
-        self._patience: asyncio.TimerHandle | None = None
+        self._patience: Patience | None = None
         self.lease = owner.open(sequence.sequence_id, self)
         sequence.on_preempted = lambda: self.drop("the sequence was preempted")
         self._announce()
@@ -111,8 +170,7 @@ class Migration:
         sequence = self._sequence
         self._runner.hold(sequence)
         reason = f"no other worker had the sequence within {self._stop_s:g} s"
-        loop = asyncio.get_running_loop()
-        self._patience = loop.call_later(self._stop_s, self.drop, reason)
+        self._patience = self._call_later(self._stop_s, lambda: self.drop(reason))
         used = self._layout.num_blocks(sequence.computed)
         self._owner.finish(
             self.lease,

@@ -144,6 +144,7 @@ class DecodeRole:
             runner=self._runner,
             owner=self._owner,
             layout=self._info.layout,
+            call_later=asyncio.get_running_loop().call_later,
             stop_s=self._config.migration_stop_s,
             on_over=leg.migration_over,
         )
@@ -268,7 +269,7 @@ class _DecodeLeg:
         self.times: LegTimes | None = None
         self.is_computed = False
         """Its prompt is computed here, and its first token has not been sent."""
-        self.migration: Migration | None = None
+        self.migration: Migration[Sequence] | None = None
 
     def drop_migration(self, reason: str) -> None:
         """Nobody else will have this sequence: it is about to end, or to be offered anew."""
