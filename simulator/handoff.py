@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from core.ids import BlockHash, BlockId
 from kv_transfer.messages import LeaseOutcome
 from simulator.events import Events
-from simulator.leases import ANY, Renewal
+from simulator.leases import Renewal
 from simulator.links import Link, send
-from simulator.sequence import SimSequence
+from simulator.sequence import ANY, SimSequence
 
 if TYPE_CHECKING:
     from simulator.fleet import Member
@@ -40,6 +40,11 @@ class PullQueue:
         if handoff in self._waiting:
             self._waiting.remove(handoff)
             self.look()
+
+    @property
+    def wanted_tokens(self) -> int:
+        """Of the first, which has no room; 0 where nobody waits."""
+        return self._waiting[0].sequence.context_tokens if self._waiting else 0
 
     def look(self) -> None:
         """Blocks may have been freed."""

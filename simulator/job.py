@@ -10,6 +10,7 @@ from core.messages import PrefixSource
 from router.queued import QueuedPrompt
 from simulator.fleet import Member, SimLink
 from simulator.handoff import Handoff
+from simulator.migration import AnswerMove
 from simulator.prefix import Fetch
 from simulator.sequence import SimSequence
 from simulator.workload.types import SimRequest
@@ -33,6 +34,10 @@ class Record:
     """From the first token to the KV being usable where the answer goes on."""
     evictions: int = 0
     """Times it gave its blocks back for others to grow."""
+    moves: int = 0
+    """Times it went on at another decode worker."""
+    pause_s: float = 0.0
+    """The longest that it stood still for one."""
     attempts: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
@@ -60,6 +65,7 @@ class Job:
         "emitted",
         "failed",
         "legs",
+        "move",
         "noes",
         "queued",
         "record",
@@ -86,6 +92,8 @@ class Job:
         self.noes = 0
         """Of these, in a row since it last stood in line."""
         self.legs: list[Leg] = []
+        self.move: AnswerMove | None = None
+        """While it is on its way from one decode worker to another."""
         self.decode: SimLink | None = None
         self.queued: QueuedPrompt | None = None
         self.requeued = False
@@ -155,6 +163,8 @@ class Leg:
         self.over = True
         if self.handoff is not None:
             self.handoff.abort()
+        if self.job.move is not None:
+            self.job.move.drop("the leg was cancelled")
         self.link.member.worker.cancel(self.sequence)
 
 

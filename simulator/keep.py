@@ -15,8 +15,7 @@ from kv_transfer.leases import Lease
 from simulator.events import Events
 from simulator.fleet import Member
 from simulator.job import Leg
-from simulator.leases import ANY
-from simulator.sequence import SimSequence
+from simulator.sequence import ANY, SimSequence
 from simulator.workload.types import SimRequest
 
 _LOOK_S = 0.05

@@ -7,12 +7,8 @@ finished -> renewed by its reader each third of `lease_s`, while that lives and 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from core.ids import RequestId, SequenceId
 from kv_transfer.leases import Lease, LeaseTable
 from simulator.events import Events
-
-ANY = SequenceId(RequestId("simulated"))
-"""Readers here never ask for another's lease."""
 
 
 @dataclass(frozen=True, slots=True)

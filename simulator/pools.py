@@ -18,6 +18,10 @@ class Sample:
     kv_share: float
     busy_share: float
     """Of the time since the last sample."""
+    fragmented_share: float = 0.0
+    """Of the KV memory, what is free on some workers while hand-offs that would fit into it wait
+    for room on others (Llumnix, OSDI'24, section 3).
+    """
 
 
 @dataclass(slots=True)
@@ -93,5 +97,17 @@ class Pool:
                 running=sum(load.running for load in loads),
                 kv_share=1 - free / blocks if blocks else 0.0,
                 busy_share=(busy_s - before_s) / since_s / max(1, len(self.slots)),
+                fragmented_share=self._fragmented() / blocks if blocks else 0.0,
             )
         )
+
+    def _fragmented(self) -> int:
+        """Free blocks that the first pulls in line would need, as many of them as all would fit."""
+        members, wanted, size = self.living(), 0, self.spec.worker.block_size
+        left = sum(member.worker.pool.available for member in members)
+        for tokens in sorted(filter(None, (member.queue.wanted_tokens for member in members))):
+            blocks = -(-tokens // size)
+            if wanted + blocks > left:
+                break
+            wanted += blocks
+        return wanted

@@ -24,9 +24,9 @@ from kv_transfer.metrics import transfer_cost
 from prefill_worker.policy import FetchVerdict
 from prefill_worker.sources import Sources, Wanted
 from simulator.events import Events
-from simulator.leases import ANY, Renewal
+from simulator.leases import Renewal
 from simulator.links import Network, send
-from simulator.sequence import ROOT, SimSequence
+from simulator.sequence import ANY, ROOT, SimSequence
 from simulator.worker import WorkerSpec
 
 if TYPE_CHECKING:

@@ -25,12 +25,14 @@ from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
 from router.policies.build import build_policies
 from router.watcher import Requeue, Unwatched
+from simulator.balance import Balance
 from simulator.events import Events
 from simulator.fleet import Member, SimFleet, SimLink
 from simulator.handoff import Handoff
-from simulator.job import ComputeLeg, DecodeLeg, Job, PrefillLeg, Record
+from simulator.job import ComputeLeg, DecodeLeg, Job, Leg, PrefillLeg, Record
 from simulator.keep import Keeper
 from simulator.links import Network
+from simulator.migration import AnswerMove
 from simulator.moves import Moves
 from simulator.spec import SimSpec
 from simulator.workload.types import SimRequest
@@ -78,6 +80,9 @@ class SimRouter:
         self._looking = False
         self._jobs: dict[int, Job] = {}
         self.moves = Moves(spec, self.chooser, events)
+        self._balance = None
+        if spec.moves_answers:
+            self._balance = Balance(fleet, events, running=self._running_at, move=self._move_answer)
 
     @property
     def waiting(self) -> int:
@@ -394,6 +399,43 @@ class SimRouter:
         job.legs = job.generating()
         if job.decode is not None:
             self.chooser.decoding(job.decode)
+        if self._balance is not None:
+            self._balance.look_later()
+
+    # -- running answers that move --------------------------------------------------------------
+
+    def _running_at(self, worker: WorkerId) -> list[Leg]:
+        """Legs that generate there."""
+        legs = [leg for job in self._jobs.values() for leg in job.generating()]
+        return [leg for leg in legs if leg.link.record.worker_id == worker and leg.sequence.blocks]
+
+    def _move_answer(self, job: Job, to: WorkerId) -> None:
+        leg, link, now_s = job.legs[0], self.fleet.link(Role.DECODE, to), self._events.now_s()
+        source, target = leg.link.member, link.member
+        job.emitted = source.worker.known_now(leg.sequence) - job.request.prompt_tokens
+        there = DecodeLeg(job, link, now_s)
+        move = AnswerMove(
+            self._events,
+            source=source,
+            target=target,
+            path=self._network.path(source.port, target.port),
+            control_s=self._spec.network.control_s,
+            sequence=leg.sequence,
+            arriving=there.sequence,
+            on_over=partial(self._moved, job, leg, there),
+        )
+        if move.begin():
+            job.move = move
+            link.submitted(job.context_tokens)
+
+    def _moved(self, job: Job, leg: Leg, there: Leg, moved: bool, pause_s: float) -> None:
+        job.move = None
+        if moved:
+            leg.over = True
+            job.legs, job.decode = [there], there.link
+            job.record.decode_worker = there.link.record.worker_id
+            job.record.moves += 1
+            job.record.pause_s = max(job.record.pause_s, pause_s)
 
     def _not_handed(self, job: Job, handoff: Handoff) -> None:
         """The KV did not arrive; either end may be at fault."""
@@ -404,6 +446,8 @@ class SimRouter:
 
     def finished(self, job: Job) -> None:
         """The last token is out."""
+        if job.move is not None:
+            job.move.drop("the answer has ended")
         self._complete(job)
 
     def lost(self, member: Member) -> None:
@@ -428,7 +472,8 @@ class SimRouter:
         record, now_s = job.record, self._events.now_s()
         if record.attempts == 1 and job.decode is not None:
             worker = WorkerId(record.decode_worker)
-            self.chooser.answer_ended(worker, record.output_tokens, now_s - job.began_s)
+            decode_s = None if record.moves else now_s - job.began_s
+            self.chooser.answer_ended(worker, record.output_tokens, decode_s)
         if self._keeper is not None:
             workers = {record.prefill_worker, record.decode_worker} - {""}
             found = [self.fleet.find(WorkerId(worker)) for worker in sorted(workers)]

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from core.ids import BlockHash, BlockId
+from core.ids import BlockHash, BlockId, RequestId, SequenceId
 from engine.pool import BlockPool
 from engine.sequence import SequenceState
 
+ANY = SequenceId(RequestId("simulated"))
+"""Readers here never ask for another's lease."""
 ROOT = BlockHash(bytes(16))
 """The parent of a prompt's first block."""
 
@@ -89,6 +91,15 @@ class SimSequence:
     @property
     def pending_tokens(self) -> int:
         return self.known_tokens - self.computed
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Numbers in their place."""
+        return range(self.known_tokens)
+
+    @property
+    def sequence_id(self) -> SequenceId:
+        return ANY
 
     def block_hashes(self, count: int, block_size: int) -> Sequence[BlockHash]:
         """Of blocks of the prompt; what it generates has no hash here."""

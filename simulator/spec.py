@@ -75,7 +75,8 @@ class SimSpec:
     turns wait for the answer before them, and at most `sessions` are open at once
     (simulator/clients.py). With `late_refusals` a prompt that its decode worker could not serve in
     time once it is computed ends there, its prefill wasted: a what-if, as a live client has its
-    first token by then.
+    first token by then. With `moves_answers` running answers move between decode workers
+    (simulator/balance.py): a what-if as well, as a live router moves one only when it is told to.
     """
 
     pools: tuple[PoolSpec, ...]
@@ -94,6 +95,7 @@ class SimSpec:
     sessions: int | None = None
     keep: "KeepPolicy | None" = None
     late_refusals: bool = False
+    moves_answers: bool = False
     samples: int = 200
     seed: int = 0
 

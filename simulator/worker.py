@@ -124,6 +124,7 @@ class SimWorker:
         self._growth: list[tuple[int, int, SimSequence]] = []
         self._order = 0
         self._cancelled = False
+        self._after_step: list[Callable[[], None]] = []
         self._queued_tokens = 0
         self._report: LoadReport | None = None
         self._report_s = -1.0
@@ -153,6 +154,39 @@ class SimWorker:
             sequence.cancelled = self._cancelled = True
             self.look()
 
+    def after_step(self, call: Callable[[], None]) -> None:
+        """Once, between the step in flight and the next."""
+        self._after_step.append(call)
+        self.look()
+
+    def known_now(self, sequence: SimSequence) -> int:
+        """Tokens of a sequence here, those of the steps that have ended."""
+        if sequence.joined < 0:
+            return sequence.known_tokens
+        done = 0 if self._run is None else self._done_steps(self._run)
+        return sequence.known_tokens + self._steps + done - sequence.joined
+
+    def hold(self, sequence: SimSequence) -> None:
+        """Between two steps: it keeps its blocks, and does not go on; see engine.runner.Runner."""
+        self.bring_up(sequence)
+        if sequence in self._fresh:
+            self._fresh.remove(sequence)
+        else:
+            self._leave_decodes(sequence)
+        self.scheduler.hold(sequence)
+
+    def resume(self, sequence: SimSequence) -> None:
+        """A held one goes on; others are left alone."""
+        if sequence.state is SequenceState.HELD:
+            self.scheduler.resume(sequence)
+            self._fresh.append(sequence)
+            self.look()
+
+    def remove(self, sequence: SimSequence) -> None:
+        """A held one is gone, and gives its blocks back."""
+        self.scheduler.finish(sequence)
+        self.look()
+
     def look(self) -> None:
         """Something has changed: a run of steps ends with the step in flight, an idle worker begins
         one.
@@ -173,9 +207,9 @@ class SimWorker:
         """Nothing happens here any more; answers what it ran, counts true at this moment."""
         if self._run is not None and self._run.batch is None and not self._run.chunks:
             self._count(self._done_steps(self._run))
-        lost = [*self.scheduler.waiting, *self.scheduler.running]
+        lost = [*self.scheduler.waiting, *self.scheduler.running, *self.scheduler.held]
         for sequence in lost:
-            self._bring_up(sequence)
+            self.bring_up(sequence)
             sequence.joined = sequence.turn = -1
         self._dead, self._run = True, None
         return lost
@@ -266,11 +300,12 @@ class SimWorker:
             grown = int(share * run.steps) * run.sequences
         context = self._context_tokens + grown + self._pulling_tokens
         context += sum(map(_KNOWN, self._prompts)) + sum(map(_KNOWN, self._fresh))
+        context += sum(map(_KNOWN, self.scheduler.held))
         return LoadReport(
             last_submit=last_submit,
             queued_tokens=self._queued_tokens + self._fetching_tokens,
             waiting=len(self.scheduler.waiting) + self._pulls,
-            running=len(self.scheduler.running),
+            running=len(self.scheduler.running) + len(self.scheduler.held),
             context_tokens=context,
             free_blocks=max(0, self.pool.available - grown // self._size),
             total_blocks=self.pool.num_blocks,
@@ -403,7 +438,7 @@ class SimWorker:
     def _plan_by_scheduler(self) -> _Run | None:
         """The scheduler's own plan over the true sequences; it may preempt."""
         for sequence in self.scheduler.running:
-            self._bring_up(sequence)
+            self.bring_up(sequence)
             sequence.joined = sequence.turn = -1
         batch = self.scheduler.next_batch(self._events.now_s())
         self._decodes = self._context_tokens = 0
@@ -447,12 +482,18 @@ class SimWorker:
             self._apply(run.batch)
         else:
             self._apply_run(run)
+        for call in self._take_calls():
+            call()
         self._run, self._settling = None, False
         self._report = None
         self._on_space()
         self.tell_kv()
         if self._run is None:  # else what came of it has begun the next
             self._begin()
+
+    def _take_calls(self) -> list[Callable[[], None]]:
+        calls, self._after_step = self._after_step, []
+        return calls
 
     def _learn(self, step: StepShape, seconds: float) -> None:
         """As the runner does."""
@@ -473,7 +514,7 @@ class SimWorker:
             _, order, sequence = heapq.heappop(ends)
             if sequence.turn != order:
                 continue
-            self._bring_up(sequence)
+            self.bring_up(sequence)
             self._leave_decodes(sequence)
             sequence.publish(self.pool, self._size)
             self._sampled(sequence)
@@ -518,8 +559,10 @@ class SimWorker:
             self._past.ended(sequence.known_tokens - sequence.prompt_tokens)
             sequence.leg.ended(sequence)
 
-    def _bring_up(self, sequence: SimSequence) -> None:
-        """Counts of a decoding sequence, true at the last step that ended."""
+    def bring_up(self, sequence: SimSequence) -> None:
+        """Counts of a decoding sequence, true at the last step that was counted: within a run of
+        equal steps, at its begin.
+        """
         if sequence.joined >= 0:
             steps = self._steps - sequence.joined
             sequence.computed += steps
@@ -552,7 +595,7 @@ class SimWorker:
             if not sequence.cancelled:
                 continue
             if sequence.joined >= 0:
-                self._bring_up(sequence)
+                self.bring_up(sequence)
                 self._leave_decodes(sequence)
             self.scheduler.finish(sequence)
         self._prompts = [s for s in self._prompts if not s.cancelled]

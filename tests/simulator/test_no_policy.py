@@ -9,6 +9,8 @@ DECIDING = {
     "placed",
     "decide",
     "decide_decode",
+    "pair_rooms",
+    "pick_answer",
     "plan_step",
     "share_step",
     "judge_local",
