@@ -10,6 +10,7 @@ from benchmarks.reproduce import (
     row_09_forward,
     row_10_ratio,
     row_12_mixes,
+    row_13_migration,
     row_14_headroom,
     row_18_ttl,
 )
@@ -27,6 +28,7 @@ BENCH = Bench(
         row_09_forward.PART,
         row_10_ratio.PART,
         row_12_mixes.PART,
+        row_13_migration.PART,
         row_14_headroom.PART,
         row_18_ttl.PART,
     ),
