@@ -7,7 +7,6 @@ It forks on command and ends with the socket it was given; what it forked ends w
 """
 
 import array
-import ctypes
 import gc
 import importlib
 import json
@@ -25,11 +24,11 @@ from typing import NoReturn
 import psutil
 
 from benchmarks.types import BenchFailed
+from core.parent import end_with_parent
 
 _PRELOAD = ("benchmarks.transfer.bench", "benchmarks.child", "cluster.worker.__main__")
 _MESSAGE_BYTES = 65_536
 _MOST_DESCRIPTORS = 8
-_PR_SET_PDEATHSIG = 1
 _START_TIMEOUT_S = 120.0
 _FORK_TIMEOUT_S = 10.0
 _STOP_TIMEOUT_S = 10.0
@@ -190,10 +189,7 @@ def _live(zygote: int, birth: _Birth, descriptors: Sequence[int]) -> NoReturn:
     """The life of a forked process; never returns into the zygote's code."""
     code = 1
     try:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != zygote:
-            sys.exit(1)  # it died before we could ask
+        end_with_parent(zygote)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         for stream, descriptor in zip((1, 2), descriptors, strict=False):

@@ -1,5 +1,6 @@
 """A pool of processes that Ctrl-C ends at once."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -7,17 +8,24 @@ from contextlib import contextmanager
 from multiprocessing import active_children, get_context, resource_tracker
 from typing import TypeVar
 
+from core.parent import end_with_parent
+
 T = TypeVar("T")
 
 
 def run_all(call: Callable[..., T], tasks: Sequence[Sequence[object]], count: int) -> Iterator[T]:
     """`call(*task)` of each task in `count` processes, in the order they end.
 
-    Whatever ends the iteration early, an interrupt of this process alone too, ends the processes:
-    an executor left to itself works off all that is queued.
+    Whatever ends the iteration early, an interrupt or the end of this process alone too, ends the
+    processes: an executor left to itself works off all that is queued.
     """
     others = set(active_children())
-    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        count,
+        mp_context=get_context("spawn"),
+        initializer=end_with_parent,
+        initargs=(os.getpid(),),
+    )
     try:
         with deaf_to_interrupts():
             futures = [pool.submit(call, *task) for task in tasks]

@@ -1,8 +1,14 @@
 """Processes of a search: all its results, and none left when it is given up."""
 
+import os
+import subprocess
+import sys
 import time
 from multiprocessing import active_children
 from operator import add
+from pathlib import Path
+
+import psutil
 
 from simulator.processes import run_all
 
@@ -17,3 +23,32 @@ def test_giving_up_ends_the_processes_and_drops_what_waits() -> None:
     assert active_children()
     answers.close()
     assert not active_children()
+
+
+def test_they_end_with_the_process_that_asked(tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(
+        "import time\n"
+        "from simulator.processes import run_all\n"
+        "if __name__ == '__main__':\n"
+        "    answers = run_all(time.sleep, [(0.0,), *[(60.0,)] * 4], 2)\n"
+        "    next(answers)\n"
+        "    print('asked', flush=True)\n"
+        "    next(answers)\n"
+    )
+    asks = subprocess.Popen(
+        [sys.executable, str(tmp_path / "asks.py")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert asks.stdout is not None
+    assert asks.stdout.readline() == b"asked\n"
+    workers = [
+        child
+        for child in psutil.Process(asks.pid).children()
+        if "resource_tracker" not in " ".join(child.cmdline())
+    ]
+    assert len(workers) == 2
+    asks.terminate()
+    asks.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10.0)
+    assert not alive
