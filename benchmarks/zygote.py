@@ -124,7 +124,7 @@ class Zygote:
                 self._process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+                self._process.wait(_STOP_TIMEOUT_S)
         self._socket = self._process = None
 
 

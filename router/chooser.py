@@ -397,11 +397,8 @@ class Chooser(Generic[L]):
         if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
             return
         if view.load.running:
-            step_s, running, context_tokens = (
-                decode_s / steps,
-                view.load.running,
-                _running(view.load),
-            )
+            step_s, running = decode_s / steps, view.load.running
+            context_tokens = _running_tokens(view.load)
             predicted_s = curves.of(view.kind).decode.seconds(running, context_tokens)
             curves.saw_decode(view.kind, running, context_tokens, step_s, now_s)
             peers = self._fleet.pool(Role.DECODE).incarnations
@@ -480,8 +477,10 @@ def _ways(query: DecodeCacheQuery) -> Iterator[Beside]:
         yield query.beside(worker)
 
 
-def _running(load: LoadReport) -> int:
-    """Context of those that run: reports count what is on its way there, which no step reads."""
+def _running_tokens(load: LoadReport) -> int:
+    """Context of those that run, if any do: reports count what is on its way there as well, which
+    no step reads.
+    """
     return load.context_tokens * load.running // (load.running + load.waiting)
 
 
