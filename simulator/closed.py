@@ -16,6 +16,7 @@ from random import Random
 from router.policies.base import Slo
 from simulator.cluster import Cluster
 from simulator.job import Record
+from simulator.misses import kept
 from simulator.spec import SimSpec
 from simulator.workload.types import SimRequest
 
@@ -126,7 +127,7 @@ class _Judge:
         self._warm -= len(self._came) >= self._sessions
         if record.at_s > self._from_s and (last is None or session in last):
             self.judged += 1
-            self.misses += not _kept(record, self._slo)
+            self.misses += not kept(record, self._slo)
         if self._warm == 0:
             self._from_s = self._now_s()
         if last is not None:
@@ -135,8 +136,3 @@ class _Judge:
         if self._warm < 0 and (self.judged >= self._wanted or self._to_begin <= 0):
             self._last, self._until_s = set(self._waiting), self._now_s()
         return self._last is not None and not self._last
-
-
-def _kept(record: Record, slo: Slo) -> bool:
-    in_time = record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s
-    return record.outcome == "ok" and in_time

@@ -17,12 +17,11 @@ from itertools import starmap
 from core.errors import InvalidRequest
 from core.estimate import Estimate
 from router.config import RouterConfig
-from router.policies.base import Slo
 from simulator.build import Settings, build_spec
 from simulator.closed import BEGIN_S, run_sessions, sessions_needed
 from simulator.cluster import Cluster
 from simulator.config import SimulatedPool
-from simulator.job import Record
+from simulator.misses import Misses
 from simulator.processes import run_all
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
@@ -167,15 +166,15 @@ def run_once(settings: Settings, question: Question, seed: int, scale: float) ->
     workload = _asked(question, seed, scale)
     spec = build_spec(settings, workload.block_size, seed)
     counted = workload.requests[int(_WARM_UP * len(workload.requests)) :]
-    misses = _Misses(spec.slo, counted[0].at_s, (1 - question.share) * len(counted))
+    misses = Misses(spec.slo, since_s=counted[0].at_s, counted=len(counted), share=question.share)
     ended = len(
         Cluster(replace(spec, samples=0)).run(workload.requests, enough=misses.note).records
     )
     if not misses.too_many:
-        misses.count += len(workload.requests) - ended  # the rest never will
+        misses.add(len(workload.requests) - ended)  # the rest never will
     span_s = counted[-1].at_s - counted[0].at_s
     rate_per_s = len(counted) / span_s if span_s > 0 else 0.0
-    return Point(scale, rate_per_s / spec.gpus, max(0.0, 1 - misses.count / len(counted)))
+    return Point(scale, rate_per_s / spec.gpus, misses.share)
 
 
 def _run_closed(settings: Settings, question: Question, seed: int, scale: float) -> Point:
@@ -199,27 +198,6 @@ def _mean_turns(trace: str) -> float:
     if "" in turns:
         raise InvalidRequest("simulation.closed_sessions: the trace has no sessions to close")
     return turns.total() / len(turns)
-
-
-class _Misses:
-    """Requests from `since_s` on that missed a target, or were not served."""
-
-    def __init__(self, slo: Slo, since_s: float, most: float) -> None:
-        self._slo, self._since_s, self._most = slo, since_s, most
-        self.count = 0
-
-    def note(self, record: Record) -> bool:
-        """Whether there are more than `most`."""
-        slo = self._slo
-        kept = (
-            record.outcome == "ok" and record.ttft_s <= slo.ttft_s and record.tpot_s <= slo.tpot_s
-        )
-        self.count += record.at_s >= self._since_s and not kept
-        return self.too_many
-
-    @property
-    def too_many(self) -> bool:
-        return self.count > self._most + 1e-9
 
 
 def _asked(question: Question, seed: int, scale: float) -> Workload:

@@ -15,6 +15,7 @@ from core.ids import BlockHash
 from engine.latency.base import StepShape
 from router.config import RouterConfig
 from simulator.cluster import Cluster
+from simulator.misses import Misses
 from simulator.plan.fleet import phase_run_s, stay_s, whole_run_s
 from simulator.plan.types import Affinity, Goodput, Option, Plan, Pool, Problem
 from simulator.spec import NetworkSpec, PoolRole, PoolSpec, SimSpec
@@ -225,7 +226,9 @@ def offered(problem: Problem, rps: float, run_s: float) -> list[SimRequest]:
 
 
 def simulate(problem: Problem, setup: Setup, rps: float) -> Goodput:
-    """How the requests fare at that rate."""
+    """How the requests fare at that rate. A run that misses its share of them ends when that is
+    sure: it answers for those that ended, and the share that it could have reached at most.
+    """
     spec = SimSpec(
         pools=setup.pools,
         router=setup.router,
@@ -234,16 +237,23 @@ def simulate(problem: Problem, setup: Setup, rps: float) -> Goodput:
         samples=0,
         seed=problem.seed,
     )
-    outcome = Cluster(spec).run(offered(problem, rps, setup.run_s))
+    requests = offered(problem, rps, setup.run_s)
+    skipped = int(setup.warm_up * len(requests))
+    misses = Misses(
+        problem.slo,
+        since_s=requests[skipped].at_s,
+        counted=len(requests) - skipped,
+        share=problem.share,
+        tpot=setup.judged is Judged.BOTH,
+    )
+    outcome = Cluster(spec).run(requests, enough=misses.note)
+    if not misses.too_many:
+        misses.add(len(requests) - len(outcome.records))
     summary = summarise(outcome, problem.slo, spec.gpus, warm_up=setup.warm_up)
-    shares = {
-        Judged.TTFT: summary.ttft_attainment,
-        Judged.BOTH: summary.attainment,
-    }
     p90 = SHARES.index(0.9)
     return Goodput(
         rps=rps,
-        share=shares[setup.judged],
+        share=misses.share,
         ttft_p90_s=summary.ttft_s[p90] if summary.ttft_s else inf,
         tpot_p90_s=summary.tpot_s[p90] if summary.tpot_s else inf,
         hit_share=summary.hit_rate,

@@ -94,4 +94,4 @@ def test_a_whole_plan_counts_both_targets() -> None:
     setup = plan_setup(whole, Plan(prefill=pool, decode=pool), 1.0)
     found = simulate(whole, setup, 0.1)
     assert found.ttft_p90_s < 10.0
-    assert found.share == 0.0
+    assert found.share < whole.share

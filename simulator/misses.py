@@ -1,0 +1,47 @@
+"""Requests that missed a target, counted while a run goes on: one that missed too many may end."""
+
+from router.policies.base import Slo
+from simulator.job import Record
+
+
+def kept(record: Record, slo: Slo, *, ttft: bool = True, tpot: bool = True) -> bool:
+    """Whether a request was served within the targets that count."""
+    return (
+        record.outcome == "ok"
+        and (not ttft or record.ttft_s <= slo.ttft_s)
+        and (not tpot or record.tpot_s <= slo.tpot_s)
+    )
+
+
+class Misses:
+    """Of the requests from `since_s` on, `counted` in all, of which a `share` shall be kept."""
+
+    def __init__(
+        self, slo: Slo, *, since_s: float, counted: int, share: float, tpot: bool = True
+    ) -> None:
+        self._slo = slo
+        self._since_s = since_s
+        self._counted = counted
+        self._most = (1 - share) * counted + 1e-9
+        self._tpot = tpot
+        self._count = 0
+
+    def note(self, record: Record) -> bool:
+        """One has ended; answers whether so many have missed that the share is."""
+        missed = not kept(record, self._slo, tpot=self._tpot)
+        self._count += missed and record.at_s >= self._since_s
+        return self.too_many
+
+    def add(self, count: int) -> None:
+        """So many more, that never ended."""
+        self._count += count
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the share is missed already."""
+        return self._count > self._most
+
+    @property
+    def share(self) -> float:
+        """Of those counted that kept the targets, or still can."""
+        return max(0.0, 1 - self._count / self._counted)
