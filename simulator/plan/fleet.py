@@ -19,21 +19,21 @@ _PHASE_STAYS = 10
 
 def whole_run_s(problem: Problem) -> float:
     """Arrivals of a run of a whole plan: `run_s`, and never less than three stays."""
-    return max(problem.run_s, _STAYS * stay_s(problem, ttft=True, tpot=True))
+    return max(problem.run_s, _STAYS * whole_stay_s(problem))
 
 
-def phase_run_s(problem: Problem, guess_rps: float, *, ttft: bool, tpot: bool) -> float:
-    """Arrivals of a run of one phase: as long, or ten stays in it, or what some 2,400
-    requests take, if that is less; never less than three stays.
+def phase_run_s(problem: Problem, guess_rps: float, stay_s: float) -> float:
+    """Arrivals of a run of one phase in which a request stays `stay_s`: as long, or ten stays, or
+    what some 2,400 requests take, if that is less; never less than three stays.
     """
-    stay = stay_s(problem, ttft=ttft, tpot=tpot)
-    return max(_STAYS * stay, min(problem.run_s, _PHASE_STAYS * stay, _MOST_REQUESTS / guess_rps))
+    shortest = min(problem.run_s, _PHASE_STAYS * stay_s, _MOST_REQUESTS / guess_rps)
+    return max(_STAYS * stay_s, shortest)
 
 
-def stay_s(problem: Problem, *, ttft: bool, tpot: bool) -> float:
-    """How long a mean request that just keeps its targets stays in the phases named."""
+def whole_stay_s(problem: Problem) -> float:
+    """How long a mean request that just keeps its targets stays."""
     outputs = sum(request.output_tokens for request in problem.requests) / len(problem.requests)
-    return problem.slo.ttft_s * ttft + problem.slo.tpot_s * outputs * tpot
+    return problem.slo.ttft_s + problem.slo.tpot_s * outputs
 
 
 def find_fleet(problem: Problem, plan: Plan, rps: float) -> Plan:

@@ -16,7 +16,7 @@ from engine.latency.base import StepShape
 from router.config import RouterConfig
 from simulator.cluster import Cluster
 from simulator.misses import Misses
-from simulator.plan.fleet import phase_run_s, stay_s, whole_run_s
+from simulator.plan.fleet import phase_run_s, whole_run_s, whole_stay_s
 from simulator.plan.types import Affinity, Goodput, Option, Plan, Pool, Problem
 from simulator.spec import NetworkSpec, PoolRole, PoolSpec, SimSpec
 from simulator.summary import SHARES, summarise
@@ -73,7 +73,10 @@ def prefill_setup(problem: Problem, option: Option, step_tokens: int) -> Setup:
     """One prefill worker, and decodes that take no time."""
     worker = _worker(problem, Pool(option=option, step_tokens=step_tokens, workers=1))
     guess_rps = 0.7 / mean_prefill_s(problem, option, step_tokens)
-    return _phase(problem, worker, _instant(problem), Judged.TTFT, guess_rps)
+    stay_s = problem.slo.ttft_s
+    return _phase(
+        problem, worker, _instant(problem), Judged.TTFT, guess_rps=guess_rps, stay_s=stay_s
+    )
 
 
 def decode_setup(problem: Problem, option: Option) -> Setup:
@@ -81,8 +84,10 @@ def decode_setup(problem: Problem, option: Option) -> Setup:
     worker, without which a full one would seem to serve any rate.
     """
     worker = _worker(problem, Pool(option=option, step_tokens=_DECODE_STEP_TOKENS, workers=1))
-    guess_rps = _decode_guess_rps(problem, option)
-    return _phase(problem, _instant(problem), worker, Judged.BOTH, guess_rps)
+    guess_rps, stay_s = _decode_guess(problem, option)
+    return _phase(
+        problem, _instant(problem), worker, Judged.BOTH, guess_rps=guess_rps, stay_s=stay_s
+    )
 
 
 def plan_setup(problem: Problem, plan: Plan, guess_rps: float) -> Setup:
@@ -100,15 +105,20 @@ def plan_setup(problem: Problem, plan: Plan, guess_rps: float) -> Setup:
         guess_rps=guess_rps,
         width=problem.width,
         run_s=run_s,
-        warm_up=_warm_up(problem, stay_s(problem, ttft=True, tpot=True), run_s),
+        warm_up=_warm_up(problem, whole_stay_s(problem), run_s),
     )
 
 
 def _phase(
-    problem: Problem, prefill: WorkerSpec, decode: WorkerSpec, judged: Judged, guess_rps: float
+    problem: Problem,
+    prefill: WorkerSpec,
+    decode: WorkerSpec,
+    judged: Judged,
+    *,
+    guess_rps: float,
+    stay_s: float,
 ) -> Setup:
-    ttft, tpot = judged is Judged.TTFT, judged is Judged.BOTH
-    run_s = phase_run_s(problem, guess_rps, ttft=ttft, tpot=tpot)
+    run_s = phase_run_s(problem, guess_rps, stay_s)
     return Setup(
         pools=(
             PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=1, worker=prefill),
@@ -120,7 +130,7 @@ def _phase(
         guess_rps=guess_rps,
         width=max(problem.width, PHASE_WIDTH),
         run_s=run_s,
-        warm_up=_warm_up(problem, stay_s(problem, ttft=ttft, tpot=tpot), run_s),
+        warm_up=_warm_up(problem, stay_s, run_s),
     )
 
 
@@ -173,15 +183,16 @@ def mean_prefill_s(problem: Problem, option: Option, step_tokens: int) -> float:
     return total_s / len(sample)
 
 
-def _decode_guess_rps(problem: Problem, option: Option) -> float:
-    """The rate at which as many run as memory, batch and TPOT allow."""
+def _decode_guess(problem: Problem, option: Option) -> tuple[float, float]:
+    """The rate at which as many run as memory, batch and TPOT allow, and how long each stays."""
     sample = problem.requests[:200]
     context = sum(r.prompt_tokens + r.output_tokens / 2 for r in sample) / len(sample)
     outputs = sum(r.output_tokens for r in sample) / len(sample)
     batch = max(1, min(problem.max_batch, int(option.kv_tokens / context)))
     while batch > 1 and _step_s(option, batch, context) > problem.slo.tpot_s:
         batch = batch * 3 // 4
-    return batch / (outputs * _step_s(option, batch, context))
+    stay_s = outputs * _step_s(option, batch, context)
+    return batch / stay_s, stay_s
 
 
 def _step_s(option: Option, batch: int, context: float) -> float:

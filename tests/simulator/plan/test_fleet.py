@@ -63,9 +63,9 @@ def test_a_plan_serves_what_its_scarcer_pool_has_fleets_for() -> None:
 def test_runs_last_three_stays_and_a_phase_alone_no_more_than_ten() -> None:
     asked = replace(problem(option(), output=100, slo=Slo(ttft_s=1.0, tpot_s=0.1)), run_s=20.0)
     assert whole_run_s(asked) == pytest.approx(33.0)
-    assert phase_run_s(asked, 1.0, ttft=False, tpot=True) == pytest.approx(30.0)
-    assert phase_run_s(asked, 1.0, ttft=True, tpot=False) == pytest.approx(10.0)
-    assert phase_run_s(asked, 400.0, ttft=True, tpot=False) == pytest.approx(6.0)
+    assert phase_run_s(asked, 1.0, 10.0) == pytest.approx(30.0)
+    assert phase_run_s(asked, 1.0, 1.0) == pytest.approx(10.0)
+    assert phase_run_s(asked, 400.0, 1.0) == pytest.approx(6.0)
 
 
 BALANCED = replace(problem(option(), gpus=4, output=100), run_s=20.0, width=0.03)
