@@ -35,6 +35,8 @@ BENCHES = {
 }
 """What each bench measures. Its `BENCH` is in benchmarks/NAME/bench.py, imported when it runs."""
 
+_LINE_EVERY_S = 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -126,11 +128,11 @@ def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[t
 
 @contextmanager
 def _progress(title: str, what: str) -> Iterator[Report]:
-    """A bar on standard error; where that is no terminal, one line."""
+    """A bar on standard error; where that is no terminal, a line now and one a minute."""
     console = Console(stderr=True)
     if not console.is_terminal:
         print(f"{title}: {what}", file=sys.stderr, flush=True)
-        yield lambda text, done, total: None
+        yield _lines(title)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -140,6 +142,18 @@ def _progress(title: str, what: str) -> Iterator[Report]:
             bar.update(task, description=escape(f"{title}: {text}"), completed=done, total=total)
 
         yield report
+
+
+def _lines(title: str) -> Report:
+    said_s = time.monotonic()
+
+    def report(text: str, done: int, total: int) -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= _LINE_EVERY_S:
+            said_s = time.monotonic()
+            print(f"{title}: {text}, {done} of {total}", file=sys.stderr, flush=True)
+
+    return report
 
 
 # -- what is left -------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ seed are asked the same requests, and each seed another part of the trace.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from benchmarks.types import Finding, Json, Part, Progress, ResultTable, Run, Target
 from decode_worker.config import DecodeConfig
 from engine.config import EngineConfig
 from prefill_worker.config import PrefillConfig
@@ -31,6 +32,8 @@ from simulator.workload.records import trace_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+T = TypeVar("T")
 
 WORKERS = 8
 DEFAULT = "baton"
@@ -140,32 +143,59 @@ class Judged:
     setups: dict[str, Setup]
 
 
-def judge_case(case: Case, size: Size, processes: int) -> Judged:
-    """Tune the peers, then search on the seeds that are judged."""
-    setups, scale = _tune(case, size, processes)
+def judge_case(case: Case, size: Size, processes: int, progress: Progress) -> Judged:
+    """Tune the peers, then search on the seeds that are judged. `progress` counts searches."""
+    trials = [
+        (setup, peer)
+        for peer in SYSTEMS.values()
+        if peer.name != DEFAULT
+        for setup in _setups(peer, size)
+    ]
+    told = _Told(progress, case.name, 1 + len(trials) + size.seeds * len(SYSTEMS))
+    setups, scale = _tune(case, size, trials, processes, told)
     question = _question(case, size, scale)
     tasks = [
         (system, _settings(case, setups[system.name]), question, seed)
         for seed in range(size.seeds)
         for system in SYSTEMS.values()
     ]
-    return Judged(rank(run_all(search, tasks, processes)), setups)
+    return Judged(rank(told.each("judged", run_all(search, tasks, processes))), setups)
 
 
-def _tune(case: Case, size: Size, processes: int) -> tuple[dict[str, Setup], float]:
+@dataclass(slots=True)
+class _Told:
+    """Searches of a case that have ended."""
+
+    progress: Progress
+    case: str
+    total: int
+    done: int = 0
+
+    def each(self, what: str, ended: Iterable[T]) -> Iterator[T]:
+        """The same, and the progress hears of each."""
+        self.progress(f"{self.case}: {what}", self.done, self.total)
+        for one in ended:
+            self.done += 1
+            self.progress(f"{self.case}: {what}", self.done, self.total)
+            yield one
+
+
+def _tune(
+    case: Case,
+    size: Size,
+    trials: Sequence[tuple[Setup, System]],
+    processes: int,
+    told: _Told,
+) -> tuple[dict[str, Setup], float]:
     """How each system is set up, and the rate scale Baton reaches."""
     question = Question(trace=case.trace, requests=int(case.requests * size.tuning), refine=1)
-    first = search(SYSTEMS[DEFAULT], _settings(case, OURS), question, _TUNING_SEED)
+    task = (SYSTEMS[DEFAULT], _settings(case, OURS), question, _TUNING_SEED)
+    (first,) = told.each("tuning", starmap(search, [task]))
     scale = _scale_of(first, question.share) or question.first_scale
     question = replace(question, first_scale=scale / 2, growth=1.25)
-    tasks = [
-        (setup, peer, case, question)
-        for peer in SYSTEMS.values()
-        if peer.name != DEFAULT
-        for setup in _setups(peer, size)
-    ]
+    tasks = [(setup, peer, case, question) for setup, peer in trials]
     tried: dict[str, list[tuple[float, float, int, int]]] = {}
-    for setup, one in run_all(_try, tasks, processes):
+    for setup, one in told.each("tuning", run_all(_try, tasks, processes)):
         key = one.rate_per_gpu_s, _kept(one), setup.prefill_workers, setup.step_tokens
         tried.setdefault(one.system, []).append(key)
     setups = {name: Setup(*max(keys)[2:]) for name, keys in tried.items()}
@@ -260,9 +290,8 @@ def _case(trace: str, name: str, size: Size, *, prompt_tokens: float, model: Mod
 def _run(run: Run, model: Model, full: Size, key: str) -> Finding:
     size = QUICK if run.quick else full
     cases, found = _cases(run, size, model), dict[str, Judged]()
-    for i, case in enumerate(cases):
-        run.progress(case.name, i, len(cases))
-        found[case.name] = judge_case(case, size, os.cpu_count() or 1)
+    for case in cases:
+        found[case.name] = judge_case(case, size, os.cpu_count() or 1, run.progress)
     gpus = WORKERS * model.tensor_parallel
     return Finding(
         tables=tuple(_table(case, found[case.name]) for case in cases),

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from benchmarks.run import find_bench
+from benchmarks.run import _progress, find_bench
 from cluster.cli import app
 from cluster.plot import draw_plot
 
@@ -101,3 +101,15 @@ def test_without_matplotlib_the_plot_is_left_out_with_a_hint(
     said = draw_plot(tmp_path / "p.png", "t", {"part": lambda axes: None})
     assert said == "no plot: matplotlib is not installed (pip install 'baton[bench]')"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_bar_cannot_be_drawn_long_work_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.run._LINE_EVERY_S", 0.0)
+    with _progress("1/2 headline", "goodput") as report:
+        report("azure: judged", 3, 30)
+    assert capsys.readouterr().err.splitlines() == [
+        "1/2 headline: goodput",
+        "1/2 headline: azure: judged, 3 of 30",
+    ]

@@ -25,7 +25,10 @@ SIZE = replace(QUICK, chat_requests=60, splits=(4,), step_tokens=(256, 1024))
 @pytest.mark.timeout(120)
 def test_all_systems_are_judged_on_the_same_seeds_best_first() -> None:
     case = _case(TRACE, "tiny", SIZE, prompt_tokens=2000)
-    judged = judge_case(case, SIZE, processes=1)
+    told: list[tuple[str, int, int]] = []
+    judged = judge_case(case, SIZE, 1, lambda *step: told.append(step))
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert (told[0], told[-1]) == (("tiny: tuning", 0, 20), ("tiny: judged", 20, 20))
     rows, setups = judged.standings, judged.setups
     assert {row.system for row in rows} == set(SYSTEMS)
     assert [row.goodput.mean for row in rows] == sorted(
