@@ -236,9 +236,10 @@ def offered(problem: Problem, rps: float, run_s: float) -> list[SimRequest]:
     return [replace(request, at_s=(request.at_s - first_s) * stretch) for request in taken]
 
 
-def simulate(problem: Problem, setup: Setup, rps: float) -> Goodput:
-    """How the requests fare at that rate. A run that misses its share of them ends when that is
-    sure: it answers for those that ended, and the share that it could have reached at most.
+def simulate(problem: Problem, setup: Setup, rps: float, *, only_if_kept: bool = False) -> Goodput:
+    """How the requests fare at that rate. With `only_if_kept` a run that misses the share of the
+    problem ends when that is sure: it answers for those that ended, and the share that it could
+    have reached at most.
     """
     spec = SimSpec(
         pools=setup.pools,
@@ -257,8 +258,10 @@ def simulate(problem: Problem, setup: Setup, rps: float) -> Goodput:
         share=problem.share,
         tpot=setup.judged is Judged.BOTH,
     )
-    outcome = Cluster(spec).run(requests, enough=misses.note)
-    if not misses.too_many:
+    outcome = Cluster(spec).run(
+        requests, enough=lambda record: misses.note(record) and only_if_kept
+    )
+    if not only_if_kept or not misses.too_many:
         misses.add(len(requests) - len(outcome.records))
     summary = summarise(outcome, problem.slo, spec.gpus, warm_up=setup.warm_up)
     p90 = SHARES.index(0.9)
@@ -276,7 +279,7 @@ def find_goodput(problem: Problem, setup: Setup) -> Goodput:
     taken to fall with the rate.
     """
     return highest(
-        lambda rps: simulate(problem, setup, rps),
+        lambda rps: simulate(problem, setup, rps, only_if_kept=True),
         share=problem.share,
         guess_rps=setup.guess_rps,
         width=setup.width,

@@ -84,7 +84,7 @@ def test_a_tensor_parallel_worker_keeps_a_target_that_one_gpu_cannot() -> None:
     one, two = (
         simulate(tight, prefill_setup(tight, each, 1000), 0.1).share for each in tight.options
     )
-    assert one < 0.9
+    assert one == 0.0
     assert two > 0.9
 
 
@@ -94,4 +94,16 @@ def test_a_whole_plan_counts_both_targets() -> None:
     setup = plan_setup(whole, Plan(prefill=pool, decode=pool), 1.0)
     found = simulate(whole, setup, 0.1)
     assert found.ttft_p90_s < 10.0
-    assert found.share < whole.share
+    assert found.share == 0.0
+
+
+def test_a_run_may_end_once_its_share_is_missed_and_one_that_keeps_it_is_run_whole() -> None:
+    asked = problem(option(), slo=Slo(ttft_s=1.0, tpot_s=0.05))
+    setup = prefill_setup(asked, asked.options[0], 1000)
+    kept, missed = 0.5 * setup.guess_rps, 4 * setup.guess_rps
+    assert simulate(asked, setup, kept, only_if_kept=True) == simulate(asked, setup, kept)
+    at_most, whole = (
+        simulate(asked, setup, missed, only_if_kept=True),
+        simulate(asked, setup, missed),
+    )
+    assert whole.share < at_most.share < asked.share
