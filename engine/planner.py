@@ -6,6 +6,7 @@ core.step.StepBudget tells.
 """
 
 from collections.abc import Sequence
+from itertools import chain, repeat
 
 
 def plan_step(pending: Sequence[int], step_tokens: int, max_batch: int) -> list[int]:
@@ -19,15 +20,8 @@ def plan_step(pending: Sequence[int], step_tokens: int, max_batch: int) -> list[
     """
     prompts = [tokens for tokens in pending if tokens > 1]
     decodes, chunks = share_step(len(pending) - len(prompts), prompts, step_tokens, max_batch)
-    chunk = iter(chunks)
-    feed: list[int] = []
-    for tokens in pending:
-        if tokens > 1:
-            feed.append(next(chunk))
-        else:
-            feed.append(1 if decodes > 0 else 0)
-            decodes -= 1
-    return feed
+    chunk, decode = iter(chunks), chain(repeat(1, decodes), repeat(0))
+    return [next(chunk if tokens > 1 else decode) for tokens in pending]
 
 
 def share_step(

@@ -23,6 +23,8 @@ from engine.planner import plan_step
 from engine.pool import BlockPool
 from engine.sequence import SequenceState
 
+_RUNNING = SequenceState.RUNNING  # read through the class, it costs more than the rest of a look
+
 
 class Schedulable(Protocol):
     """What scheduling has to know of a sequence, and writes to it; see engine.sequence.Sequence."""
@@ -99,13 +101,13 @@ class Scheduler(Generic[S]):
 
     def join(self, sequence: S, now_s: float) -> None:
         """A sequence whose blocks are in place: their references are the scheduler's now."""
-        sequence.state = SequenceState.RUNNING
+        sequence.state = _RUNNING
         sequence.started_at_s = now_s
         self.running.append(sequence)
 
     def hold(self, sequence: S) -> None:
         """Take a running sequence out of the batch, between two of its steps."""
-        if sequence.state is not SequenceState.RUNNING or id(sequence) in self._in_flight:
+        if sequence.state is not _RUNNING or id(sequence) in self._in_flight:
             raise InternalError("a sequence cannot be held now")
         self.running.remove(sequence)
         sequence.state = SequenceState.HELD
@@ -114,7 +116,7 @@ class Scheduler(Generic[S]):
     def resume(self, sequence: S) -> None:
         """A held one goes on."""
         self.held.remove(sequence)
-        sequence.state = SequenceState.RUNNING
+        sequence.state = _RUNNING
         self.running.append(sequence)
 
     def finish(self, sequence: S) -> None:
@@ -141,14 +143,18 @@ class Scheduler(Generic[S]):
 
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
-        queued = sum(s.pending_tokens - s.cached_tokens for s in self.waiting)
-        queued += sum(s.pending_tokens for s in self.running if s.pending_tokens > 1)
         return RunnerLoad(
-            queued_tokens=queued,
+            queued_tokens=self.queued_tokens,
             waiting=len(self.waiting),
             running=len(self.running) + len(self.held),
             context_tokens=sum(s.known_tokens for s in [*self.running, *self.held]),
         )
+
+    @property
+    def queued_tokens(self) -> int:
+        """Of prompts, to be computed yet; a lone one of a running sequence is a decode's."""
+        waiting = sum(s.pending_tokens - s.cached_tokens for s in self.waiting)
+        return waiting + sum([n for s in self.running if (n := s.pending_tokens) > 1])
 
     # -- the step -------------------------------------------------------------------------------
 
@@ -157,23 +163,27 @@ class Scheduler(Generic[S]):
         run. It is in flight until `step_ended`.
         """
         self.admit(now_s)
-        pending = [s.pending_tokens for s in self.running]
-        feed = plan_step(pending, self._tokens_now(), self._max_batch)
+        pending, size = [s.pending_tokens for s in self.running], self._block_size
+        feed = plan_step(pending, self._tokens_now(pending), self._max_batch)
         batch: list[tuple[S, int]] = []
-        for sequence, count in zip(list(self.running), feed, strict=True):
-            if not count or sequence.state is not SequenceState.RUNNING:
+        begun: list[S] = []
+        for sequence, most in zip(list(self.running), feed, strict=True):
+            if not most or sequence.state is not _RUNNING:
                 continue
+            count = most
             if sequence.started_at_s is None:
                 self.reuse(sequence)
-            fed = min(count, sequence.pending_tokens)
-            if self._grow(sequence, sequence.computed + fed):
-                batch.append((sequence, fed))
-        batch = [(s, count) for s, count in batch if s.state is SequenceState.RUNNING]
+                count = min(most, sequence.pending_tokens)
+                begun.append(sequence)
+            end = sequence.computed + count
+            if end <= len(sequence.blocks) * size or self._grow(sequence, end):
+                batch.append((sequence, count))
+        batch = [fed for fed in batch if fed[0].state is _RUNNING]
         if len(self.running) > self._max_batch:
             self.running = self.running[self._max_batch :] + self.running[: self._max_batch]
         self._in_flight = {id(sequence) for sequence, _ in batch}
-        for sequence, _ in batch:
-            if sequence.started_at_s is None:
+        for sequence in begun:
+            if sequence.state is _RUNNING:
                 sequence.started_at_s = now_s
         return batch
 
@@ -183,12 +193,14 @@ class Scheduler(Generic[S]):
         chunk = self.budget.chunk_tokens(start, decodes, context_tokens, most)
         return min(most, decodes + chunk)
 
-    def _tokens_now(self) -> int:
-        prompt = next((s for s in self.running if s.pending_tokens > 1), None)
+    def _tokens_now(self, pending: Sequence[int]) -> int:
+        first = next((i for i, tokens in enumerate(pending) if tokens > 1), None)
+        prompt = None if first is None else self.running[first]
         # One that was preempted holds blocks, and its client waits for the next token: not slowed.
         if prompt is None or prompt.known_tokens > prompt.context_tokens or not self.budget.step_s:
             return self._step_tokens
-        contexts = [s.known_tokens for s in self.running if s.pending_tokens == 1]
+        decoding = zip(self.running, pending, strict=True)
+        contexts = [s.known_tokens for s, tokens in decoding if tokens == 1]
         return self.step_tokens(len(contexts), sum(contexts), prompt.computed)
 
     def step_ended(self) -> None:
@@ -220,7 +232,7 @@ class Scheduler(Generic[S]):
         sequence.computed = len(cached) * self._block_size
         if sequence.started_at_s is None:
             sequence.cached_tokens = sequence.computed
-        sequence.state = SequenceState.RUNNING
+        sequence.state = _RUNNING
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.computed:
