@@ -5,8 +5,8 @@
 Steps that only decode are the same step again and again until a sequence ends, blocks run out or
 somebody comes, so they are one event (`_Run.steps`), timed by the model's closed form. What changes
 a batch costs O(log n) of its size n. Where the choice is not plain (more sequences than
-`max_batch`, or too few blocks), the scheduler plans each step over the true sequences; with
-`stepwise` it plans every step, which tests compare.
+`max_batch`, or too few blocks), the scheduler plans each step over the true sequences, which then
+stay in `_fresh` from step to step; with `stepwise` it plans every step, which tests compare.
 """
 
 import heapq
@@ -71,6 +71,8 @@ class _Run:
     sequences: int
     chunks: list[tuple[SimSequence, int]] = field(default_factory=list)
     batch: list[tuple[SimSequence, int]] | None = None
+    shape: StepShape | None = None
+    """Of `batch`."""
     ends_s: float = 0.0
 
 
@@ -321,7 +323,10 @@ class SimWorker:
             self._run = None
             self._on_space()  # what was given back meanwhile has woken nobody
             return
-        run = None if self._stepwise else self._plan()
+        run = None
+        if not self._stepwise and len(self.scheduler.running) <= self.spec.max_batch:
+            self._sort_fresh()
+            run = self._plan()
         if run is None:
             run = self._plan_by_scheduler()
         self._run, self._report = run, None
@@ -339,14 +344,20 @@ class SimWorker:
         self._events.at(run.ends_s, self._end, run)
 
     def _admit(self) -> None:
-        """Those that wait and fit begin; all that run are decodes, or prompts in order."""
+        """Those that wait and fit begin: a prompt with its first chunk, a decode at once."""
         scheduler = self.scheduler
-        if scheduler.waiting:
-            before = len(scheduler.running)
-            scheduler.admit(self._events.now_s())
-            for sequence in scheduler.running[before:]:
-                self._queued_tokens += _queued(sequence) - sequence.queued_tokens
-                self._fresh.append(sequence)
+        if not scheduler.waiting:
+            return
+        before, now_s = len(scheduler.running), self._events.now_s()
+        scheduler.admit(now_s)
+        for sequence in scheduler.running[before:]:
+            self._queued_tokens += _queued(sequence) - sequence.queued_tokens
+            self._fresh.append(sequence)
+            if sequence.pending_tokens == 1 and sequence.started_at_s is None:
+                sequence.started_at_s = now_s
+
+    def _sort_fresh(self) -> None:
+        """All that run are decodes, or prompts in order."""
         for sequence in self._fresh:
             if sequence.pending_tokens > 1:
                 self._prompts.append(sequence)
@@ -357,8 +368,6 @@ class SimWorker:
     def _decode(self, sequence: SimSequence) -> None:
         """It takes part in every step from now on."""
         self._order += 1
-        if sequence.started_at_s is None:
-            sequence.started_at_s = self._events.now_s()
         sequence.joined, sequence.turn = self._steps, self._order
         self._decodes += 1
         self._context_tokens += sequence.known_tokens
@@ -377,9 +386,7 @@ class SimWorker:
             begun = self._prompts[0].computed
             step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, begun)
         fed, chunks = share_step(decodes, prompts, step_tokens, spec.max_batch)
-        if fed < decodes or len(self.scheduler.running) > spec.max_batch:
-            return None
-        if not self._grow(self._steps):
+        if fed < decodes or not self._grow(self._steps):
             return None
         if prompts:
             planned = list(zip(self._prompts, chunks, strict=False))  # those behind get nothing
@@ -437,22 +444,21 @@ class SimWorker:
 
     def _plan_by_scheduler(self) -> _Run | None:
         """The scheduler's own plan over the true sequences; it may preempt."""
-        for sequence in self.scheduler.running:
+        for sequence in self.scheduler.running if self._decodes else ():
             self.bring_up(sequence)
             sequence.joined = sequence.turn = -1
-        batch = self.scheduler.next_batch(self._events.now_s())
+        now_s = self._events.now_s()
+        batch = self.scheduler.next_batch(now_s)
         self._decodes = self._context_tokens = 0
-        self._prompts, self._ends, self._growth = [], [], []
+        self._prompts, self._fresh, self._ends, self._growth = [], [], [], []
         self._recount()
-        return _Run(self._events.now_s(), 1, 0, batch=batch) if batch else None
+        return _Run(now_s, 1, 0, batch=batch, shape=_shape_of(batch)) if batch else None
 
     def _shape(self, run: _Run) -> StepShape:
-        if run.batch is None:
-            chunks = [(s.computed, s.computed + count) for s, count in run.chunks]
-            return StepShape(chunks, run.sequences, self._context_tokens)
-        prompts = [(s.computed, s.computed + n) for s, n in run.batch if s.pending_tokens > 1]
-        decodes = [s.known_tokens for s, _ in run.batch if s.pending_tokens == 1]
-        return StepShape(prompts, len(decodes), sum(decodes))
+        if run.shape is not None:
+            return run.shape
+        chunks = [(s.computed, s.computed + count) for s, count in run.chunks]
+        return StepShape(chunks, run.sequences, self._context_tokens)
 
     def _done_steps(self, run: _Run) -> int:
         """Steps of a run that have ended by now; the last one has not."""
@@ -580,8 +586,11 @@ class SimWorker:
         self.scheduler.step_ended()
         for sequence, count in batch:
             sequence.computed += count
-            sequence.publish(self.pool, self._size)
-            if sequence.pending_tokens == 0:
+            known = sequence.known_tokens
+            is_last = sequence.computed == known
+            if not is_last or count > 1 or known == sequence.context_tokens:
+                sequence.publish(self.pool, self._size)  # of a decode, all is published
+            if is_last:
                 sequence.append()
                 self._sampled(sequence)
             else:
@@ -606,7 +615,7 @@ class SimWorker:
         """The queued tokens, from the sequences themselves."""
         for sequence in self.scheduler.waiting:
             sequence.queued_tokens = sequence.pending_tokens - sequence.cached_tokens
-        self._queued_tokens = self.scheduler.load().queued_tokens
+        self._queued_tokens = self.scheduler.queued_tokens
 
 
 def _first_pending(prompts: Sequence[SimSequence], step_tokens: int) -> list[int]:
@@ -618,6 +627,13 @@ def _first_pending(prompts: Sequence[SimSequence], step_tokens: int) -> list[int
         if step_tokens <= 0:
             break
     return pending
+
+
+def _shape_of(batch: Sequence[tuple[SimSequence, int]]) -> StepShape:
+    """Of a step that feeds so many tokens to each."""
+    prompts = [(s.computed, s.computed + n) for s, n in batch if s.known_tokens - s.computed > 1]
+    decodes = [s.known_tokens for s, _ in batch if s.known_tokens - s.computed == 1]
+    return StepShape(prompts, len(decodes), sum(decodes))
 
 
 def _queued(sequence: SimSequence) -> int:
