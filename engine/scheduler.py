@@ -143,18 +143,14 @@ class Scheduler(Generic[S]):
 
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
+        queued = sum(s.pending_tokens - s.cached_tokens for s in self.waiting)
+        queued += sum(s.pending_tokens for s in self.running if s.pending_tokens > 1)
         return RunnerLoad(
-            queued_tokens=self.queued_tokens,
+            queued_tokens=queued,
             waiting=len(self.waiting),
             running=len(self.running) + len(self.held),
             context_tokens=sum(s.known_tokens for s in [*self.running, *self.held]),
         )
-
-    @property
-    def queued_tokens(self) -> int:
-        """Of prompts, to be computed yet; a lone one of a running sequence is a decode's."""
-        waiting = sum(s.pending_tokens - s.cached_tokens for s in self.waiting)
-        return waiting + sum([n for s in self.running if (n := s.pending_tokens) > 1])
 
     # -- the step -------------------------------------------------------------------------------
 

@@ -586,15 +586,18 @@ class SimWorker:
         self.scheduler.step_ended()
         for sequence, count in batch:
             sequence.computed += count
-            known = sequence.known_tokens
-            is_last = sequence.computed == known
-            if not is_last or count > 1 or known == sequence.context_tokens:
-                sequence.publish(self.pool, self._size)  # of a decode, all is published
-            if is_last:
+            known, left = sequence.known_tokens, sequence.outputs_left
+            if sequence.computed < known:
+                sequence.publish(self.pool, self._size)
+                sequence.leg.computed(sequence)
+            elif count == 1 and known > sequence.context_tokens and left > 1:
+                # One more token of an answer, whose prompt is published.
+                sequence.known_tokens, sequence.outputs_left = known + 1, left - 1
+                self._fresh.append(sequence)
+            else:
+                sequence.publish(self.pool, self._size)
                 sequence.append()
                 self._sampled(sequence)
-            else:
-                sequence.leg.computed(sequence)
         self._fresh = list(self.scheduler.running)
         self._recount()
 
@@ -613,9 +616,11 @@ class SimWorker:
 
     def _recount(self) -> None:
         """The queued tokens, from the sequences themselves."""
-        for sequence in self.scheduler.waiting:
+        waiting, running = self.scheduler.waiting, self.scheduler.running
+        for sequence in waiting:
             sequence.queued_tokens = sequence.pending_tokens - sequence.cached_tokens
-        self._queued_tokens = self.scheduler.queued_tokens
+        prompts = [n for s in running if (n := s.known_tokens - s.computed) > 1]
+        self._queued_tokens = sum(s.queued_tokens for s in waiting) + sum(prompts)
 
 
 def _first_pending(prompts: Sequence[SimSequence], step_tokens: int) -> list[int]:
