@@ -603,9 +603,11 @@ class SimWorker:
 
     def _drop_cancelled(self) -> None:
         self._cancelled = False
-        for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
-            if not sequence.cancelled:
-                continue
+        here = chain(self.scheduler.waiting, self.scheduler.running)
+        cancelled = [sequence for sequence in here if sequence.cancelled]
+        if not cancelled:  # a leg was dropped before it came here
+            return
+        for sequence in cancelled:
             if sequence.joined >= 0:
                 self.bring_up(sequence)
                 self._leave_decodes(sequence)
