@@ -300,8 +300,7 @@ class SimWorker:
         if run is not None and run.steps > 1 and run.ends_s > run.began_s:
             share = (now_s - run.began_s) / (run.ends_s - run.began_s)
             grown = int(share * run.steps) * run.sequences
-        context = self._context_tokens + grown + self._pulling_tokens
-        context += sum(map(_KNOWN, self._prompts)) + sum(map(_KNOWN, self._fresh))
+        context = self._running_context() + grown + self._pulling_tokens
         context += sum(map(_KNOWN, self.scheduler.held))
         return LoadReport(
             last_submit=last_submit,
@@ -312,6 +311,14 @@ class SimWorker:
             free_blocks=max(0, self.pool.available - grown // self._size),
             total_blocks=self.pool.num_blocks,
         )
+
+    def _running_context(self) -> int:
+        if self._run is not None and self._run.batch is not None:
+            registered, rest = 0, self.scheduler.running
+        else:
+            registered, rest = self._context_tokens, [*self._prompts, *self._fresh]
+        known: int = sum(map(_KNOWN, rest))
+        return registered + known
 
     # -- a step begins --------------------------------------------------------------------------
 

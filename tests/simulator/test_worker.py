@@ -1,5 +1,6 @@
 """The worker that jumps over equal steps and the one that takes each as the scheduler plans it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from random import Random
@@ -7,6 +8,7 @@ from random import Random
 import pytest
 
 from core.ids import BlockHash, WorkerId
+from core.messages import LoadReport
 from engine.config import TimedConfig
 from engine.latency.fitted import FittedLatency
 from simulator.events import Events
@@ -55,8 +57,15 @@ def hashes_of(family: int, count: int) -> list[BlockHash]:
 
 
 def play(
-    asks: list[Ask], spec: WorkerSpec, *, stepwise: bool = False, step_s: float | None = None
+    asks: list[Ask],
+    spec: WorkerSpec,
+    *,
+    stepwise: bool = False,
+    step_s: float | None = None,
+    look_at_s: Sequence[float] = (),
+    look: Callable[[LoadReport], None] = lambda load: None,
 ) -> tuple[list[Diary], SimWorker]:
+    """`look` hears the worker's load at the times of `look_at_s`."""
     events = Events()
     worker = SimWorker(WorkerId("w"), spec, events, stepwise=stepwise, step_s=step_s)
     diaries: list[Diary] = []
@@ -89,6 +98,8 @@ def play(
 
     for ask in asks:
         events.at(ask.at_s, begin, ask)
+    for at_s in look_at_s:
+        events.at(at_s, lambda at: look(worker.load()), at_s)
     events.run()
     return diaries, worker
 
@@ -142,6 +153,24 @@ def test_jumping_and_stepping_give_the_same_times_and_decisions() -> None:
         worker.pool.check_idle()
         preempted += oracle.scheduler.preemptions
     assert preempted > 30
+
+
+def test_in_the_middle_of_steps_jumping_and_stepping_report_the_same_load() -> None:
+    busy = 0
+    for seed in range(60):
+        asks, spec = random_case(seed)
+        random = Random(seed)
+        times = [random.uniform(0.0, 1.5) for _ in range(40)]
+        jumped: list[LoadReport] = []
+        stepped: list[LoadReport] = []
+        play(asks, spec, look_at_s=times, look=jumped.append)
+        play(asks, spec, look_at_s=times, look=stepped.append, stepwise=True)
+        for ours, theirs in zip(jumped, stepped, strict=True):
+            assert (ours.running, ours.waiting) == (theirs.running, theirs.waiting)
+            # Within a jump the steps done are those of its share of the time: one more or less.
+            assert abs(ours.context_tokens - theirs.context_tokens) <= ours.running
+            busy += theirs.context_tokens > 0
+    assert busy > 600
 
 
 def slowest_step_s(step_s: float | None) -> float:
