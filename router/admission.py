@@ -13,6 +13,9 @@ as long as it computes. Over all candidates the policy looked at:
     wait     w + queue / 2  <= patience on one of them: a queue may drain twice as fast as predicted
     reject   otherwise; where no prediction is wrong by more than that, waiting was for nothing
 
+Those who wait stand in a line, and only the first is admitted, or whoever would go to a worker that
+none of those before it wants.
+
 Whoever is admitted by its TTFT may still be refused because no decode worker could keep its TPOT
 target (`router.admission_decode`; decode_load.py): that does not wait, as answers take long to end.
 
@@ -24,19 +27,20 @@ P/D-Serve (arXiv 2408.08147).
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from math import inf
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from core.clock import Clock
 from core.errors import DeadlineExceeded, NoWorkers, Overloaded
-from core.ids import RequestId
+from core.ids import RequestId, WorkerId
 from router.chooser import Chooser, Considered, Outlook
 from router.config import DecodeAdmission
 from router.decode_load import DecodeLoad
+from router.members import L
 from router.policies.base import Slo
 from router.progress import Progress
 from router.watcher import FlowWatcher, RejectReason
@@ -49,7 +53,7 @@ _MOST_RETRY_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloClass:
-    """Requests that share targets and a line; each class is first come, first served."""
+    """Requests that share targets and a line: first come, first served at each worker."""
 
     name: str
     slo: Slo
@@ -61,6 +65,28 @@ class QueueBounds:
 
     requests: int
     prompt_tokens: int
+
+
+class InLine(NamedTuple):
+    """One in line: the least seconds of work it is anywhere, and the workers it may go to; None
+    where that is not known yet.
+    """
+
+    work_s: float
+    workers: Collection[WorkerId] | None
+
+    @classmethod
+    def of(cls, considered: Considered[L] | None) -> Self:
+        """As it was considered last; None is for what found a pool without workers."""
+        if considered is None:
+            return cls(0.0, None)
+        outlooks = dict(considered.outlooks())
+        work_s = min((outlook.work_s for outlook in outlooks.values()), default=0.0)
+        return cls(work_s, frozenset(outlooks) | {considered.worker_id})
+
+    def would_go_to(self, worker: WorkerId) -> bool:
+        """Whether a prompt that goes there may be in its way."""
+        return self.workers is None or worker in self.workers
 
 
 class Admit(NamedTuple):
@@ -84,6 +110,29 @@ class Reject(NamedTuple):
 
 
 Verdict = Admit | Wait | Reject
+
+
+def judge(
+    now_s: float,
+    arrived_s: float,
+    considered: Considered[L],
+    slo: Slo,
+    ahead: Sequence[InLine],
+) -> Verdict:
+    """Of one that comes, or one in line, with those before it there. It passes them where none of
+    them would go: a long prompt that waits for a prefill worker holds up no turn of a chat whose
+    decode worker has it all but for a question.
+    """
+    if not ahead:
+        return decide(now_s, arrived_s, (outlook for _, outlook in considered.outlooks()), slo)
+    outlooks = dict(considered.outlooks())
+    here = considered.worker_id
+    if here in outlooks and not any(other.would_go_to(here) for other in ahead):
+        verdict = decide(now_s, arrived_s, [outlooks[here]], slo)
+        if isinstance(verdict, Admit):
+            return verdict
+    ahead_s = sum(other.work_s for other in ahead) / considered.places
+    return decide(now_s, arrived_s, outlooks.values(), slo, ahead_s=ahead_s)
 
 
 def decide(
@@ -135,14 +184,14 @@ class _Asking:
     what all such gaps had taken when it came.
     """
 
-    __slots__ = ("came_s", "gap_s", "progress", "slo_class", "wake", "work_s")
+    __slots__ = ("came_s", "gap_s", "progress", "slo_class", "waiting", "wake")
 
     def __init__(self, progress: Progress, slo_class: SloClass, now_s: float, gap_s: float) -> None:
         self.gap_s = gap_s
         self.progress = progress
         self.slo_class = slo_class
         self.came_s = now_s
-        self.work_s = 0.0
+        self.waiting = InLine.of(None)
         self.wake = asyncio.Event()
 
     @property
@@ -174,8 +223,8 @@ class _Gap:
 
 
 class Admission:
-    """The lines of one router. Only the first of a line looks for a place, when a report comes, so
-    what waits costs nothing but its timer.
+    """The lines of one router. Only the first of a line looks for a place when a report comes; who
+    stands behind it looks once as it comes, and then at its timer.
     """
 
     def __init__(
@@ -265,7 +314,7 @@ class Admission:
         try:
             while True:
                 asking.wake.clear()
-                asking.work_s = _work_s(considered)
+                asking.waiting = InLine.of(considered)
                 considered, verdict = self._judge(asking, considered)
                 if isinstance(verdict, Admit):
                     return considered
@@ -309,13 +358,13 @@ class Admission:
             return None, Admit()  # the attempt's to wait for, or to fail with
         if not self._enabled or started:
             return considered, Admit()
-        is_first, now_s = not line or line[0] is asking, self._clock.now_s()
-        verdict = decide(
+        now_s = self._clock.now_s()
+        verdict = judge(
             now_s,
             asking.came_s + self._gap.until(now_s) - asking.gap_s,
-            considered.outlooks(),
+            considered,
             asking.slo_class.slo,
-            ahead_s=None if is_first else _ahead_s(line, asking) / considered.places,
+            [other.waiting for other in takewhile(lambda other: other is not asking, line)],
         )
         if isinstance(verdict, Admit):
             verdict = decide_decode(self._chooser.decode_load(considered, self._decode))
@@ -351,16 +400,6 @@ class Admission:
             " them)",
         }
         return Overloaded(text[verdict.reason], retry_after_s=verdict.retry_after_s)
-
-
-def _work_s(considered: Considered | None) -> float:
-    """The least its prompt takes anywhere."""
-    return min((o.work_s for o in considered.outlooks()), default=0.0) if considered else 0.0
-
-
-def _ahead_s(line: Iterable[_Asking], asking: _Asking) -> float:
-    """Seconds of work of those before `asking`; of all if it is not in line yet."""
-    return sum(other.work_s for other in takewhile(lambda other: other is not asking, line))
 
 
 async def _either(event: asyncio.Event, timeout_s: float) -> None:

@@ -93,17 +93,23 @@ class Considered(NamedTuple, Generic[L]):
         """Workers that prompts like it are computed on."""
         return len(self.query.pool) + self.local.workers
 
-    def outlooks(self) -> Iterator[Outlook]:
+    @property
+    def worker_id(self) -> WorkerId:
+        """Where it would be computed."""
+        placement = self.local.placement
+        return (self.decision if placement is None else placement.decision).worker_id
+
+    def outlooks(self) -> Iterator[tuple[WorkerId, Outlook]]:
         """At the decode worker, if it goes to one; at the chosen worker, then at the other
         candidates; of those only that are of a kind whose prefills were measured.
         """
         if self.local.placement is not None:
-            yield self.local.outlook
+            yield self.local.placement.decision.worker_id, self.local.outlook
         query, chosen = self.query, self.decision.worker_id
         others = (c.worker_id for c in self.decision.candidates if c.worker_id != chosen)
         for worker in chain((chosen,), others):
             if query.measured(worker):
-                yield Outlook(*query.expected_s(worker))
+                yield worker, Outlook(*query.expected_s(worker))
 
 
 class Chooser(Generic[L]):

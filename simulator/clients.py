@@ -4,15 +4,26 @@
     closed    a session's first request at its `at_s`, each later one `think_s` after the answer
               before it ended here; with `at_once`, a session beyond these begins when one is over
 
-An answer that was refused or failed is over too: its session goes on from there.
+A session whose request was refused asks it again when it was told to, twice at most, as OpenAI's
+client does. After that, or when an answer failed, it goes on from there.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from simulator.job import Record
 from simulator.workload.types import SimRequest
+
+_RETRIES = 2
+
+
+class Following(NamedTuple):
+    """A request that another one brings, or that one again."""
+
+    request: SimRequest
+    is_same: bool
 
 
 class Clients(Protocol):
@@ -21,8 +32,8 @@ class Clients(Protocol):
     @property
     def coming(self) -> Iterator[SimRequest]: ...
 
-    def after(self, session: str, now_s: float) -> SimRequest | None:
-        """What is asked next because a request of that session has ended now."""
+    def after(self, record: Record, now_s: float) -> Following | None:
+        """What is asked next because that request has ended now."""
         ...
 
 
@@ -32,7 +43,7 @@ class OpenClients:
     def __init__(self, requests: Sequence[SimRequest]) -> None:
         self.coming = iter(requests)
 
-    def after(self, session: str, now_s: float) -> SimRequest | None:
+    def after(self, record: Record, now_s: float) -> Following | None:
         return None
 
 
@@ -47,19 +58,27 @@ class ClosedSessions:
                 self._turns.setdefault(request.session, deque()).append(request)
             else:
                 alone.append(request)
-        firsts = [turns.popleft() for turns in self._turns.values()]
-        firsts = sorted([*firsts, *alone], key=lambda request: request.at_s)
+        self._open = {session: turns.popleft() for session, turns in self._turns.items()}
+        self._refusals: Counter[str] = Counter()
+        firsts = sorted([*self._open.values(), *alone], key=lambda request: request.at_s)
         most = len(firsts) if at_once is None else at_once
         self.coming = iter(firsts[:most])
         self._later = deque(firsts[most:])
 
-    def after(self, session: str, now_s: float) -> SimRequest | None:
+    def after(self, record: Record, now_s: float) -> Following | None:
+        session = record.session
+        if record.retry_after_s is not None and session and self._refusals[session] < _RETRIES:
+            self._refusals[session] += 1
+            return Following(replace(self._open[session], at_s=now_s + record.retry_after_s), True)
+        self._refusals.pop(session, None)
         turns = self._turns.get(session)
         if turns:
-            turn = turns.popleft()
-            return replace(turn, at_s=now_s + (turn.think_s or 0.0))
+            turn = self._open[session] = turns.popleft()
+            return Following(replace(turn, at_s=now_s + (turn.think_s or 0.0)), False)
         self._turns.pop(session, None)
-        return replace(self._later.popleft(), at_s=now_s) if self._later else None
+        if not self._later:
+            return None
+        return Following(replace(self._later.popleft(), at_s=now_s), False)
 
 
 def make_clients(requests: Sequence[SimRequest], *, closed: bool, at_once: int | None) -> Clients:

@@ -121,13 +121,15 @@ class _Judge:
     def note(self, record: Record) -> bool:
         """One has ended; answers whether all that are judged have."""
         session, last = record.session, self._last
+        if record.at_s > self._from_s and (last is None or session in last):
+            self.judged += 1
+            self.misses += not kept(record, self._slo)
+        if record.is_asked_again:
+            return False
         self._waiting.discard(session)
         self._left[session] -= 1
         self._to_begin -= not self._left[session]
         self._warm -= len(self._came) >= self._sessions
-        if record.at_s > self._from_s and (last is None or session in last):
-            self.judged += 1
-            self.misses += not kept(record, self._slo)
         if self._warm == 0:
             self._from_s = self._now_s()
         if last is not None:

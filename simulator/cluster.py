@@ -96,6 +96,7 @@ class Cluster:
         on_asked: Callable[[SimRequest], None] | None = None,
     ) -> Outcome:
         """All requests, to their end; or, asked of each record that is complete, until `enough`.
+        Of one that is asked again there is a record each time.
 
         `on_progress` hears how many have ended, `on_asked` of each request as it comes.
         """
@@ -114,7 +115,7 @@ class Cluster:
         if self._every_s > 0:
             self._events.at(self._every_s, self._sample, horizon_s)
         with _rare_collections():
-            while self._ended < len(requests) and self._events.pending and not self._stopped:
+            while self._ended < self._total and self._events.pending and not self._stopped:
                 self._events.run_some(_PROGRESS_EVERY)
         return Outcome(
             records=tuple(sorted(self._records, key=_arrival)),
@@ -250,9 +251,11 @@ class Cluster:
     def _note_end(self, record: Record) -> None:
         self._records.append(record)
         self._ended += 1
-        following = self._clients.after(record.session, self._events.now_s())
+        following = self._clients.after(record, self._events.now_s())
         if following is not None:
-            self._events.at(following.at_s, self._ask, following)
+            record.is_asked_again = following.is_same
+            self._total += following.is_same
+            self._events.at(following.request.at_s, self._ask, following.request)
         if self._enough is not None and self._enough(record):
             self._stopped = True
         if self._ended % _PROGRESS_EVERY == 0:

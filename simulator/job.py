@@ -42,6 +42,10 @@ class Record:
     prefill_worker: str = ""
     decode_worker: str = ""
     outcome: str = "unfinished"
+    retry_after_s: float | None = None
+    """What it was told when it was refused."""
+    is_asked_again: bool = False
+    """Then another record tells of the next time."""
     session: str = ""
 
     @property

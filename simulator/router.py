@@ -20,7 +20,7 @@ from decode_worker.config import DecodeConfig
 from decode_worker.policy import refuse_sequence
 from prefill_worker.config import PrefillConfig
 from prefill_worker.policy import refuse_prompt
-from router.admission import Admit, Reject, Verdict, Wait, decide, decide_decode
+from router.admission import Admit, InLine, Reject, Verdict, Wait, decide_decode, judge
 from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
 from router.policies.build import build_policies
@@ -76,7 +76,7 @@ class SimRouter:
         self._is_local = spec.router.local_prefill and not spec.is_colocated
         self._prefill_config = PrefillConfig(max_queued_tokens=spec.max_queued_tokens)
         self._decode_config = DecodeConfig(max_sequences=spec.max_sequences)
-        self._line: deque[tuple[Job, float]] = deque()
+        self._line: deque[tuple[Job, InLine]] = deque()
         self._looking = False
         self._jobs: dict[int, Job] = {}
         self.moves = Moves(spec, self.chooser, events)
@@ -100,10 +100,12 @@ class SimRouter:
         considered, verdict = self._judge(job, first=not self._line)
         if isinstance(verdict, Admit):
             self._start(job, considered)
-        elif isinstance(verdict, Reject) or self._is_full(job):
-            self._end(job, "refused")
+        elif isinstance(verdict, Reject):
+            self._refuse(job, verdict.retry_after_s)
+        elif self._is_full(job):
+            self._refuse(job, verdict.drain_s)
         else:
-            self._line.append((job, _work_s(considered)))
+            self._line.append((job, InLine.of(considered)))
             self._look_later()
 
     def _judge(self, job: Job, *, first: bool) -> tuple[Considered[SimLink] | None, Verdict]:
@@ -113,13 +115,12 @@ class SimRouter:
             return None, Admit()  # the attempt's to wait for
         if self._spec.router.admission == "off":
             return considered, Admit() if first else Wait(_LOOK_S, 0.0)
-        ahead_s = sum(work_s for _, work_s in self._line) / considered.places
-        verdict = decide(
+        verdict = judge(
             self._events.now_s(),
             job.request.at_s,
-            considered.outlooks(),
+            considered,
             self._spec.slo,
-            ahead_s=None if first else ahead_s,
+            () if first else [waiting for _, waiting in self._line],
         )
         if isinstance(verdict, Admit):
             load = self.chooser.decode_load(considered, self._spec.router.admission_decode)
@@ -152,7 +153,7 @@ class SimRouter:
                     return  # nobody overtakes it while it asks
             elif isinstance(verdict, Reject):
                 self._line.popleft()
-                self._end(job, "refused")
+                self._refuse(job, verdict.retry_after_s)
             else:
                 self._look_later()
                 return
@@ -354,7 +355,7 @@ class SimRouter:
         job.noes = 0
         if not others:
             job.refused.clear()
-        self._line.appendleft((job, 0.0))
+        self._line.appendleft((job, InLine(0.0, frozenset(pool.workers))))
         self._look_later(_ASK_S)
 
     # -- what legs say --------------------------------------------------------------------------
@@ -388,9 +389,10 @@ class SimRouter:
 
     def _check_decode(self, job: Job, link: SimLink) -> None:
         load = self.chooser.decode_load_at(link.record.worker_id, job.context_tokens)
-        if isinstance(decide_decode(load), Reject):
+        verdict = decide_decode(load)
+        if isinstance(verdict, Reject):
             self._give_up_legs(job)
-            self._end(job, "refused")
+            self._refuse(job, verdict.retry_after_s)
 
     def _decoding(self, job: Job) -> None:
         now_s = self._events.now_s()
@@ -481,6 +483,10 @@ class SimRouter:
             self._keeper.ended(job.request, members, record.queue_s)
         self._end(job, "ok")
 
+    def _refuse(self, job: Job, retry_after_s: float) -> None:
+        job.record.retry_after_s = retry_after_s
+        self._end(job, "refused")
+
     def _end(self, job: Job, outcome: str) -> None:
         job.legs = []
         self._jobs.pop(id(job), None)
@@ -488,8 +494,3 @@ class SimRouter:
         if outcome == "ok":
             job.record.end_s = self._events.now_s()
         self._on_end(job.record)
-
-
-def _work_s(considered: Considered[SimLink] | None) -> float:
-    """The least its prompt takes anywhere."""
-    return min((o.work_s for o in considered.outlooks()), default=0.0) if considered else 0.0

@@ -125,6 +125,8 @@ class Places:
         workers.add("a")
         self._query = workers.prefill()
         self.now = outlooks
+        self.worker = "a"
+        """That prompts go to, and no other."""
         self.looks = 0
         self.decode: DecodeLoad | None = None
         self.gone = False
@@ -139,13 +141,14 @@ class Places:
         self.looks += 1
         if self.gone:
             raise NoWorkers("none")
-        outlooks = [Outlook(queue_s, work_s) for queue_s, work_s in self.now]
+        worker = WorkerId(self.worker)
+        outlooks = [(worker, Outlook(queue_s, work_s)) for queue_s, work_s in self.now]
 
         class Seen(Considered):
-            def outlooks(self) -> Iterator[Outlook]:
+            def outlooks(self) -> Iterator[tuple[WorkerId, Outlook]]:
                 return iter(outlooks)
 
-        return Seen(self._query, Decision(WorkerId("a"), ()))
+        return Seen(self._query, Decision(worker, ()))
 
     def decode_load(self, considered: Considered, rule: DecodeAdmission) -> DecodeLoad | None:
         return None if rule == "off" else self.decode
@@ -272,6 +275,32 @@ async def test_who_comes_later_does_not_pass_those_who_wait() -> None:
         assert d.entered == []
         await d.report(FREE)
         assert d.entered == ["a"]
+
+
+async def test_who_goes_where_none_of_the_line_would_does_not_wait_for_it() -> None:
+    async with door() as d:
+        await d.come("long")
+        d.places.worker, d.places.now = "b", (FREE,)
+        await d.come("next turn")
+        assert d.entered == ["next turn"]
+        d.places.now = (BUSY,)
+        await d.come("no room there either")
+        assert d.entered == ["next turn"]
+        assert d.admission.waiting == 2
+        d.places.worker = "a"
+
+
+async def test_nobody_passes_one_of_whom_nothing_is_known_yet() -> None:
+    clock = FakeClock()
+    async with door(clock=clock) as d:
+        d.places.half = True
+        await d.come("came in the gap")
+        d.places.half = False
+        d.places.worker, d.places.now = "b", (FREE,)
+        await d.come("later")
+        assert d.entered == []
+        await d.report(FREE)
+        assert d.entered == ["came in the gap"]
 
 
 async def test_who_has_a_place_is_refused_at_once_when_no_decode_worker_can_serve_it() -> None:
@@ -502,7 +531,7 @@ async def test_switched_off_everything_is_admitted() -> None:
 
 
 def outlooks_of(chooser: Chooser, prompt: Sequence[int]) -> list[Outlook]:
-    return list(chooser.consider(prompt, "").outlooks())
+    return [outlook for _, outlook in chooser.consider(prompt, "").outlooks()]
 
 
 async def test_a_real_workers_report_lets_the_first_in() -> None:
@@ -531,7 +560,7 @@ async def test_a_real_workers_report_lets_the_first_in() -> None:
         cluster.prefill[0].gate.open()
         place = await soon(entering)
         assert isinstance(place, Considered)
-        assert next(place.outlooks()).queue_s < queue_s / 1.5
+        assert next(place.outlooks())[1].queue_s < queue_s / 1.5
 
 
 def ignore(_leg: object, _event: object) -> None:

@@ -357,4 +357,4 @@ def test_a_decode_worker_with_a_shorter_way_is_an_outlook_of_the_prompt() -> Non
     measured(subject, fleet)
     considered = subject.consider(PROMPT, "", local_total=60)
     assert considered.places == 2
-    assert next(considered.outlooks()) == considered.local.outlook
+    assert next(considered.outlooks()) == (considered.worker_id, considered.local.outlook)

@@ -63,24 +63,44 @@ def test_a_session_begins_when_one_of_those_at_once_is_over() -> None:
     assert sorted(begin for begin, _ in spans)[2:] == sorted(end for _, end in spans)[:2]
 
 
-def test_a_refused_turn_does_not_end_its_session() -> None:
+def test_a_refused_turn_is_asked_again_when_it_was_told_to_and_does_not_end_its_session() -> None:
     spec = replace(split(), router=RouterConfig(), slo=Slo(ttft_s=0.4, tpot_s=0.1))
     turns = [turn(f"s{i}", 0.01 * i + k, 0.1 if k else None) for i in range(30) for k in range(3)]
     outcome = run(closed(spec), sorted(turns, key=lambda request: request.at_s))
-    assert len(outcome.records) == 90
-    refused = [record for record in outcome.records if record.outcome == "refused"]
-    assert refused
-    later = of(outcome, refused[0].session)
-    assert len(later) == 3
+    again = [record for record in outcome.records if record.is_asked_again]
+    assert again
+    assert len(outcome.records) == 90 + len(again)
+    for record in again:
+        assert record.retry_after_s is not None
+        mine = of(outcome, record.session)
+        following = mine[mine.index(record) + 1]
+        assert following.at_s == pytest.approx(record.at_s + record.retry_after_s, abs=0.5)
+        assert following.prompt_tokens == record.prompt_tokens
+    for i in range(30):
+        mine = of(outcome, f"s{i}")
+        assert sum(not record.is_asked_again for record in mine) == 3
+
+
+def test_who_was_refused_three_times_goes_on() -> None:
+    clients = ClosedSessions([turn("s", 0.0, None), turn("s", 1.0, 0.5)])
+    refused = Record(0.0, 16, 1, retry_after_s=2.0, session="s")
+    for _ in range(2):
+        again = clients.after(refused, 7.0)
+        assert again is not None
+        assert (again.is_same, again.request.at_s) == (True, 9.0)
+    following = clients.after(refused, 7.0)
+    assert following is not None
+    assert (following.is_same, following.request.at_s) == (False, 7.5)
 
 
 def test_requests_without_a_session_are_sessions_of_one() -> None:
     alone = ClosedSessions([SimRequest(0.0, 16, 1), SimRequest(1.0, 16, 1)], at_once=1)
     assert [request.at_s for request in alone.coming] == [0.0]
-    following = alone.after("", 7.0)
+    ended = Record(0.0, 16, 1, outcome="ok")
+    following = alone.after(ended, 7.0)
     assert following is not None
-    assert following.at_s == 7.0
-    assert alone.after("", 9.0) is None
+    assert following.request.at_s == 7.0
+    assert alone.after(ended, 9.0) is None
 
 
 def test_closed_loops_slow_down_with_the_cluster_and_open_ones_do_not() -> None:
