@@ -1,4 +1,4 @@
-"""The reader's side of a hand-off: connections, and memory to read into.
+"""The reader's side of a hand-off, and memory to read into.
 
     connect -> bind -> (announce -> reserve -> read)* -> last read ended -> close -> HELD -> usable
 
@@ -8,21 +8,20 @@ in between is in pull.py.
 """
 
 import asyncio
-import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
-from core.errors import DeadlineExceeded, InternalError, TransferCause, TransferFailed
-from core.ids import BlockHash, BlockId, Incarnation, SequenceId, ShardId, WorkerId, shard_id
+from core.errors import DeadlineExceeded, InternalError
+from core.ids import BlockHash, BlockId, SequenceId, WorkerId, shard_id
 from core.messages import Handoff, PrefixSource
 from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.bound import BoundLease
 from kv_transfer.client import OwnerAddress, PeerConnection
 from kv_transfer.config import TransferConfig
+from kv_transfer.connections import Connections
 from kv_transfer.landing import Landing, Reserved
 from kv_transfer.messages import PeerHello
 from kv_transfer.metrics import PullStats, TransferMetrics, transfer_cost
@@ -31,10 +30,7 @@ from kv_transfer.pull import Fetching, Pulling
 from kv_transfer.transport import ReadStats
 from kv_transfer.transports import Transports
 
-log = logging.getLogger(__name__)
-
 _SPACE_RECHECK_S = 0.05
-_KEEP_REACHABLE = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,19 +99,16 @@ class Reader:
         self.config = config
         self.metrics = TransferMetrics()
         self._transports = transports
-        self._hello = hello
         self._headroom = headroom
         self._shape = ArenaShape(arena.layout, arena.num_blocks)
         self._fit = transfer_cost()
-        self._tasks = asyncio.TaskGroup()
-        self._connections: dict[Incarnation, tuple[PeerConnection, asyncio.Task[None]]] = {}
-        self._reachable: OrderedDict[WorkerId, tuple[ShardId, ...]] = OrderedDict()
+        self._connections = Connections(transports, hello, config)
         self._space = asyncio.Event()
         self._turn = asyncio.Lock()  # first come, first served: a long prompt is not starved
         self._in_line = 0
 
     async def __aenter__(self) -> "Reader":
-        await self._tasks.__aenter__()
+        await self._connections.__aenter__()
         return self
 
     async def __aexit__(
@@ -124,9 +117,7 @@ class Reader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for _, task in self._connections.values():
-            task.cancel()
-        await self._tasks.__aexit__(kind, error, trace)
+        await self._connections.__aexit__(kind, error, trace)
 
     # -- hand-offs ------------------------------------------------------------------------------
 
@@ -138,7 +129,7 @@ class Reader:
             incarnation=request.handoff.owner_incarnation,
         )
         async with self._in_time(door.worker_id, request.timeout_s):
-            connection = await self._connect(door)
+            connection = await self._connections.to(door)
             lease_id = request.handoff.lease_id
             with connection.bind(lease_id, request.sequence_id) as lease:
                 pulling = Pulling(
@@ -171,7 +162,7 @@ class Reader:
             incarnation=request.source.incarnation,
         )
         async with self._in_time(door.worker_id, request.timeout_s):
-            connection = await self._connect(door)
+            connection = await self._connections.to(door)
             fetching = Fetching(self, connection, request.sequence_id, request.hashes)
             landing = await fetching.run()
         self._count_soon(connection, landing.stats)
@@ -206,70 +197,6 @@ class Reader:
         except BaseException as error:
             self.metrics.failed(owner_id, error)
             raise
-
-    # -- connections ----------------------------------------------------------------------------
-
-    async def _connect(self, door: OwnerAddress) -> PeerConnection:
-        """The connection to this life of the owner; one that ended is waited for and replaced."""
-        known = self._connections.get(door.incarnation)
-        if known is not None and known[0].usable and door.worker_id in self._reachable:
-            self._reachable.move_to_end(door.worker_id)
-            return known[0]
-        try:
-            async with asyncio.timeout(self.config.connect_timeout_s):
-                while known is not None and known[0].lost:
-                    await asyncio.wait([known[1]])
-                    known = self._connections.get(door.incarnation)
-                known = known or self._open(door)
-                await asyncio.shield(known[0].ready)
-                self._keep_reachable(known[0])
-        except TimeoutError as error:  # the connection bounds itself, and others may wait for it
-            raise TransferFailed(
-                f"no answer from the KV owner {door.worker_id}", cause=TransferCause.NO_ANSWER
-            ) from error
-        return known[0]
-
-    def _open(self, door: OwnerAddress) -> tuple[PeerConnection, "asyncio.Task[None]"]:
-        connection = PeerConnection(
-            door,
-            self._hello,
-            self._transports,
-            renew_every_s=self.config.lease_s / 3,
-            connect_timeout_s=self.config.connect_timeout_s,
-        )
-        task = self._tasks.create_task(self._serve(connection))
-        self._connections[door.incarnation] = (connection, task)
-        return connection, task
-
-    async def _serve(self, connection: PeerConnection) -> None:
-        try:
-            await connection.run()
-        except Exception:  # the root of the connection's task
-            log.exception("peer_connection_bug owner=%s", connection.door.worker_id)
-        finally:
-            known = self._connections.get(connection.door.incarnation)
-            if known is not None and known[0] is connection:
-                del self._connections[connection.door.incarnation]
-
-    def _keep_reachable(self, connection: PeerConnection) -> None:
-        """Keep what the transports know of this life of a worker, drop what they knew of others.
-
-        The end of a stream is not that of a peer: contact made anew for each adds up in NIXL.
-        """
-        shards, lives = connection.shards, self._reachable
-        stale = set(lives.pop(connection.door.worker_id, ())) - set(shards)
-        lives[connection.door.worker_id] = shards
-        for worker_id in list(lives)[: len(lives) - _KEEP_REACHABLE]:
-            stale |= set(lives.pop(worker_id))
-        if stale:
-            self._tasks.create_task(self._disconnect(stale))
-
-    async def _disconnect(self, shards: Iterable[ShardId]) -> None:
-        for shard in shards:
-            try:
-                await self._transports.disconnect(shard)
-            except TransferFailed as error:
-                log.warning("peer_not_forgotten shard=%s error=%s", shard, error.message)
 
     # -- memory ---------------------------------------------------------------------------------
 

@@ -211,6 +211,11 @@ class Pair:
         async with reading(half, TransferConfig()) as reader:
             yield Pair(self.owner, half, reader, self.hub)
 
+    def stream(self) -> "asyncio.Task[None]":
+        """The reader's task that serves its stream to the owner."""
+        incarnation = self.owner.hello.incarnation
+        return self.reader._connections._live[incarnation][1]
+
     async def pull(
         self, lease: Lease, num_blocks: int, *, cached: int = 0, timeout_s: float = WAIT_S
     ) -> Pulled:

@@ -280,8 +280,7 @@ async def test_a_lost_reader_frees_the_owners_blocks_at_once() -> None:
         lease, _ = p.owner.whole(3)
         pulling = group.create_task(failure(p.pull(lease, 3)))
         await until(lambda: p.half.transport.waiting == 1)
-        (_connection, stream), *_ = p.reader._connections.values()
-        stream.cancel()
+        p.stream().cancel()
         await p.owner_holds_nothing()
         assert p.owner.table.counters.aborted == 1
         await pulling
@@ -371,7 +370,7 @@ async def test_a_new_stream_is_opened_after_one_was_lost() -> None:
     async with pair() as p:
         lease, blocks = p.owner.whole(2)
         p.assert_arrived(await p.pull(lease, 2), blocks)
-        (_connection, stream), *_ = p.reader._connections.values()
+        stream = p.stream()
         stream.cancel()
         await asyncio.wait([stream])
         lease, blocks = p.owner.whole(2)
