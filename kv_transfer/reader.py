@@ -8,8 +8,9 @@ in between is in pull.py.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -103,9 +104,8 @@ class Reader:
         self._shape = ArenaShape(arena.layout, arena.num_blocks)
         self._fit = transfer_cost()
         self._connections = Connections(transports, hello, config)
-        self._space = asyncio.Event()
-        self._turn = asyncio.Lock()  # first come, first served: a long prompt is not starved
-        self._in_line = 0
+        self._line: deque[BoundLease] = deque()
+        """Who waits for memory. First come, first served: a long prompt is not starved."""
 
     async def __aenter__(self) -> "Reader":
         await self._connections.__aenter__()
@@ -201,8 +201,9 @@ class Reader:
     # -- memory ---------------------------------------------------------------------------------
 
     def space_freed(self) -> None:
-        """Blocks were freed: a pull that waits for memory may look again."""
-        self._space.set()
+        """Blocks were freed: the pull that is next to get memory may look again."""
+        if self._line:
+            self._line[0].changed.set()
 
     async def reserve(
         self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
@@ -210,35 +211,31 @@ class Reader:
         """Wait for memory beside the headroom that running sequences need to grow.
 
         Takes the cached prefix and the rest in one step: a pull that waits holds nothing, so no
-        two of them wait for each other. Raises what ended the lease meanwhile.
+        two of them wait for each other. Raises what ended the lease meanwhile, wherever in the
+        line it waits.
         """
-        self._in_line += 1
+        self._line.append(lease)
         try:
-            async with self._turn:
-                return await self._wait_for_room(hashes, num_blocks, lease)
+            while True:
+                lease.changed.clear()
+                lease.raise_failure()
+                next_to_take = self._line[0] is lease
+                if next_to_take:
+                    reserved = self.try_reserve(self.pool.lookup(hashes), num_blocks)
+                    if reserved is not None:
+                        return reserved
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_SPACE_RECHECK_S if next_to_take else None):
+                        await lease.changed.wait()
         finally:
-            self._in_line -= 1
+            self._line.remove(lease)
+            self.space_freed()
 
     def reserve_now(self, hashes: Sequence[BlockHash], num_blocks: int) -> Reserved | None:
         """As `reserve`, if nobody waits and there is memory."""
-        if self._in_line:
+        if self._line:
             return None
         return self.try_reserve(self.pool.lookup(hashes), num_blocks)
-
-    async def _wait_for_room(
-        self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
-    ) -> Reserved:
-        while True:
-            reserved = self.try_reserve(self.pool.lookup(hashes), num_blocks)
-            if reserved is not None:
-                return reserved
-            self._space.clear()
-            lease.raise_failure()
-            try:
-                async with asyncio.timeout(_SPACE_RECHECK_S):
-                    await self._space.wait()
-            except TimeoutError:
-                continue
 
     def try_reserve(self, cached: list[BlockId], num_blocks: int) -> Reserved | None:
         """Take `cached`, and fresh blocks for the rest of `num_blocks`, now or not at all."""

@@ -348,6 +348,7 @@ class Worker:
             self.pool.check_idle()
 
     def _step_ended(self) -> None:
+        self.reader.space_freed()  # a sequence may have ended in it
         self._broadcast_events()
         for outlet in self._outlets:
             outlet.flush()

@@ -9,6 +9,7 @@ from core.ids import Incarnation, LeaseId
 from core.messages import Cancel, LegFailed, Rejected
 from core.sampling import FinishReason
 from core.stages import Stage
+from kv_transfer import reader
 from tests.builders import (
     BLOCK_BYTES,
     WorkerPair,
@@ -90,6 +91,20 @@ async def test_preemption_in_a_small_arena_keeps_the_text() -> None:
             await pair.start_decode(i, prompt, handoff, name=str(i), max_tokens=30)
         for i, prompt in enumerate(prompts):
             assert await pair.to_decode.answered(i) == expected_tokens(prompt, 30)[1:]
+        await pair.idle()
+
+
+async def test_a_pull_that_waits_for_memory_goes_on_when_a_sequence_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reader, "_SPACE_RECHECK_S", 1_000.0)
+    prompts = [make_prompt(24, seed=i) for i in range(3)]
+    async with worker_pair(worker_settings=make_settings(num_blocks=12)) as pair:
+        for i, prompt in enumerate(prompts):
+            handoff = await pair.start_prefill(i, prompt, name=str(i), max_tokens=16)
+            await pair.start_decode(i, prompt, handoff, name=str(i), max_tokens=16)
+        for i, prompt in enumerate(prompts):
+            assert await pair.to_decode.answered(i) == expected_tokens(prompt, 16)[1:]
         await pair.idle()
 
 

@@ -139,8 +139,8 @@ class Half:
 class OwnerHalf(Half):
     """Leases behind a real door; its clock moves only when told."""
 
-    def __init__(self, hub: LoopbackHub) -> None:
-        super().__init__("owner", hub)
+    def __init__(self, hub: LoopbackHub, name: str = "owner") -> None:
+        super().__init__(name, hub)
         self.arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
         self.clock = FakeClock()
         self.table = LeaseTable(self.pool, self.clock, LEASE_S)
@@ -210,6 +210,13 @@ class Pair:
         half = Half("second", self.hub)
         async with reading(half, TransferConfig()) as reader:
             yield Pair(self.owner, half, reader, self.hub)
+
+    @asynccontextmanager
+    async def other_owner(self) -> AsyncIterator["Pair"]:
+        """A second owner of the same reader."""
+        owner = OwnerHalf(self.hub, "other")
+        async with owner.serving():
+            yield Pair(owner, self.half, self.reader, self.hub)
 
     def stream(self) -> "asyncio.Task[None]":
         """The reader's task that serves its stream to the owner."""
