@@ -212,9 +212,9 @@ class Pair:
             yield Pair(self.owner, half, reader, self.hub)
 
     @asynccontextmanager
-    async def other_owner(self) -> AsyncIterator["Pair"]:
-        """A second owner of the same reader."""
-        owner = OwnerHalf(self.hub, "other")
+    async def other_owner(self, name: str) -> AsyncIterator["Pair"]:
+        """Another owner of the same reader; by the same name it is another life of this one."""
+        owner = OwnerHalf(self.hub, name)
         async with owner.serving():
             yield Pair(owner, self.half, self.reader, self.hub)
 

@@ -274,7 +274,7 @@ async def test_a_pull_second_in_line_for_memory_hears_its_owner_abort() -> None:
 
 
 async def test_a_pull_second_in_line_for_memory_hears_its_stream_break() -> None:
-    async with pair() as p, p.other_owner() as other:
+    async with pair() as p, p.other_owner("other") as other:
         lease, _ = other.owner.whole(3)
         async with second_in_line(p, other, lease) as second:
             await other.owner.stop()
