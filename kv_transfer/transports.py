@@ -70,15 +70,22 @@ class Transports:
         return name
 
     def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
-        """As Transport.start_read, by the way of that peer."""
+        """As Transport.start_read, by the way of that peer. Raises nothing: whoever reads from
+        several shards would lose sight of the reads that run already.
+        """
+        future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
         way = self._routes.get(peer)
         if way is None:
-            future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
             future.set_exception(
                 TransferFailed(f"not connected to {peer}", cause=TransferCause.READ_FAILED)
             )
             return future
-        return way.start_read(peer, plan)
+        try:
+            return way.start_read(peer, plan)
+        except Exception as error:
+            log.exception("transport_bug name=%s", way.name)
+            future.set_exception(error)
+            return future
 
     async def disconnect(self, peer: ShardId) -> None:
         """After the last read from that shard; may repeat."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ from kv_transfer.transport import ReadStats
 from kv_transfer.transports import Transports
 from tests.builders import WAIT_S, until
 
-LAYOUT = KvLayout(block_size=4, num_kv_heads=1, num_layers=1, head_dim=4, dtype="uint8")
+LAYOUT = KvLayout(block_size=4, num_kv_heads=2, num_layers=1, head_dim=2, dtype="uint8")
 NUM_BLOCKS = 16
 LEASE_S = 10.0
 SEQUENCE = SequenceId(RequestId("r"))
@@ -141,6 +141,8 @@ class OwnerHalf(Half):
 
     def __init__(self, hub: LoopbackHub, name: str = "owner") -> None:
         super().__init__(name, hub)
+        self._hub = hub
+        self.ranks: list[Arena] = []
         self.arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
         self.clock = FakeClock()
         self.table = LeaseTable(self.pool, self.clock, LEASE_S)
@@ -148,6 +150,18 @@ class OwnerHalf(Half):
         self.listener = listen("127.0.0.1", 0)
         self.address = address_of(self.listener)
         self._door = AsyncExitStack()
+
+    def split_in_two(self) -> None:
+        """From the next stream on it is of two tensor-parallel ranks, with a head in each arena."""
+        shards = []
+        for rank in range(2):
+            layout = replace(LAYOUT, num_kv_heads=1, tp_size=2, tp_rank=rank)
+            arena = Arena(layout, NUM_BLOCKS)
+            arena.data.copy_(self.arena.data[:, rank : rank + 1])
+            memory = LoopbackTransport(arena, self._hub).memory()
+            self.ranks.append(arena)
+            shards.append(Shard(layout=layout, memories=(memory,)))
+        self.hello = replace(self.hello, shards=tuple(shards))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:

@@ -4,27 +4,27 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 
-from core.errors import DeadlineExceeded
-from core.ids import BlockId, Incarnation, LeaseId
+from core.errors import DeadlineExceeded, TransferCause, TransferFailed
+from core.ids import BlockId, Incarnation, LeaseId, ShardId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from core.stream import MessageStream, dial
-from kv_transfer import reader
 from kv_transfer.bound import BoundLease
 from kv_transfer.client import PeerConnection
 from kv_transfer.codec import from_reader_to_wire
-from kv_transfer.leases import Lease
 from kv_transfer.messages import Bind
+from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Pulled
+from kv_transfer.transport import ReadStats
 from tests.builders import NEWER_MESSAGE, soon, until
 from tests.kv_transfer.halves import (
     LAST,
     LAYOUT,
     LEASE_S,
-    NUM_BLOCKS,
     SEQUENCE,
     Pair,
     failure,
@@ -151,60 +151,6 @@ async def test_the_reader_renews_while_it_waits() -> None:
         p.assert_arrived(await pulling, blocks)
 
 
-async def test_a_pull_waits_until_blocks_are_free() -> None:
-    async with pair() as p, asyncio.TaskGroup() as group:
-        taken = p.half.pool.allocate(NUM_BLOCKS - 1) or []
-        lease, blocks = p.owner.whole(3)
-        pulling = group.create_task(p.pull(lease, 3))
-        await until(lambda: lease.reader is not None, "the reader bound")
-        assert not pulling.done()
-        p.half.pool.release(taken)
-        p.reader.space_freed()
-        p.assert_arrived(await pulling, blocks)
-
-
-async def test_who_waits_for_memory_is_served_in_the_order_of_coming() -> None:
-    async with pair() as p, asyncio.TaskGroup() as group:
-        taken = p.half.pool.allocate(NUM_BLOCKS) or []
-        got: list[int] = []
-
-        async def pull(num_blocks: int) -> None:
-            lease, _ = p.owner.whole(num_blocks)
-            pulled = await p.pull(lease, num_blocks)
-            got.append(num_blocks)
-            p.half.pool.release(pulled.blocks)
-            p.reader.space_freed()
-
-        for place, num_blocks in enumerate((6, 3, 1)):
-            group.create_task(pull(num_blocks))
-            await until(lambda place=place: len(p.reader._line) == place + 1)  # type: ignore[misc]
-        for _ in range(5):  # enough for the second, and for the third
-            p.half.pool.release([taken.pop()])
-            p.reader.space_freed()
-            await asyncio.sleep(0.001)
-            assert len(p.reader._line) == 3
-        p.half.pool.release([taken.pop()])
-        p.reader.space_freed()
-        await until(lambda: len(got) == 3, "all pulls")
-        p.half.pool.release(taken)
-        assert got == [6, 3, 1]
-
-
-async def test_blocks_freed_by_the_end_of_a_sequence_are_taken_without_a_recheck(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(reader, "_SPACE_RECHECK_S", 1_000.0)
-    async with pair() as p, asyncio.TaskGroup() as group:
-        taken = p.half.pool.allocate(NUM_BLOCKS) or []
-        leases = [p.owner.whole(3) for _ in range(2)]
-        pulls = [group.create_task(p.pull(lease, 3)) for lease, _ in leases]
-        await until(lambda: len(p.reader._line) == 2, "both wait")
-        p.half.pool.release(taken)
-        p.reader.space_freed()
-        for pulled in await asyncio.gather(*pulls):
-            p.half.pool.release(pulled.blocks)
-
-
 # -- what goes wrong ----------------------------------------------------------------------------
 
 
@@ -232,71 +178,6 @@ async def test_an_expired_lease_discards_what_was_read() -> None:
         assert "the lease expired" in await pulling
         p.assert_reader_holds_nothing()
         assert p.owner.table.counters.expired == 1
-
-
-async def test_an_expiry_during_the_wait_for_memory_fails_the_pull() -> None:
-    async with pair() as p, asyncio.TaskGroup() as group:
-        lease, _ = p.owner.whole(3)
-        taken = p.half.pool.allocate(NUM_BLOCKS) or []
-        pulling = group.create_task(failure(p.pull(lease, 3)))
-        await until(lambda: lease.reader is not None, "the reader bound")
-        p.owner.clock.advance(LEASE_S)
-        p.owner.owner.sweep()
-        p.half.pool.release(taken)
-        await pulling
-        p.assert_reader_holds_nothing()
-
-
-@asynccontextmanager
-async def second_in_line(p: Pair, mine: Pair, lease: Lease) -> AsyncIterator[asyncio.Task[str]]:
-    """A pull by `mine` that waits for memory behind one of `p`, and the message it fails with."""
-    taken = p.half.pool.allocate(NUM_BLOCKS) or []
-    ahead, _ = p.owner.whole(3)
-    first = asyncio.create_task(p.pull(ahead, 3))
-    await until(lambda: len(p.reader._line) == 1, "the first waits")
-    second = asyncio.create_task(failure(mine.pull(lease, 3)))
-    await until(lambda: len(p.reader._line) == 2, "the second waits")
-    yield second
-    assert not first.done()
-    assert len(p.reader._line) == 1
-    p.half.pool.release(taken)
-    p.half.pool.release((await first).blocks)
-    p.assert_reader_holds_nothing()
-
-
-async def test_a_pull_second_in_line_for_memory_hears_its_owner_abort() -> None:
-    async with pair() as p:
-        lease, _ = p.owner.whole(3)
-        async with second_in_line(p, p, lease) as second:
-            p.owner.owner.abort(lease.lease_id, "its request was cancelled")
-            assert "its request was cancelled" in str(await soon(second))
-        assert p.reader.metrics.pair(p.owner.hello.worker_id).failures == {"owner_ended": 1}
-
-
-async def test_a_pull_second_in_line_for_memory_hears_its_stream_break() -> None:
-    async with pair() as p, p.other_owner("other") as other:
-        lease, _ = other.owner.whole(3)
-        async with second_in_line(p, other, lease) as second:
-            await other.owner.stop()
-            await soon(second)
-        assert p.reader.metrics.pair(other.owner.hello.worker_id).failures == {"owner_lost": 1}
-
-
-async def test_a_cancelled_pull_makes_way_for_those_behind_it() -> None:
-    async with pair() as p:
-        taken = p.half.pool.allocate(NUM_BLOCKS - 3) or []
-        leases = [p.owner.whole(num_blocks) for num_blocks in (5, 4, 3)]
-        pulls = []
-        for place, (lease, blocks) in enumerate(leases):
-            pulls.append(asyncio.create_task(p.pull(lease, len(blocks))))
-            await until(lambda place=place: len(p.reader._line) == place + 1)  # type: ignore[misc]
-        pulls[1].cancel()
-        pulls[0].cancel()
-        pulled = await pulls[2]
-        await asyncio.wait(pulls)
-        assert not p.reader._line
-        p.half.pool.release([*taken, *pulled.blocks])
-        p.assert_reader_holds_nothing()
 
 
 async def test_a_read_that_does_not_end_quarantines_its_blocks_until_it_does() -> None:
@@ -411,6 +292,40 @@ async def test_a_transport_that_fails_fails_the_pull(questions: list[LeaseId]) -
         p.assert_reader_holds_nothing()
         await p.owner_holds_nothing()
     assert not questions
+
+
+@pytest.mark.parametrize("raises_at", [1, 2])
+async def test_a_read_that_could_not_start_quarantines_what_the_other_ranks_write(
+    raises_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair() as p:
+        transport, reads = p.half.transport, count(1)
+        start_read = transport.start_read
+
+        def start(peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+            if next(reads) == raises_at:
+                raise TransferFailed("injected", cause=TransferCause.READ_FAILED)
+            return start_read(peer, plan)
+
+        monkeypatch.setattr(transport, "start_read", start)
+        transport.holds = True
+        p.owner.split_in_two()
+        lease, _ = p.owner.whole(3)
+        assert "injected" in await failure(p.pull(lease, 3))
+        assert transport.waiting == 1
+        assert p.half.pool.counts().quarantined == 3
+        transport.let_go()
+        await asyncio.sleep(0)
+        p.assert_reader_holds_nothing()
+
+
+async def test_blocks_of_two_ranks_arrive() -> None:
+    async with pair() as p:
+        p.owner.split_in_two()
+        lease, blocks = p.owner.whole(3)
+        pulled = await p.pull(lease, 3)
+        assert (pulled.stats.reads, pulled.stats.nbytes) == (2, 3 * LAYOUT.block_bytes)
+        p.assert_arrived(pulled, blocks)
 
 
 async def test_a_restarted_owner_is_not_read_from() -> None:

@@ -136,6 +136,23 @@ async def test_a_disconnected_peer_is_not_read_and_others_are() -> None:
     await reader.read(OTHER)
 
 
+@pytest.mark.parametrize("error", [TransferFailed("injected"), ValueError("a bug")])
+async def test_a_way_that_raises_where_it_must_not_is_heard_as_a_failed_read(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_read(_peer: ShardId, _plan: object) -> None:
+        raise error
+
+    hub = LoopbackHub()
+    reader = Worker(hub, pigeon=0)
+    await reader.connect(PEER, Worker(hub, pigeon=1))
+    monkeypatch.setattr(reader.ways["pigeon"], "start_read", start_read)
+    read = reader.transports.start_read(PEER, ONE_BLOCK)
+    with pytest.raises(type(error)) as raised:
+        await read
+    assert raised.value is error
+
+
 async def test_close_closes_every_way() -> None:
     worker = Worker(LoopbackHub(), pigeon=0, raven=0)
     await worker.transports.close()
