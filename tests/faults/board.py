@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextvars import ContextVar
 
+from core.ids import LeaseId
 from tests.faults.fault import Fault
 
 _GATE_S = 30.0
@@ -22,12 +23,16 @@ class Board:
         self._on_hit = on_hit
         self._lock = threading.Lock()
         self._armed: Counter[Fault] = Counter()
+        self._each: dict[Fault, int | None] = {}
+        self._of: defaultdict[Fault, Counter[LeaseId]] = defaultdict(Counter)
         self._held: defaultdict[Fault, list[Callable[[], None]]] = defaultdict(list)
 
-    def arm(self, fault: Fault, times: int) -> None:
-        """It happens the next `times` times that it can."""
+    def arm(self, fault: Fault, times: int, each: int | None = None) -> None:
+        """It happens the next `times` times that it can, but to no lease more than `each` times."""
         with self._lock:
             self._armed[fault] = times
+            self._each[fault] = each
+            self._of[fault].clear()
 
     def armed(self, fault: Fault) -> bool:
         """Whether it would happen now."""
@@ -40,9 +45,17 @@ class Board:
         for opener in openers:
             opener()
 
-    def take(self, fault: Fault) -> bool:
-        """Whether it happens now; the test is told."""
-        return self._take(fault, None)
+    def take(self, fault: Fault, of: LeaseId | None = None) -> bool:
+        """Whether it happens now, to this lease; the test is told."""
+        with self._lock:
+            each = self._each.get(fault)
+            if each is not None and of is not None and self._of[fault][of] >= each:
+                return False
+        if not self._take(fault, None):
+            return False
+        if of is not None:
+            self._of[fault][of] += 1
+        return True
 
     async def hold(self, fault: Fault) -> None:
         """Stand at the gate if it is armed, until `go`."""

@@ -89,10 +89,13 @@ class WorkerHandle:
 
     # -- faults ---------------------------------------------------------------------------------
 
-    async def arm(self, fault: Fault, times: int) -> None:
-        """From when this returns, the fault happens the next `times` times; 0 disarms it."""
+    async def arm(self, fault: Fault, times: int, each: int | None = None) -> None:
+        """From when this returns, the fault happens the next `times` times; 0 disarms it.
+
+        `each`: of those that befall a lease, to no lease more often.
+        """
         self.hits[fault] = 0
-        await self._command({"arm": fault, "times": times})
+        await self._command({"arm": fault, "times": times, "each": each})
 
     async def go(self, fault: Fault) -> None:
         """Open the gate."""

@@ -47,7 +47,7 @@ class FaultyOwner(Owner):
         match message:
             case _ if board.take(Fault.STREAM_BROKEN):
                 raise RuntimeError("injected by a test")
-            case Close() if board.take(Fault.CLOSE_LOST):
+            case Close() if board.take(Fault.CLOSE_LOST, message.lease_id):
                 return
             case Renew() if board.take(Fault.RENEWAL_WITHOUT_EFFECT):
                 self._send(reader, Renewed())
@@ -69,7 +69,7 @@ class FaultyOwner(Owner):
         match message:
             case Announce():
                 self._announce(send, message)
-            case Closed() if self._board.take(Fault.CLOSED_LOST):
+            case Closed() if self._board.take(Fault.CLOSED_LOST, message.lease_id):
                 return
             case Closed() if self._board.take(Fault.ALWAYS_HELD):
                 send(replace(message, outcome=LeaseOutcome.HELD))
@@ -79,18 +79,18 @@ class FaultyOwner(Owner):
                 send(message)
 
     def _announce(self, send: Send, announce: Announce) -> None:
-        board = self._board
-        if board.take(Fault.ANNOUNCEMENT_LOST):
+        board, lease_id = self._board, announce.lease_id
+        if board.take(Fault.ANNOUNCEMENT_LOST, lease_id):
             return
-        if announce.final and board.take(Fault.LAST_ANNOUNCEMENT_LOST):
+        if announce.final and board.take(Fault.LAST_ANNOUNCEMENT_LOST, lease_id):
             return
-        if not announce.final and board.take(Fault.ANNOUNCEMENT_LATE):
-            self._late[announce.lease_id] = announce
+        if not announce.final and board.take(Fault.ANNOUNCEMENT_LATE, lease_id):
+            self._late[lease_id] = announce
             return
         send(announce)
-        if board.take(Fault.ANNOUNCEMENT_DOUBLED):
+        if board.take(Fault.ANNOUNCEMENT_DOUBLED, lease_id):
             send(replace(announce))
-        late = self._late.pop(announce.lease_id, None)
+        late = self._late.pop(lease_id, None)
         if late is not None:
             send(late)
 

@@ -160,7 +160,8 @@ class Rig:
         )
         self.workers: dict[str, WorkerHandle] = {}
         self._stranger: WorkerHandle | None = None
-        self._requests = 0
+        self.requests = 0
+        """How many have been made."""
 
     def ended(self, end: SequenceEnd) -> None:
         """router.progress.SequenceObserver"""
@@ -273,10 +274,10 @@ class Rig:
         self, *, prompt_tokens: int = 200, max_tokens: int = 8, deadline_s: float = 0.0
     ) -> GenerateRequest:
         """A prompt nobody has seen before."""
-        self._requests += 1
-        random = Random(self._requests)
+        self.requests += 1
+        random = Random(self.requests)
         prompt = [random.randrange(VOCAB) for _ in range(prompt_tokens)]
-        made = make_request(f"r{self._requests}", prompt, max_tokens=max_tokens)
+        made = make_request(f"r{self.requests}", prompt, max_tokens=max_tokens)
         return GenerateRequest(
             request_id=made.request_id,
             choice=0,

@@ -1,6 +1,7 @@
 """Clients that leave at every moment, and more at once than the memory holds."""
 
 import asyncio
+from asyncio import FIRST_COMPLETED
 from random import Random
 
 import pytest
@@ -133,18 +134,30 @@ async def two_prompts_exceed_the_arena(rig: Rig, count: int) -> None:
 
 
 async def a_fifth_of_five_hundred_leaves(rig: Rig, count: int) -> None:
-    """At random moments; all the others have the right text. `count` repeats are one crowd."""
-    random = Random(count)
+    """Any that is under way, one after every fourth answer; all the others have the right text.
+    `count` repeats are one crowd.
+    """
+    random = Random(rig.requests)
     asked = [
         rig.ask(rig.request(prompt_tokens=n, max_tokens=random.choice([1, 4, 24])))
         for n in random.choices([20, 60, 200, 500], k=500)
     ]
-    loop = asyncio.get_running_loop()
-    for one in random.sample(asked, 100):
-        loop.call_later(random.uniform(0.0, 2.0), one.leave)
+    left: list[Asked] = []
+    under_way = list(asked)
+    while len(left) < 100:
+        under_way = [one for one in under_way if not one.answer.done()]
+        answered = len(asked) - len(under_way) - len(left)
+        if answered < 4 * len(left):
+            waiting = [one.answer for one in under_way]
+            done, _ = await asyncio.wait(waiting, timeout=60.0, return_when=FIRST_COMPLETED)
+            assert done, f"stuck after {answered} answers"
+            continue
+        left.append(under_way.pop(random.randrange(len(under_way))))
+        leave(left[-1:])
     await asyncio.wait([one.answer for one in asked], timeout=60.0)
+    assert all(one.answer.cancelled() for one in left)
     stayed = [one for one in asked if not one.answer.cancelled()]
-    assert len(stayed) >= 400
+    assert len(stayed) == 400
     for one in stayed:
         rig.assert_right(one.answer.result())
     await rig.free(VISIBLE_S)

@@ -20,22 +20,23 @@ MANY = 1_000_000
 
 
 def notice_lost(fault: Fault, *, times_each: int = 1, retried: bool = False) -> Row:
-    """The owner loses, doubles or delays what it says or hears, once for each hand-off.
+    """The owner loses, doubles or delays what it says or hears, `times_each` times for each
+    hand-off. All of them go well at once, or else (`retried`) none.
 
     Its engine waits until all are bound: what is announced later is announced in parts.
     """
 
     async def run(rig: Rig, count: int) -> None:
         owner = rig.workers["p0"]
-        await owner.arm(fault, count * times_each)
+        await owner.arm(fault, count * times_each, times_each)
         await owner.arm(Fault.IN_STEP, 1)
         async with rig.asking(count) as asked:
             await rig.holds(VISIBLE_S, [owner], lambda r: bound(r) == count, "bound")
             await owner.go(Fault.IN_STEP)
-        await owner.hit(fault, count)
+        await owner.hit(fault, count * times_each)
         await owner.arm(fault, 0)
-        at_once = [one for one in asked if one.answer.result().attempts == ("ok",)]
-        assert not at_once if retried else at_once
+        attempts = [one.answer.result().attempts for one in asked]
+        assert all((one == ("ok",)) != retried for one in attempts), attempts
         await rig.free(VISIBLE_S)
 
     return Row(run=run, wave=10)

@@ -1,6 +1,6 @@
 """A real worker whose seams do wrong what the test tells them to.
 
-The socket it is given carries JSON lines. The test sends `{"arm": FAULT, "times": n}`,
+The socket it is given carries JSON lines. The test sends `{"arm": FAULT, "times": n, "each": n}`,
 `{"go": FAULT}`, or `{"collect": true}` to free what only Python's collector frees, each answered
 by `{"done": true}`. The worker says `{"ready": record}` when it serves and `{"hit": FAULT}`
 whenever an armed fault happens.
@@ -137,7 +137,7 @@ async def _obey(
     while line := await commands.readline():
         command = json.loads(line)
         if "arm" in command:
-            board.arm(Fault(command["arm"]), command["times"])
+            board.arm(Fault(command["arm"]), command["times"], command["each"])
         elif "collect" in command:
             gc.collect()
         else:
