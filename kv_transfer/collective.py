@@ -1,4 +1,5 @@
 """torch.distributed point-to-point: NCCL between two GPUs, Gloo otherwise. For where NIXL is not.
+NCCL has never been run on devices here.
 
 One group of two per reader and owner, made when the reader connects and ended with it: workers
 come and go without a world that all of them belong to. Each end of a pair is served by a thread of

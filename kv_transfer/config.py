@@ -12,8 +12,9 @@ class TransferConfig(Settings):
 
     backend: Literal["auto", "nixl", "collective", "loopback"] = "auto"
     """How blocks move. `auto` offers every way that works here and says which: nixl (RDMA, NVLink,
-    shared memory, TCP), then collective (torch.distributed: NCCL or Gloo); two workers use the
-    first they both have. `loopback` works only between workers of one process (tests)."""
+    shared memory, TCP), then collective (torch.distributed: Gloo, or NCCL, which has never been
+    run on devices here); two workers use the first they both have. `loopback` works only between
+    workers of one process (tests)."""
     verify: Literal["off", "sample", "all"] = "off"
     """Compare checksums of the blocks read with their owner's: of none, of one in 16, of all."""
     lease_s: float = Field(10.0, gt=0)

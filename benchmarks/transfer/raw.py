@@ -1,4 +1,4 @@
-"""NIXL without us: the same fragments read by a bare agent, polled without pause.
+"""NIXL without us: the same fragments read by a bare agent, polled as the transport polls.
 
 The agents are started as the transport starts its own. `prepared` means what NIXL means by it: both
 descriptor lists are built beforehand and a read only names their entries.
