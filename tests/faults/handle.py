@@ -109,6 +109,10 @@ class WorkerHandle:
         """Let Python free what is in cycles: sockets of closed channels among it."""
         await self._command({"collect": True})
 
+    async def start_threads(self) -> None:
+        """Let it have all threads that its pool may ever have."""
+        await self._command({"start_threads": True})
+
     # -- signals --------------------------------------------------------------------------------
 
     async def kill(self) -> None:

@@ -249,6 +249,20 @@ class Rig:
             assert time.monotonic() < give_up_s, f"no {what} within {timeout_s} s"
             await asyncio.sleep(0.002)
 
+    async def set_up_all(self) -> None:
+        """What a process sets up once and at need is set up: a stream of each pair, the threads of
+        its pool.
+        """
+        order = list(self._order.order)
+        for owner in [name for name in self.workers if name.startswith("p")]:
+            for reader in [name for name in self.workers if name.startswith("d")]:
+                self.prefer(owner)
+                self.prefer(reader)
+                await self.answers(1)
+        self._order.order[:] = order
+        for handle in self.workers.values():
+            await handle.start_threads()
+
     # -- requests -------------------------------------------------------------------------------
 
     def prefer(self, name: str) -> None:
@@ -264,10 +278,10 @@ class Rig:
             await self.answers(1, prompt_tokens=whole * 3 // 8, max_tokens=2)
 
     async def crowd(self, name: str) -> None:
-        """Let this decode worker use every block that it thinks is free."""
+        """Let this decode worker use every block that it thinks may be used."""
         self.prefer(name)
-        free = (await self.workers[name].stats()).blocks_free
-        assert free > 0
+        reply = await self.workers[name].stats()
+        assert reply.blocks_free + reply.blocks_cached > 0
         await self.answers(4, prompt_tokens=self.shape.num_blocks * BLOCK_TOKENS // 4)
 
     def request(

@@ -12,9 +12,6 @@ from tests.faults.zygote import Zygote
 LEAKS_FROM = 100
 """Fewer repeats are too few to tell a leak from what is set up once."""
 RSS_GROWTH = 1.05
-LATE_SETUP = 3
-"""Files and threads that a process may open once, late: a second stream, a thread of a pool. What
-leaks with one repeat in ten shows as fifteen."""
 SETTLE_S = 5.0
 _SHM_NAMES = ("ucx_", "nixl", "psm_", "torch_")
 
@@ -42,8 +39,8 @@ class Footprint:
     def fits(self, early: "Footprint") -> bool:
         return (
             self.rss_kib <= early.rss_kib * RSS_GROWTH
-            and self.files <= early.files + LATE_SETUP
-            and self.threads <= early.threads + LATE_SETUP
+            and self.files <= early.files
+            and self.threads <= early.threads
             and self.shm <= early.shm
         )
 
@@ -86,6 +83,7 @@ async def soak(zygote: Zygote, row: Row, repeats: int) -> None:
             await row.run(rig, count)
             done += count
             if early is None and done >= repeats // 4 and repeats >= LEAKS_FROM:
+                await rig.set_up_all()
                 early = await _steady(rig)
         if early is not None:
             await _assert_fits(rig, early)

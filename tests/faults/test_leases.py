@@ -32,6 +32,7 @@ def notice_lost(fault: Fault, *, times_each: int = 1, retried: bool = False) -> 
         await owner.arm(Fault.IN_STEP, 1)
         async with rig.asking(count) as asked:
             await rig.holds(VISIBLE_S, [owner], lambda r: bound(r) == count, "bound")
+            await owner.hit(Fault.IN_STEP, 1)
             await owner.go(Fault.IN_STEP)
         await owner.hit(fault, count * times_each)
         await owner.arm(fault, 0)

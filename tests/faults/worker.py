@@ -1,17 +1,19 @@
 """A real worker whose seams do wrong what the test tells them to.
 
 The socket it is given carries JSON lines. The test sends `{"arm": FAULT, "times": n, "each": n}`,
-`{"go": FAULT}`, or `{"collect": true}` to free what only Python's collector frees, each answered
-by `{"done": true}`. The worker says `{"ready": record}` when it serves and `{"hit": FAULT}`
-whenever an armed fault happens.
+`{"go": FAULT}`, `{"collect": true}` to free what only Python's collector frees, or
+`{"start_threads": true}` to fill the event loop's pool, each answered by `{"done": true}`. The
+worker says `{"ready": record}` when it serves and `{"hit": FAULT}` whenever an armed fault happens.
 """
 
 import asyncio
 import gc
 import json
 import logging
+import os
 import socket
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -140,7 +142,15 @@ async def _obey(
             board.arm(Fault(command["arm"]), command["times"], command["each"])
         elif "collect" in command:
             gc.collect()
+        elif "start_threads" in command:
+            await _start_threads()
         else:
             board.go(Fault(command["go"]))
         replies.write(b'{"done": true}\n')
     stop.set()
+
+
+async def _start_threads() -> None:
+    """A pool starts a thread whenever one is asked for and none is idle, up to its bound."""
+    most = min(32, (os.cpu_count() or 1) + 4)  # ThreadPoolExecutor's own bound
+    await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.05) for _ in range(most)))
