@@ -15,7 +15,8 @@ from kv_transfer.checksum import checksum_blocks, pick_blocks
 from kv_transfer.client import PeerConnection
 from kv_transfer.config import TransferConfig
 from kv_transfer.messages import LeaseOutcome
-from kv_transfer.metrics import PullStats
+from kv_transfer.metrics import PullStats, TransferMetrics
+from kv_transfer.traffic import Share, patience_s
 from kv_transfer.transport import ReadStats
 
 
@@ -33,6 +34,7 @@ class Room(Protocol):
     pool: BlockPool
     arena: Arena
     config: TransferConfig
+    metrics: TransferMetrics
 
     async def reserve(
         self, hashes: Sequence[BlockHash], num_blocks: int, lease: BoundLease
@@ -63,6 +65,7 @@ class Landing:
         self.reads: list[asyncio.Future[ReadStats]] = []
         self._remote: dict[int, BlockId] = {}
         self._running = 0
+        self._shares: list[Share] = []
         self._all_posted = False
         self._verified: list[int] = []
         self._since_s = 0.0
@@ -106,7 +109,10 @@ class Landing:
         start = first_index + skip - len(self.cached)
         local = self.fresh[start : start + len(remote)]
         self._remote.update(zip(range(start, start + len(remote)), remote, strict=True))
-        for read in self._room.start_reads(self._connection, remote, local):
+        reads = self._room.start_reads(self._connection, remote, local)
+        nbytes = len(local) * self._room.arena.layout.block_bytes
+        self._shares.append(self._room.metrics.traffic.begin(nbytes))
+        for read in reads:
             self.reads.append(read)
             if self._running == 0:
                 self._since_s = time.monotonic()
@@ -117,8 +123,14 @@ class Landing:
         self._running -= 1
         if self._running == 0:
             self._seconds += time.monotonic() - self._since_s
+            self._end_shares()
             self._ask_if_all_here()
         self._lease.changed.set()
+
+    def _end_shares(self) -> None:
+        for share in self._shares:
+            self._room.metrics.traffic.end(share)
+        self._shares.clear()
 
     def all_posted(self) -> None:
         """Nothing is left to read: the closing question is asked as soon as the last read has
@@ -152,20 +164,28 @@ class Landing:
 
     async def settle(self) -> None:
         """Wait for the posted reads; the end of the lease, or of patience, ends the waiting."""
-        give_up_s = time.monotonic() + self._room.config.read_timeout_s
+        since_s = asyncio.get_running_loop().time()
         while True:
             self._lease.changed.clear()
             self.raise_failed_read()
             self._lease.raise_failure()
             if self.all_here:
                 return
+            give_up_s = since_s + self._patience_s()
             try:
-                async with asyncio.timeout(give_up_s - time.monotonic()):
+                async with asyncio.timeout_at(give_up_s):
                     await self._lease.changed.wait()
             except TimeoutError:
+                if self.all_here or since_s + self._patience_s() > give_up_s:
+                    continue  # the last has ended just now, or more came beside it
                 raise TransferFailed(
                     "a KV read did not end in time", cause=TransferCause.READ_SLOW
                 ) from None
+
+    def _patience_s(self) -> float:
+        """For reads under way."""
+        beside = max(share.beside for share in self._shares)
+        return patience_s(self._room.config.read_timeout_s, beside)
 
     async def confirm(self) -> None:
         """Hear the closing question's answer, after `settle`; on return the blocks are usable, one

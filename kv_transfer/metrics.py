@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from core.errors import BatonError, DeadlineExceeded, TransferCause, TransferFailed
 from core.fit import LinearFit
 from core.ids import WorkerId
+from kv_transfer.traffic import Traffic
 
 _PRIOR_BASE_S = 0.002
 _PRIOR_BYTES_PER_S = 4e9  # hopeful, so that a first fetch is tried and the fit learns
@@ -56,11 +57,14 @@ class PairMetrics:
 
 
 class TransferMetrics:
-    """All pairs of one reader. Owners that are gone stay: `keep` bounds how many."""
+    """All pairs of one reader. Owners that are gone stay: `keep` bounds how many. `traffic` is what
+    the reads asked for and not ended bring, from all of them.
+    """
 
     def __init__(self, keep: int = 4096) -> None:
         self._keep = keep
         self.pairs: dict[WorkerId, PairMetrics] = {}
+        self.traffic = Traffic()
 
     def pair(self, owner_id: WorkerId) -> PairMetrics:
         """The totals of one pair; the oldest pair makes room for a new one."""

@@ -32,11 +32,12 @@ _STUCK_S = 120.0
 class NixlTransport:
     """Implements kv_transfer.transport.Transport over NIXL's UCX backend.
 
-    A read that is not over after `read_timeout_s`, and any error of NIXL that is not plainly the
-    loss of one peer, costs the agent: it is destroyed, its reads fail with READ_SLOW or
-    READ_FAILED, and the next one takes its place, with the same arena under new metadata. The peer
-    at fault must be connected again; the other way, peers that read from here must fetch the new
-    metadata. A peer that is gone costs only the reads from it: OWNER_LOST.
+    A read that is not over in time (`read_timeout_s` and more beside others, see traffic.py), and
+    any error of NIXL that is not plainly the loss of one peer, costs the agent: it is destroyed,
+    its reads fail with READ_SLOW or READ_FAILED, and the next one takes its place, with the same
+    arena under new metadata. The peer at fault must be connected again; the other way, peers that
+    read from here must fetch the new metadata. A peer that is gone costs only the reads from it:
+    OWNER_LOST.
     """
 
     name = "nixl"

@@ -27,6 +27,7 @@ from kv_transfer.messages import Memory
 from kv_transfer.nixl_agent import Agent, AgentBroken, PeerLost, ReadRefused, Remote
 from kv_transfer.nixl_commands import Command, Commands, Ending, fail
 from kv_transfer.plan import ReadPlan
+from kv_transfer.traffic import Share, Traffic, patience_s
 from kv_transfer.transport import ReadStats
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class _Reading:
     plan: ReadPlan
     future: "asyncio.Future[ReadStats]"
     started_s: float
+    share: Share
     overdue: bool = False
 
 
@@ -89,6 +91,7 @@ class TransferThread:
         self._peers: dict[ShardId, _Peer] = {}
         self._leaving: set[_Peer] = set()
         self._readings: list[_Reading] = []
+        self._traffic = Traffic()
         self._moved_s = 0.0
         self._agent: Agent
         self.metadata = b""
@@ -161,7 +164,8 @@ class TransferThread:
             return
         self._moved_s = time.monotonic()
         peer.reads += 1
-        self._readings.append(_Reading(peer, number, plan, future, started_s))
+        share = self._traffic.begin(plan.nbytes)
+        self._readings.append(_Reading(peer, number, plan, future, started_s, share))
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -263,15 +267,19 @@ class TransferThread:
             if done:
                 self._resolve(reading.future, _stats(reading.plan, reading.started_s))
                 self._ended(reading)
-            elif time.monotonic() - reading.started_s > self._read_timeout_s:
+            elif time.monotonic() - reading.started_s > self._patience_for(reading):
                 overdue += 1
                 reading.overdue = True
                 self._peers.pop(reading.peer.shard, None)
         if overdue:
-            raise AgentBroken(f"{overdue} reads did not end within {self._read_timeout_s:g} s")
+            raise AgentBroken(f"{overdue} reads did not end in time")
+
+    def _patience_for(self, reading: _Reading) -> float:
+        return patience_s(self._read_timeout_s, reading.share.beside)
 
     def _ended(self, reading: _Reading) -> None:
         self._readings.remove(reading)
+        self._traffic.end(reading.share)
         self._moved_s = time.monotonic()
         peer = reading.peer
         peer.reads -= 1
@@ -311,6 +319,7 @@ class TransferThread:
         for reading in self._readings:
             cause = TransferCause.READ_SLOW if reading.overdue else TransferCause.READ_FAILED
             self._fail(reading.future, reason, cause)
+            self._traffic.end(reading.share)
         self._readings.clear()
 
     def _resolve(self, future: "asyncio.Future[T]", value: T) -> None:

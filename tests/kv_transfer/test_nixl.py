@@ -597,6 +597,28 @@ async def test_after_the_end_of_a_read_from_a_stopped_owner_no_byte_arrives(
 
 
 @pytest.mark.processes
+async def test_many_reads_at_once_from_a_healthy_owner_are_slow_and_end_well(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Over TCP one of them takes some 0.1 s, and 16 share the way."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    num_blocks, timeout_s = (64 << 20) // BLOCK_BYTES, 0.3
+    async with (
+        owner_processes("nixl", num_blocks, seeds=[2]) as (owner,),
+        side(
+            "nixl", LoopbackHub(), num_blocks=num_blocks, seed=1, read_timeout_s=timeout_s
+        ) as reader,
+    ):
+        await soon(reader.transport.connect(owner.shard, owner.memory))
+        whole = make_plan([(0, 0, 64 << 20)])
+        reads = [reader.transport.start_read(owner.shard, whole) for _ in range(16)]
+        async with asyncio.timeout(3 * BOUND_S):
+            ended = await asyncio.gather(*reads)
+        assert max(stats.seconds for stats in ended) > timeout_s
+        assert "transfer_agent_broken" not in caplog.text
+
+
+@pytest.mark.processes
 async def test_an_owner_killed_before_the_read_is_lost_and_the_agent_lives_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
