@@ -17,7 +17,7 @@ from kv_transfer.config import TransferConfig
 from kv_transfer.messages import LeaseOutcome
 from kv_transfer.metrics import PullStats, TransferMetrics
 from kv_transfer.traffic import Share, patience_s
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import ReadStats, give_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +161,11 @@ class Landing:
             if error is not None:
                 self._connection.retire()
                 raise error
+
+    def give_up(self) -> None:
+        """Nobody will use what the reads bring; those that have not begun never do."""
+        for read in self.reads:
+            give_up(read)
 
     async def settle(self) -> None:
         """Wait for the posted reads; the end of the lease, or of patience, ends the waiting."""

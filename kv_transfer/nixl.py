@@ -18,7 +18,7 @@ from kv_transfer.messages import Memory
 from kv_transfer.nixl_commands import Command, fail
 from kv_transfer.nixl_thread import TransferThread
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import QueuedRead, ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class NixlTransport:
 
     def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         """See Transport. A plan of nothing ends at once."""
-        future: asyncio.Future[ReadStats] = self._loop.create_future()
+        future = QueuedRead(loop=self._loop)
         if plan.descriptors:
             self._submit(Command(lambda: self._thread.read(peer, plan, future), future))
         else:

@@ -28,7 +28,7 @@ from kv_transfer.nixl_agent import Agent, AgentBroken, PeerLost, ReadRefused, Re
 from kv_transfer.nixl_commands import Command, Commands, Ending, fail
 from kv_transfer.plan import ReadPlan
 from kv_transfer.traffic import Share, Traffic, patience_s
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import QueuedRead, ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +144,10 @@ class TransferThread:
             self._forget(self._peers[shard])
         self._resolve(future, None)
 
-    def read(self, shard: ShardId, plan: ReadPlan, future: "asyncio.Future[ReadStats]") -> None:
-        """Post a read."""
+    def read(self, shard: ShardId, plan: ReadPlan, future: QueuedRead) -> None:
+        """Post a read, unless nobody waits for it any more."""
+        if future.given_up:
+            raise ReadRefused("it was given up before its turn came")
         peer = self._peers.get(shard)
         if peer is None:
             raise ReadRefused(f"not connected to {shard}: connect again")

@@ -18,6 +18,19 @@ class ReadStats:
     seconds: float
 
 
+class QueuedRead(asyncio.Future[ReadStats]):
+    """A read of a transport that begins it later, perhaps on another thread."""
+
+    given_up = False
+    """One that has not begun then never does: it fails when its turn comes."""
+
+
+def give_up(read: "asyncio.Future[ReadStats]") -> None:
+    """Nobody will use what it brings. Its target blocks stay out of use until it is done."""
+    if isinstance(read, QueuedRead):
+        read.given_up = True
+
+
 class Transport(Protocol):
     """Moves bytes from a peer's arena into this worker's own. To both it looks one-sided: what a
     two-sided backend needs of the owner, its transport does there on a thread of its own.
@@ -26,9 +39,9 @@ class Transport(Protocol):
     transport had to start anew. `connect` comes before the first read from that shard, `disconnect`
     after the last one; both may repeat. `start_read` answers a future that ends when no more bytes
     can arrive: with ReadStats, or with TransferFailed. It is never cancelled: whoever stops waiting
-    for it must keep the target blocks out of use until it is done. A read from a dead or silent
-    peer ends by the transport's own bound. `close` ends all reads and frees
-    what was registered.
+    for it says so by `give_up` and keeps the target blocks out of use until it is done. A read from
+    a dead or silent peer ends by the transport's own bound. `close` ends all reads and frees what
+    was registered.
     """
 
     @property

@@ -28,7 +28,7 @@ from kv_transfer import nixl_agent as agents
 from kv_transfer.loopback import LoopbackHub
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.nixl_agent import Agent
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import ReadStats, give_up
 from tests.builders import soon, until
 from tests.kv_transfer.transport_sides import (
     BLOCK_BYTES,
@@ -359,6 +359,33 @@ async def test_an_agent_that_cannot_be_destroyed_fails_the_transport_and_keeps_i
         failed = await soon(reader.transport.failed())
     assert "could not be destroyed" in str(failed)
     assert not stuck.done()
+
+
+async def test_a_read_given_up_before_its_turn_copies_nothing(
+    faulty: tuple[Side, Side], faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = faulty
+    gate, posting, real_post = threading.Event(), threading.Event(), Agent.post
+
+    def slow_post(agent: Agent, *arguments: object) -> object:
+        posting.set()
+        gate.wait(BOUND_S)
+        return real_post(agent, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Agent, "post", slow_post)
+    begun = reader.start(owner, [(0, 0, BLOCK_BYTES)])
+    await until(posting.is_set, "the first is posted")
+    given_up, wanted = (reader.start(owner, [row]) for row in (ROW, (0, 0, BLOCK_BYTES)))
+    reader.data[:] = 0
+    for read in (begun, given_up):
+        give_up(read)
+    gate.set()
+    await soon(begun)
+    await soon(wanted)
+    assert await cause_of(given_up) is TransferCause.READ_FAILED
+    _, target, nbytes = ROW
+    assert not reader.data[target : target + nbytes].any()
+    assert reader.data.any()
 
 
 async def test_a_call_that_never_returns_fails_the_transport(
