@@ -262,6 +262,7 @@ class Reader:
     def give_back(self, landing: Landing) -> None:
         """Release everything after a failure, blocks under a running read when it ends."""
         blocks = landing.fresh
+        landing.give_up()
         self.pool.release(landing.cached)
         running = [read for read in landing.reads if not read.done()]
         for read in landing.reads:

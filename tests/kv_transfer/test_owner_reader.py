@@ -19,7 +19,7 @@ from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.messages import Bind
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Pulled
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import QueuedRead, ReadStats
 from tests.builders import NEWER_MESSAGE, soon, until
 from tests.kv_transfer.halves import (
     LAST,
@@ -188,6 +188,33 @@ async def test_a_read_that_does_not_end_quarantines_its_blocks_until_it_does() -
         assert p.half.pool.counts().quarantined == 3
         await p.owner_holds_nothing()
         p.half.transport.let_go()
+        await asyncio.sleep(0)
+        p.assert_reader_holds_nothing()
+
+
+async def test_the_reads_of_a_pull_that_has_failed_are_given_up() -> None:
+    """A transport that has not begun them need not."""
+    async with pair() as p, asyncio.TaskGroup() as group:
+        reads: list[QueuedRead] = []
+
+        def queue(*_: object) -> QueuedRead:
+            reads.append(QueuedRead())
+            return reads[-1]
+
+        p.half.transport.start_read = queue  # type: ignore[method-assign]
+        lease, blocks = p.owner.open(4)
+        pulling = group.create_task(failure(p.pull(lease, 4)))
+        await until(lambda: lease.reader is not None, "the reader bound")
+        for i in range(2):
+            p.owner.owner.announce(lease, blocks[i : i + 1])
+        await until(lambda: len(reads) == 2, "both were asked for")
+        assert not any(read.given_up for read in reads)
+        p.owner.owner.abort(lease.lease_id, "cancelled")
+        await pulling
+        assert all(read.given_up for read in reads)
+        assert p.half.pool.counts().quarantined == 4
+        for read in reads:
+            read.set_result(ReadStats(nbytes=0, descriptors=0, seconds=0.0))
         await asyncio.sleep(0)
         p.assert_reader_holds_nothing()
 
