@@ -198,8 +198,11 @@ class Landing:
         """
         self.all_posted()
         self.stats = self._sum_up()
+        summed = len(self._verified) * self._room.arena.layout.block_bytes
         answer = self._connection.closed_lease(
-            self._lease, self._verified_blocks(), self._room.config.read_timeout_s
+            self._lease,
+            self._verified_blocks(),
+            patience_s(self._room.config.read_timeout_s, summed),
         )
         if self._verified:
             mine, closed = await asyncio.gather(

@@ -138,9 +138,11 @@ class Owner:
         self._on_freed()
 
     def may_verify(self, reader: str, question: Close) -> bool:
-        """Whether the blocks named are those of the reader's own lease."""
+        """Whether the blocks named are those of the reader's own lease, each once."""
         lease = self._bound(question.lease_id, reader)
-        return lease is not None and set(question.verify) <= set(lease.blocks)
+        if lease is None or len(question.verify) > len(lease.blocks):
+            return False
+        return set(question.verify) <= set(lease.blocks)
 
     def _bound(self, lease_id: LeaseId, reader: str) -> Lease | None:
         lease = self.table.get(lease_id)

@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from core.ids import LeaseId
 from core.messages import PROTOCOL_MAJOR
 from core.stream import MessageStream, StreamBroken, accepting
 from engine.arena import Arena
@@ -18,6 +19,8 @@ from wire import peer_pb2
 log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 5.0
+_SUMS_AT_ONCE = 2
+"""Questions; each takes a core while its turn lasts."""
 
 Stream = MessageStream[peer_pb2.FromReader]
 
@@ -35,6 +38,7 @@ class PeerDoor:
         self._owner = owner
         self._hello = hello
         self._arena = arena
+        self._turns = asyncio.Semaphore(_SUMS_AT_ONCE)
 
     async def serve(self, stream: Stream) -> None:
         """One stream to its end; raises nothing."""
@@ -57,7 +61,7 @@ class PeerDoor:
         send(mine)
         reader = self._owner.attach(await self._admit(mine, stream), send)
         try:
-            await self._read(reader, stream)
+            await self._answer(reader, stream)
         finally:
             self._owner.detach(reader)
 
@@ -72,30 +76,76 @@ class PeerDoor:
                 stream.send(from_owner_to_wire(Refused(reason=str(error))))
                 raise NotServed(str(error)) from None
 
-    async def _read(self, reader: str, stream: Stream) -> None:
+    async def _answer(self, reader: str, stream: Stream) -> None:
         """Messages are answered within the event loop's read callback, but for a question with
-        checksums: it waits for them, and what follows waits too. Its blocks stay leased meanwhile.
+        checksums: it waits for them in a task of its own, so that its reader's renewals, and all
+        its other leases, do not wait too.
         """
-
-        def take(raw: peer_pb2.FromReader) -> bool:
+        broken: StreamBroken | None = None
+        async with asyncio.TaskGroup() as group:
+            questions = _Questions(self._owner, self._arena, self._turns, reader, group)
             try:
-                message = from_reader_from_wire(raw)
-            except UnknownMessage as unknown:
-                log.info("peer_message_skipped %s", unknown)
-                return True
-            if isinstance(message, Close) and message.verify:
-                return False
-            self._owner.handle(reader, message)
-            return True
+                await stream.deliver(questions.take)
+            except StreamBroken as error:
+                broken = error
+            finally:
+                questions.drop_all()
+        if broken is not None:
+            raise broken
 
-        while (raw := await stream.deliver(take)) is not None:
-            question = from_reader_from_wire(raw)
-            assert isinstance(question, Close)
-            if self._owner.may_verify(reader, question):
-                checksums = await checksum_blocks(self._arena, question.verify)
-                self._owner.close(reader, question, checksums)
-            else:
-                self._owner.handle(reader, question)
+
+class _Questions:
+    """One reader's messages, and those of its closing questions that wait for checksums: one at a
+    time for each of its leases. `turns` bounds how many of the door's are summed at once.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        arena: Arena,
+        turns: asyncio.Semaphore,
+        reader: str,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._owner = owner
+        self._arena = arena
+        self._turns = turns
+        self._reader = reader
+        self._tasks = tasks
+        self._waiting: dict[LeaseId, asyncio.Task[None]] = {}
+
+    def take(self, raw: peer_pb2.FromReader) -> bool:
+        """One message."""
+        try:
+            message = from_reader_from_wire(raw)
+        except UnknownMessage as unknown:
+            log.info("peer_message_skipped %s", unknown)
+            return True
+        if not isinstance(message, Close) or not self._waits(message):
+            self._owner.handle(self._reader, message)
+        return True
+
+    def _waits(self, question: Close) -> bool:
+        """Whether its answer, or that to the same asked before, comes with checksums."""
+        lease_id = question.lease_id
+        if lease_id in self._waiting:
+            return True
+        if not question.verify or not self._owner.may_verify(self._reader, question):
+            return False
+        task = self._waiting[lease_id] = self._tasks.create_task(self._sum(question))
+        task.add_done_callback(lambda _: self._waiting.pop(lease_id))
+        return True
+
+    async def _sum(self, question: Close) -> None:
+        """The blocks stay leased meanwhile, or the outcome says that they did not."""
+        async with self._turns:
+            checksums = await checksum_blocks(self._arena, question.verify)
+        self._owner.close(self._reader, question, checksums)
+
+    def drop_all(self) -> None:
+        """The stream has ended."""
+        for task in self._waiting.values():
+            task.cancel()
 
 
 def _check_hello(mine: PeerHello, hello: FromReader | None) -> PeerHello:

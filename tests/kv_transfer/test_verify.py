@@ -1,5 +1,10 @@
 """Checksums: what differs from the owner's is never used."""
 
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,9 +12,12 @@ from core.errors import TransferCause, TransferFailed
 from core.ids import BlockId
 from core.kv import KvLayout
 from engine.arena import Arena
+from kv_transfer import server
 from kv_transfer.checksum import VerifyMode, checksum_blocks, pick_blocks
-from kv_transfer.messages import Close, Closed, FromOwner
-from tests.kv_transfer.halves import Pair, pair
+from kv_transfer.client import PeerConnection
+from kv_transfer.messages import Close, Closed, FromOwner, Renew
+from tests.builders import until
+from tests.kv_transfer.halves import LAST, Pair, failure, pair
 
 
 def flip_a_byte_of(p: Pair, index: int) -> None:
@@ -76,13 +84,99 @@ async def test_a_lost_answer_with_checksums_is_no_confirmation_and_no_damage() -
         await p.owner_holds_nothing()
 
 
+@dataclass
+class SlowSums:
+    """The owner's checksums take until `go_on`."""
+
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    begun: list[tuple[BlockId, ...]] = field(default_factory=list)
+    cancelled: int = 0
+
+    async def sum(self, arena: Arena, block_ids: Sequence[BlockId]) -> tuple[int, ...]:
+        self.begun.append(tuple(block_ids))
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return await checksum_blocks(arena, block_ids)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> SlowSums:
+    slow = SlowSums()
+    monkeypatch.setattr(server, "checksum_blocks", slow.sum)
+    return slow
+
+
+async def test_while_an_owner_sums_it_hears_renewals_and_serves_other_leases(
+    slow: SlowSums,
+) -> None:
+    """For longer than the third of a lease after which silence is a lost owner."""
+    async with pair(verify="all", lease_s=0.3) as p, asyncio.TaskGroup() as group:
+        lease, blocks = p.owner.whole(4)
+        other, coming = p.owner.open(2)
+        pulling = group.create_task(p.pull(lease, 4))
+        waiting = group.create_task(p.pull(other, 2))
+        await until(lambda: bool(slow.begun), "the owner sums")
+        p.owner.owner.heard.clear()
+        await until(lambda: renewals(p) == 4, "a lease's time is over")
+        p.owner.owner.finish(other, coming, LAST, ended=False)
+        await until(lambda: len(slow.begun) == 2, "the owner sums both")
+        assert not pulling.done()
+        slow.go_on.set()
+        p.half.pool.release((await waiting).blocks)
+        p.assert_arrived(await pulling, blocks)
+        await p.owner_holds_nothing()
+
+
+def renewals(p: Pair) -> int:
+    return sum(isinstance(message, Renew) for message in p.owner.owner.heard)
+
+
+async def test_a_question_asked_again_while_the_owner_sums_is_summed_once(slow: SlowSums) -> None:
+    async with pair(verify="all", read_timeout_s=0.2) as p, asyncio.TaskGroup() as group:
+        lease, blocks = p.owner.whole(4)
+        asked = 0
+        ask_close = PeerConnection.ask_close
+
+        def count(*arguments: Any) -> None:
+            nonlocal asked
+            asked += 1
+            ask_close(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PeerConnection, "ask_close", count)
+            pulling = group.create_task(p.pull(lease, 4))
+            await until(lambda: asked == 3, "it is asked again")
+            slow.go_on.set()
+            p.assert_arrived(await pulling, blocks)
+        assert slow.begun == [tuple(blocks)]
+        answers = [m for m in p.owner.owner.sent if isinstance(m, Closed)]
+        assert len(answers[0].checksums) == 4
+
+
+async def test_sums_end_with_the_stream_that_asked_for_them(slow: SlowSums) -> None:
+    async with pair(verify="all") as p, asyncio.TaskGroup() as group:
+        lease, _ = p.owner.whole(4)
+        pulling = group.create_task(failure(p.pull(lease, 4)))
+        await until(lambda: bool(slow.begun), "the owner sums")
+        await p.owner.stop()
+        assert slow.cancelled == 1
+        await pulling
+        p.assert_reader_holds_nothing()
+        await p.owner_holds_nothing()
+
+
 async def test_blocks_outside_the_lease_are_not_summed() -> None:
     async with pair() as p:
         lease, _ = p.owner.whole(2)
         lease.reader = "r"
         mine = Close(lease_id=lease.lease_id, verify=tuple(lease.blocks))
         others = Close(lease_id=lease.lease_id, verify=(BlockId(9),))
+        twice = Close(lease_id=lease.lease_id, verify=(*lease.blocks, lease.blocks[0]))
         assert p.owner.owner.may_verify("r", mine)
+        assert not p.owner.owner.may_verify("r", twice)
         assert not p.owner.owner.may_verify("r", others)
         assert not p.owner.owner.may_verify("another", mine)
 
