@@ -11,7 +11,7 @@ from core.ids import BlockHash, BlockId
 from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.bound import BoundLease
-from kv_transfer.checksum import checksum_blocks, pick_blocks
+from kv_transfer.checksum import checksum_blocks, checksums_of, pick_blocks
 from kv_transfer.client import PeerConnection
 from kv_transfer.config import TransferConfig
 from kv_transfer.messages import LeaseOutcome
@@ -217,26 +217,29 @@ class Landing:
                 f"the KV owner did not confirm the blocks: {closed.outcome.name}",
                 cause=TransferCause.EXPIRED if expired else TransferCause.NOT_CONFIRMED,
             )
-        if mine and not closed.checksums:
+        if mine:
+            self._compare(mine, closed.checksums)
+        self._room.pool.received(self.fresh)
+
+    def _compare(self, mine: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+        """Raise unless the checksums of this worker's heads are the owner's."""
+        shards = self._connection.shapes
+        heads = sorted({head for shard in shards for head in shard.layout.heads})
+        wanted = len(self._verified) * len(heads)
+        if len(theirs) != wanted:
             raise TransferFailed(
-                "the KV owner's answer with its checksums was lost, and it keeps none",
+                f"the KV owner's answer has {len(theirs)} of {wanted} checksums: the first answer "
+                "was lost and it keeps none, or it does not sum each head of all its ranks",
                 cause=TransferCause.NOT_CONFIRMED,
             )
-        if mine != closed.checksums:
+        if mine != checksums_of(theirs, heads, self._room.arena.layout.heads):
             raise TransferFailed(
                 "the KV that arrived is not the owner's: its checksum differs",
                 cause=TransferCause.CHECKSUM,
             )
-        self._room.pool.received(self.fresh)
 
     def _to_verify(self) -> list[int]:
-        """Blocks to compare, by place in `fresh`; none where the two arenas lie differently."""
+        """Blocks to compare, by place in `fresh`."""
         picked = pick_blocks(self._room.config.verify, len(self._remote), self._lease.lease_id)
-        if not picked:
-            return []
-        shapes = self._connection.shapes
-        mine = self._room.arena.layout.layout_id
-        if len(shapes) != 1 or shapes[0].layout.layout_id != mine:
-            return []
-        places = sorted(self._remote)
+        places = sorted(self._remote) if picked else []
         return [places[i] for i in picked]

@@ -147,7 +147,9 @@ class Close:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Closed:
-    """`checksums` belong to the `verify` of the question, in order."""
+    """`checksums` belong to the `verify` of the question, in order: of each block one for each KV
+    head that the owner holds, ascending.
+    """
 
     lease_id: LeaseId
     outcome: LeaseOutcome

@@ -123,24 +123,28 @@ class LossyOwner(Owner):
 class Half:
     """What both sides have: a pool, an arena, a transport, an identity."""
 
-    def __init__(self, name: str, hub: LoopbackHub, model: str = "m") -> None:
+    def __init__(
+        self, name: str, hub: LoopbackHub, model: str = "m", layout: KvLayout = LAYOUT
+    ) -> None:
         self.pool = BlockPool(NUM_BLOCKS)
-        self.arena = Arena(LAYOUT, NUM_BLOCKS)
+        self.arena = Arena(layout, NUM_BLOCKS)
         self.transport = HoldingTransport(LoopbackTransport(self.arena, hub))
         self.transport.holds = False
         self.hello = PeerHello(
             worker_id=WorkerId(name),
             incarnation=new_incarnation(),
             model_id=ModelId(model),
-            shards=(Shard(layout=LAYOUT, memories=(self.transport.memory(),)),),
+            shards=(Shard(layout=layout, memories=(self.transport.memory(),)),),
         )
 
 
 class OwnerHalf(Half):
     """Leases behind a real door; its clock moves only when told."""
 
-    def __init__(self, hub: LoopbackHub, name: str = "owner") -> None:
-        super().__init__(name, hub)
+    def __init__(
+        self, hub: LoopbackHub, name: str = "owner", *, layout: KvLayout = LAYOUT
+    ) -> None:
+        super().__init__(name, hub, layout=layout)
         self._hub = hub
         self.ranks: list[Arena] = []
         self.arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
@@ -318,10 +322,13 @@ async def pair(
     lease_s: float = LEASE_S,
     model: str = "m",
     verify: VerifyMode = "off",
+    layouts: tuple[KvLayout, KvLayout] = (LAYOUT, LAYOUT),
 ) -> AsyncIterator[Pair]:
-    """`lease_s` is what the reader believes: it renews every third of it."""
+    """`lease_s` is what the reader believes: it renews every third of it. `layouts` are the owner's
+    and the reader's.
+    """
     hub = LoopbackHub()
-    owner, half = OwnerHalf(hub), Half("reader", hub, model)
+    owner, half = OwnerHalf(hub, layouts[0]), Half("reader", hub, model, layouts[1])
     config = TransferConfig(lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(owner.serving())

@@ -2,20 +2,22 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
 from core.errors import TransferCause, TransferFailed
-from core.ids import BlockId
-from core.kv import KvLayout
+from core.ids import BlockId, ShardId
+from core.kv import BLOCK_FIRST, LAYER_FIRST, Axis, KvLayout
 from engine.arena import Arena
-from kv_transfer import server
+from kv_transfer import checksum, server
 from kv_transfer.checksum import VerifyMode, checksum_blocks, pick_blocks
 from kv_transfer.client import PeerConnection
 from kv_transfer.messages import Close, Closed, FromOwner, Renew
+from kv_transfer.plan import ReadPlan
+from kv_transfer.transport import ReadStats
 from tests.builders import until
 from tests.kv_transfer.halves import LAST, Pair, failure, pair
 
@@ -186,8 +188,94 @@ async def test_equal_bytes_have_equal_sums_in_any_dtype() -> None:
     arena = Arena(layout, 3)
     arena.data[0].normal_(generator=torch.Generator().manual_seed(0))
     arena.data[2] = arena.data[0]
-    first, zero, copy = await checksum_blocks(arena, [BlockId(0), BlockId(1), BlockId(2)])
-    assert first == copy != zero
+    sums = await checksum_blocks(arena, [BlockId(0), BlockId(1), BlockId(2)])
+    first, zero, copy = sums[:2], sums[2:4], sums[4:]
+    assert first == copy
+    assert not set(first) & set(zero)
+
+
+async def test_sums_are_the_same_whatever_is_summed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arena = Arena(OWNERS["of_the_same_order"], 5)
+    arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
+    blocks = [BlockId(i) for i in (4, 0, 3, 1, 2)]
+    whole = await checksum_blocks(arena, blocks)
+    for at_once in (1, 2 * arena.layout.block_bytes):
+        monkeypatch.setattr(checksum, "_BYTES_AT_ONCE", at_once)
+        assert await checksum_blocks(arena, blocks) == whole
+    assert len(set(whole)) == 5 * arena.layout.num_kv_heads
+
+
+# -- arenas that lie differently ----------------------------------------------------------------
+
+
+def layout(axes: tuple[Axis, ...], tp_size: int = 1, tp_rank: int = 0) -> KvLayout:
+    """Of a model of four KV heads."""
+    return KvLayout(
+        block_size=4,
+        num_kv_heads=4 // tp_size,
+        num_layers=2,
+        head_dim=4,
+        dtype="uint8",
+        tp_size=tp_size,
+        tp_rank=tp_rank,
+        axes=axes,
+    )
+
+
+OWNERS = {
+    "of_the_same_order": layout(BLOCK_FIRST),
+    "layer_first": layout(LAYER_FIRST),
+    "tokens_before_heads": layout(("block", "token", "side", "head", "layer")),
+}
+READERS = {
+    "of_all_heads": layout(BLOCK_FIRST),
+    "of_the_last_heads": layout(BLOCK_FIRST, tp_size=2, tp_rank=1),
+    "layer_first_of_one_head": layout(LAYER_FIRST, tp_size=4, tp_rank=2),
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_arenas_that_lie_differently_are_compared_too(
+    owner: str, reader: str, *, damaged: bool
+) -> None:
+    async with pair(verify="all", layouts=(OWNERS[owner], READERS[reader])) as p:
+        start_read = p.half.transport.start_read
+
+        def read_and_damage(peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+            read = start_read(peer, plan)
+            last = int(plan.rows[-1][1] + plan.rows[-1][2]) - 1
+            p.half.arena.data.view(-1)[last] ^= 1
+            return read
+
+        if damaged:
+            p.half.transport.start_read = read_and_damage  # type: ignore[method-assign]
+        lease, _ = p.owner.whole(3)
+        pulling = p.pull(lease, 3, cached=1)
+        if damaged:
+            with pytest.raises(TransferFailed) as caught:
+                await pulling
+            assert caught.value.cause is TransferCause.CHECKSUM
+        else:
+            p.half.pool.release((await pulling).blocks)
+        p.assert_reader_holds_nothing()
+        await p.owner_holds_nothing()
+
+
+async def test_an_owner_that_cannot_sum_all_of_its_ranks_is_not_believed() -> None:
+    """It offers the arenas of two ranks, and its door sums those of one."""
+    first, second = (layout(BLOCK_FIRST, tp_size=2, tp_rank=rank) for rank in range(2))
+    async with pair(verify="all", layouts=(first, layout(BLOCK_FIRST))) as p:
+        shards = p.owner.hello.shards
+        p.owner.hello = replace(p.owner.hello, shards=(*shards, replace(shards[0], layout=second)))
+        lease, _ = p.owner.whole(3)
+        with pytest.raises(TransferFailed, match="has 6 of 12 checksums") as caught:
+            await p.pull(lease, 3)
+        assert caught.value.cause is TransferCause.NOT_CONFIRMED
+        p.assert_reader_holds_nothing()
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 100])
