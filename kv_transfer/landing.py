@@ -123,8 +123,8 @@ class Landing:
         self._running -= 1
         if self._running == 0:
             self._seconds += time.monotonic() - self._since_s
-            self._end_shares()
             self._ask_if_all_here()
+            self._end_shares()
         self._lease.changed.set()
 
     def _end_shares(self) -> None:
