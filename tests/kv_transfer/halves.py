@@ -141,9 +141,7 @@ class Half:
 class OwnerHalf(Half):
     """Leases behind a real door; its clock moves only when told."""
 
-    def __init__(
-        self, hub: LoopbackHub, name: str = "owner", *, layout: KvLayout = LAYOUT
-    ) -> None:
+    def __init__(self, hub: LoopbackHub, name: str = "owner", *, layout: KvLayout = LAYOUT) -> None:
         super().__init__(name, hub, layout=layout)
         self._hub = hub
         self.ranks: list[Arena] = []
@@ -328,7 +326,7 @@ async def pair(
     and the reader's.
     """
     hub = LoopbackHub()
-    owner, half = OwnerHalf(hub, layouts[0]), Half("reader", hub, model, layouts[1])
+    owner, half = OwnerHalf(hub, layout=layouts[0]), Half("reader", hub, model, layouts[1])
     config = TransferConfig(lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(owner.serving())
