@@ -19,7 +19,7 @@ from kv_transfer.messages import Close, Closed, FromOwner, Renew
 from kv_transfer.plan import ReadPlan
 from kv_transfer.transport import ReadStats
 from tests.builders import until
-from tests.kv_transfer.halves import LAST, Pair, failure, pair
+from tests.kv_transfer.halves import LAST, LAYOUT, Pair, failure, pair
 
 
 def flip_a_byte_of(p: Pair, index: int) -> None:
@@ -81,7 +81,9 @@ async def test_a_lost_answer_with_checksums_is_no_confirmation_and_no_damage() -
         with pytest.raises(TransferFailed) as caught:
             await p.pull(lease, 4)
         assert caught.value.cause is TransferCause.NOT_CONFIRMED
-        assert [isinstance(m, Closed) and len(m.checksums) for m in lost] == [4]
+        assert [isinstance(m, Closed) and len(m.checksums) for m in lost] == [
+            4 * LAYOUT.num_kv_heads
+        ]
         p.assert_reader_holds_nothing()
         await p.owner_holds_nothing()
 
@@ -155,7 +157,7 @@ async def test_a_question_asked_again_while_the_owner_sums_is_summed_once(slow: 
             p.assert_arrived(await pulling, blocks)
         assert slow.begun == [tuple(blocks)]
         answers = [m for m in p.owner.owner.sent if isinstance(m, Closed)]
-        assert len(answers[0].checksums) == 4
+        assert len(answers[0].checksums) == 4 * LAYOUT.num_kv_heads
 
 
 async def test_sums_end_with_the_stream_that_asked_for_them(slow: SlowSums) -> None:
