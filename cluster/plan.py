@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from cluster.plan_config import config_text
+from cluster.outputs import check_writable, write_result
+from cluster.plan_config import check_model, config_text
 from cluster.plan_view import answer_json, show_answer
 from core.errors import InvalidRequest
 from engine.latency.devices import find_device
@@ -61,6 +62,9 @@ def run_plan(options: Options) -> None:
     """Search and show; the last line of standard output is the JSON object. An interrupt ends the
     process with status 130, and those of the search with it.
     """
+    if options.write is not None:
+        check_model(Path(options.model))
+        check_writable(options.write, "--write")
     problem, notes = pose(options)
     try:
         with _progress() as progress:
@@ -75,11 +79,11 @@ def run_plan(options: Options) -> None:
         raise SystemExit(_INTERRUPTED) from None
     if not options.only_json:
         show_answer(Console(), options.model, problem, answer, notes)
+    print(json.dumps(answer_json(options.model, problem, answer, notes)), flush=True)
     if options.write is not None:
         text = config_text(Path(options.model), problem, answer)
-        options.write.write_text(text, encoding="utf-8")
+        write_result(options.write, text, "--write")
         print(f"wrote {options.write}", file=sys.stderr)
-    print(json.dumps(answer_json(options.model, problem, answer, notes)), flush=True)
 
 
 def pose(options: Options) -> tuple[Problem, tuple[str, ...]]:
@@ -88,6 +92,11 @@ def pose(options: Options) -> tuple[Problem, tuple[str, ...]]:
     offers = [read_offer(text, options.gpus) for text in options.gpu]
     if not offers:
         raise InvalidRequest("no --gpu is given; for example --gpu h100")
+    for offer in offers:
+        if [other.gpu for other in offers].count(offer.gpu) > 1:
+            raise InvalidRequest(
+                f"--gpu names {offer.gpu} twice; say it once, as {offer.gpu}:COUNT"
+            )
     model = find_shape(options.model)
     shaping = Shaping(
         seed=options.seed,

@@ -16,8 +16,7 @@ def config_text(model: Path, problem: Problem, answer: Answer) -> str:
     all workers have one kind of it. Its `simulation` section lets `baton simulate` replay the plan.
     Raises InvalidRequest where there is none.
     """
-    if not (model / "config.json").is_file():
-        raise InvalidRequest("--write needs --model to be a checkpoint folder, which workers load")
+    check_model(model)
     best = next((rated for rated in answer.best if _can_run(rated.plan)), None)
     if best is None:
         raise InvalidRequest(
@@ -27,6 +26,12 @@ def config_text(model: Path, problem: Problem, answer: Answer) -> str:
         )
     tree = _tree(model, problem, best.plan)
     return "\n".join([*_comments(answer, best), yaml.safe_dump(tree, sort_keys=False)])
+
+
+def check_model(model: Path) -> None:
+    """Raises InvalidRequest unless workers can load it."""
+    if not (model / "config.json").is_file():
+        raise InvalidRequest("--write needs --model to be a checkpoint folder, which workers load")
 
 
 def _can_run(plan: Plan) -> bool:

@@ -62,12 +62,13 @@ def _pool(pool: Pool) -> str:
 
 def _cells(rated: Rated, best: float) -> tuple[str, ...]:
     goodput = rated.goodput
+    least = ">= " if goodput.at_least else ""
     return (
         describe(rated.plan),
         ratio(rated.fleet),
         str(rated.plan.gpus),
-        f"{rated.rps:.2f}",
-        f"{rated.rps_per_gpu:.3f}",
+        f"{least}{rated.rps:.2f}",
+        f"{least}{rated.rps_per_gpu:.3f}",
         f"{rated.rps_per_gpu / best - 1:+.1%}",
         f"{goodput.ttft_p90_s * 1e3:.0f}",
         f"{goodput.tpot_p90_s * 1e3:.1f}",
@@ -110,6 +111,7 @@ def _rated_json(rated: Rated) -> dict[str, object]:
         "gpus": plan.gpus,
         "requests_per_s": rated.rps,
         "requests_per_s_per_gpu": rated.rps_per_gpu,
+        "at_least": goodput.at_least,
         "share": goodput.share,
         "ttft_p90_ms": goodput.ttft_p90_s * 1e3,
         "tpot_p90_ms": goodput.tpot_p90_s * 1e3,

@@ -17,10 +17,11 @@ from statistics import median
 
 from rich.progress import Progress
 
+from cluster.outputs import check_writable, write_result
 from cluster.profile_client import Answer, Endpoint, complete, parse_url, served_model
 from core.errors import ConfigError
 from simulator.profiles.fit import fit_latency
-from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, write_own
+from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, own_text
 
 _LEAST_GAPS = 3
 _LONGER = 8
@@ -46,10 +47,9 @@ class ProfileOptions:
 
 
 def run_profile(options: ProfileOptions) -> None:
-    """Measure, write the file, print what was found; the last line is the JSON object."""
+    """Measure, print what was found, the JSON object last, and write the file."""
+    check_writable(options.out, "--out")
     profile = asyncio.run(_measure(options))
-    write_own(options.out, profile)
-    print(f"wrote {options.out}", file=sys.stderr)
     fitted = fit_latency(profile.measured)
     prefill, (decode,) = fitted.prefill, fitted.decode
     if not options.only_json:
@@ -72,6 +72,8 @@ def run_profile(options: ProfileOptions) -> None:
             }
         )
     )
+    write_result(options.out, own_text(profile), "--out")
+    print(f"wrote {options.out}", file=sys.stderr)
 
 
 async def _measure(options: ProfileOptions) -> OwnProfile:

@@ -21,16 +21,23 @@ def advise(
     both: Sequence[Phase],
     rate_rps: float | None,
 ) -> Iterator[str]:
-    """Sentences for a buyer; none where the best plan is ahead by more than the search's width."""
+    """Sentences for a buyer; none where rates are known and the best plan is ahead by more than the
+    search's width.
+    """
     if not best:
         yield (
             "no disaggregated plan keeps the targets at any rate"
             + ("; colocated workers do" if colocated is not None else ", nor does a colocated one")
         )
         return
+    if any(rated.goodput.at_least for rated in (*best, *filter(None, [colocated]))):
+        yield (
+            f"a run offers at most {problem.most_requests} requests, and too few for some plans:"
+            " these serve at least (>=) what is shown, and which of them is best is not known"
+        )
     if colocated is not None:
         gain = best[0].rps_per_gpu / colocated.rps_per_gpu - 1
-        if gain <= problem.width:
+        if gain <= problem.width and not best[0].goodput.at_least:
             yield (
                 f"disaggregation does not pay here: simulated, the best plan serves"
                 f" {best[0].rps_per_gpu:.3g} requests/s per GPU, colocated workers"

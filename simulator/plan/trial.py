@@ -278,23 +278,31 @@ def find_goodput(problem: Problem, setup: Setup) -> Goodput:
     """The highest rate that `share` of the requests is served at, by bisection: the attainment is
     taken to fall with the rate.
     """
+    most = max(problem.least_requests, problem.most_requests)
     return highest(
         lambda rps: simulate(problem, setup, rps, only_if_kept=True),
         share=problem.share,
         guess_rps=setup.guess_rps,
         width=setup.width,
+        most_rps=most / setup.run_s if setup.run_s > 0 else inf,
     )
 
 
 def highest(
-    at: Callable[[float], Goodput], *, share: float, guess_rps: float, width: float
+    at: Callable[[float], Goodput],
+    *,
+    share: float,
+    guess_rps: float,
+    width: float,
+    most_rps: float = inf,
 ) -> Goodput:
-    """Pure but for `at`. Goes up or down from the guess, in steps that grow, until it has a
-    bracket, then bisects it until its ends differ by the share `width`. Requests that come all at
-    once fare the same at any rate: after a few steps the rate reached is the answer.
+    """Pure but for `at`. Goes up or down from the guess, in steps that grow and not above
+    `most_rps`, until it has a bracket, then bisects it until its ends differ by the share `width`.
+    Without a bracket after the last step, as when requests come all at once and fare the same at
+    any rate, the answer is at least the rate reached.
     """
-    found = at(guess_rps)
-    high_rps, low = guess_rps, found if found.share >= share else None
+    found = at(min(guess_rps, most_rps))
+    high_rps, low = found.rps, found if found.share >= share else None
     if low is None:
         for factor in _STEPS:
             found = at(high_rps / factor)
@@ -304,13 +312,15 @@ def highest(
             high_rps /= factor
     else:
         for factor in _STEPS:
-            high_rps = factor * low.rps
+            high_rps = min(factor * low.rps, most_rps)
+            if high_rps <= low.rps:
+                return replace(low, at_least=True)
             found = at(high_rps)
             if found.share < share:
                 break
             low = found
         else:
-            return low
+            return replace(low, at_least=True)
     if low is None:
         return replace(found, rps=0.0)
     while high_rps > low.rps * (1 + width):

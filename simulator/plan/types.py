@@ -50,7 +50,8 @@ class Problem:
     hashes. `share` of the requests keep both targets of `slo` at a rate that counts as served.
     `chunks` are the step budgets tried, in tokens. A run offers what comes in about `run_s` (see
     `simulator/plan/fleet.py`) and no fewer than `least_requests`; where `requests` are too few for
-    it they are repeated with blocks of their own.
+    it they are repeated with blocks of their own. Rates that would take more than `most_requests`
+    are not tried.
 
     `router` decides in whole plans. Without admission, by default: a request that would be late is
     then late, and not refused so that others are in time.
@@ -70,6 +71,7 @@ class Problem:
     max_batch: int = 256
     router: RouterConfig = field(default_factory=lambda: RouterConfig(admission="off"))
     least_requests: int = 300
+    most_requests: int = 8000
     run_s: float = 20.0
     warm_up: float = 0.1
     """Least share of a run's requests, the first ones, that is not counted."""
@@ -131,6 +133,8 @@ class Goodput:
     tpot_p90_s: float
     hit_share: float
     """Prompt tokens that were cached."""
+    at_least: bool = False
+    """No rate tried was too high: it may serve more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

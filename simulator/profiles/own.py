@@ -68,6 +68,6 @@ def read_own(file: Path) -> OwnProfile:
     return profile
 
 
-def write_own(file: Path, profile: OwnProfile) -> None:
-    """Replaces the file."""
-    file.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
+def own_text(profile: OwnProfile) -> str:
+    """What such a file holds."""
+    return profile.model_dump_json(indent=1) + "\n"

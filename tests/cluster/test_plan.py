@@ -1,5 +1,6 @@
 """`baton plan`: what it takes, prints and writes."""
 
+import io
 import json
 import os
 import signal
@@ -14,12 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+from cluster import plan
 from cluster.cli import app
 from cluster.config_file import load_config
 from cluster.plan import plain_requests, read_offer, read_slo
 from cluster.plan_config import config_text
+from cluster.plan_view import answer_json, show_answer
 from cluster.preflight import find_problems
 from cluster.simulate import settings_of
 from core.errors import ConfigError, InvalidRequest
@@ -35,10 +39,10 @@ PROBLEM = problem(option(), option(2), gpus=8)
 
 def _rated(tp: int, prefills: int, decodes: int, rps: float) -> Rated:
     pool = Pool(option=PROBLEM.options[tp - 1], step_tokens=2048, workers=prefills)
-    plan = Plan(prefill=pool, decode=replace(pool, workers=decodes))
+    whole = Plan(prefill=pool, decode=replace(pool, workers=decodes))
     return Rated(
-        plan=plan,
-        fleet=plan,
+        plan=whole,
+        fleet=whole,
         goodput=Goodput(rps=rps, share=0.9, ttft_p90_s=0.1, tpot_p90_s=0.01, hit_share=0.0),
     )
 
@@ -130,6 +134,66 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 1
     assert "llama-3-70b does not fit h100 at TP 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "said"),
+    [
+        ("llama-3-8b", "cluster.yaml", "--write needs --model to be a checkpoint folder"),
+        (str(DEMO), "none/cluster.yaml", "there is no folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_search(
+    model: str, path: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "search", _not_reached)
+    command = f"plan --model {model} --gpu h100 --gpus 2 --slo 500/30 --trace poisson:rate=1"
+    result = CliRunner().invoke(app, [*command.split(), "--write", str(tmp_path / path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: --write")
+    assert said in result.stderr
+
+
+def _not_reached(*_: object, **__: object) -> Answer:
+    raise AssertionError("nothing is searched")
+
+
+def test_an_answer_is_printed_though_its_file_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+
+    def search(*_: object, **__: object) -> Answer:
+        folder.rmdir()
+        return _answer(_rated(1, 2, 6, 8.0))
+
+    monkeypatch.setattr(plan, "search", search)
+    command = f"plan --model {DEMO} --gpu h100 --gpus 8 --slo 500/30 --trace poisson:rate=1"
+    write = ["--json", "--write", str(folder / "cluster.yaml")]
+    result = CliRunner().invoke(app, [*command.split(), *write])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["plans"][0]["gpus"] == 8
+    assert "cannot be written" in result.stderr
+
+
+def test_a_kind_of_gpu_named_twice_is_refused() -> None:
+    command = "plan --model llama-3-8b --gpu h100 --gpu h100:2 --gpus 4 --slo 500/30"
+    result = CliRunner().invoke(app, [*command.split(), "--trace", "poisson:rate=1"])
+    assert result.exit_code == 1
+    assert result.stderr == "error: --gpu names h100 twice; say it once, as h100:COUNT\n"
+
+
+def test_rates_that_are_bounds_are_shown_as_such() -> None:
+    bound = replace(
+        _rated(1, 2, 6, 8.0),
+        goodput=replace(_rated(1, 2, 6, 8.0).goodput, at_least=True),
+    )
+    console = Console(width=200, file=io.StringIO())
+    show_answer(console, "m", PROBLEM, _answer(bound), ())
+    assert ">= 8.00" in console.file.getvalue()  # type: ignore[attr-defined]
+    (found,) = answer_json("m", PROBLEM, _answer(bound), ())["plans"]  # type: ignore[misc]
+    assert found["at_least"] is True
 
 
 # -- Ctrl-C -------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """`baton profile`: what it makes of answers' times, and whom it cannot measure."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
 from cluster.profile import decode_row, prefill_row
 from cluster.profile_client import Answer, parse_url
 from core.errors import ConfigError
@@ -43,3 +47,13 @@ def test_a_router_is_named_by_its_url(url: str, place: tuple[str, int]) -> None:
 def test_what_is_no_url_of_a_router_is_a_sentence(url: str) -> None:
     with pytest.raises(ConfigError):
         parse_url(url)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "none" / "p.json"
+    nobody = "http://127.0.0.1:9"  # measuring would fail there, with another sentence
+    done = CliRunner().invoke(app, ["profile", "--url", nobody, "--out", str(out)])
+    assert done.exit_code == 1
+    assert done.stderr == f"error: --out: there is no folder {out.parent}\n"

@@ -59,3 +59,11 @@ def test_targets_that_nothing_keeps_give_no_plan_and_a_warning() -> None:
 def test_one_and_two_processes_give_one_answer() -> None:
     small = replace(SHORT_PROMPTS, requests=asked(60, 50, 20), least_requests=60)
     assert _search(small, processes=2) == _search(small)
+
+
+def test_plans_too_fast_for_a_run_are_said_to_serve_at_least_so_much() -> None:
+    fast = replace(SHORT_PROMPTS, run_s=20.0, least_requests=50, most_requests=60)
+    answer = _search(fast)
+    assert all(rated.goodput.at_least for rated in answer.best)
+    (warning,) = answer.warnings
+    assert "at most 60 requests" in warning

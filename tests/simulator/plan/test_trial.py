@@ -8,6 +8,7 @@ from core.ids import BlockHash
 from router.policies.base import Slo
 from simulator.plan.trial import (
     decode_setup,
+    find_goodput,
     highest,
     offered,
     plan_setup,
@@ -34,6 +35,34 @@ def test_the_rate_found_is_within_the_width_below_the_capacity(guess_rps: float)
 def test_targets_that_no_rate_keeps_give_a_goodput_of_nothing() -> None:
     found = highest(lambda rps: _goodput(rps, 0.0), share=0.9, guess_rps=1.0, width=0.05)
     assert found.rps == 0.0
+
+
+@pytest.mark.parametrize("guess_rps", [1.0, 7.0, 30.0])
+def test_rates_beyond_the_most_are_not_tried_and_the_answer_is_at_least_that(
+    guess_rps: float,
+) -> None:
+    tried: list[float] = []
+
+    def at(rps: float) -> Goodput:
+        tried.append(rps)
+        return _goodput(rps, 100.0)
+
+    found = highest(at, share=0.9, guess_rps=guess_rps, width=0.05, most_rps=7.0)
+    assert (found.rps, found.at_least, max(tried)) == (7.0, True, 7.0)
+
+
+def test_a_worker_that_takes_no_time_is_searched_with_so_many_requests_at_most() -> None:
+    fast = replace(
+        problem(option(per_token_s=1e-9)), run_s=20.0, least_requests=50, most_requests=200
+    )
+    found = find_goodput(fast, prefill_setup(fast, fast.options[0], 512))
+    stay_s = fast.slo.ttft_s
+    assert (found.rps, found.at_least) == (pytest.approx(200 / (10 * stay_s)), True)
+
+
+def test_a_rate_between_one_kept_and_one_missed_is_no_bound() -> None:
+    found = highest(lambda rps: _goodput(rps, 2.0), share=0.9, guess_rps=1.0, width=0.05)
+    assert not found.at_least
 
 
 def test_requests_are_stretched_to_the_rate() -> None:

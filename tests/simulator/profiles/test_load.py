@@ -11,7 +11,7 @@ from engine.latency.base import StepShape
 from engine.latency.shapes import SHAPES, ModelShape
 from simulator.profiles.kernel_tables import read_aiconfigurator, read_llmservingsim
 from simulator.profiles.load import load_profile
-from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, write_own
+from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, own_text
 from simulator.profiles.types import BadProfile
 
 OWN = OwnProfile(
@@ -35,7 +35,7 @@ def zipped(file: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["table", "fitted"])
 def test_our_own_format(tmp_path: Path, kind: str) -> None:
-    write_own(tmp_path / "p.json", OWN)
+    (tmp_path / "p.json").write_text(own_text(OWN))
     profile = load_profile(str(tmp_path / "p.json"), tp=2, kind=kind)  # type: ignore[arg-type]
     assert (profile.name, profile.kv_tokens) == ("m on d", 5000)
     assert profile.latency.step_s(StepShape([], 8, 800)) == pytest.approx(0.0108)
@@ -43,7 +43,7 @@ def test_our_own_format(tmp_path: Path, kind: str) -> None:
 
 
 def test_another_degree_than_was_measured_is_refused(tmp_path: Path) -> None:
-    write_own(tmp_path / "p.json", OWN)
+    (tmp_path / "p.json").write_text(own_text(OWN))
     with pytest.raises(BadProfile, match="degree 2, not 1"):
         load_profile(str(tmp_path / "p.json"))
 
