@@ -245,10 +245,10 @@ def goodput(
 
     The last line is one JSON object.
     """
-    from cluster.simulate import GoodputOptions, run_goodput  # noqa: PLC0415
+    from cluster.goodput import Options, run_goodput  # noqa: PLC0415
     from simulator.goodput import Question  # noqa: PLC0415
 
-    options = GoodputOptions(
+    options = Options(
         question=Question(
             trace=trace,
             requests=requests,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from cluster.outputs import check_writable, write_result
+from cluster.long_work import check_writable, given_up, write_result
 from cluster.plan_config import check_model, config_text
 from cluster.plan_view import answer_json, show_answer
 from core.errors import InvalidRequest
@@ -34,7 +34,6 @@ CHUNKS = (512, 2048, 8192)
 """Step budgets in tokens that are tried when none are given."""
 
 _UNSHARED_BLOCK = 16
-_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +65,13 @@ def run_plan(options: Options) -> None:
         check_model(Path(options.model))
         check_writable(options.write, "--write")
     problem, notes = pose(options)
-    try:
-        with _progress() as progress:
-            answer = search(
-                problem,
-                processes=options.processes or os.cpu_count() or 1,
-                progress=progress,
-                rate_rps=options.rate_rps,
-            )
-    except KeyboardInterrupt:
-        print("interrupted: the search was given up, nothing is planned", file=sys.stderr)
-        raise SystemExit(_INTERRUPTED) from None
+    with given_up("the search was given up, nothing is planned"), _progress() as progress:
+        answer = search(
+            problem,
+            processes=options.processes or os.cpu_count() or 1,
+            progress=progress,
+            rate_rps=options.rate_rps,
+        )
     if not options.only_json:
         show_answer(Console(), options.model, problem, answer, notes)
     print(json.dumps(answer_json(options.model, problem, answer, notes)), flush=True)

@@ -17,7 +17,7 @@ from statistics import median
 
 from rich.progress import Progress
 
-from cluster.outputs import check_writable, write_result
+from cluster.long_work import check_writable, write_result
 from cluster.profile_client import Answer, Endpoint, complete, parse_url, served_model
 from core.errors import ConfigError
 from simulator.profiles.fit import fit_latency

@@ -1,4 +1,4 @@
-"""`baton simulate` and `baton goodput`: from a config and a trace to tables, plots and JSON.
+"""`baton simulate`: from a config and a trace to tables, a plot and JSON.
 
 Everything shown is simulated, and says so.
 """
@@ -6,32 +6,21 @@ Everything shown is simulated, and says so.
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from cluster.config import ClusterConfig
+from cluster.long_work import bar, given_up
 from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
-from core.errors import InvalidRequest
 from router.policies.base import Slo
-from simulator.build import Settings, build_spec
+from simulator.build import Settings, build_spec, describe_workers
 from simulator.cluster import Cluster, Outcome
-from simulator.goodput import Found, Question, Standing, choose_systems, compare
 from simulator.spec import SimSpec
 from simulator.summary import SHARES, Summary, summarise
 from simulator.workload.build import Shaping
@@ -72,9 +61,6 @@ def settings_of(config: ClusterConfig) -> Settings:
     )
 
 
-# -- baton simulate -----------------------------------------------------------------------------
-
-
 def run_simulate(config: ClusterConfig, options: Options) -> None:
     """One run; the last line of standard output is the JSON object."""
     shaping = Shaping(
@@ -85,20 +71,26 @@ def run_simulate(config: ClusterConfig, options: Options) -> None:
     )
     loaded = load_workload(options.trace, shaping)
     workload = loaded.workload
-    spec = build_spec(settings_of(config), workload.block_size, options.seed)
-    with _bar("simulating", len(workload.requests)) as report:
+    settings = settings_of(config)
+    spec = build_spec(settings, workload.block_size, options.seed)
+    with (
+        given_up("the run was given up, nothing is known"),
+        bar("simulating", len(workload.requests)) as report,
+    ):
         outcome = Cluster(spec).run(workload.requests, report)
     summary = summarise(outcome, spec.slo, spec.gpus)
     if not options.only_json:
         console = Console()
         _show_run(console, spec, summary, outcome, workload.name)
+        console.print(f"[dim]{describe_workers(settings)}[/]", highlight=False, soft_wrap=True)
         for note in loaded.notes:
             console.print(f"[dim]{note}[/]", highlight=False)
     if options.plot is not None:
         title = f"simulated: {workload.name} at {options.rate_scale:g}x its rate"
         print(draw_plot(options.plot, title, _run_panels(spec, outcome)), file=sys.stderr)
     result = _run_json(spec, summary, outcome, workload.name, options)
-    print(json.dumps(result | {"notes": loaded.notes}), flush=True)
+    said = {"workers": describe_workers(settings), "notes": loaded.notes}
+    print(json.dumps(result | said), flush=True)
 
 
 def _show_run(
@@ -211,143 +203,3 @@ def _pools(axes: Axes, outcome: Outcome, field: str, label: str) -> None:
     axes.set_xlabel("simulated time (s)")
     axes.set_ylabel(label)
     axes.legend(fontsize=7)
-
-
-# -- baton goodput ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GoodputOptions:
-    """What the command line asks for."""
-
-    question: Question
-    systems: tuple[str, ...] = ()
-    seeds: int = 5
-    processes: int = 0
-    """0: one per core."""
-    only_json: bool = False
-    plot: Path | None = None
-
-
-def run_goodput(config: ClusterConfig, options: GoodputOptions) -> None:
-    """Search, show, and end with one JSON object."""
-    if not 1 <= options.seeds <= 10:
-        raise InvalidRequest("from 1 to 10 seeds; fewer than 2 have no interval")
-    systems = choose_systems(options.systems)
-    settings = settings_of(config)
-    load_workload(options.question.trace, Shaping(requests=1))  # a bad trace is said here, once
-    with _bar("searching, simulated", len(systems) * options.seeds) as report:
-        done: list[Found] = []
-
-        def on_found(found: Found) -> None:
-            done.append(found)
-            report(len(done))
-
-        standings = compare(
-            systems,
-            settings,
-            options.question,
-            range(options.seeds),
-            processes=options.processes or os.cpu_count() or 1,
-            on_found=on_found,
-        )
-    if not options.only_json:
-        _show_goodput(Console(), standings, options.question, settings)
-    if options.plot is not None:
-        panel = {"attainment": lambda axes: _attainment(axes, standings, options.question)}
-        title = f"simulated: {Path(options.question.trace).name}"
-        print(draw_plot(options.plot, title, panel), file=sys.stderr)
-    print(json.dumps(_goodput_json(standings, options, settings)), flush=True)
-
-
-def _show_goodput(
-    console: Console, standings: Sequence[Standing], question: Question, settings: Settings
-) -> None:
-    table = new_table(
-        ("simulated system",),
-        ("requests/s per GPU", "+-", "behind best", "+-"),
-        title=f"highest rate at which {question.share:.0%} keep both targets, simulated",
-    )
-    for standing in standings:
-        table.add_row(
-            standing.system + (" =" if standing.is_tied else ""),
-            f"{standing.goodput.mean:.4g}",
-            f"{standing.goodput.half:.2g}",
-            f"{standing.behind.mean:.4g}",
-            f"{standing.behind.half:.2g}",
-        )
-    print_table(console, table)
-    slo = settings.slo
-    console.print(
-        f"[dim]{build_spec(settings, 1, 0).gpus} GPUs; targets {slo.ttft_s:g} s and"
-        f" {slo.tpot_s * 1e3:g} ms[/]",
-        highlight=False,
-    )
-    console.print("[dim]= the difference to the best lies within its 95 % interval[/]")
-
-
-def _goodput_json(
-    standings: Sequence[Standing], options: GoodputOptions, settings: Settings
-) -> dict[str, object]:
-    share = options.question.share
-    load = "sessions_per_seed" if settings.simulation.closed_sessions else "scale_per_seed"
-    return {
-        "simulated": True,
-        "trace": Path(options.question.trace).name,
-        "requests": options.question.requests,
-        "seeds": options.seeds,
-        "gpus": build_spec(settings, 1, 0).gpus,
-        "slo": asdict(settings.slo),
-        "share": share,
-        "goodput": {
-            standing.system: {
-                "requests_per_gpu_s": standing.goodput.mean,
-                "half_width": _finite(standing.goodput.half),
-                "behind_best": standing.behind.mean,
-                "behind_half_width": _finite(standing.behind.half),
-                "tied": standing.is_tied,
-                "per_seed": [found.rate_per_gpu_s for found in standing.found],
-                load: [
-                    max((p.scale for p in found.points if p.attainment >= share), default=0.0)
-                    for found in standing.found
-                ],
-            }
-            for standing in standings
-        },
-    }
-
-
-def _finite(value: float) -> float | None:
-    return None if value == float("inf") else value
-
-
-def _attainment(axes: Axes, standings: Sequence[Standing], question: Question) -> None:
-    for standing in standings:
-        points = sorted(
-            (p.rate_per_gpu_s, p.attainment) for found in standing.found for p in found.points
-        )
-        axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=standing.system)
-    axes.axhline(question.share, color="gray", linestyle=":", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlabel("requests/s per GPU")
-    axes.set_ylabel("share within both targets (below the line: at most)")
-    axes.legend(fontsize=7)
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 
 from core.errors import ConfigError
 from engine.config import EngineConfig
-from engine.latency.base import LatencyModel
 from engine.latency.fitted import FittedLatency
-from engine.latency.shapes import find_shape
+from engine.latency.shapes import SHAPES, find_shape
 from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.config import SimulatedPool, SimulationConfig
 from simulator.profiles.load import load_profile
+from simulator.profiles.types import Profile
 from simulator.spec import Cut, Failure, NetworkSpec, PoolRole, PoolSpec, SimSpec
 from simulator.worker import WorkerSpec
 
@@ -36,11 +36,7 @@ class Settings:
 
 def build_spec(settings: Settings, block_size: int, seed: int) -> SimSpec:
     """Blocks are the workload's, whose hashes say what is shared. Raises ConfigError."""
-    sim = settings.simulation
-    pools = sim.pools or (
-        SimulatedPool(name="prefill", role="prefill", workers=settings.prefill_workers),
-        SimulatedPool(name="decode", role="decode", workers=settings.decode_workers),
-    )
+    sim, pools = settings.simulation, _pools(settings)
     _check(pools, sim)
     return SimSpec(
         pools=tuple(_pool(pool, settings, block_size) for pool in pools),
@@ -74,11 +70,27 @@ def build_spec(settings: Settings, block_size: int, seed: int) -> SimSpec:
     )
 
 
+def describe_workers(settings: Settings) -> str:
+    """Whose steps are simulated: profile and model of every pool, once each. Raises ConfigError."""
+    engine = "engine.timed's model"
+    said = [
+        f"{loaded.name}, {loaded.model or 'a model that it does not name'}" if loaded else engine
+        for loaded in (_profile(pool, settings.simulation) for pool in _pools(settings))
+    ]
+    return "steps of " + " and of ".join(dict.fromkeys(said))
+
+
+def _pools(settings: Settings) -> tuple[SimulatedPool, ...]:
+    return settings.simulation.pools or (
+        SimulatedPool(name="prefill", role="prefill", workers=settings.prefill_workers),
+        SimulatedPool(name="decode", role="decode", workers=settings.decode_workers),
+    )
+
+
 def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
     sim = settings.simulation
-    tp = pool.tensor_parallel or sim.tensor_parallel
-    latency, kv_tokens = _latency(pool.profile or sim.profile, sim.model, tp, settings.engine)
-    tokens = pool.kv_tokens or sim.kv_tokens or kv_tokens or _KV_TOKENS
+    loaded = _profile(pool, sim)
+    tokens = pool.kv_tokens or sim.kv_tokens or (loaded and loaded.kv_tokens) or _KV_TOKENS
     if tokens < block_size:
         raise ConfigError(
             f"pool {pool.name}: {tokens} tokens of KV hold no block of {block_size} tokens,"
@@ -90,30 +102,28 @@ def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
         workers=pool.workers,
         ready_s=pool.ready_s,
         worker=WorkerSpec(
-            latency=latency,
+            latency=loaded.latency if loaded else FittedLatency.of(settings.engine.timed),
             kv_blocks=tokens // block_size,
             block_size=block_size,
             step_tokens=pool.step_tokens or settings.engine.step_tokens,
             max_batch=settings.engine.max_batch,
-            kv_bytes_per_token=sim.kv_bytes_per_token or _kv_bytes_per_token(sim.model),
+            kv_bytes_per_token=sim.kv_bytes_per_token or _kv_bytes_per_token(sim.model, loaded),
             nic_bytes_per_s=sim.nic_gb_per_s * 1e9,
-            gpus=tp,
+            gpus=pool.tensor_parallel or sim.tensor_parallel,
         ),
     )
 
 
-def _kv_bytes_per_token(model: str | None) -> int:
+def _profile(pool: SimulatedPool, sim: SimulationConfig) -> Profile | None:
+    """None where steps are those of engine.timed."""
+    source, tp = pool.profile or sim.profile, pool.tensor_parallel or sim.tensor_parallel
+    return load_profile(source, model=sim.model, tp=tp) if source is not None else None
+
+
+def _kv_bytes_per_token(model: str | None, loaded: Profile | None) -> int:
+    if model is None and loaded is not None and loaded.model in SHAPES:
+        model = loaded.model
     return int(find_shape(model).kv_bytes_per_token) if model else _KV_BYTES_PER_TOKEN
-
-
-def _latency(
-    profile: str | None, model: str | None, tp: int, engine: EngineConfig
-) -> tuple[LatencyModel, int | None]:
-    """And the tokens of KV, where the profile tells."""
-    if profile is None:
-        return FittedLatency.of(engine.timed), None
-    loaded = load_profile(profile, model=model, tp=tp)
-    return loaded.latency, loaded.kv_tokens
 
 
 def _check(pools: tuple[SimulatedPool, ...], sim: SimulationConfig) -> None:

@@ -57,7 +57,8 @@ class SimulationConfig(Settings):
     kv_tokens: int | None = Field(None, ge=1)
     """Tokens of KV that one worker holds; unset: what the profile says, else 400,000."""
     kv_bytes_per_token: int | None = Field(None, ge=1)
-    """KV of a token on all ranks of a worker; unset: the model's, else Llama-3-8B's 131,072."""
+    """KV of a token on all ranks of a worker; unset: the model's (simulation.model,
+    or that of the profile), else Llama-3-8B's 131,072."""
     nic_gb_per_s: float = Field(50.0, gt=0)
     """Each way, of one worker."""
     uplink_gb_per_s: float = Field(400.0, gt=0)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import starmap
+from math import isfinite
 
 from core.errors import InvalidRequest
 from core.estimate import Estimate
@@ -120,6 +121,8 @@ class Found:
     seed: int
     rate_per_gpu_s: float
     points: tuple[Point, ...]
+    at_least: bool = False
+    """The search ended before a rate was too high."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +136,13 @@ class Standing:
 
     @property
     def is_tied(self) -> bool:
-        """The difference to the best lies within its interval."""
-        return self.behind.mean <= self.behind.half
+        """The difference to the best lies within its interval; without one, there is none."""
+        return self.behind.mean <= (self.behind.half if isfinite(self.behind.half) else 0.0)
+
+    @property
+    def at_least(self) -> bool:
+        """On some seed no rate tried was too high."""
+        return any(one.at_least for one in self.found)
 
 
 def choose_systems(names: Sequence[str]) -> list[System]:
@@ -239,15 +247,16 @@ def search(system: System, settings: Settings, question: Question, seed: int) ->
     low, high = 0.0, first
     while high < _WIDEST * first and keeps(high):
         low, high = high, growth * high
+    at_least = low > 0 and high >= _WIDEST * first
     while low == 0 and high > first / _WIDEST:
         high /= growth
         if keeps(high):
             low, high = high, growth * high
-    for _ in range(question.refine if low else 0):
+    for _ in range(question.refine if low and not at_least else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if keeps(middle) else (low, middle)
     rate = next((p.rate_per_gpu_s for p in points if p.scale == low), 0.0)
-    return Found(system.name, seed, rate, tuple(sorted(points, key=lambda p: p.scale)))
+    return Found(system.name, seed, rate, tuple(sorted(points, key=lambda p: p.scale)), at_least)
 
 
 def compare(

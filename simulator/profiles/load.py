@@ -11,18 +11,19 @@
 Whole steps are interpolated (`table`) or fitted (`fitted`).
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from engine.latency.devices import find_device
 from engine.latency.roofline import RooflineLatency
-from engine.latency.shapes import ModelShape, find_shape
+from engine.latency.shapes import SHAPES, ModelShape, find_shape
 from simulator.plan.memory import kv_capacity_tokens
 from simulator.profiles.fit import fit_latency
 from simulator.profiles.kernel_tables import read_aiconfigurator, read_llmservingsim
 from simulator.profiles.npz_curves import read_npz
 from simulator.profiles.own import read_own
-from simulator.profiles.published import distserve_latency
+from simulator.profiles.published import DISTSERVE_KV_TOKENS, distserve_latency
 from simulator.profiles.splitwise import read_splitwise
 from simulator.profiles.tables import table_of
 from simulator.profiles.types import BadProfile, Measured, Profile
@@ -40,8 +41,17 @@ def load_profile(
     source: str, *, model: str | None = None, tp: int = 1, kind: Kind = "table"
 ) -> Profile:
     """`model` is a name or a checkpoint folder; profiles that are of no one model need it. Raises
-    BadProfile, or ConfigError for a model or device that is not known.
+    BadProfile, one of another model too, or ConfigError for a model or device that is not known.
     """
+    profile = _load(source, model, tp, kind)
+    if model is not None and profile.model in SHAPES:
+        shape = find_shape(model)
+        if replace(shape, name=profile.model) != SHAPES[profile.model]:
+            raise BadProfile(f"{source} is of {profile.model}, but the model is {shape.name}")
+    return profile
+
+
+def _load(source: str, model: str | None, tp: int, kind: Kind) -> Profile:
     scheme, _, rest = source.partition(":")
     if scheme == "roofline":
         shape, device = _shape(source, model), find_device(rest)
@@ -49,9 +59,11 @@ def load_profile(
         kv_tokens = kv_capacity_tokens(shape, device, tp, _MEMORY_SHARE)
         if kv_tokens <= 0:
             raise BadProfile(f"{shape.name} does not fit {device.name} at TP {tp}: raise it")
-        return Profile(name=source, tp=tp, latency=latency, kv_tokens=kv_tokens)
+        return Profile(name=source, tp=tp, latency=latency, kv_tokens=kv_tokens, model=shape.name)
     if scheme == "distserve":
-        return Profile(name=source, tp=tp, latency=distserve_latency(rest, tp))
+        kv = DISTSERVE_KV_TOKENS.get(tp) if rest == "opt-13b" else None
+        fit = distserve_latency(rest, tp)
+        return Profile(name=source, tp=tp, latency=fit, kv_tokens=kv, model=rest)
     path, _, part = source.partition("#")
     file = Path(path)
     if file.suffix == ".json":
@@ -62,14 +74,16 @@ def load_profile(
     if part:
         name, _, hardware = part.partition("/")
         measured = read_splitwise(file, name, hardware, tp)
-        return _of_steps(part, tp, measured, None, kind)
+        return replace(_of_steps(part, tp, measured, None, kind), model=name)
     if "-attention." in file.name:
-        table = read_llmservingsim(file, _shape(source, model), overhead_s=STEP_OVERHEAD_S)
-        return Profile(name=file.name.split("-attention.")[0], tp=tp, latency=table)
+        shape = _shape(source, model)
+        table = read_llmservingsim(file, shape, overhead_s=STEP_OVERHEAD_S)
+        name = file.name.split("-attention.")[0]
+        return Profile(name=name, tp=tp, latency=table, model=shape.name)
     if file.with_name(f"{file.name}-gemm_perf.csv.gz").is_file():
         shape = _shape(source, model)
         table = read_aiconfigurator(file, shape, tp, overhead_s=STEP_OVERHEAD_S)
-        return Profile(name=f"{file.name} {shape.name}", tp=tp, latency=table)
+        return Profile(name=f"{file.name} {shape.name}", tp=tp, latency=table, model=shape.name)
     raise BadProfile(
         f"{source!r} is no profile: neither a file of a known format nor roofline:DEVICE"
         " nor distserve:MODEL"
@@ -80,7 +94,8 @@ def _own(file: Path, tp: int, kind: Kind) -> Profile:
     own = read_own(file)
     if own.tp != tp:
         raise BadProfile(f"{file} was measured with tensor parallel degree {own.tp}, not {tp}")
-    return _of_steps(f"{own.model} on {own.device}", tp, own.measured, own.kv_tokens, kind)
+    name = f"{own.model} on {own.device}"
+    return replace(_of_steps(name, tp, own.measured, own.kv_tokens, kind), model=own.model)
 
 
 def _of_steps(name: str, tp: int, measured: Measured, kv_tokens: int | None, kind: Kind) -> Profile:

@@ -39,7 +39,7 @@ class Measured:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """What a simulated worker needs. `kv_tokens` is the room for KV, where the file says so;
-    `measured` are whole steps, where it has such.
+    `measured` are whole steps, where it has such; `model` is whose steps they are, where told.
     """
 
     name: str
@@ -47,3 +47,4 @@ class Profile:
     latency: LatencyModel
     kv_tokens: int | None = None
     measured: Measured | None = None
+    model: str | None = None

@@ -1,4 +1,4 @@
-"""`baton simulate` and `baton goodput` on the command line."""
+"""`baton simulate` on the command line."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.config_file import load_config
+from cluster.simulate import settings_of
+from simulator.build import build_spec
+from simulator.cluster import Cluster, Outcome
 
 RUN = CliRunner()
 TRACE = "poisson:rate=4,prompt=1000,output=20"
@@ -44,16 +48,6 @@ def test_the_same_seed_prints_the_same_bytes() -> None:
     assert other.stdout != first.stdout
 
 
-def test_goodput_compares_systems() -> None:
-    args = ["goodput", "--trace", TRACE, "--requests", "50", "--seeds", "2", "--processes", "1"]
-    done = RUN.invoke(app, [*args, "--system", "baton", "--system", "dynamo", "--json"])
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout)
-    assert set(result["goodput"]) == {"baton", "dynamo"}
-    assert (result["gpus"], set(result["slo"])) == (4, {"ttft_s", "tpot_s"})
-    assert all(len(found["per_seed"]) == 2 for found in result["goodput"].values())
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -61,6 +55,7 @@ def test_goodput_compares_systems() -> None:
         ("simulation: {failures: [{at_s: 1, pool: decode, worker: 9}]}", "no worker 9"),
         ("simulation: {kv_tokens: 100}", "no block of 512 tokens"),
         ("simulation: {profile: nowhere.npz}", "nowhere"),
+        ("simulation: {profile: 'distserve:opt-13b', model: llama-3-8b}", "is of opt-13b"),
         ("simulation: {kv_token: 100}", "did you mean"),
     ],
 )
@@ -72,6 +67,34 @@ def test_what_is_wrong_with_a_config_is_said_in_a_sentence(
     assert done.exit_code == 1
     assert said in done.stderr
     assert "Traceback" not in done.output
+
+
+def test_the_model_whose_steps_are_simulated_is_named(tmp_path: Path) -> None:
+    config = write(tmp_path, "simulation: {profile: 'distserve:opt-13b'}")
+    args = ["simulate", "--config", config, "--trace", TRACE, "--requests", "9"]
+    done = RUN.invoke(app, [*args, "--plot", str(tmp_path / "run.png")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["workers"] == (
+        "steps of distserve:opt-13b, opt-13b"
+    )
+    assert "steps of distserve:opt-13b, opt-13b" in done.stdout.splitlines()[-2]
+
+
+def test_kv_is_that_of_the_profiles_model(tmp_path: Path) -> None:
+    config = write(tmp_path, "simulation: {profile: 'distserve:opt-13b'}")
+    pools = build_spec(settings_of(load_config(Path(config), {"model.path": Path()})), 16, 0).pools
+    assert {pool.worker.kv_bytes_per_token for pool in pools} == {2 * 40 * 5120 * 2}
+    assert {pool.worker.kv_blocks for pool in pools} == {66_144 // 16}
+
+
+def test_an_interrupt_ends_a_run_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cluster, "run", interrupted)
+    done = RUN.invoke(app, ["simulate", "--trace", TRACE, "--requests", "9", "--json"])
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert done.stderr == "interrupted: the run was given up, nothing is known\n"
 
 
 def test_a_file_that_is_no_trace_is_named(tmp_path: Path) -> None:

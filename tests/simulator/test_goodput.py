@@ -14,10 +14,13 @@ from simulator.build import Settings
 from simulator.config import SimulationConfig
 from simulator.goodput import (
     SYSTEMS,
+    Found,
+    Point,
     Question,
     System,
     choose_systems,
     compare,
+    rank,
     search,
     settings_of,
 )
@@ -126,3 +129,21 @@ def test_requests_stretched_to_a_rate_are_those_the_trace_gives_at_it(scale: flo
     assert [r.prompt_tokens for r in stretched.requests] == [
         r.prompt_tokens for r in built.requests
     ]
+
+
+def test_a_system_that_keeps_the_share_at_the_last_rate_tried_serves_at_least_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        goodput, "run_once", lambda settings, question, seed, scale: Point(scale, scale, 1.0)
+    )
+    found = search(BATON, SETTINGS, QUESTION, seed=0)
+    assert found.at_least
+    assert found.rate_per_gpu_s == max(point.rate_per_gpu_s for point in found.points)
+    assert len({point.scale for point in found.points}) == 10
+    assert rank([found])[0].at_least
+
+
+def test_one_seed_ties_nobody_but_the_best() -> None:
+    best, other = rank([Found("a", 0, 2.0, ()), Found("b", 0, 1.0, ())])
+    assert (best.is_tied, other.is_tied) == (True, False)

@@ -222,3 +222,9 @@ def test_a_roofline_tells_the_room_for_kv_and_refuses_a_model_that_leaves_none()
     assert (load_profile("roofline:h100", model="llama-3-70b", tp=4).kv_tokens or 0) > 100_000
     with pytest.raises(BadProfile, match="llama-3-70b does not fit h100 at TP 1"):
         load_profile("roofline:h100", model="llama-3-70b", tp=1)
+
+
+def test_a_profile_of_another_model_is_refused() -> None:
+    with pytest.raises(BadProfile, match=r"distserve:opt-13b is of opt-13b, but .* llama-3-8b"):
+        load_profile("distserve:opt-13b", model="llama-3-8b")
+    assert load_profile("distserve:opt-13b", model="opt-13b", tp=2).kv_tokens == 163_008

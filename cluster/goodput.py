@@ -1,0 +1,246 @@
+"""`baton goodput`: the highest rate that several systems serve, as a table, a plot and JSON.
+
+Everything shown is simulated, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from cluster.config import ClusterConfig
+from cluster.long_work import bar, given_up
+from cluster.plot import draw_plot
+from cluster.simulate import settings_of
+from cluster.tables import new_table, print_table
+from core.errors import InvalidRequest
+from engine.latency.curve import Curve
+from simulator.build import Settings, build_spec, describe_workers
+from simulator.goodput import Found, Question, Standing, choose_systems, compare
+from simulator.workload.build import Shaping
+from simulator.workload.load import load_workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STAYS = 3
+_GRID = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line asks for."""
+
+    question: Question
+    systems: tuple[str, ...] = ()
+    seeds: int = 5
+    processes: int = 0
+    """0: one per core."""
+    only_json: bool = False
+    plot: Path | None = None
+
+
+def run_goodput(config: ClusterConfig, options: Options) -> None:
+    """Search, show, and end with one JSON object."""
+    if not 1 <= options.seeds <= 10:
+        raise InvalidRequest("from 1 to 10 seeds; fewer than 2 have no interval")
+    systems = choose_systems(options.systems)
+    settings = settings_of(config)
+    question = options.question
+    shaping = Shaping(requests=question.requests)  # a bad trace is said here, once
+    asked = load_workload(question.trace, shaping).workload.requests
+    with (
+        given_up("the search was given up, no rate is known"),
+        bar("searching, simulated", len(systems) * options.seeds) as report,
+    ):
+        done: list[Found] = []
+
+        def on_found(found: Found) -> None:
+            done.append(found)
+            report(len(done))
+
+        standings = compare(
+            systems,
+            settings,
+            question,
+            range(options.seeds),
+            processes=options.processes or os.cpu_count() or 1,
+            on_found=on_found,
+        )
+    outputs = fmean(request.output_tokens for request in asked)
+    notes = [*_short_windows(standings, question, settings, outputs), *_bounds(standings)]
+    if not options.only_json:
+        _show(Console(), standings, question, settings, notes)
+    if options.plot is not None:
+        panel = {"attainment": lambda axes: draw_attainment(axes, standings, question.share)}
+        title = f"simulated: {Path(question.trace).name}"
+        print(draw_plot(options.plot, title, panel), file=sys.stderr)
+    print(json.dumps(_as_json(standings, options, settings, notes)), flush=True)
+
+
+# -- what must be known beside the numbers ------------------------------------------------------
+
+
+def _short_windows(
+    standings: Sequence[Standing], question: Question, settings: Settings, outputs: float
+) -> Iterator[str]:
+    """Systems whose runs offer a burst and not a rate; closed sessions have no windows."""
+    stay_s = settings.slo.ttft_s + settings.slo.tpot_s * outputs
+    rates = {s.system: s.goodput.mean * build_spec(settings, 1, 0).gpus for s in standings}
+    short = [
+        f"{system} {question.requests / rate:.3g} s"
+        for system, rate in rates.items()
+        if rate > 0 and question.requests / rate < _STAYS * stay_s
+    ]
+    if short and not settings.simulation.closed_sessions:
+        yield (
+            f"a request that just keeps its targets stays {stay_s:.3g} s, and a run lasts:"
+            f" {', '.join(short)}. That is a burst and not a rate, which is served too well;"
+            f" ask for {_STAYS} stays at least, {_needed(rates, stay_s)} --requests"
+        )
+
+
+def _needed(rates: dict[str, float], stay_s: float) -> int:
+    return int(_STAYS * stay_s * max(rates.values())) + 1
+
+
+def _bounds(standings: Sequence[Standing]) -> Iterator[str]:
+    bounds = [standing.system for standing in standings if standing.at_least]
+    if bounds:
+        yield (
+            f"the search ended before a rate was too high for {', '.join(bounds)}: at least (>=)"
+            " what is shown, so what is behind is not known; begin higher, with --rate-scale"
+        )
+
+
+# -- showing ------------------------------------------------------------------------------------
+
+
+def _show(
+    console: Console,
+    standings: Sequence[Standing],
+    question: Question,
+    settings: Settings,
+    notes: Sequence[str],
+) -> None:
+    table = new_table(
+        ("simulated system",),
+        ("requests/s per GPU", "+-", "behind best", "+-"),
+        title=f"highest rate at which {question.share:.0%} keep both targets, simulated",
+    )
+    for standing in standings:
+        table.add_row(
+            standing.system + (" =" if _tied(standing) else ""),
+            (">= " if standing.at_least else "") + f"{standing.goodput.mean:.4g}",
+            _half(standing.goodput.half),
+            f"{standing.behind.mean:.4g}",
+            _half(standing.behind.half),
+        )
+    print_table(console, table)
+    slo = settings.slo
+    lines = [
+        f"{build_spec(settings, 1, 0).gpus} GPUs; targets {slo.ttft_s:g} s and"
+        f" {slo.tpot_s * 1e3:g} ms; {describe_workers(settings)}",
+        "= the difference to the best lies within its 95 % interval",
+    ]
+    for line in (*lines, *notes):
+        console.print(f"[dim]{line}[/]", highlight=False, soft_wrap=True)
+
+
+def _half(half: float) -> str:
+    return f"{half:.2g}" if isfinite(half) else "-"
+
+
+def _tied(standing: Standing) -> bool | None:
+    """None where one seed tells no interval."""
+    return standing.is_tied if isfinite(standing.behind.half) else None
+
+
+def _as_json(
+    standings: Sequence[Standing], options: Options, settings: Settings, notes: Sequence[str]
+) -> dict[str, object]:
+    share = options.question.share
+    load = "sessions_per_seed" if settings.simulation.closed_sessions else "scale_per_seed"
+    return {
+        "simulated": True,
+        "trace": Path(options.question.trace).name,
+        "requests": options.question.requests,
+        "seeds": options.seeds,
+        "gpus": build_spec(settings, 1, 0).gpus,
+        "workers": describe_workers(settings),
+        "slo": asdict(settings.slo),
+        "share": share,
+        "goodput": {
+            standing.system: {
+                "requests_per_gpu_s": standing.goodput.mean,
+                "half_width": _finite(standing.goodput.half),
+                "at_least": standing.at_least,
+                "behind_best": standing.behind.mean,
+                "behind_half_width": _finite(standing.behind.half),
+                "tied": _tied(standing),
+                "per_seed": [found.rate_per_gpu_s for found in standing.found],
+                load: [
+                    max((p.scale for p in found.points if p.attainment >= share), default=0.0)
+                    for found in standing.found
+                ],
+            }
+            for standing in standings
+        },
+        "notes": list(notes),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
+# -- the plot -----------------------------------------------------------------------------------
+
+
+def draw_attainment(axes: Axes, standings: Sequence[Standing], share: float) -> None:
+    """A curve for each system up to the lowest of its seeds' rates, and a mark at its goodput."""
+    for standing in standings:
+        rates, shares = mean_curve(standing.found, share)
+        (line,) = axes.plot(rates, shares, linewidth=1, label=standing.system)
+        half = _finite(standing.goodput.half)
+        axes.errorbar(
+            [standing.goodput.mean],
+            [share],
+            xerr=None if half is None else [half],
+            color=line.get_color(),
+            marker="o",
+            markersize=3,
+            capsize=2,
+        )
+    axes.axhline(share, color="gray", linestyle=":", linewidth=1)
+    axes.set_xlabel("requests/s per GPU (marks: goodput, 95 % interval)")
+    axes.set_ylabel("share within both targets, mean of the seeds")
+    axes.legend(fontsize=7)
+
+
+def mean_curve(found: Sequence[Found], share: float) -> tuple[list[float], list[float]]:
+    """Rates that all seeds kept, and the mean of their attainments there. Runs that missed were
+    ended early and say only that they did, so they are left out. Empty where the seeds' rates have
+    no stretch in common.
+    """
+    curves = [
+        Curve.of({p.rate_per_gpu_s: p.attainment for p in one.points if p.attainment >= share})
+        for one in found
+        if any(point.attainment >= share for point in one.points)
+    ]
+    if len(curves) < len(found):
+        return [], []
+    low, high = max(curve.xs[0] for curve in curves), min(curve.xs[-1] for curve in curves)
+    if low >= high:
+        return [], []
+    rates = [low + (high - low) * i / (_GRID - 1) for i in range(_GRID)]
+    return rates, [fmean(curve.at(rate) for curve in curves) for rate in rates]
