@@ -178,7 +178,8 @@ def bench(
 TraceOption = Annotated[
     str,
     typer.Option(
-        help="Requests: a trace file of any known format, or a generator such as poisson:rate=4."
+        help="Requests: a trace file of any known format, or a generator such as"
+        " poisson:rate=4,prompt=1000,shared=512 (shared: whole blocks of 512 tokens, rounded down)."
     ),
 ]
 RequestsOption = Annotated[

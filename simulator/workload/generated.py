@@ -7,7 +7,8 @@
     step:rate=2,to=8,at=120
 
 Lengths are fixed, or with `spread` lognormal with that standard deviation of their logarithm around
-the same median. `requests` says how many; `shared` tokens of each prompt are the same in all.
+the same median. `requests` says how many; `shared` tokens of each prompt are the same in all, in
+whole blocks of 512, rounded down: what is shared beyond the last one is not found in any cache.
 """
 
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 
 from simulator.workload.arrivals import Constant, Ramp, Rate, Sine, Step, draw_arrivals
-from simulator.workload.records import BadTrace, Record, Recorded
+from simulator.workload.records import BadTrace, Record, Recorded, check_count
 
 BLOCK_SIZE = 512
 _ALWAYS = {"prompt": 1000.0, "output": 200.0, "spread": 0.0, "shared": 0.0, "requests": 1000.0}
@@ -57,8 +58,9 @@ def generate(source: str, *, seed: int, requests: int | None = None) -> Recorded
     given = {**defaults, **_ALWAYS, **_parse(kind, rest, {*defaults, *_ALWAYS})}
     random = Random(seed)
     count = requests or int(given["requests"])
+    check_count(kind, count)
     times_s = draw_arrivals(make_rate(given), count, random, cv=given.get("cv", 1.0))
-    shared = tuple(range(-int(given["shared"]) // BLOCK_SIZE, 0))
+    shared = tuple(range(-(int(given["shared"]) // BLOCK_SIZE), 0))
     records, block = list[Record](), 0
     for at_s in times_s:
         prompt = _length(given["prompt"], given["spread"], random)

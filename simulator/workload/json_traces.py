@@ -1,4 +1,4 @@
-"""Traces with a JSON object per line.
+"""Traces with a JSON object per line, or all of them in one JSON array.
 
 Mooncake, agent sessions   timestamp ms, input_length, output_length, hash_ids, session_id
 Qwen-Bailian               timestamp s, chat_id, parent_chat_id, the same lengths and hash_ids
@@ -23,12 +23,8 @@ Fields = Mapping[str, object]
 
 def read_json_trace(lines: Iterator[Line]) -> Recorded:
     """All requests of a file; its first object says which kind it is. Raises BadTrace."""
-    skipped, rows = Counter[str](), list[tuple[Line, Fields]]()
-    for line in lines:
-        if line.text.strip():
-            rows.append((line, _object(line)))
-        else:
-            skipped["empty line"] += 1
+    skipped = Counter[str]()
+    rows = list(_rows(lines, skipped))
     if not rows:
         return Recorded(kind="empty", records=(), block_size=1, skipped=skipped)
     line, fields = rows[0]
@@ -39,6 +35,28 @@ def read_json_trace(lines: Iterator[Line]) -> Recorded:
     if "hash_ids" in fields:
         return _hashed(rows, skipped)
     raise line.bad(f"not a request of a known trace: its fields are {', '.join(fields)}")
+
+
+def _rows(lines: Iterator[Line], skipped: Counter[str]) -> Iterator[tuple[Line, Fields]]:
+    """The objects of all lines, or of the one array that the whole file is."""
+    is_first = True
+    for line in lines:
+        if not line.text.strip():
+            skipped["empty line"] += 1
+        elif is_first and line.text.lstrip().startswith("["):
+            yield from _items(line, lines)
+        else:
+            yield line, _object(line, _parse(line, line.text))
+            is_first = False
+
+
+def _items(first: Line, rest: Iterator[Line]) -> Iterator[tuple[Line, Fields]]:
+    items = _parse(first, "\n".join([first.text, *(line.text for line in rest)]))
+    if not isinstance(items, list):
+        raise first.bad("not a JSON array")
+    for number, item in enumerate(items, start=1):
+        place = Line(first.file, number, "", kind="item")
+        yield place, _object(place, item)
 
 
 def _hashed(rows: Sequence[tuple[Line, Fields]], skipped: Counter[str]) -> Recorded:
@@ -53,10 +71,11 @@ def _hashed(rows: Sequence[tuple[Line, Fields]], skipped: Counter[str]) -> Recor
             ids=_ids(line, fields),
             session=str(fields.get("session_id")) if sessions else "",
         )
-        if record.prompt_tokens < 1 or record.output_tokens < 1:
-            skipped["no prompt or no answer"] += 1
-        else:
-            records.append(record)
+        if len(record.ids) > max(1, record.prompt_tokens):
+            raise line.bad(
+                f"{len(record.ids)} hash_ids are more than its {record.prompt_tokens} tokens"
+            )
+        _keep(record, records, skipped)
     kind = "bailian" if bailian else "sessions" if sessions else "mooncake"
     return Recorded(
         kind=kind, records=tuple(records), block_size=_block_size(records), skipped=skipped
@@ -93,38 +112,49 @@ def _conversations(rows: Sequence[tuple[Line, Fields]], skipped: Counter[str]) -
 
 
 def _engine_log(rows: Sequence[tuple[Line, Fields]], skipped: Counter[str]) -> Recorded:
-    records = tuple(
-        Record(
+    records = list[Record]()
+    for line, fields in rows:
+        record = Record(
             at_s=_number(line, fields, "arrival_time"),
             prompt_tokens=_count(line, fields, "input_toks"),
             output_tokens=_count(line, fields, "output_toks"),
         )
-        for line, fields in rows
-    )
-    return Recorded(kind="vllm", records=records, block_size=16, skipped=skipped)
+        _keep(record, records, skipped)
+    return Recorded(kind="vllm", records=tuple(records), block_size=16, skipped=skipped)
+
+
+def _keep(record: Record, records: list[Record], skipped: Counter[str]) -> None:
+    if record.prompt_tokens < 1 or record.output_tokens < 1:
+        skipped["no prompt or no answer"] += 1
+    else:
+        records.append(record)
 
 
 # -- fields -------------------------------------------------------------------------------------
 
 
-def _object(line: Line) -> Fields:
+def _parse(line: Line, text: str) -> object:
     try:
-        fields = json.loads(line.text)
-    except ValueError as error:
+        parsed: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise line.bad(f"no JSON: {error}") from error
-    if not isinstance(fields, dict):
+    return parsed
+
+
+def _object(line: Line, parsed: object) -> Fields:
+    if not isinstance(parsed, dict):
         raise line.bad("not a JSON object")
-    return fields
+    return parsed
 
 
 def _number(line: Line, fields: Fields, name: str) -> float:
     value = fields.get(name)
     try:
         number = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise line.bad(f"{name} is {value!r}, not a number")
+        raise line.bad(f"{name} is {str(value)[:80]!r}, not a number")
     return number
 
 

@@ -9,7 +9,15 @@ from simulator.workload.build import Shaping, build_workload
 from simulator.workload.csv_traces import is_csv_trace, read_csv_trace
 from simulator.workload.generated import generate, is_generated
 from simulator.workload.json_traces import read_json_trace
-from simulator.workload.records import BadTrace, Line, Record, Recorded, read_lines, trace_name
+from simulator.workload.records import (
+    BadTrace,
+    Line,
+    Record,
+    Recorded,
+    check_count,
+    read_lines,
+    trace_name,
+)
 from simulator.workload.servegen import compose, is_servegen
 from simulator.workload.types import Workload
 
@@ -30,6 +38,7 @@ def load_workload(source: str | Path, shaping: Shaping | None = None) -> Loaded:
     `poisson:rate=4`. Raises BadTrace, a sentence that names the line.
     """
     shaping = shaping or Shaping()
+    check_count(str(source), shaping.requests or 0)
     if isinstance(source, str) and is_generated(source):
         recorded = generate(source, seed=shaping.seed, requests=shaping.requests)
         name = source.partition(":")[0]
@@ -42,8 +51,12 @@ def load_workload(source: str | Path, shaping: Shaping | None = None) -> Loaded:
 def read_trace(file: Path, shaping: Shaping) -> Recorded:
     """What a file holds, as recorded. Raises BadTrace."""
     lines = read_lines(file)
-    first = next(lines, None)
-    if first is None:
+    blank = list[Line]()
+    for first in lines:
+        if first.text.strip():
+            break
+        blank.append(first)
+    else:
         raise BadTrace(f"{file} is empty")
     whole: Iterator[Line] = chain([first], lines)
     if is_servegen(first.text):
@@ -57,8 +70,8 @@ def read_trace(file: Path, shaping: Shaping) -> Recorded:
         )
     if is_csv_trace(first.text):
         return read_csv_trace(whole)
-    if first.text.lstrip().startswith("{"):
-        return _with_times(read_json_trace(whole))
+    if first.text.lstrip().startswith(("{", "[")):
+        return _with_times(read_json_trace(chain(blank, whole)))
     raise first.bad(
         "neither a JSON object nor the header of a known trace"
         " (Azure, BurstGPT, Splitwise, Vidur, ServeGen)"

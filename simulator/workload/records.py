@@ -8,6 +8,8 @@ from pathlib import Path
 
 from core.errors import InvalidRequest
 
+MOST_REQUESTS = 2_000_000
+
 
 class BadTrace(InvalidRequest):
     """A file is no trace, or a line of it is broken; the message names the line."""
@@ -40,15 +42,22 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a file, with its number for the one who must mend it."""
+    """A line of a file, with its number for the one who must mend it; or an item of an array."""
 
     file: Path
     number: int
     text: str
+    kind: str = "line"
 
     def bad(self, why: str) -> BadTrace:
         """What to raise when this line cannot be read."""
-        return BadTrace(f"{self.file}, line {self.number}: {why}")
+        return BadTrace(f"{self.file}, {self.kind} {self.number}: {why}")
+
+
+def check_count(name: str, count: int) -> None:
+    """Raises BadTrace where so many requests would not fit into memory."""
+    if count > MOST_REQUESTS:
+        raise BadTrace(f"{count} requests of {name} are too many; {MOST_REQUESTS} are the most")
 
 
 def read_lines(file: Path) -> Iterator[Line]:

@@ -6,7 +6,6 @@ client's gaps keep its distribution at every rate. A client without lengths borr
 another, chosen by its share of the rate.
 """
 
-import csv
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,11 @@ from pathlib import Path
 from random import Random
 from typing import Self
 
-from core.errors import ConfigError
-from simulator.workload.records import BadTrace, Line, Record, Recorded, read_lines
+from simulator.workload.records import BadTrace, Line, Record, Recorded, check_count, read_lines
 
 WINDOW_S = 600.0
 _SHARES = {"p1": 0.01, "p5": 0.05, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75}
 _SHARES |= {"p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
-_MOST = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +91,8 @@ def compose(
     rate in the first window. Raises BadTrace.
     """
     windows = list(_windows(lines))
+    if not windows:
+        raise BadTrace(f"{file} holds no windows, only a header")
     by_start = defaultdict[float, list[_Window]](list)
     for window in windows:
         by_start[window.start_s].append(window)
@@ -105,8 +104,7 @@ def compose(
         raise BadTrace(f"{file} has no clients at {start_s:g} s")
     scale = 1.0 if rate_rps is None else rate_rps / total_rps
     count = requests or int(total_rps * scale * WINDOW_S) + 1
-    if count > _MOST:
-        raise ConfigError(f"{count} requests of {file} are too many; ask for fewer, or a low rate")
+    check_count(file.name, count)
     lengths, skipped = _read_lengths(file), Counter[str]()
     random, records = Random(seed), list[Record]()
     at_s = first_s
@@ -176,7 +174,10 @@ def _read_lengths(arrivals: Path) -> Field:
     if file == arrivals or not file.is_file():
         raise BadTrace(f"the lengths of {arrivals} are not beside it: there is no {file}")
     lines = read_lines(file)
-    header = next(csv.reader([next(lines).text]))
+    first = next(lines, None)
+    if first is None:
+        raise BadTrace(f"{file} is empty")
+    header = first.text.split(",")
     found = defaultdict[tuple[str, str], dict[float, _Lengths]](dict)
     for line in lines:
         row = dict(zip(header, line.text.split(","), strict=False))
@@ -189,4 +190,8 @@ def _read_lengths(arrivals: Path) -> Field:
             raise line.bad(str(error)) from error
     if not found:
         raise BadTrace(f"{file} holds no lengths")
+    for client in {client for client, _ in found}:
+        for field in ("input_tokens", "output_tokens"):
+            if (client, field) not in found:
+                raise BadTrace(f"{file} has no {field} of client {client}")
     return dict(found)

@@ -145,6 +145,18 @@ def test_vllm_bench(tmp_path: Path) -> None:
             "line 2: timestamp is 'x', not a number",
         ),
         (json.dumps({"who": 1}) + "\n", "line 1: not a request of a known trace"),
+        (
+            json.dumps(mooncake(0, 4, [1, 2, 3, 4, 5, 6, 7, 8])) + "\n",
+            "line 1: 8 hash_ids are more",
+        ),
+        (
+            '{"timestamp": 0, "input_length": ' + 400 * "9" + ', "hash_ids": [1]}\n',
+            "line 1: input_length is '999",
+        ),
+        ("\n[1]\n", "item 1: not a JSON object"),
+        (json.dumps([SHAREGPT[0], {"conversations": [{}]}]), "item 2: a turn of its conv"),
+        ("[{]\n", "line 1: no JSON"),
+        (200_000 * "[" + "\n", "line 1: no JSON"),
         ("Timestamp,Request tokens,Response tokens\n", "holds no requests"),
     ],
 )
@@ -158,6 +170,44 @@ def test_a_broken_trace_is_a_sentence_with_its_line(
 def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(BadTrace, match="cannot read"):
         load_workload(tmp_path / "none.csv")
+
+
+def test_a_vllm_bench_skips_what_has_no_tokens(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"arrival_time": 1.0, "input_toks": 20, "output_toks": 3},
+        {"arrival_time": 2.0, "input_toks": 0, "output_toks": 3},
+        {"arrival_time": 3.0, "input_toks": 20, "output_toks": 0},
+    ]
+    loaded = load_workload(write_rows(tmp_path, rows))
+    assert sizes(loaded.workload) == [(20, 3)]
+    assert loaded.notes == ("2 x no prompt or no answer",)
+
+
+def test_lines_of_json_may_begin_with_an_empty_one(tmp_path: Path) -> None:
+    text = "\n" + json.dumps(mooncake(0, 512, [1])) + "\n"
+    loaded = load_workload(write(tmp_path, text))
+    assert sizes(loaded.workload) == [(512, 5)]
+    assert loaded.notes == ("1 x empty line",)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_sharegpt_is_read_from_an_array_too(tmp_path: Path, indent: int | None) -> None:
+    array = load_workload(write(tmp_path, json.dumps(SHAREGPT, indent=indent)))
+    lines = load_workload(write_rows(tmp_path, SHAREGPT))
+    assert array == lines
+
+
+@pytest.mark.parametrize(("shared", "blocks"), [(511, 0), (512, 1), (1100, 2)])
+def test_shared_tokens_are_whole_blocks_rounded_down(shared: int, blocks: int) -> None:
+    first, second = load(f"poisson:prompt=2048,shared={shared},requests=2").requests
+    assert sum(a == b for a, b in zip(first.hashes, second.hashes, strict=True)) == blocks
+
+
+def test_more_requests_than_can_be_held_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadTrace, match=r"2000001 requests of .* are too many"):
+        load(write(tmp_path, AZURE), requests=2_000_001)
+    with pytest.raises(BadTrace, match="1000000000000 requests of poisson are too many"):
+        load("poisson:requests=1e12")
 
 
 # -- shaping ------------------------------------------------------------------------------------

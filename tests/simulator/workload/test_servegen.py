@@ -61,6 +61,25 @@ def test_a_window_without_a_rate_is_refused_with_its_line(trace: Path) -> None:
         load_workload(trace)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ("", "m-lengths.csv is empty"),
+        (LENGTHS.rsplit("a,600,output", 1)[0], "m-lengths.csv has no output_tokens of client a"),
+    ],
+)
+def test_lengths_that_lack_something_are_refused(trace: Path, lengths: str, said: str) -> None:
+    (trace.parent / "m-lengths.csv").write_text(lengths)
+    with pytest.raises(BadTrace, match=said):
+        load_workload(trace)
+
+
+def test_arrivals_of_a_header_alone_are_refused(trace: Path) -> None:
+    trace.write_text(ARRIVALS.splitlines()[0] + "\n")
+    with pytest.raises(BadTrace, match=r"m-arrivals.csv holds no windows"):
+        load_workload(trace)
+
+
 def test_a_time_without_clients_is_refused(trace: Path) -> None:
     with pytest.raises(BadTrace, match="no clients at 9000 s"):
         load_workload(trace, Shaping(start_s=9000))
