@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _MODEL = "opt-13b"
 _TTFT_S, _TPOT_S, _SHARE = 0.2, 0.1, 0.9
 _REQUESTS = 300
+_BEST_SEEDS = 10
 _GPUS = 4
 _PUBLISHED_RATE, _RATE_BOUND = 1.56, 0.25
 _POINT_BOUND = 0.05
@@ -78,23 +79,27 @@ _BEST = _Plan(2, 1)
 
 def _run(run: Run) -> Finding:
     seeds = range(2 if run.quick else 5)
-    rates: dict[_Plan, Estimate] = {}
+    found: dict[_Plan, list[float]] = {}
+    steps = len(_PLANS) + 2
     for i, plan in enumerate(_PLANS):
-        run.progress(f"highest rate of {plan}", i, len(_PLANS) + 1)
-        rates[plan] = Estimate.of([_highest_rate(plan, seed) for seed in seeds])
-    run.progress(f"attainment of {_BEST}", len(_PLANS), len(_PLANS) + 1)
-    points = {rate: _attainment(rate, 2 * len(seeds)) for rate in _PUBLISHED}
-    worst = max(abs(points[rate].tpot.mean - share) for rate, share in _PUBLISHED.items())
-    best = max(_PLANS, key=lambda plan: rates[plan].mean)
-    found = rates[best].mean
+        run.progress(f"highest rate of {plan}", i, steps)
+        found[plan] = [_highest_rate(plan, seed) for seed in seeds]
+    best = max(_PLANS, key=lambda plan: fmean(found[plan]))
+    run.progress(f"highest rate of {best}, {_BEST_SEEDS} seeds", len(_PLANS), steps)
+    found[best] += [_highest_rate(best, seed) for seed in range(len(seeds), _BEST_SEEDS)]
+    rates = {plan: Estimate.of(each) for plan, each in found.items()}
+    run.progress(f"attainment of {_BEST}", len(_PLANS) + 1, steps)
+    points = {at: _attainment(at, 2 * len(seeds)) for at in _PUBLISHED}
+    worst = max(abs(points[at].tpot.mean - share) for at, share in _PUBLISHED.items())
+    rate = rates[best]
     return Finding(
         tables=(_plan_table(rates), _point_table(points)),
         targets=(
             Target(
                 promise=f"DistServe's best plan: {_BEST}, {_PUBLISHED_RATE} requests/s per GPU"
                 f" +-{_RATE_BOUND}",
-                measured=f"{best}, {found:.2f}",
-                held=best == _BEST and abs(found - _PUBLISHED_RATE) <= _RATE_BOUND,
+                measured=f"{best}, {rate.mean:.2f} +- {rate.half:.2f} ({_BEST_SEEDS} seeds)",
+                held=best == _BEST and abs(rate.mean - _PUBLISHED_RATE) <= _RATE_BOUND,
             ),
             Target(
                 promise="its seven attainment points, read as shares within 100 ms per token,"
@@ -104,7 +109,8 @@ def _run(run: Run) -> Finding:
             ),
         ),
         keys={
-            "distserve_case": found,
+            "distserve_case": rate.mean,
+            "distserve_half_width": rate.half,
             "distserve_plan": str(best),
             "distserve_points_error": worst,
         },
@@ -115,7 +121,7 @@ def _run(run: Run) -> Finding:
 def _plan_table(rates: dict[_Plan, Estimate]) -> ResultTable:
     ordered = sorted(rates.items(), key=lambda item: -item[1].mean)
     return ResultTable(
-        title="simulated: highest rate with 90 % within 200 ms and 90 % within 100 ms per token",
+        title="simulated: highest rate with P90 of TTFT in 200 ms and P90 of TPOT in 100 ms",
         columns=("plan", "GPUs", "requests/s per GPU"),
         texts=1,
         rows=tuple(
@@ -203,6 +209,6 @@ def _draw(axes: Axes, points: dict[float, _Point]) -> None:
 PART = Part(
     name="distserve",
     what="DistServe's published case: best plan and seven points",
-    keys=("distserve_case", "distserve_plan", "distserve_points_error"),
+    keys=("distserve_case", "distserve_half_width", "distserve_plan", "distserve_points_error"),
     run=_run,
 )
