@@ -105,7 +105,7 @@ def _short_windows(
         yield (
             f"a request that just keeps its targets stays {stay_s:.3g} s, and a run lasts:"
             f" {', '.join(short)}. That is a burst and not a rate, which is served too well;"
-            f" ask for {_STAYS} stays at least, {_needed(rates, stay_s)} --requests"
+            f" ask for {_STAYS} stays at least: --requests {_needed(rates, stay_s)}"
         )
 
 
