@@ -181,6 +181,7 @@ class Landing:
                 async with asyncio.timeout_at(give_up_s):
                     await self._lease.changed.wait()
             except TimeoutError:
+                self.raise_failed_read()  # the last may have failed just now, and has no share left
                 if self.all_here or since_s + self._patience_s() > give_up_s:
                     continue  # the last has ended just now, or more came beside it
                 raise TransferFailed(

@@ -73,19 +73,16 @@ class Transports:
         """As Transport.start_read, by the way of that peer. Raises nothing: whoever reads from
         several shards would lose sight of the reads that run already.
         """
-        future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
         way = self._routes.get(peer)
         if way is None:
-            future.set_exception(
+            return _failed(
                 TransferFailed(f"not connected to {peer}", cause=TransferCause.READ_FAILED)
             )
-            return future
         try:
             return way.start_read(peer, plan)
-        except Exception as error:
+        except Exception as error:  # a bug of that way, which the read's future carries on
             log.exception("transport_bug name=%s", way.name)
-            future.set_exception(error)
-            return future
+            return _failed(error)
 
     async def disconnect(self, peer: ShardId) -> None:
         """After the last read from that shard; may repeat."""
@@ -179,3 +176,9 @@ def _start_collective(config: TransferConfig, arena: Arena, host: str) -> Transp
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def _failed(error: Exception) -> "asyncio.Future[ReadStats]":
+    read: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
+    read.set_exception(error)
+    return read

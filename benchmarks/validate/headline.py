@@ -4,7 +4,8 @@ Everything is simulated: H100 by the roofline of the datasheet, eight workers of
 Llama-3-8B or of four with Llama-3-70B, the production router and schedulers. Baton runs with its
 default config and one split for all traces. On a seed that is not judged, each disaggregated peer
 is given the split that serves it best and each colocated one the tokens of a step. All systems of a
-seed are asked the same requests, and each seed another part of the trace.
+seed are asked the same requests; each seed begins where the one before ended, round and round, so
+that the windows of a trace shorter than all of them overlap, and its intervals are too narrow.
 """
 
 from __future__ import annotations
@@ -297,9 +298,9 @@ def _run(run: Run, model: Model, full: Size, key: str) -> Finding:
         tables=tuple(_table(case, found[case.name]) for case in cases),
         targets=tuple(_target(name, judged.standings) for name, judged in found.items()),
         notes=(
-            f"simulated: {gpus} H100, {model.name}, {size.seeds} seeds, each another part of"
-            " the trace; the first tenth of a run does not count; +- is half of the 95 % interval,"
-            " behind is paired to the best by seed",
+            f"simulated: {gpus} H100, {model.name}, {size.seeds} seeds, whose windows overlap"
+            " where the trace is shorter than all of them; the first tenth of a run does not count;"
+            " +- is half of the 95 % interval, behind is paired to the best by seed",
             "recorded sessions are closed loops: as many are open at once as keep the share;"
             " text without times is asked a turn a second",
         ),
