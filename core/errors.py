@@ -154,6 +154,7 @@ class TransferCause(StrEnum):
     NO_TRANSPORT = "no_transport"
     NO_PLAN = "no_plan"
     OWNER_ENDED = "owner_ended"
+    WITHDRAWN = "withdrawn"
     NOT_HELD = "not_held"
     EXPIRED = "expired"
     NOT_CONFIRMED = "not_confirmed"

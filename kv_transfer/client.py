@@ -54,6 +54,10 @@ Stream = MessageStream[peer_pb2.FromOwner]
 
 _CLOSE_ASKS = 4
 _ASKED_LEASES = 4_096
+_CAUSES = {
+    LeaseOutcome.EXPIRED: TransferCause.EXPIRED,
+    LeaseOutcome.WITHDRAWN: TransferCause.WITHDRAWN,
+}
 _BREAKS = (StreamBroken, UnknownMessage)
 
 
@@ -295,8 +299,7 @@ class PeerConnection:
             case Closed():
                 lease.answer(message)
             case Abort():
-                expired = message.outcome is LeaseOutcome.EXPIRED
-                cause = TransferCause.EXPIRED if expired else TransferCause.OWNER_ENDED
+                cause = _CAUSES.get(message.outcome, TransferCause.OWNER_ENDED)
                 reason = f"the KV owner ended the lease: {message.reason}"
                 lease.fail(TransferFailed(reason, cause=cause))
 

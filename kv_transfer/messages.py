@@ -35,12 +35,13 @@ from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR
 
 
 class LeaseOutcome(IntEnum):
-    """How a lease ended, in answer to the closing question."""
+    """How a lease ended. WITHDRAWN: nothing was computed, and another worker does it instead."""
 
     UNKNOWN = 0
     HELD = 1
     EXPIRED = 2
     ABORTED = 3
+    WITHDRAWN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

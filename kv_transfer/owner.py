@@ -66,11 +66,13 @@ class Owner:
             self.table.finish_unread(lease)
             self._on_freed()
 
-    def abort(self, lease_id: LeaseId, reason: str) -> None:
+    def abort(
+        self, lease_id: LeaseId, reason: str, outcome: LeaseOutcome = LeaseOutcome.ABORTED
+    ) -> None:
         """End a lease from this side; a bound reader is told."""
         lease = self.table.abort(lease_id)
         if lease is not None:
-            self._send(lease.reader, Abort(lease_id=lease_id, reason=reason))
+            self._send(lease.reader, Abort(lease_id=lease_id, reason=reason, outcome=outcome))
             self._on_freed()
 
     def sweep(self) -> None:

@@ -129,7 +129,13 @@ class PrefillRole:
         else:
             self._runner.submit(sequence, leg)
 
-    def cancel(self, sink: RouterSink, number: int, reason: str) -> None:
+    def cancel(
+        self,
+        sink: RouterSink,
+        number: int,
+        reason: str,
+        outcome: LeaseOutcome = LeaseOutcome.ABORTED,
+    ) -> None:
         """Stop the prefill, or end the lease it left."""
         leg = self._legs.pop(_LegKey(id(sink), number), None)
         if leg is None:
@@ -141,7 +147,7 @@ class PrefillRole:
                 self._runner.remove(leg.sequence)
         finally:
             # A lease whose prefill has not ended never expires: a bug above must not keep it.
-            self._owner.abort(leg.lease.lease_id, reason)
+            self._owner.abort(leg.lease.lease_id, reason, outcome)
 
     def withdraw(self, sink: RouterSink, number: int) -> None:
         """Stop a leg for which nothing was computed yet, and say so; one that has begun goes on."""
@@ -149,7 +155,7 @@ class PrefillRole:
         if leg is None or leg.sequence.started_at_s is not None:
             return
         sink.send(Withdrawn(number=number))  # before its reader hears that the lease has ended
-        self.cancel(sink, number, "the router withdrew it")
+        self.cancel(sink, number, "the router withdrew it", LeaseOutcome.WITHDRAWN)
 
     def sink_lost(self, sink: RouterSink) -> None:
         """The router's stream ended: so do its legs."""

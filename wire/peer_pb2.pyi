@@ -14,10 +14,12 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_HELD: _ClassVar[Outcome]
     OUTCOME_EXPIRED: _ClassVar[Outcome]
     OUTCOME_ABORTED: _ClassVar[Outcome]
+    OUTCOME_WITHDRAWN: _ClassVar[Outcome]
 OUTCOME_UNKNOWN: Outcome
 OUTCOME_HELD: Outcome
 OUTCOME_EXPIRED: Outcome
 OUTCOME_ABORTED: Outcome
+OUTCOME_WITHDRAWN: Outcome
 
 class PeerHello(_message.Message):
     __slots__ = ("worker_id", "incarnation", "model_id", "protocol", "shards")

@@ -222,6 +222,24 @@ async def test_a_prompt_that_has_not_begun_is_withdrawn_and_holds_nothing() -> N
         await pair.idle()
 
 
+async def test_the_decode_worker_of_a_withdrawn_prompt_counts_no_fault_of_the_owner() -> None:
+    async with worker_pair(worker_settings=CHUNKED, gated_prefill=True) as pair:
+        await pair.start_prefill(1, PROMPT)
+        handoff = await pair.start_prefill(2, make_prompt(22, seed=1), name="2")
+        await pair.start_decode(2, make_prompt(22, seed=1), handoff, name="2")
+        lease = pair.prefill.worker.leases.get(handoff.lease_id)
+        assert lease is not None
+        await until(lambda: lease.reader is not None, "the decode worker bound")
+        pair.prefill.worker.handle(pair.to_prefill.outlet, Withdraw(number=2))
+        failed = await pair.to_decode.first(LegFailed)
+        assert "the router withdrew it" in failed.message
+        (transfers,) = pair.decode.worker.reader.metrics.pairs.values()
+        assert transfers.failures == {"withdrawn": 1}
+        cancel(pair, 1)
+        pair.prefill.gate.open()
+        await pair.idle()
+
+
 async def test_a_prompt_finds_what_the_one_before_it_has_computed_meanwhile() -> None:
     async with worker_pair(worker_settings=CHUNKED, gated_prefill=True) as pair:
         for number in (1, 2):
