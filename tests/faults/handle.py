@@ -19,6 +19,7 @@ from wire import worker_pb2, worker_pb2_grpc
 
 READY_S = 20.0
 WAIT_S = 15.0
+"""For a row to be set up; what is promised has deadlines of its own."""
 
 
 class WorkerHandle:

@@ -8,6 +8,7 @@ import pytest
 
 from core.errors import DeadlineExceeded
 from tests.faults.fault import Fault
+from tests.faults.handle import WAIT_S
 from tests.faults.rig import BLOCK_TOKENS, VISIBLE_S, Asked, Rig, Shape, is_free
 from tests.faults.soak import Row, soak
 from tests.faults.zygote import Zygote
@@ -24,7 +25,7 @@ async def leaves_before_the_prefill(rig: Rig, count: int) -> None:
     async with rig.asking(1):
         await owner.hit(Fault.IN_STEP, 1)
         async with rig.asking(count) as asked:
-            await rig.holds(VISIBLE_S, [owner], lambda r: r.open_legs == 1 + count, "asked")
+            await rig.holds(WAIT_S, [owner], lambda r: r.open_legs == 1 + count, "asked")
             leave(asked)
             await rig.holds(VISIBLE_S, [owner], lambda r: r.open_legs == 1, "left")
         await owner.go(Fault.IN_STEP)
@@ -37,7 +38,7 @@ async def leaves_during_the_prefill(rig: Rig, count: int) -> None:
     await owner.arm(Fault.IN_STEP, 1)
     async with rig.asking(count) as asked:
         await owner.hit(Fault.IN_STEP, 1)
-        await rig.holds(VISIBLE_S, [owner], lambda r: r.open_legs == count, "asked")
+        await rig.holds(WAIT_S, [owner], lambda r: r.open_legs == count, "asked")
         leave(asked)
         await rig.holds(VISIBLE_S, [owner], lambda r: r.open_legs == 0, "left")
         await owner.go(Fault.IN_STEP)

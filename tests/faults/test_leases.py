@@ -9,6 +9,7 @@ from core.ids import Incarnation, LeaseId, SequenceId
 from core.messages import Handoff
 from tests.faults.fault import Fault
 from tests.faults.forged import decode_leg, prefilled
+from tests.faults.handle import WAIT_S
 from tests.faults.rig import HIDDEN_S, VISIBLE_S, Rig, Shape, failures
 from tests.faults.soak import Row, soak
 from tests.faults.zygote import Zygote
@@ -31,7 +32,7 @@ def notice_lost(fault: Fault, *, times_each: int = 1, retried: bool = False) -> 
         await owner.arm(fault, count * times_each, times_each)
         await owner.arm(Fault.IN_STEP, 1)
         async with rig.asking(count) as asked:
-            await rig.holds(VISIBLE_S, [owner], lambda r: bound(r) == count, "bound")
+            await rig.holds(WAIT_S, [owner], lambda r: bound(r) == count, "bound")
             await owner.hit(Fault.IN_STEP, 1)
             await owner.go(Fault.IN_STEP)
         await owner.hit(fault, count * times_each)
