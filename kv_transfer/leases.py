@@ -178,13 +178,20 @@ class LeaseTable:
         expired = lease.expires_at_s <= self._clock.now_s()
         return LeaseOutcome.EXPIRED if expired else LeaseOutcome.HELD
 
-    def abort(self, lease_id: LeaseId) -> Lease | None:
-        """End a lease early; answers it if it was open."""
+    def abort(
+        self, lease_id: LeaseId, outcome: LeaseOutcome = LeaseOutcome.ABORTED
+    ) -> Lease | None:
+        """End a lease early, ABORTED or WITHDRAWN; answers it if it was open."""
         lease = self._open.get(lease_id)
         if lease is not None:
             self.counters.aborted += 1
-            self._end(lease, LeaseOutcome.ABORTED)
+            self._end(lease, outcome)
         return lease
+
+    def how_ended(self, lease_id: LeaseId) -> LeaseOutcome:
+        """Of a lease that is not open: UNKNOWN if it is not remembered, or never was."""
+        ended = self._ended.get(lease_id)
+        return LeaseOutcome.UNKNOWN if ended is None else ended.outcome
 
     def sweep(self) -> list[Lease]:
         """End what has expired and forget what ended long ago; answers the expired leases."""

@@ -70,7 +70,7 @@ class Owner:
         self, lease_id: LeaseId, reason: str, outcome: LeaseOutcome = LeaseOutcome.ABORTED
     ) -> None:
         """End a lease from this side; a bound reader is told."""
-        lease = self.table.abort(lease_id)
+        lease = self.table.abort(lease_id, outcome)
         if lease is not None:
             self._send(lease.reader, Abort(lease_id=lease_id, reason=reason, outcome=outcome))
             self._on_freed()
@@ -158,12 +158,20 @@ class Owner:
         lease = self.table.get(bind.lease_id)
         bindable = lease is not None and lease.reader in (None, reader)
         if lease is None or not bindable or lease.sequence_id != bind.sequence_id:
-            reason = "no such lease, or it is of another sequence or reader"
-            self._send(reader, Abort(lease_id=bind.lease_id, reason=reason))
+            self._send(reader, self._not_bound(bind.lease_id))
             return
         lease.reader = reader
         self.table.renew([lease.lease_id], reader)
         self._tell(lease, bind.first_index)
+
+    def _not_bound(self, lease_id: LeaseId) -> Abort:
+        """A reader that comes after the end hears of it as one that was there has heard."""
+        outcome = self.table.how_ended(lease_id)
+        if outcome in (LeaseOutcome.EXPIRED, LeaseOutcome.WITHDRAWN):
+            reason = f"it was {outcome.name.lower()} before its reader came"
+            return Abort(lease_id=lease_id, reason=reason, outcome=outcome)
+        reason = "no such lease, or it is of another sequence or reader"
+        return Abort(lease_id=lease_id, reason=reason)
 
     def _fetch(self, reader: str, fetch: Fetch) -> None:
         lease = self.table.open_cached(fetch.sequence_id, fetch.hashes, reader)

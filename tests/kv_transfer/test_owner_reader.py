@@ -16,7 +16,7 @@ from core.stream import MessageStream, dial
 from kv_transfer.bound import BoundLease
 from kv_transfer.client import PeerConnection
 from kv_transfer.codec import from_reader_to_wire
-from kv_transfer.messages import Bind
+from kv_transfer.messages import Bind, LeaseOutcome
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Pulled
 from kv_transfer.transport import QueuedRead, ReadStats
@@ -383,6 +383,25 @@ async def test_a_lease_that_does_not_exist_fails_the_pull() -> None:
         lease, _ = p.owner.whole(1)
         unknown = replace(p.owner.handoff(lease), lease_id=LeaseId(99))
         assert "no such lease" in await failure(p.pull_from(unknown, 3))
+
+
+async def test_a_reader_that_comes_after_the_prompt_was_withdrawn_hears_that() -> None:
+    async with pair() as p:
+        lease, _ = p.owner.open(3)
+        p.owner.owner.abort(lease.lease_id, "the router withdrew it", LeaseOutcome.WITHDRAWN)
+        assert "withdrawn before its reader came" in await failure(p.pull(lease, 3))
+        assert p.reader.metrics.pair(p.owner.hello.worker_id).failures == {"withdrawn": 1}
+        p.assert_reader_holds_nothing()
+
+
+async def test_a_reader_that_comes_after_its_lease_expired_hears_that() -> None:
+    async with pair() as p:
+        lease, _ = p.owner.whole(3)
+        p.owner.clock.advance(LEASE_S + 0.1)
+        p.owner.owner.sweep()
+        assert "expired before its reader came" in await failure(p.pull(lease, 3))
+        assert p.reader.metrics.pair(p.owner.hello.worker_id).failures == {"expired": 1}
+        p.assert_reader_holds_nothing()
 
 
 async def test_a_lease_has_one_reader() -> None:
