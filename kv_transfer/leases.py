@@ -181,7 +181,7 @@ class LeaseTable:
     def abort(
         self, lease_id: LeaseId, outcome: LeaseOutcome = LeaseOutcome.ABORTED
     ) -> Lease | None:
-        """End a lease early, ABORTED or WITHDRAWN; answers it if it was open."""
+        """End a lease early; answers it if it was open. WITHDRAWN is counted as ABORTED is."""
         lease = self._open.get(lease_id)
         if lease is not None:
             self.counters.aborted += 1
