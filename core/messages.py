@@ -255,6 +255,10 @@ class LoadReport:
     running: int
     context_tokens: int
     """Tokens of context of all running sequences."""
+    decoding: int = 0
+    """Of these sequences, those whose prompt is computed."""
+    decoding_tokens: int = 0
+    """The context of those."""
     free_blocks: int
     """Blocks free or evictable now."""
     total_blocks: int

@@ -59,6 +59,10 @@ class RunnerLoad:
     waiting: int
     running: int
     context_tokens: int
+    decoding: int
+    """Of those running, those whose prompt is computed."""
+    decoding_tokens: int
+    """The context of those."""
 
 
 class Scheduler(Generic[S]):
@@ -144,12 +148,16 @@ class Scheduler(Generic[S]):
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
         queued = sum(s.pending_tokens - s.cached_tokens for s in self.waiting)
-        queued += sum(s.pending_tokens for s in self.running if s.pending_tokens > 1)
+        pending = [(s.pending_tokens, s.known_tokens) for s in self.running]
+        decoding = [known for tokens, known in pending if tokens == 1]
         return RunnerLoad(
-            queued_tokens=queued,
+            queued_tokens=queued + sum(tokens for tokens, _ in pending if tokens > 1),
             waiting=len(self.waiting),
             running=len(self.running) + len(self.held),
-            context_tokens=sum(s.known_tokens for s in [*self.running, *self.held]),
+            context_tokens=sum(known for _, known in pending)
+            + sum(s.known_tokens for s in self.held),
+            decoding=len(decoding),
+            decoding_tokens=sum(decoding),
         )
 
     # -- the step -------------------------------------------------------------------------------

@@ -135,13 +135,14 @@ class Attempt:
         """
         self._progress.attempts += 1
         self._progress.mark(Stage.ROUTE)
-        if considered is not None and considered.local.placement is not None:
-            self._submit_local(self._chooser.place_locally(considered.local.placement))
+        alone = None if considered is None else self._chooser.place_locally(considered)
+        if alone is not None:
+            self._submit_local(alone)
         else:
             self._submit_prefill(considered)
 
     def _submit_local(self, placed: Placement) -> None:
-        """The decode worker computes the prompt itself. After its no, a prefill worker does."""
+        """One worker serves it alone. After its no, a prefill worker computes the prompt."""
         progress = self._progress
         progress.prefill_worker = progress.decode_worker = placed.link.record.worker_id
         self._log_route("route_local", placed)
@@ -232,9 +233,9 @@ class Attempt:
         self._end(WorkerLost(f"worker {worker_id} did not take or refuse a sequence in time"))
 
     def _blame(self, leg: Leg) -> None:
-        role = Role.PREFILL if leg is self._prefill else Role.DECODE
-        self._shut.failed.add(leg.link.record.incarnation)
-        self._chooser.failed(role, leg.link.record.incarnation)
+        record = leg.link.record
+        self._shut.failed.add(record.incarnation)
+        self._chooser.failed(record.role, record.incarnation)
 
     def _expire(self) -> None:
         """Whoever the sequence still waited for, for the whole of its time, has failed."""
@@ -299,6 +300,8 @@ class Attempt:
             return []
         self._has_first = True
         self._progress.prefill_times = event.times or LegTimes()
+        if self._decode is not None and event.times is not None:
+            self._chooser.prefilled(self._decode.link, len(self._context), event.times)
         return self._decoded(replace(event, times=LegTimes()))
 
     def _decoded(self, event: LegTokens) -> list[LegTokens]:

@@ -16,7 +16,14 @@ from core.stages import Stage
 from router.config import DecodeAdmission
 from router.curves import Curves
 from router.decode_load import DecodeLoad, Then
-from router.local import LocalOption, LocalVerdict, judge_local
+from router.local import (
+    STAYS_CACHED,
+    LocalOption,
+    LocalVerdict,
+    StayOption,
+    judge_local,
+    judge_stay,
+)
 from router.members import L, Members
 from router.outliers import NO_OUTLIERS, Outliers
 from router.place import Beside, DecodeCacheQuery, DecodePoolQuery, Knowledge, PrefillPoolQuery
@@ -26,12 +33,14 @@ from router.pool import Pool
 from router.progress import COMPLETE, SequenceEnd
 from router.queued import QueuedPrompt, QueuedPrompts
 from router.types import Shut
+from router.view import WorkerView
 from router.watcher import Unwatched
 
 _LOCAL_HOLDERS = 2
 _LOCAL_LOOKS = 2
 """Drawn beside those."""
 _DECODE_LOOKS = 8
+_STAY_LOOKS = 2
 _FEW_TOKENS = 8
 """Fewer steps tell too little of what a step takes."""
 
@@ -61,8 +70,8 @@ class Outlook(NamedTuple):
 
 
 class Local(NamedTuple, Generic[L]):
-    """Whether a decode worker computes the prompt itself; then also which, what awaits the prompt
-    there, and how many decode workers such prompts may go to.
+    """Whether one worker serves the prompt alone; then also which, what awaits the prompt there,
+    and how many decode workers such prompts may go to.
     """
 
     verdict: LocalVerdict
@@ -72,7 +81,7 @@ class Local(NamedTuple, Generic[L]):
 
 
 class Explained(NamedTuple):
-    """Both legs of a prompt, which are one where `local` says LOCAL."""
+    """Both legs of a prompt, which are one where `local` says LOCAL or STAYS."""
 
     prefill: Decision
     decode: Decision
@@ -81,7 +90,7 @@ class Explained(NamedTuple):
 
 class Considered(NamedTuple, Generic[L]):
     """A prefill worker chosen for a prompt, which was not submitted there yet. With a placement in
-    `local` it is not needed.
+    `local` one worker serves it alone: a decode worker, or this one.
     """
 
     query: PrefillPoolQuery
@@ -100,15 +109,16 @@ class Considered(NamedTuple, Generic[L]):
         return (self.decision if placement is None else placement.decision).worker_id
 
     def outlooks(self) -> Iterator[tuple[WorkerId, Outlook]]:
-        """At the decode worker, if it goes to one; at the chosen worker, then at the other
+        """At the worker that serves it alone, if one does; at the chosen worker, then at the other
         candidates; of those only that are of a kind whose prefills were measured.
         """
-        if self.local.placement is not None:
-            yield self.local.placement.decision.worker_id, self.local.outlook
+        local, alone = self.local.placement, self.worker_id
+        if local is not None:
+            yield alone, self.local.outlook
         query, chosen = self.query, self.decision.worker_id
         others = (c.worker_id for c in self.decision.candidates if c.worker_id != chosen)
         for worker in chain((chosen,), others):
-            if query.measured(worker):
+            if query.measured(worker) and (local is None or worker != alone):
                 yield worker, Outlook(*query.expected_s(worker))
 
 
@@ -155,8 +165,8 @@ class Chooser(Generic[L]):
     ) -> Considered[L]:
         """As `for_prefill`, before it is submitted there; `hashes` of the prompt, if known already.
 
-        With `local_total`, the tokens the sequence may grow to, a decode worker may be found
-        instead. Raises NoWorkers.
+        With `local_total`, the tokens the sequence may grow to, one worker may be found that serves
+        it alone. Raises NoWorkers.
         """
         hashes = self._hashes_of(tokens, cache_salt) if hashes is None else hashes
         query = self._prefill_query(len(tokens), failed, hashes)
@@ -220,14 +230,22 @@ class Chooser(Generic[L]):
         query = self._prefill_query(prompt.tokens, (), prompt.hashes)
         return {worker: query.expected_s(worker)[1] for worker in idle if query.is_open(worker)}
 
-    def place_locally(self, placement: Placement[L]) -> Placement[L]:
-        """As `place`, for one found in `Considered.local`."""
-        self._placed(Role.DECODE, placement.decision.worker_id, self._clock.now_s())
+    def place_locally(self, considered: Considered[L]) -> Placement[L] | None:
+        """As `place`, where one worker serves the prompt alone; None where none does."""
+        placement = considered.local.placement
+        if placement is None:
+            return None
+        role = Role.DECODE
+        if considered.local.verdict is LocalVerdict.STAYS:
+            role = Role.PREFILL
+            self._policies.prefill.placed(considered.query, considered.decision)
+        self._placed(role, placement.decision.worker_id, considered.query.now_s)
         return placement
 
     def _local(self, prefill: PrefillPoolQuery, remote: Decision, total_tokens: int) -> Local[L]:
         """Of the few decode workers that hold most of the prompt and two others, the soonest that
-        may take it; without one, why the soonest may not.
+        may take it; without one, the chosen prefill worker if the answer may stay there; without
+        that, why the soonest decode worker may not.
         """
         pool = self._fleet.pool(Role.DECODE)
         if not pool.workers:
@@ -259,14 +277,46 @@ class Chooser(Generic[L]):
                 outlook = Outlook(beside.queue_s, beside.work_s)
                 return Local(verdict, placement, outlook, len(pool.workers))
             why = why or verdict
-        return Local(why or LocalVerdict.NOBODY)
+        stays = self._staying(prefill, remote.worker_id, total_tokens)
+        return stays or Local(why or LocalVerdict.NOBODY)
+
+    def _staying(
+        self, prefill: PrefillPoolQuery, chosen: WorkerId, total_tokens: int
+    ) -> Local[L] | None:
+        """The answer at the prefill worker chosen for its prompt, if it is to stay there."""
+        tokens, cached = prefill.tokens, prefill.cached_tokens(chosen)
+        if not self._policies.local_decode or cached < STAYS_CACHED * tokens:
+            return None
+        pool = self._fleet.pool(Role.DECODE)
+        here = self._decode_query(
+            self._fleet.pool(Role.PREFILL), tokens, total_tokens, "", frozenset()
+        )
+        decode = self._decode_query(pool, tokens, total_tokens, "", self._closed(pool, ()))
+        loads = [decode.load(worker, None) for worker in sample(decode, _STAY_LOOKS)]
+        beside = prefill.beside(chosen)
+        option = StayOption(
+            fits=partial(here.fits, chosen),
+            beside=beside,
+            steps_to_go=self._known.curves.steps_to_go,
+            here=here.load(chosen, None),
+            elsewhere=min((load for load in loads if load is not None), default=None),
+        )
+        if not judge_stay(option, self._known.slo):
+            return None
+        scored = Scored(chosen, beside.first_token_s)
+        placement = Placement(
+            link=self._fleet.link(Role.PREFILL, chosen),
+            decision=Decision(chosen, [scored], "cached there, and less to decode"),
+            load_tokens=tokens - cached,
+        )
+        return Local(LocalVerdict.STAYS, placement, Outlook(beside.queue_s, beside.work_s))
 
     def _fits(self, worker: WorkerId, pool: Pool, tokens: int, total_tokens: int) -> bool:
         return self._decode_query(pool, tokens, total_tokens, "", frozenset()).fits(worker)
 
     def decode_load(self, considered: Considered[L], rule: DecodeAdmission) -> DecodeLoad | None:
         """Of the least loaded of a few decode workers, the prompt included; None where the rule is
-        off, nothing was measured, or a decode worker was found that computes the prompt itself.
+        off, nothing was measured, or a worker was found that serves the prompt alone.
         """
         pool, query = self._fleet.pool(Role.DECODE), considered.query
         if rule == "off" or considered.local.placement is not None or not pool.workers:
@@ -332,8 +382,8 @@ class Chooser(Generic[L]):
     def explain(
         self, tokens: Sequence[int], cache_salt: str, total_tokens: int, *, local: bool
     ) -> Explained:
-        """Where such a prompt would be prefilled and decoded now; `local`: a decode worker may do
-        both. Raises NoWorkers.
+        """Where such a prompt would be prefilled and decoded now; `local`: one worker may do both.
+        Raises NoWorkers.
         """
         considered = self.consider(tokens, cache_salt, local_total=total_tokens if local else None)
         verdict, placement = considered.local.verdict, considered.local.placement
@@ -358,20 +408,23 @@ class Chooser(Generic[L]):
         self._outliers.answered(incarnation, now_s)
         if times.prefill_s <= 0:
             return
-        predicted_s = curves.of(view.kind).prefill.seconds(times.cached_tokens, tokens)
-        if view.hello.role is Role.PREFILL:
-            curves.saw_prefill(view.kind, times.cached_tokens, tokens, times.prefill_s, now_s)
-            peers = self._fleet.pool(Role.PREFILL).incarnations
-            self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
-        elif view.load is not None and view.load.running > 1:
-            # Elsewhere answers decoded beside it.
-            speed, load, cached = curves.of(view.kind), view.load, times.cached_tokens
-            decode_s = speed.decode.seconds(load.running, load.context_tokens)
+        speed, cached, prefills = curves.of(view.kind), times.cached_tokens, view.is_prefill
+        beside, context_tokens = _decoding_at(view)
+        predicted_s = speed.prefill.seconds(cached, tokens)
+        if beside:
+            decode_s = speed.decode.seconds(beside, context_tokens)
             beside_s = speed.beside * decode_s
             chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens)
             steps = -(-(tokens - cached) // chunk)
             alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
-            curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
+            predicted_s = alone_s + steps * beside_s
+            if not prefills:
+                curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
+        elif prefills:
+            curves.saw_prefill(view.kind, cached, tokens, times.prefill_s, now_s)
+        if prefills:
+            peers = self._fleet.pool(Role.PREFILL).incarnations
+            self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
 
     def decoding(self, link: L) -> None:
         """A sequence has its first token of its decode from there."""
@@ -402,6 +455,8 @@ class Chooser(Generic[L]):
         steps = output_tokens - 2  # the prefill's token, and the one that began the decode
         if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
             return
+        if view.is_prefill:
+            return  # its steps are the prompts', which come all the time
         if view.load.running:
             step_s, running = decode_s / steps, view.load.running
             context_tokens = _running_tokens(view.load)
@@ -481,6 +536,14 @@ def _ways(query: DecodeCacheQuery) -> Iterator[Beside]:
     drawn = sample(query, _LOCAL_LOOKS)
     for worker in dict.fromkeys(chain(query.holders(_LOCAL_HOLDERS), drawn)):
         yield query.beside(worker)
+
+
+def _decoding_at(view: WorkerView) -> tuple[int, int]:
+    """Answers in whose steps a prompt was computed there, and their context."""
+    load = view.load
+    if load is None or view.is_prefill:
+        return (0, 0) if load is None else (load.decoding, load.decoding_tokens)
+    return (load.running, load.context_tokens) if load.running > 1 else (0, 0)
 
 
 def _running_tokens(load: LoadReport) -> int:

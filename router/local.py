@@ -1,4 +1,4 @@
-"""Whether a decode worker computes a prompt itself, without a prefill worker and a hand-off.
+"""Whether one worker both computes a prompt and decodes its answer, without a hand-off.
 
 Splitting the phases keeps long prompts from delaying running answers, and strands what either pool
 has to spare. So it is decided per prompt, by prediction: a decode worker takes one that gets its
@@ -7,20 +7,33 @@ keep their TPOT target. That is a mean over an answer: a step with a chunk may t
 target, if enough of the answer's steps have none. Conditional disaggregation as in Dynamo, by the
 load of either side as in xLLM (arXiv 2510.14686) and Splitwise's borrowed machines (ISCA'24); here
 both sides of the trade are predicted.
+
+Where none does, the answer may still stay at the prefill worker chosen for the prompt, if that has
+nearly all of it cached and less to decode than a decode worker: the next turn of a session then
+finds its whole history where the last one ended. What takes long to compute there would delay the
+prompts behind it, so how much is cached decides, and not how busy either pool is: of eight rules
+tried, the one that loses on no trace (docs/simulation.md).
 """
 
 from collections.abc import Callable
 from enum import StrEnum
 from typing import NamedTuple
 
+from router.decode_load import DecodeLoad
 from router.place import Beside
 from router.policies.base import Slo
+
+STAYS_CACHED = 0.9
+"""Share of a prompt."""
 
 
 class LocalVerdict(StrEnum):
     """LOCAL, or why not; the label of its counter."""
 
     LOCAL = "local"
+    """A decode worker computes the prompt."""
+    STAYS = "stays"
+    """Its prefill worker decodes the answer."""
     OFF = "off"
     NOBODY = "nobody"
     """No decode worker may be chosen."""
@@ -45,11 +58,17 @@ class LocalOption(NamedTuple):
     elsewhere_s: float
     """To the first token at the prefill worker that would be chosen, its queue included."""
 
-    @property
-    def mean_step_s(self) -> float:
-        """Of an answer there, over the steps it has still to go or those with a chunk."""
-        there = self.beside
-        return there.decode_s + there.delay_s / max(1.0, there.chunk_steps, self.steps_to_go)
+
+class StayOption(NamedTuple):
+    """A prompt at the prefill worker chosen for it, as a place for its answer."""
+
+    fits: Callable[[], bool]
+    beside: Beside
+    steps_to_go: int
+    """As a LocalOption's."""
+    here: DecodeLoad | None
+    elsewhere: DecodeLoad | None
+    """Of the better of two decode workers; both None where that is not known."""
 
 
 def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
@@ -58,6 +77,16 @@ def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
         return LocalVerdict.UNMEASURED
     if option.beside.first_token_s > max(option.elsewhere_s, slo.tpot_s):
         return LocalVerdict.SLOWER
-    if option.beside.decode_s and option.mean_step_s > slo.tpot_s:
+    if option.beside.decode_s and option.beside.mean_step_s(option.steps_to_go) > slo.tpot_s:
         return LocalVerdict.TPOT
     return LocalVerdict.LOCAL if option.fits() else LocalVerdict.FULL
+
+
+def judge_stay(option: StayOption, slo: Slo) -> bool:
+    """Of a prompt of which STAYS_CACHED is cached there."""
+    here, elsewhere = option.here, option.elsewhere
+    if here is None or elsewhere is None or here.share >= elsewhere.share:
+        return False
+    there = option.beside
+    keeps = not there.decode_s or there.mean_step_s(option.steps_to_go) <= slo.tpot_s
+    return keeps and option.fits()

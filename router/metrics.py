@@ -184,8 +184,8 @@ class FlowMetrics:
         self._placed = Labelled(
             Counter(
                 telemetry.LOCAL_PREFILLS,
-                "Sequences placed, by whether their decode worker computes the prompt itself:"
-                " local, or why not",
+                "Sequences placed, by whether one worker serves them alone: local (a decode"
+                " worker), stays (the prefill worker), or why no decode worker does",
                 ("verdict",),
                 registry=registry,
             )

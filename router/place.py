@@ -8,7 +8,7 @@ from typing import NamedTuple
 from core.ids import BlockHash, Incarnation, WorkerId
 from core.messages import PrefixSource
 from router.coming import Coming, blocks_per_step, steps_of
-from router.curves import Curves, peak_tokens
+from router.curves import Curves, Speed, peak_tokens
 from router.decode_load import DecodeLoad, Decoding, Pace, Then, load_now, load_then
 from router.index import Level, PrefixIndex
 from router.policies.base import Slo
@@ -29,7 +29,7 @@ class Knowledge:
     curves: Curves
     slo: Slo
     step_s: float | None = None
-    """What decode workers let a step take that computes part of a prompt beside answers."""
+    """What workers let a step take that computes part of a prompt beside answers."""
     random: Random
     coming: Coming = field(default_factory=Coming)
 
@@ -121,9 +121,45 @@ class PrefillPoolQuery(PoolQuery):
 
     def _seconds(self, worker: WorkerId, cached: int) -> tuple[float, float]:
         view = self._views[worker]
+        if view.load is not None and view.load.decoding:
+            there = self._beside(view, cached)
+            return there.queue_s, there.work_s
         speed = self._known.curves.of(view.kind)
         work_s = speed.prefill.seconds(cached, self.tokens)
         return view.queued_tokens * speed.queue_token_s, work_s
+
+    def beside(self, worker: WorkerId) -> "Beside":
+        """What awaits the prompt there, and the answers that it would run beside."""
+        return self._beside(self._views[worker], self.cached_tokens(worker))
+
+    def _beside(self, view: WorkerView, cached: int) -> "Beside":
+        speed = self._known.curves.of(view.kind)
+        curve = speed.prefill
+        queued, decode_s = self._before(view, speed)
+        beside_s = speed.beside * decode_s
+        chunk = curve.chunk_tokens(self._known.step_s, beside_s, cached, self.tokens)
+        steps, queued_steps = -(-(self.tokens - cached) // chunk), queued / chunk
+        step_s = beside_s + curve.step_s
+        work_s = curve.work_s(cached, self.tokens) + steps * step_s
+        queue_s = queued * speed.queue_work_s + queued_steps * step_s
+        return Beside(
+            worker_id=view.hello.worker_id,
+            queue_s=queue_s,
+            work_s=work_s,
+            decode_s=decode_s,
+            delay_s=queue_s + work_s - (steps + queued_steps) * decode_s,
+            chunk_steps=steps + queued_steps,
+        )
+
+    def _before(self, view: WorkerView, speed: Speed) -> tuple[int, float]:
+        """Prompt tokens that wait there, and what a step of the answers there takes, this one
+        included; 0 where none runs.
+        """
+        load = view.load
+        if load is None or not load.decoding:
+            return view.queued_tokens, 0.0
+        tokens = load.decoding_tokens + self.tokens
+        return view.queued_tokens, speed.decode.seconds(load.decoding + 1, tokens)
 
     def measured(self, worker: WorkerId) -> bool:
         """Whether the seconds predicted for it rest on what such workers have taken."""
@@ -162,34 +198,19 @@ class DecodeCacheQuery(PrefillPoolQuery):
     report yet is mostly hand-offs, which are load but no prefill to wait for.
     """
 
-    def beside(self, worker: WorkerId) -> "Beside":
-        """What awaits the prompt there, and the answers that it would run beside."""
-        view = self._views[worker]
-        speed, load, sequences = self._known.curves.of(view.kind), view.load, view.sequences
-        decode_s, queued = 0.0, view.unseen_prompt_tokens
+    def _before(self, view: WorkerView, speed: Speed) -> tuple[int, float]:
+        """Whoever is on its way there will run there, too."""
+        decode_s, queued, load = 0.0, view.unseen_prompt_tokens, view.load
         if load is not None:
             queued += load.queued_tokens
-        if sequences:
+        if sequences := view.sequences:
             context_tokens = view.unseen_tokens + (load.context_tokens if load is not None else 0)
             decode_s = speed.decode.seconds(sequences + 1, context_tokens + self.tokens)
-        cached, beside_s, curve = self.cached_tokens(worker), speed.beside * decode_s, speed.prefill
-        chunk = curve.chunk_tokens(self._known.step_s, beside_s, cached, self.tokens)
-        steps, queued_steps = -(-(self.tokens - cached) // chunk), queued / chunk
-        step_s = beside_s + curve.step_s
-        work_s = curve.work_s(cached, self.tokens) + steps * step_s
-        queue_s = queued * speed.queue_work_s + queued_steps * step_s
-        return Beside(
-            worker_id=worker,
-            queue_s=queue_s,
-            work_s=work_s,
-            decode_s=decode_s,
-            delay_s=queue_s + work_s - (steps + queued_steps) * decode_s,
-            chunk_steps=steps + queued_steps,
-        )
+        return queued, decode_s
 
 
 class Beside(NamedTuple):
-    """A prompt at a decode worker."""
+    """A prompt at a worker that decodes as well."""
 
     worker_id: WorkerId
     queue_s: float
@@ -206,6 +227,10 @@ class Beside(NamedTuple):
     @property
     def first_token_s(self) -> float:
         return self.queue_s + self.work_s
+
+    def mean_step_s(self, steps_to_go: int) -> float:
+        """Of an answer there, over the steps it has still to go or those with a chunk."""
+        return self.decode_s + self.delay_s / max(1.0, self.chunk_steps, steps_to_go)
 
 
 def _busy(view: WorkerView) -> tuple[int, WorkerId]:

@@ -1,5 +1,6 @@
 """What the router believes of one worker. A hint: the worker's own accept or reject repairs it."""
 
+from core.ids import Role
 from core.messages import KvEvents, KvSnapshot, KvStored, LoadReport, WorkerHello
 from router.curves import WorkerKind, kind_of
 from router.index import Holdings
@@ -47,6 +48,10 @@ class WorkerView:
         self.load = load
         while self._own and (number := next(iter(self._own))) <= load.last_submit:
             self.ended(number)
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.hello.role is Role.PREFILL
 
     @property
     def unseen_submits(self) -> int:

@@ -47,7 +47,7 @@ class FlowWatcher(Protocol):
         ...
 
     def placed(self, verdict: LocalVerdict) -> None:
-        """An admitted sequence is: on a decode worker alone, or on a pair."""
+        """An admitted sequence is: on one worker alone, or on a pair."""
         ...
 
     def ejected(self, reason: EjectReason) -> None:

@@ -1,6 +1,6 @@
 """What a number of sessions in closed loops gets: the load is how many are open at once.
 
-    begin, spread over half a minute | two turns for each that is open | so many judged | these end
+    begin, spread over half a minute | four turns for each that is open | so many judged | these end
 
 The sessions that are open at first begin in their middle, each at a turn of its own, so that young
 and old ones are mixed from the start. In their first turns they find less in caches than sessions
@@ -21,7 +21,7 @@ from simulator.spec import SimSpec
 from simulator.workload.types import SimRequest
 
 BEGIN_S = 30.0
-_WARM_TURNS = 2
+_WARM_TURNS = 4
 _BEGINNING_TURNS = 8
 """Of each session while others begin, for those whose turns are short."""
 _SPARE = 1.25

@@ -170,14 +170,14 @@ class Cluster:
             if live:
                 member.tell()
 
-        decodes = slot.pool.role is PoolRole.DECODE
+        colocated = slot.pool.role is PoolRole.COLOCATED
         worker = SimWorker(
             WorkerId(slot.name),
             slot.pool.worker,
             self._events,
             on_kv=on_kv,
             on_space=queue.look,
-            step_s=self._spec.router.step_s(self._spec.slo.tpot_s) if decodes else None,
+            step_s=None if colocated else self._spec.router.step_s(self._spec.slo.tpot_s),
         )
         hello = make_hello(slot.name, slot.pool.role, worker, slot.domain, slot.life)
         holdings = self._index.join(hello.worker_id)

@@ -182,11 +182,11 @@ class SimRouter:
             self._events.at(self._events.now_s() + _RETRY_S, self._again, job)
             return
         job.record.attempts += 1
-        local = considered.local.placement
-        if local is not None:
-            self._compute(job, self.chooser.place_locally(local), is_local=True)
+        alone = self.chooser.place_locally(considered)
+        if alone is not None:
+            self._compute(job, alone)
         elif self._is_colocated:
-            self._compute(job, self.chooser.place(considered, job.failed), is_local=False)
+            self._compute(job, self.chooser.place(considered, job.failed))
         else:
             self._prefill(job, self.chooser.place(considered, job.failed))
 
@@ -198,8 +198,8 @@ class SimRouter:
         else:
             self._start(job, None)
 
-    def _compute(self, job: Job, placed: Placement[SimLink], *, is_local: bool) -> None:
-        """One worker does it all: it is a prefill worker by what it takes, unless it is local."""
+    def _compute(self, job: Job, placed: Placement[SimLink]) -> None:
+        """One worker does it all."""
         link, now_s = placed.link, self._events.now_s()
         if not self._takes(job, link, decodes=True):
             return

@@ -297,6 +297,7 @@ class SimWorker:
     def _load(self, now_s: float, last_submit: int) -> LoadReport:
         run, grown = self._run, 0
         self._grows = run is not None and run.steps > 1
+        decoding, decoding_tokens = self._decoding()
         if run is not None and run.steps > 1 and run.ends_s > run.began_s:
             share = (now_s - run.began_s) / (run.ends_s - run.began_s)
             grown = int(share * run.steps) * run.sequences
@@ -308,6 +309,8 @@ class SimWorker:
             waiting=len(self.scheduler.waiting) + self._pulls,
             running=len(self.scheduler.running) + len(self.scheduler.held),
             context_tokens=context,
+            decoding=decoding,
+            decoding_tokens=decoding_tokens + grown,
             free_blocks=max(0, self.pool.available - grown // self._size),
             total_blocks=self.pool.num_blocks,
         )
@@ -319,6 +322,15 @@ class SimWorker:
             registered, rest = self._context_tokens, [*self._prompts, *self._fresh]
         known: int = sum(map(_KNOWN, rest))
         return registered + known
+
+    def _decoding(self) -> tuple[int, int]:
+        """Sequences that decode, and their context."""
+        in_run = self._run is None or self._run.batch is None
+        rest = self._fresh if in_run else self.scheduler.running
+        known = [s.known_tokens for s in rest if s.pending_tokens == 1]
+        if not in_run:
+            return len(known), sum(known)
+        return self._decodes + len(known), self._context_tokens + sum(known)
 
     # -- a step begins --------------------------------------------------------------------------
 

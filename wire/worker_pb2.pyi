@@ -300,7 +300,7 @@ class LegFailed(_message.Message):
     def __init__(self, number: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., stage: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("last_submit", "queued_tokens", "waiting", "running", "context_tokens", "free_blocks", "total_blocks", "draining")
+    __slots__ = ("last_submit", "queued_tokens", "waiting", "running", "context_tokens", "free_blocks", "total_blocks", "draining", "decoding", "decoding_tokens")
     LAST_SUBMIT_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -309,6 +309,8 @@ class LoadReport(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    DECODING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     last_submit: int
     queued_tokens: int
     waiting: int
@@ -317,7 +319,9 @@ class LoadReport(_message.Message):
     free_blocks: int
     total_blocks: int
     draining: bool
-    def __init__(self, last_submit: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    decoding: int
+    decoding_tokens: int
+    def __init__(self, last_submit: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., decoding: _Optional[int] = ..., decoding_tokens: _Optional[int] = ...) -> None: ...
 
 class KvStored(_message.Message):
     __slots__ = ("parent", "hashes")

@@ -96,13 +96,16 @@ class Stream:
         self._say(KvSnapshot(next_number=self.worker.next_event))
 
     def load(self) -> None:
+        context_tokens = sum(leg.position for leg in self.legs.values())
         self._say(
             LoadReport(
                 last_submit=self.last_submit,
                 queued_tokens=0,
                 waiting=0,
                 running=len(self.legs),
-                context_tokens=sum(leg.position for leg in self.legs.values()),
+                context_tokens=context_tokens,
+                decoding=len(self.legs),
+                decoding_tokens=context_tokens,
                 free_blocks=_NUM_BLOCKS,
                 total_blocks=_NUM_BLOCKS,
             )

@@ -72,7 +72,7 @@ class Size:
 FULL = Size(
     long_requests=3000,
     chat_requests=8000,
-    closed_requests=1000,
+    closed_requests=3000,
     tuning=0.3,
     splits=(2, 3, 4, 5, 6),
     step_tokens=(256, 512, 1024, 2048),

@@ -268,7 +268,7 @@ class Worker:
         refusal: BatonError | None = None
         if self._draining:
             refusal = Unavailable("this worker is draining")
-        elif isinstance(submit, PrefillSubmit) != (self._role is Role.PREFILL):
+        elif not self._is_for_role(submit):
             refusal = Unavailable(f"this worker's role is {self._role}")
         if refusal is not None:
             outlet.send(Rejected(number=submit.number, code=refusal.code, message=refusal.message))
@@ -276,6 +276,12 @@ class Worker:
             self.prefill.submit(submit, outlet)
         else:
             self._decode.submit(submit, outlet)
+
+    def _is_for_role(self, submit: PrefillSubmit | DecodeSubmit) -> bool:
+        """A sequence that needs no hand-off may be served by either role alone."""
+        if isinstance(submit, DecodeSubmit) and submit.handoff is None:
+            return True
+        return isinstance(submit, PrefillSubmit) == (self._role is Role.PREFILL)
 
     # -- reports --------------------------------------------------------------------------------
 
@@ -328,6 +334,8 @@ class Worker:
             waiting=load.waiting + self._decode.pulls + self.prefill.pulls,
             running=load.running,
             context_tokens=load.context_tokens + self._decode.pulling_tokens,
+            decoding=load.decoding,
+            decoding_tokens=load.decoding_tokens,
             free_blocks=self.pool.available,
             total_blocks=self.pool.num_blocks,
             draining=self._draining,

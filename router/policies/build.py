@@ -32,7 +32,9 @@ class Policies:
     decode: DecodePolicy
     slo: Slo = DEFAULT_SLO
     step_s: float | None = None
-    """What decode workers let a step take that computes part of a prompt beside answers."""
+    """What workers let a step take that computes part of a prompt beside answers."""
+    local_decode: bool = True
+    """An answer may stay where its prompt was computed; see router/local.py."""
 
 
 PREFILL: Mapping[str, Callable[[RouterConfig], PrefillPolicy]] = {
@@ -59,5 +61,10 @@ DECODE: Mapping[str, Callable[[], DecodePolicy]] = {
 def build_policies(config: RouterConfig, slo: Slo = DEFAULT_SLO) -> Policies:
     """Fresh ones: what they remember is one router's."""
     prefill, decode = PREFILL[config.prefill_policy], DECODE[config.decode_policy]
-    step_s = config.step_s(slo.tpot_s)
-    return Policies(prefill=prefill(config), decode=decode(), slo=slo, step_s=step_s)
+    return Policies(
+        prefill=prefill(config),
+        decode=decode(),
+        slo=slo,
+        step_s=config.step_s(slo.tpot_s),
+        local_decode=config.local_decode,
+    )

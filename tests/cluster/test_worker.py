@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 import grpc
 
 from core.blocks import chain_hashes, root_hash
-from core.ids import Role
+from core.ids import Incarnation, LeaseId, Role, WorkerId
 from core.messages import (
     PROTOCOL_MAJOR,
     Cancel,
+    Handoff,
     KvEvents,
     KvSnapshot,
     KvStored,
@@ -130,10 +131,33 @@ async def test_a_late_router_gets_the_cache_as_a_snapshot() -> None:
 async def test_a_leg_of_the_other_role_is_rejected() -> None:
     async with prefill_worker() as served:
         end = RouterEnd(served.worker)
-        served.worker.handle(end.outlet, decode_submit(1, PROMPT, None))
+        handoff = Handoff(
+            owner_id=WorkerId("other"),
+            owner_address="other",
+            owner_incarnation=Incarnation("other"),
+            lease_id=LeaseId(1),
+        )
+        served.worker.handle(end.outlet, decode_submit(1, PROMPT, handoff))
         rejected = await end.first(Rejected)
         assert (rejected.number, rejected.code) == (1, "unavailable")
         assert "role is prefill" in rejected.message
+
+
+async def test_a_sequence_that_needs_no_hand_off_is_served_by_a_prefill_worker_alone() -> None:
+    async with prefill_worker() as served:
+        end = RouterEnd(served.worker)
+        served.worker.handle(end.outlet, decode_submit(1, PROMPT, None))
+        assert await end.answered(1) == expected_tokens(PROMPT, 8)
+        decoding = [m for m in end.of(LoadReport) if m.decoding]
+        assert decoding
+        assert all(m.decoding == 1 and m.decoding_tokens > len(PROMPT) for m in decoding)
+
+
+async def test_a_decode_worker_computes_no_prompt_for_another() -> None:
+    async with served_worker("d", Role.DECODE, LoopbackHub()) as served:
+        end = RouterEnd(served.worker)
+        served.worker.handle(end.outlet, prefill_submit(1, PROMPT))
+        assert "role is decode" in (await end.first(Rejected)).message
 
 
 async def test_a_draining_worker_rejects_and_says_so_in_its_load() -> None:

@@ -393,6 +393,20 @@ async def test_load_counts_what_is_to_do() -> None:
     assert (load.queued_tokens, load.waiting, load.running, load.context_tokens) == (36, 1, 1, 20)
 
 
+async def test_load_tells_who_decodes() -> None:
+    gate = StepGate()
+    async with running_engine_loop(make_engine(64, sleep=gate), step_tokens=32) as parts:
+        first = parts.submit(make_sequence(make_prompt(20), name="a", max_tokens=8))
+        await until(gate.waiting.is_set, "a step in flight")
+        assert (parts.runner.load().decoding, parts.runner.load().decoding_tokens) == (0, 0)
+        parts.submit(make_sequence(make_prompt(50, seed=1), name="b", max_tokens=1))
+        gate.allow(1)
+        await until(lambda: len(first.tokens) == 1 and parts.runner.load().running == 2)
+        load = parts.runner.load()
+        assert (load.decoding, load.decoding_tokens, load.running) == (1, 21, 2)
+        gate.open()
+
+
 async def test_an_ended_loop_leaves_no_step_behind() -> None:
     gate = StepGate()
     gate.open()

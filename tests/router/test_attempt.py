@@ -133,6 +133,10 @@ class ScriptedFleet:
         self.index = PrefixIndex()
         self.everyone = Pool({name: link.view for name, link in self._links.items()})
 
+    def add(self, link: ScriptedLink) -> None:
+        self._links[link.record.worker_id] = link
+        self.everyone = Pool({name: each.view for name, each in self._links.items()})
+
     def pool(self, role: Role) -> Pool:
         views = self.everyone.views
         return Pool({name: view for name, view in views.items() if view.hello.role is role})
@@ -150,7 +154,7 @@ class Scene:
         self.prefill = ScriptedLink("p", Role.PREFILL)
         self.source = ScriptedLink("d0", Role.DECODE)
         self.destination = ScriptedLink("d1", Role.DECODE)
-        fleet = ScriptedFleet(self.prefill, self.source, self.destination)
+        self.fleet = fleet = ScriptedFleet(self.prefill, self.source, self.destination)
         policies = build_policies(RouterConfig())
         clock = SystemClock()
         self.outliers = Outliers(OutlierRules(failures=1, eject_s=60.0), Unwatched())
@@ -167,10 +171,15 @@ class Scene:
 
     def start_at_decode(self) -> None:
         """As if the source held most of the prompt."""
+        self.start_alone_at(self.source)
+
+    def start_alone_at(self, link: ScriptedLink) -> None:
         considered = self.chooser.consider(PROMPT, "")
-        decision = Decision(self.source.record.worker_id, ())
-        placed = Placement(link=self.source, decision=decision, load_tokens=9)  # type: ignore[arg-type]
-        self.attempt.start(considered._replace(local=Local(LocalVerdict.LOCAL, placed)))
+        decision = Decision(link.record.worker_id, ())
+        placed = Placement(link=link, decision=decision, load_tokens=9)  # type: ignore[arg-type]
+        prefills = link.record.role is Role.PREFILL
+        verdict = LocalVerdict.STAYS if prefills else LocalVerdict.LOCAL
+        self.attempt.start(considered._replace(local=Local(verdict, placed)))
 
     def __enter__(self) -> "Scene":
         self.attempt.__enter__()
@@ -390,6 +399,28 @@ async def test_a_decode_worker_that_computes_the_prompt_gives_all_tokens() -> No
     assert not s.prefill.sent
     timings = s.progress.timings()
     assert (timings.prefill_s, timings.cached_tokens, timings.attempts) == (0.5, 8, 1)
+
+
+async def test_what_it_took_there_is_learned_from() -> None:
+    s = Scene()
+    s.source.view.load = replace(s.source.view.load, running=4, context_tokens=200)
+    beside = s.chooser._known.curves.of(s.source.view.kind).beside
+    with s.attempt:
+        s.start_at_decode()
+        s.source.say(Accepted(number=0))
+        s.source.say(replace(tokens(0), times=LegTimes(prefill_s=0.5)))
+    assert s.chooser._known.curves.of(s.source.view.kind).beside > beside
+
+
+async def test_a_prefill_worker_that_does_not_answer_for_both_has_failed_in_its_own_pool() -> None:
+    s = Scene(answer_s=0.01)
+    other = ScriptedLink("p1", Role.PREFILL)
+    s.fleet.add(other)
+    with s.attempt:
+        s.start_alone_at(s.prefill)
+        with pytest.raises(WorkerLost):
+            await soon(s.attempt.end())
+    assert s.outliers.is_ejected(s.prefill.record.incarnation)
 
 
 async def test_cached_tokens_of_the_answer_do_not_count_as_the_prompts() -> None:

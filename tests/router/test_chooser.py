@@ -210,9 +210,8 @@ def test_a_prompt_computed_by_a_decode_worker_is_the_probe_of_an_ejected_one() -
     holding(fleet, "decode-0")
     measured(subject, fleet)
     considered = subject.consider(PROMPT, "", local_total=60)
-    assert considered.local.placement is not None
     assert outliers.shut(1.0) == []
-    subject.place_locally(considered.local.placement)
+    assert subject.place_locally(considered) is not None
     assert outliers.shut(1.0) == ["decode-0"]
 
 
@@ -358,3 +357,116 @@ def test_a_decode_worker_with_a_shorter_way_is_an_outlook_of_the_prompt() -> Non
     considered = subject.consider(PROMPT, "", local_total=60)
     assert considered.places == 2
     assert next(considered.outlooks()) == (considered.worker_id, considered.local.outlook)
+
+
+def staying(fleet: Workers, config: RouterConfig | None = None) -> Chooser:
+    """All is measured, the prompt is cached at the prefill worker, and both decode workers have
+    answers that run.
+    """
+    policies = build_policies(config or RouterConfig())
+    subject: Chooser = Chooser(fleet, policies, FakeClock(1.0), Random(0))  # type: ignore[arg-type]
+    measured(subject, fleet)
+    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=1.0))
+    for _ in range(4):
+        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject.ended(end(step_s=0.5))
+    fleet.everyone.views[WorkerId("prefill-0")].load = IDLE
+    holding(fleet, "prefill-0")
+    return subject
+
+
+def test_an_answer_stays_at_a_prefill_worker_that_has_its_prompt_and_less_to_decode() -> None:
+    fleet = Workers(decode=2)
+    subject = staying(fleet)
+    considered = subject.consider(PROMPT, "", local_total=60)
+    assert considered.local.verdict is LocalVerdict.STAYS
+    assert considered.worker_id == "prefill-0"
+    assert [worker for worker, _ in considered.outlooks()] == ["prefill-0"]
+    assert considered.places == 1  # a prompt like it is computed on prefill workers only
+    placed = subject.place_locally(considered)
+    assert placed is not None
+    assert (placed.link.view.hello.worker_id, placed.load_tokens) == ("prefill-0", 1)
+    both = subject.explain(PROMPT, "", 60, local=True)
+    assert both.local is LocalVerdict.STAYS
+    assert both.prefill.worker_id == both.decode.worker_id == "prefill-0"
+
+
+def test_it_does_not_where_the_switch_is_off() -> None:
+    subject = staying(Workers(decode=2), RouterConfig(local_decode=False))
+    assert local_of(subject) is LocalVerdict.SLOWER
+
+
+def test_it_does_not_where_a_tenth_of_the_prompt_is_still_to_be_computed() -> None:
+    fleet = Workers(decode=2)
+    subject = staying(fleet)
+    longer = (*PROMPT, *range(100, 105))
+    assert subject.consider(longer, "", local_total=60).local.verdict is LocalVerdict.SLOWER
+
+
+def test_it_does_not_where_as_much_runs_as_at_decode_workers() -> None:
+    fleet = Workers(decode=2)
+    subject = staying(fleet)
+    fleet.everyone.views[WorkerId("prefill-0")].load = replace(IDLE, running=2, context_tokens=100)
+    assert local_of(subject) is LocalVerdict.SLOWER
+
+
+def test_a_prompt_that_stays_is_the_probe_of_an_ejected_prefill_worker() -> None:
+    fleet = Workers(prefill=2)
+    subject = staying(fleet)
+    fleet.everyone.views[WorkerId("prefill-1")].load = replace(IDLE, queued_tokens=4000)
+    subject._outliers = outliers = ejecting(fleet, "prefill-0", eject_s=0.5)
+    considered = subject.consider(PROMPT, "", local_total=60)
+    assert (considered.local.verdict, considered.worker_id) == (LocalVerdict.STAYS, "prefill-0")
+    assert outliers.shut(1.0) == []
+    subject.place_locally(considered)
+    assert outliers.shut(1.0) == ["prefill-0"]
+
+
+def test_a_prompt_waits_longer_at_a_prefill_worker_whose_steps_are_shared_with_answers() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    measured(subject, fleet)
+    subject._known = replace(subject._known, step_s=None)
+    view, new = fleet.everyone.views[WorkerId("prefill-0")], tuple(range(1000, 1400))
+    kind = subject._known.curves.of(view.kind)
+    view.load = replace(IDLE, queued_tokens=4096)
+    alone = subject.consider(new, "").query.expected_s(WorkerId("prefill-0"))
+    view.load = replace(view.load, running=3, decoding=2, decoding_tokens=100)
+    beside = subject.consider(new, "").query.expected_s(WorkerId("prefill-0"))
+    decode_s = kind.beside * kind.decode.seconds(3, 500)
+    assert beside[0] - alone[0] == pytest.approx(4096 / 512 * decode_s)
+    assert beside[1] - alone[1] == pytest.approx(decode_s)
+
+
+def test_what_a_prefill_takes_is_not_learned_beside_answers_and_a_slow_worker_is_still_found() -> (
+    None
+):
+    fleet = Workers(prefill=3)
+    outliers = Outliers(OutlierRules(failures=1, eject_s=60.0), Unwatched())
+    subject = chooser(fleet, outliers=outliers)
+    measured(subject, fleet)
+    before = times(subject, fleet)
+    for view in fleet.pool(Role.PREFILL).views.values():
+        view.load = replace(IDLE, running=3, decoding=2, decoding_tokens=100)
+    kind = subject._known.curves.of(fleet.everyone.views[WorkerId("prefill-0")].kind)
+    predicted_s = kind.prefill.seconds(0, 40) + kind.decode.seconds(2, 100)
+    for _ in range(20):
+        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        for name, factor in (("prefill-0", 1.0), ("prefill-1", 1.0), ("prefill-2", 4.0)):
+            link = fleet.link(Role.PREFILL, WorkerId(name))
+            subject.prefilled(link, 40, LegTimes(prefill_s=factor * predicted_s))  # type: ignore[arg-type]
+    assert times(subject, fleet) == before
+    assert [w for w in fleet.pool(Role.PREFILL).incarnations if outliers.is_ejected(w)] == [
+        "prefill-2"
+    ]
+
+
+def test_answers_at_a_prefill_worker_tell_their_length_and_nothing_of_a_decode_step() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    before = times(subject, fleet)
+    for _ in range(8):
+        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject.answer_ended(WorkerId("prefill-0"), 12, 99.0)
+    assert times(subject, fleet) == before
+    assert subject._known.curves.residuals

@@ -1,9 +1,10 @@
-"""When a decode worker computes a prompt itself."""
+"""When one worker both computes a prompt and decodes its answer."""
 
 import pytest
 
 from core.ids import WorkerId
-from router.local import LocalOption, LocalVerdict, judge_local
+from router.decode_load import DecodeLoad
+from router.local import LocalOption, LocalVerdict, StayOption, judge_local, judge_stay
 from router.place import Beside
 from router.policies.base import Slo
 
@@ -53,10 +54,42 @@ def test_a_step_may_miss_the_target_where_the_mean_over_the_answers_keeps_it() -
 
 
 def test_answers_that_end_before_the_prompt_does_have_a_chunk_in_every_step() -> None:
-    slow = there(delay_s=40 * 0.2, chunk_steps=40)._replace(steps_to_go=10)
-    assert slow.mean_step_s == pytest.approx(0.22)
+    slow = THERE._replace(delay_s=40 * 0.2, chunk_steps=40)
+    assert slow.mean_step_s(10) == pytest.approx(0.22)
 
 
 def test_within_the_time_of_a_token_it_saves_the_hand_off() -> None:
     soon = there(queue_s=0.0, work_s=0.09)._replace(elsewhere_s=0.01)
     assert judge_local(soon, SLO) is LocalVerdict.LOCAL
+
+
+STAY = StayOption(
+    fits=lambda: True,
+    beside=THERE,
+    steps_to_go=0,
+    here=DecodeLoad(0.3, 0.0),
+    elsewhere=DecodeLoad(0.4, 0.0),
+)
+
+
+def test_an_answer_stays_where_there_is_less_to_decode() -> None:
+    assert judge_stay(STAY, SLO)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        STAY._replace(here=None),
+        STAY._replace(elsewhere=None),
+        STAY._replace(here=DecodeLoad(0.4, 0.0)),
+        STAY._replace(fits=lambda: False),
+        STAY._replace(beside=THERE._replace(delay_s=0.321)),
+    ],
+    ids=["not measured here", "nor there", "as much to decode", "no memory", "beyond the target"],
+)
+def test_each_reason_to_go_on_elsewhere(option: StayOption) -> None:
+    assert not judge_stay(option, SLO)
+
+
+def test_alone_it_stays_however_long_its_steps_are() -> None:
+    assert judge_stay(STAY._replace(beside=THERE._replace(decode_s=0.0, delay_s=2.0)), SLO)

@@ -143,7 +143,6 @@ def simulated_router(live: Cluster, seed: int = 0) -> tuple[SimRouter, Told]:
 def replay(calls: list[Call], router: SimRouter, clock: Told) -> list[tuple[Call, Any]]:
     """The answers of the simulated router's chooser beside the recorded ones."""
     considered: dict[int, Any] = {}
-    local: dict[int, Any] = {}
     answers: list[tuple[Call, Any]] = []
     links = {link.record.worker_id: link for link in router.fleet.links()}
     for call in calls:
@@ -151,17 +150,14 @@ def replay(calls: list[Call], router: SimRouter, clock: Told) -> list[tuple[Call
             getattr(links[call.worker].view, call.name)(*call.args, **call.keys)
             continue
         args = list(call.args)
-        if call.name == "place":
+        if call.name in ("place", "place_locally"):
             args[0] = considered[id(args[0])]
-        elif call.name == "place_locally":
-            args[0] = local[id(args[0])]
         elif call.name in ("prefilled", "decoding"):
             args[0] = links[args[0].record.worker_id]
         clock.times_s = list(call.times_s)
         answer = getattr(router.chooser, call.name)(*args, **call.keys)
         if call.name == "consider":
             considered[id(call.answer)] = answer
-            local[id(call.answer.local.placement)] = answer.local.placement
         answers.append((call, answer))
     return answers
 
