@@ -256,7 +256,7 @@ class LoadReport:
     context_tokens: int
     """Tokens of context of all running sequences."""
     decoding: int = 0
-    """Of these sequences, those whose prompt is computed."""
+    """Of those that run, those of which one token is to be fed, as of all that decode."""
     decoding_tokens: int = 0
     """The context of those."""
     free_blocks: int

@@ -60,7 +60,7 @@ class RunnerLoad:
     running: int
     context_tokens: int
     decoding: int
-    """Of those running, those whose prompt is computed."""
+    """Of those running, those of which one token is to be fed."""
     decoding_tokens: int
     """The context of those."""
 

@@ -173,6 +173,7 @@ class Attempt:
             ),
             self._hear,
             placed.load_tokens,
+            placed.prompt_tokens,
         )
         self._answers.expect(self._prefill, self._give_up)
         if placed.queued is not None:
@@ -328,11 +329,14 @@ class Attempt:
         return [event]
 
     def _rejected(self, leg: Leg, event: Rejected) -> None:
-        """A decode worker's no costs only another choice; a prefill worker's, another attempt."""
+        """A decode worker's no costs only another choice; a prefill worker's, another attempt.
+        To an answer that would stay it says nothing of its prompt.
+        """
         leg.link.finish(leg)
         error = from_code(event.code, event.message)
-        said_no = self._shut.full if isinstance(error, Overloaded) else self._shut.failed
-        said_no.add(leg.link.record.incarnation)
+        if not self._local or leg.link.record.role is Role.DECODE:
+            said_no = self._shut.full if isinstance(error, Overloaded) else self._shut.failed
+            said_no.add(leg.link.record.incarnation)
         if self._local and error.retryable:
             self._local, self._decode = False, None
             self._submit_prefill(None)

@@ -41,13 +41,15 @@ _LOCAL_LOOKS = 2
 """Drawn beside those."""
 _DECODE_LOOKS = 8
 _STAY_LOOKS = 2
+_ALL_HERE = Then(after_s=0.0, due_share=1.0)
 _FEW_TOKENS = 8
 """Fewer steps tell too little of what a step takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement(Generic[L]):
-    """The link chosen, why, and the load the leg will be to it (tokens).
+    """The link chosen, why, and the load the leg will be to it: tokens whose KV it will hold, and
+    of these those that it will compute.
 
     `source` is another worker that holds more of the prompt than the chosen one.
     """
@@ -56,7 +58,6 @@ class Placement(Generic[L]):
     decision: Decision
     load_tokens: int
     prompt_tokens: int = 0
-    """Of these, those a decode worker computes itself."""
     source: PrefixSource | None = None
     queued: QueuedPrompt | None = None
     """For whoever submits the prompt to note in `Chooser.queued`, and to discard."""
@@ -145,6 +146,7 @@ class Chooser(Generic[L]):
             curves=Curves(),
             slo=policies.slo,
             step_s=policies.step_s,
+            stays=policies.local_decode,
             random=random,
         )
         self.queued = QueuedPrompts(self._known.coming)
@@ -188,7 +190,8 @@ class Chooser(Generic[L]):
         return Placement(
             link=self._fleet.link(Role.PREFILL, chosen),
             decision=decision,
-            load_tokens=query.tokens - query.cached_tokens(chosen),
+            load_tokens=query.tokens,
+            prompt_tokens=query.tokens - query.cached_tokens(chosen),
             source=query.source(chosen, self._fleet.everyone, failed),
             queued=_queued(query, decision),
         )
@@ -285,7 +288,7 @@ class Chooser(Generic[L]):
     ) -> Local[L] | None:
         """The answer at the prefill worker chosen for its prompt, if it is to stay there."""
         tokens, cached = prefill.tokens, prefill.cached_tokens(chosen)
-        if not self._policies.local_decode or cached < STAYS_CACHED * tokens:
+        if not self._known.stays or cached < STAYS_CACHED * tokens:
             return None
         pool = self._fleet.pool(Role.DECODE)
         here = self._decode_query(
@@ -295,10 +298,11 @@ class Chooser(Generic[L]):
         loads = [decode.load(worker, None) for worker in sample(decode, _STAY_LOOKS)]
         beside = prefill.beside(chosen)
         option = StayOption(
+            measured=prefill.measured(chosen),
             fits=partial(here.fits, chosen),
             beside=beside,
             steps_to_go=self._known.curves.steps_to_go,
-            here=here.load(chosen, None),
+            here=here.load(chosen, _ALL_HERE),
             elsewhere=min((load for load in loads if load is not None), default=None),
         )
         if not judge_stay(option, self._known.slo):
@@ -307,7 +311,8 @@ class Chooser(Generic[L]):
         placement = Placement(
             link=self._fleet.link(Role.PREFILL, chosen),
             decision=Decision(chosen, [scored], "cached there, and less to decode"),
-            load_tokens=tokens - cached,
+            load_tokens=tokens,
+            prompt_tokens=tokens - cached,
         )
         return Local(LocalVerdict.STAYS, placement, Outlook(beside.queue_s, beside.work_s))
 
@@ -408,21 +413,22 @@ class Chooser(Generic[L]):
         self._outliers.answered(incarnation, now_s)
         if times.prefill_s <= 0:
             return
-        speed, cached, prefills = curves.of(view.kind), times.cached_tokens, view.is_prefill
-        beside, context_tokens = _decoding_at(view)
-        predicted_s = speed.prefill.seconds(cached, tokens)
-        if beside:
-            decode_s = speed.decode.seconds(beside, context_tokens)
+        speed, cached = curves.of(view.kind), times.cached_tokens
+        predicted_s, decodes_s = speed.prefill.seconds(cached, tokens), 0.0
+        if (load := view.load) is not None and load.decoding and self._has_shared_steps(view):
+            decode_s = speed.decode.seconds(load.decoding, load.decoding_tokens)
             beside_s = speed.beside * decode_s
             chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens)
             steps = -(-(tokens - cached) // chunk)
             alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
-            predicted_s = alone_s + steps * beside_s
-            if not prefills:
+            decodes_s = steps * beside_s
+            predicted_s = alone_s + decodes_s
+            if not view.is_prefill:
                 curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
-        elif prefills:
-            curves.saw_prefill(view.kind, cached, tokens, times.prefill_s, now_s)
-        if prefills:
+        if view.is_prefill:
+            if 2 * decodes_s <= times.prefill_s:
+                own_s = times.prefill_s - decodes_s
+                curves.saw_prefill(view.kind, cached, tokens, own_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations
             self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
 
@@ -455,7 +461,7 @@ class Chooser(Generic[L]):
         steps = output_tokens - 2  # the prefill's token, and the one that began the decode
         if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
             return
-        if view.is_prefill:
+        if view.is_prefill and self._known.stays:
             return  # its steps are the prompts', which come all the time
         if view.load.running:
             step_s, running = decode_s / steps, view.load.running
@@ -464,6 +470,10 @@ class Chooser(Generic[L]):
             curves.saw_decode(view.kind, running, context_tokens, step_s, now_s)
             peers = self._fleet.pool(Role.DECODE).incarnations
             self._outliers.took(view.hello.incarnation, peers, step_s, predicted_s, now_s)
+
+    def _has_shared_steps(self, view: WorkerView) -> bool:
+        """Whether what answers add to its steps is told apart from what prompts take."""
+        return self._known.stays or not view.is_prefill
 
     # -- queries --------------------------------------------------------------------------------
 
@@ -536,14 +546,6 @@ def _ways(query: DecodeCacheQuery) -> Iterator[Beside]:
     drawn = sample(query, _LOCAL_LOOKS)
     for worker in dict.fromkeys(chain(query.holders(_LOCAL_HOLDERS), drawn)):
         yield query.beside(worker)
-
-
-def _decoding_at(view: WorkerView) -> tuple[int, int]:
-    """Answers in whose steps a prompt was computed there, and their context."""
-    load = view.load
-    if load is None or view.is_prefill:
-        return (0, 0) if load is None else (load.decoding, load.decoding_tokens)
-    return (load.running, load.context_tokens) if load.running > 1 else (0, 0)
 
 
 def _running_tokens(load: LoadReport) -> int:

@@ -121,9 +121,10 @@ class WorkerLink:
         build: Callable[[int], PrefillSubmit | DecodeSubmit],
         listener: LegListener,
         load_tokens: int,
-        prompt_tokens: int = 0,
+        prompt_tokens: int,
     ) -> Leg:
-        """Open a leg; of its load a decode worker is to compute `prompt_tokens` itself.
+        """Open a leg of a sequence whose KV will be `load_tokens` there, of which `prompt_tokens`
+        are to be computed.
 
         Raises WorkerLost when the stream has ended, RequestTooLarge for a submit that no worker
         would read: the other legs of the stream go on.

@@ -25,6 +25,9 @@ would miss it.
 """
 
 
+_LEAST_STEP_S = 1e-6
+
+
 class Decoding(NamedTuple):
     """The sequences of one decode worker, and the KV it has room for."""
 
@@ -71,7 +74,7 @@ def load_now(there: Decoding, tokens: int, pace: Pace) -> DecodeLoad:
 def load_then(there: Decoding, tokens: int, pace: Pace, then: Then) -> DecodeLoad:
     """As it will be then; who comes meanwhile has not ended."""
     step_s = pace.curve.seconds(there.running, round(_part(there, there.running)))
-    left = there.running * share_left(pace.residuals, then.after_s / step_s)
+    left = there.running * share_left(pace.residuals, then.after_s / max(_LEAST_STEP_S, step_s))
     return _load(there, left + there.coming * then.due_share, tokens, pace)
 
 

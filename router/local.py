@@ -9,10 +9,9 @@ load of either side as in xLLM (arXiv 2510.14686) and Splitwise's borrowed machi
 both sides of the trade are predicted.
 
 Where none does, the answer may still stay at the prefill worker chosen for the prompt, if that has
-nearly all of it cached and less to decode than a decode worker: the next turn of a session then
-finds its whole history where the last one ended. What takes long to compute there would delay the
-prompts behind it, so how much is cached decides, and not how busy either pool is: of eight rules
-tried, the one that loses on no trace (docs/simulation.md).
+nearly all of it cached and less to run than a decode worker. What takes long to compute there would
+delay the prompts behind it, so how much is cached decides first: of the rules tried, the one that
+loses on neither of two traces (docs/simulation.md).
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ STAYS_CACHED = 0.9
 
 
 class LocalVerdict(StrEnum):
-    """LOCAL, or why not; the label of its counter."""
+    """LOCAL or STAYS, or why a decode worker does not; the label of its counter."""
 
     LOCAL = "local"
     """A decode worker computes the prompt."""
@@ -62,13 +61,15 @@ class LocalOption(NamedTuple):
 class StayOption(NamedTuple):
     """A prompt at the prefill worker chosen for it, as a place for its answer."""
 
+    measured: bool
     fits: Callable[[], bool]
     beside: Beside
     steps_to_go: int
     """As a LocalOption's."""
     here: DecodeLoad | None
+    """With all that waits or runs there, also prompts that will leave."""
     elsewhere: DecodeLoad | None
-    """Of the better of two decode workers; both None where that is not known."""
+    """Of the better of two decode workers, with those that run; both None where not known."""
 
 
 def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
@@ -85,7 +86,7 @@ def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:
 def judge_stay(option: StayOption, slo: Slo) -> bool:
     """Of a prompt of which STAYS_CACHED is cached there."""
     here, elsewhere = option.here, option.elsewhere
-    if here is None or elsewhere is None or here.share >= elsewhere.share:
+    if not option.measured or here is None or elsewhere is None or here.share >= elsewhere.share:
         return False
     there = option.beside
     keeps = not there.decode_s or there.mean_step_s(option.steps_to_go) <= slo.tpot_s

@@ -30,6 +30,10 @@ class Knowledge:
     slo: Slo
     step_s: float | None = None
     """What workers let a step take that computes part of a prompt beside answers."""
+    stays: bool = True
+    """Answers may run at prefill workers. Where not, as in a colocated pool, its prefill curve is
+    that of steps with all that is in them.
+    """
     random: Random
     coming: Coming = field(default_factory=Coming)
 
@@ -121,7 +125,7 @@ class PrefillPoolQuery(PoolQuery):
 
     def _seconds(self, worker: WorkerId, cached: int) -> tuple[float, float]:
         view = self._views[worker]
-        if view.load is not None and view.load.decoding:
+        if view.load is not None and view.load.decoding and self._known.stays:
             there = self._beside(view, cached)
             return there.queue_s, there.work_s
         speed = self._known.curves.of(view.kind)
@@ -277,7 +281,9 @@ class DecodePoolQuery(PoolQuery):
         if self.free_tokens(worker) < self._tokens:
             return False
         context_tokens = self.context_tokens(worker) + self._tokens
-        sequences, room = self.sequences(worker) + 1, (1 - _RESERVE) * arena_tokens
+        # What leases keep is in no context, and not free either.
+        room = min((1 - _RESERVE) * arena_tokens, self.free_tokens(worker) + context_tokens)
+        sequences = self.sequences(worker) + 1
         if context_tokens + sequences * residuals[0] <= room:
             return True  # even if all of them were to go on as long as the longest
         return peak_tokens(context_tokens, sequences, residuals) <= room

@@ -191,7 +191,7 @@ class RouteChoice:
     candidates: tuple[RouteCandidate, ...]
     line: str
     local: LocalVerdict = LocalVerdict.OFF
-    """LOCAL: the decode worker computes the prompt itself, so both legs are one; or why not."""
+    """LOCAL or STAYS: one worker serves the prompt alone, so both legs are one; or why not."""
 
 
 class RouteExplainer(Protocol):

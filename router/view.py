@@ -19,16 +19,16 @@ class WorkerView:
         self.load: LoadReport | None = None
         self.holdings = holdings
         self.unseen_tokens = 0
-        """Tokens of own submits that no report holds yet."""
+        """Tokens whose KV own submits will hold there that no report shows yet."""
         self.unseen_prompt_tokens = 0
-        """Of these, prompt tokens that a decode worker is to compute."""
+        """Of these, prompt tokens that are to be computed there."""
         self._own: dict[int, tuple[int, int]] = {}
         self._next_event: int | None = None
         self._asked = True
 
     # -- load -----------------------------------------------------------------------------------
 
-    def submitted(self, number: int, tokens: int, prompt_tokens: int = 0) -> None:
+    def submitted(self, number: int, tokens: int, prompt_tokens: int) -> None:
         """This router sent a submit, numbered upwards, that no report shows yet."""
         self._own[number] = tokens, prompt_tokens
         if len(self._own) > _MAX_OWN:  # its reports are frozen: all of it stays counted
@@ -68,7 +68,7 @@ class WorkerView:
     def queued_tokens(self) -> int:
         """Prompt tokens that wait or are computed there, own unseen submits included."""
         load = self.load
-        return self.unseen_tokens + (load.queued_tokens if load is not None else 0)
+        return self.unseen_prompt_tokens + (load.queued_tokens if load is not None else 0)
 
     @property
     def capacity_tokens(self) -> int:

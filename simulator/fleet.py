@@ -74,7 +74,7 @@ class SimLink:
         self.sent = 0
         """Submits to it from this router."""
 
-    def submitted(self, tokens: int, prompt_tokens: int = 0) -> None:
+    def submitted(self, tokens: int, prompt_tokens: int) -> None:
         """A submit is on its way there; a view of what is true shows it anyhow."""
         self.sent += 1
         if not isinstance(self.view, _TrueView):

@@ -10,6 +10,7 @@ router/attempt.py has it, without the waits that a lost message would need.
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -23,7 +24,7 @@ from prefill_worker.policy import refuse_prompt
 from router.admission import Admit, InLine, Reject, Verdict, Wait, decide_decode, judge
 from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
-from router.policies.build import build_policies
+from router.policies.build import Policies, build_policies
 from router.watcher import Requeue, Unwatched
 from simulator.balance import Balance
 from simulator.events import Events
@@ -67,7 +68,7 @@ class SimRouter:
         rules = OutlierRules(failures=spec.router.eject_after_failures, eject_s=spec.router.eject_s)
         self.chooser: Chooser[SimLink] = Chooser(
             fleet,
-            build_policies(spec.router, spec.slo),
+            _policies(spec),
             events,
             random,
             Outliers(rules, Unwatched()),
@@ -218,7 +219,7 @@ class SimRouter:
         if not self._takes(job, link, decodes=False):
             return
         job.record.prefill_worker = link.record.worker_id
-        link.submitted(placed.load_tokens)
+        link.submitted(placed.load_tokens, placed.prompt_tokens)
         self._note_queued(job, placed, moves=not job.requeued)
         leg = PrefillLeg(job, link, now_s)
         job.legs = [leg]
@@ -248,7 +249,7 @@ class SimRouter:
         link = placed.link
         if not self._takes(job, link, decodes=True):
             return False
-        link.submitted(placed.load_tokens)
+        link.submitted(placed.load_tokens, placed.prompt_tokens)
         job.decode, job.record.decode_worker = link, link.record.worker_id
         leg = DecodeLeg(job, link, now_s)
         size = link.member.worker.spec.block_size
@@ -428,7 +429,7 @@ class SimRouter:
         )
         if move.begin():
             job.move = move
-            link.submitted(job.context_tokens)
+            link.submitted(job.context_tokens, 0)
 
     def _moved(self, job: Job, leg: Leg, there: Leg, moved: bool, pause_s: float) -> None:
         job.move = None
@@ -494,3 +495,11 @@ class SimRouter:
         if outcome == "ok":
             job.record.end_s = self._events.now_s()
         self._on_end(job.record)
+
+
+def _policies(spec: SimSpec) -> Policies:
+    """Colocated workers do both, as vLLM does: no step of theirs is kept within a target."""
+    policies = build_policies(spec.router, spec.slo)
+    if spec.is_colocated:
+        return replace(policies, step_s=None, local_decode=False)
+    return policies

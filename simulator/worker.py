@@ -325,12 +325,12 @@ class SimWorker:
 
     def _decoding(self) -> tuple[int, int]:
         """Sequences that decode, and their context."""
-        in_run = self._run is None or self._run.batch is None
-        rest = self._fresh if in_run else self.scheduler.running
+        if self._run is not None and self._run.batch is not None:
+            count, tokens, rest = 0, 0, self.scheduler.running
+        else:
+            count, tokens, rest = self._decodes, self._context_tokens, self._fresh
         known = [s.known_tokens for s in rest if s.pending_tokens == 1]
-        if not in_run:
-            return len(known), sum(known)
-        return self._decodes + len(known), self._context_tokens + sum(known)
+        return count + len(known), tokens + sum(known)
 
     # -- a step begins --------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class _Router:
         """Worker `i` has the job."""
         view, steps = self.views[i], steps_of(job.prompt.hashes, self.block_size)
         self.sent[i] += 1
-        view.submitted(self.sent[i], job.uncached)
+        view.submitted(self.sent[i], job.prompt.tokens, job.uncached)
         self.known.coming.add(view.hello.worker_id, steps)
 
     def over(self, i: int, job: Job) -> None:

@@ -66,5 +66,5 @@ def build_policies(config: RouterConfig, slo: Slo = DEFAULT_SLO) -> Policies:
         decode=decode(),
         slo=slo,
         step_s=config.step_s(slo.tpot_s),
-        local_decode=config.local_decode,
+        local_decode=config.local_prefill and config.local_decode,
     )

@@ -76,6 +76,7 @@ async def prefilled(
         ),
         heard,
         0,
+        0,
     )
     await heard.end()
     assert heard.accepted is not None
@@ -115,6 +116,7 @@ async def decode_leg(
             handoff=handoff,
         ),
         heard,
+        0,
         0,
     )
     await heard.end()

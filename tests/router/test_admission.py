@@ -544,7 +544,7 @@ async def test_a_real_workers_report_lets_the_first_in() -> None:
             chooser.prefilled(link, 100, LegTimes(prefill_s=10.0))
             clock.advance(1.0)
         assert link.view is not None
-        link.submit(lambda number: prefill_submit(number, make_prompt(400, 1)), ignore, 400)
+        link.submit(lambda number: prefill_submit(number, make_prompt(400, 1)), ignore, 400, 400)
         ((queue_s, work_s),) = outlooks_of(chooser, prompt)
         slo = Slo(ttft_s=queue_s / 1.5 + work_s, tpot_s=1.0)
         admission = Admission(chooser, clock, BOUNDS, Unwatched(), ready=lambda: True, local=False)

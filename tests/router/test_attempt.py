@@ -133,10 +133,6 @@ class ScriptedFleet:
         self.index = PrefixIndex()
         self.everyone = Pool({name: link.view for name, link in self._links.items()})
 
-    def add(self, link: ScriptedLink) -> None:
-        self._links[link.record.worker_id] = link
-        self.everyone = Pool({name: each.view for name, each in self._links.items()})
-
     def pool(self, role: Role) -> Pool:
         views = self.everyone.views
         return Pool({name: view for name, view in views.items() if view.hello.role is role})
@@ -154,7 +150,7 @@ class Scene:
         self.prefill = ScriptedLink("p", Role.PREFILL)
         self.source = ScriptedLink("d0", Role.DECODE)
         self.destination = ScriptedLink("d1", Role.DECODE)
-        self.fleet = fleet = ScriptedFleet(self.prefill, self.source, self.destination)
+        fleet = ScriptedFleet(self.prefill, self.source, self.destination)
         policies = build_policies(RouterConfig())
         clock = SystemClock()
         self.outliers = Outliers(OutlierRules(failures=1, eject_s=60.0), Unwatched())
@@ -403,7 +399,7 @@ async def test_a_decode_worker_that_computes_the_prompt_gives_all_tokens() -> No
 
 async def test_what_it_took_there_is_learned_from() -> None:
     s = Scene()
-    s.source.view.load = replace(s.source.view.load, running=4, context_tokens=200)
+    s.source.view.load = replace(s.source.view.load, running=4, decoding=3, decoding_tokens=200)
     beside = s.chooser._known.curves.of(s.source.view.kind).beside
     with s.attempt:
         s.start_at_decode()
@@ -412,15 +408,23 @@ async def test_what_it_took_there_is_learned_from() -> None:
     assert s.chooser._known.curves.of(s.source.view.kind).beside > beside
 
 
-async def test_a_prefill_worker_that_does_not_answer_for_both_has_failed_in_its_own_pool() -> None:
+async def test_a_prefill_worker_that_does_not_answer_for_both_is_the_last_of_its_pool() -> None:
     s = Scene(answer_s=0.01)
-    other = ScriptedLink("p1", Role.PREFILL)
-    s.fleet.add(other)
     with s.attempt:
         s.start_alone_at(s.prefill)
         with pytest.raises(WorkerLost):
             await soon(s.attempt.end())
-    assert s.outliers.is_ejected(s.prefill.record.incarnation)
+    assert s.prefill.record.incarnation in s.shut.failed
+    assert not s.outliers.is_ejected(s.prefill.record.incarnation)
+
+
+async def test_a_no_to_an_answer_that_would_stay_is_none_to_its_prompt() -> None:
+    s = Scene()
+    with s.attempt:
+        s.start_alone_at(s.prefill)
+        s.prefill.say(Rejected(number=0, code="overloaded", message="too many sequences"))
+        assert isinstance(s.prefill.sent[-1], PrefillSubmit)
+        assert not s.shut.full
 
 
 async def test_cached_tokens_of_the_answer_do_not_count_as_the_prompts() -> None:

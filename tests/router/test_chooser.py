@@ -250,11 +250,11 @@ def test_four_routers_that_know_nothing_of_each_other_do_not_herd() -> None:
             placed = subject.for_prefill(prompt, "", Shut())
             view = placed.link.view
             assert view is not None
-            view.submitted(i + 1, placed.load_tokens)
+            view.submitted(i + 1, placed.load_tokens, placed.prompt_tokens)
             counts[placed.decision.worker_id] += 1
             decode = subject.for_decode(40, 60, set())
             assert decode.link.view is not None
-            decode.link.view.submitted(i + 1, decode.load_tokens)
+            decode.link.view.submitted(i + 1, decode.load_tokens, 0)
             counts[decode.decision.worker_id] += 1
     prefills = [counts[f"prefill-{i}"] for i in range(16)]
     decodes = [counts[f"decode-{i}"] for i in range(16)]
@@ -270,7 +270,7 @@ def test_a_worker_whose_reports_freeze_is_not_chosen_for_ever() -> None:
         placed = subject.for_prefill(PROMPT, "", Shut())
         view = placed.link.view
         assert view is not None
-        view.submitted(i + 1, placed.load_tokens)
+        view.submitted(i + 1, placed.load_tokens, placed.prompt_tokens)
         if placed.decision.worker_id != "prefill-0":
             view.reported(replace(IDLE, last_submit=i + 1, queued_tokens=2000))
         chosen[placed.decision.worker_id] += 1
@@ -309,7 +309,7 @@ def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_repo
     measured(subject, fleet)
     subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5))
     view = fleet.everyone.views[WorkerId("decode-0")]
-    view.submitted(1, 40)  # hand-offs are none
+    view.submitted(1, 40, 0)  # hand-offs are none
     assert local_of(subject) is LocalVerdict.LOCAL
     view.submitted(2, 40, 4000)
     assert local_of(subject) is LocalVerdict.SLOWER
@@ -333,6 +333,7 @@ def test_a_prompt_computed_beside_answers_teaches_what_they_add_and_not_what_a_p
     before = times(subject, fleet)
     subject._clock.advance(10.0)  # type: ignore[attr-defined]
     curves, view = subject._known.curves, fleet.everyone.views[WorkerId("decode-0")]
+    view.load = replace(IDLE, running=3, context_tokens=150, decoding=2, decoding_tokens=100)
     alone_s = curves.of(view.kind).prefill.seconds(0, 40)
     decode_s = curves.of(view.kind).decode.seconds(2, 100)
     for _ in range(200):
@@ -341,12 +342,12 @@ def test_a_prompt_computed_beside_answers_teaches_what_they_add_and_not_what_a_p
     assert times(subject, fleet) == before
 
 
-def test_a_prompt_computed_where_nobody_else_runs_teaches_nothing() -> None:
+def test_a_prompt_computed_where_nobody_decodes_teaches_nothing() -> None:
     fleet = Workers()
     subject = chooser(fleet)
     measured(subject, fleet)
     view = fleet.everyone.views[WorkerId("decode-0")]
-    view.load = replace(IDLE, running=1, context_tokens=40)
+    view.load = replace(IDLE, running=4, context_tokens=160)  # other prompts
     assert prefilled_at_decode(subject, fleet, 400.0) == 1.0
 
 
@@ -385,7 +386,8 @@ def test_an_answer_stays_at_a_prefill_worker_that_has_its_prompt_and_less_to_dec
     assert considered.places == 1  # a prompt like it is computed on prefill workers only
     placed = subject.place_locally(considered)
     assert placed is not None
-    assert (placed.link.view.hello.worker_id, placed.load_tokens) == ("prefill-0", 1)
+    assert placed.link.view.hello.worker_id == "prefill-0"
+    assert (placed.load_tokens, placed.prompt_tokens) == (40, 1)
     both = subject.explain(PROMPT, "", 60, local=True)
     assert both.local is LocalVerdict.STAYS
     assert both.prefill.worker_id == both.decode.worker_id == "prefill-0"
@@ -408,6 +410,22 @@ def test_it_does_not_where_as_much_runs_as_at_decode_workers() -> None:
     subject = staying(fleet)
     fleet.everyone.views[WorkerId("prefill-0")].load = replace(IDLE, running=2, context_tokens=100)
     assert local_of(subject) is LocalVerdict.SLOWER
+
+
+def test_what_was_sent_to_stay_there_counts_before_a_report_shows_it() -> None:
+    """A crowd that forks from one cached prompt, all at once."""
+    fleet = Workers(decode=2)
+    subject, stayed = staying(fleet), 0
+    view = fleet.everyone.views[WorkerId("prefill-0")]
+    for number in range(1, 100):
+        considered = subject.consider(PROMPT, "", local_total=60)
+        if considered.local.verdict is not LocalVerdict.STAYS:
+            break
+        placed = subject.place_locally(considered)
+        assert placed is not None
+        view.submitted(number, placed.load_tokens, placed.prompt_tokens)
+        stayed = number
+    assert stayed == 3  # with the fourth their context would be more than at a decode worker
 
 
 def test_a_prompt_that_stays_is_the_probe_of_an_ejected_prefill_worker() -> None:
@@ -455,7 +473,8 @@ def test_what_a_prefill_takes_is_not_learned_beside_answers_and_a_slow_worker_is
         for name, factor in (("prefill-0", 1.0), ("prefill-1", 1.0), ("prefill-2", 4.0)):
             link = fleet.link(Role.PREFILL, WorkerId(name))
             subject.prefilled(link, 40, LegTimes(prefill_s=factor * predicted_s))  # type: ignore[arg-type]
-    assert times(subject, fleet) == before
+    assert times(subject, fleet) != before  # what is left of it, without what they add
+    assert times(subject, fleet)[0] == pytest.approx(before[0], rel=0.1)
     assert [w for w in fleet.pool(Role.PREFILL).incarnations if outliers.is_ejected(w)] == [
         "prefill-2"
     ]

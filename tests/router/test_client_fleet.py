@@ -100,7 +100,7 @@ async def linked_worker(*, gated: bool = False) -> AsyncIterator[tuple[WorkerLin
 async def test_a_leg_hears_its_acceptance_and_its_tokens() -> None:
     async with linked_worker() as (link, _):
         events = Events()
-        leg = link.submit(one_prefill(), events, 22)
+        leg = link.submit(one_prefill(), events, 22, 22)
         await until(lambda: len(events.heard) == 2)
         assert events.kinds() == [Accepted, LegTokens]
         assert list(events.heard[1].tokens) == expected_tokens(PROMPT, 1)  # type: ignore[union-attr]
@@ -110,7 +110,7 @@ async def test_a_leg_hears_its_acceptance_and_its_tokens() -> None:
 async def test_a_submit_counts_as_load_until_the_worker_reports_it() -> None:
     async with linked_worker() as (link, _):
         assert link.view is not None
-        link.submit(one_prefill(), Events(), 22)
+        link.submit(one_prefill(), Events(), 22, 22)
         assert link.view.unseen_tokens == 22
         await until(lambda: link.view is not None and link.view.unseen_tokens == 0)
 
@@ -118,7 +118,7 @@ async def test_a_submit_counts_as_load_until_the_worker_reports_it() -> None:
 async def test_a_cancelled_leg_is_freed_at_the_worker_and_says_no_more() -> None:
     async with linked_worker(gated=True) as (link, served):
         events = Events()
-        leg = link.submit(one_prefill(8), events, 22)
+        leg = link.submit(one_prefill(8), events, 22, 22)
         await until(lambda: bool(events.heard))
         leg.cancel("enough")
         leg.cancel("enough")
@@ -131,10 +131,10 @@ async def test_a_cancelled_leg_is_freed_at_the_worker_and_says_no_more() -> None
 async def test_a_submit_that_is_too_large_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with linked_worker(gated=True) as (link, served):
         events = Events()
-        link.submit(one_prefill(), events, 22)
+        link.submit(one_prefill(), events, 22, 22)
         monkeypatch.setattr("core.stream._MAX_MESSAGE_BYTES", 100)
         with pytest.raises(RequestTooLarge):
-            link.submit(lambda n: prefill_submit(n, make_prompt(200)), Events(), 200)
+            link.submit(lambda n: prefill_submit(n, make_prompt(200)), Events(), 200, 200)
         assert link.view is not None
         assert link.view.unseen_tokens <= 22
         monkeypatch.undo()
@@ -145,9 +145,9 @@ async def test_a_submit_that_is_too_large_fails_alone(monkeypatch: pytest.Monkey
 async def test_a_lost_worker_fails_every_open_leg_once() -> None:
     async with linked_worker(gated=True) as (link, served):
         first, second, over = Events(), Events(), Events()
-        link.submit(one_prefill(8), first, 22)
-        link.submit(one_prefill(8), second, 22)
-        link.finish(link.submit(one_prefill(8), over, 22))
+        link.submit(one_prefill(8), first, 22, 22)
+        link.submit(one_prefill(8), second, 22, 22)
+        link.finish(link.submit(one_prefill(8), over, 22, 22))
         await until(lambda: bool(first.heard and second.heard))
         await served.stop_serving()
         await until(lambda: link.view is None, "the loss noticed")
@@ -163,7 +163,7 @@ async def test_a_lost_worker_takes_no_more_legs() -> None:
         await until(lambda: link.view is None, "the loss noticed")
         assert link.routable is None
         with pytest.raises(WorkerLost, match="not connected"):
-            link.submit(one_prefill(), Events(), 22)
+            link.submit(one_prefill(), Events(), 22, 22)
 
 
 async def test_a_draining_worker_is_not_routable() -> None:
@@ -175,7 +175,7 @@ async def test_a_draining_worker_is_not_routable() -> None:
 
 async def test_a_cache_that_fills_is_seen() -> None:
     async with linked_worker() as (link, served):
-        link.submit(one_prefill(), Events(), 22)
+        link.submit(one_prefill(), Events(), 22, 22)
         await until(lambda: len(served.worker.pool.hashes()) == 5)
         hashes = served.worker.pool.hashes()
         await until(lambda: link.view is not None and link.view.holdings.depth(hashes) == 5)
@@ -276,7 +276,7 @@ async def test_a_worker_that_says_nothing_more_is_lost() -> None:
         running = asyncio.create_task(link.run())
         await until(lambda: link.routable is not None, "the link routable")
         events = Events()
-        link.submit(one_prefill(), events, 22)
+        link.submit(one_prefill(), events, 22, 22)
         await soon(running)
         assert link.routable is None
         assert "said nothing" in events.heard[0].message  # type: ignore[union-attr]

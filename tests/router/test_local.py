@@ -64,6 +64,7 @@ def test_within_the_time_of_a_token_it_saves_the_hand_off() -> None:
 
 
 STAY = StayOption(
+    measured=True,
     fits=lambda: True,
     beside=THERE,
     steps_to_go=0,
@@ -79,13 +80,21 @@ def test_an_answer_stays_where_there_is_less_to_decode() -> None:
 @pytest.mark.parametrize(
     "option",
     [
+        STAY._replace(measured=False),
         STAY._replace(here=None),
         STAY._replace(elsewhere=None),
         STAY._replace(here=DecodeLoad(0.4, 0.0)),
         STAY._replace(fits=lambda: False),
         STAY._replace(beside=THERE._replace(delay_s=0.321)),
     ],
-    ids=["not measured here", "nor there", "as much to decode", "no memory", "beyond the target"],
+    ids=[
+        "no prefill measured",
+        "no decode here",
+        "nor there",
+        "as much to decode",
+        "no memory",
+        "beyond the target",
+    ],
 )
 def test_each_reason_to_go_on_elsewhere(option: StayOption) -> None:
     assert not judge_stay(option, SLO)

@@ -241,7 +241,7 @@ def test_a_worker_whose_reports_freeze_is_not_chosen_for_ever() -> None:
         policy.placed(query, decision)
         chosen.append(decision.worker_id)
         if decision.worker_id == "frozen":
-            frozen.submitted(number, 33)
+            frozen.submitted(number, 33, 33)
             assert frozen.load is not None
             frozen.reported(frozen.load)  # a heartbeat: nothing has changed
     assert chosen.count(WorkerId("frozen")) == 1
@@ -257,6 +257,7 @@ def test_a_hot_prefix_does_not_hold_traffic_at_a_frozen_worker() -> None:
         decision = policy.choose(query)
         if decision.worker_id == "other":
             break
-        frozen.submitted(number, query.tokens - query.cached_tokens(decision.worker_id))
+        uncached = query.tokens - query.cached_tokens(decision.worker_id)
+        frozen.submitted(number, query.tokens, uncached)
     # 0.1 * what it was sent and never reported outweighs the 32 tokens it has in its cache
     assert 300 < number <= 330

@@ -20,7 +20,7 @@ A = WorkerId("a")
 
 def test_a_queue_is_what_was_reported_and_what_was_sent_since() -> None:
     workers = Workers()
-    workers.add("a", queued=30, waiting=2, running=3).submitted(2, 100)
+    workers.add("a", queued=30, waiting=2, running=3).submitted(2, 500, 100)
     query = workers.prefill()
     assert (query.queued_tokens(A), query.ttft_s(A)[0], query.sequences(A)) == (130, 130.0, 6)
 
@@ -74,7 +74,7 @@ def test_a_decision_explains_itself_in_one_line() -> None:
 
 def test_decode_load_counts_own_submits_the_worker_has_not_reported() -> None:
     workers = Workers()
-    workers.add("a", running=5, context=500, free_blocks=10).submitted(2, 15)
+    workers.add("a", running=5, context=500, free_blocks=10).submitted(2, 15, 0)
     query = workers.decode()
     assert (query.sequences(A), query.context_tokens(A), query.free_tokens(A)) == (6, 515, 25)
 
@@ -146,13 +146,24 @@ def beside_a(workers: Workers) -> Beside:
     return query.beside(A)
 
 
+def test_what_leases_keep_is_no_room_for_answers_to_grow() -> None:
+    workers = Workers(Role.DECODE)
+    for _ in range(8):
+        workers.known.curves.saw_output(60)
+    workers.add("a", running=20, context=100, free_blocks=70)
+    workers.add("b", running=20, context=100, free_blocks=20)
+    query = workers.decode(tokens=20, max_tokens=80)
+    assert query.fits(A)
+    assert not query.fits(WorkerId("b"))
+
+
 def test_a_hand_off_not_yet_reported_is_no_prefill_to_wait_for_at_a_decode_worker() -> None:
     workers = Workers(Role.DECODE)
     view = workers.add("a", queued=7)
     before = beside_a(workers)
-    view.submitted(1, 500)
+    view.submitted(1, 500, 0)
     after = beside_a(workers)
-    assert workers.prefill().queued_tokens(A) == 507
+    assert workers.prefill().queued_tokens(A) == 7
     assert before.queue_s == pytest.approx(7.0)
     assert after.queue_s == pytest.approx(7.0, rel=1e-3), "but for an answer in its step"
 

@@ -28,8 +28,8 @@ def view_of(*hashes: BlockHash, next_number: int = 1) -> WorkerView:
 
 def test_a_submit_counts_until_a_report_holds_it() -> None:
     view = new_view()
-    view.submitted(1, 100)
-    view.submitted(2, 30)
+    view.submitted(1, 100, 0)
+    view.submitted(2, 30, 0)
     assert (view.unseen_tokens, view.unseen_submits) == (130, 2)
     view.reported(replace(IDLE, last_submit=1))
     assert (view.unseen_tokens, view.unseen_submits) == (30, 1)
@@ -38,7 +38,7 @@ def test_a_submit_counts_until_a_report_holds_it() -> None:
 def test_submits_no_report_ever_shows_all_count_and_take_bounded_memory() -> None:
     view = new_view()
     for number in range(1, 10_001):
-        view.submitted(number, 3)
+        view.submitted(number, 3, 0)
     assert view.unseen_tokens == 30_000
     assert view.unseen_submits < 5000
     view.reported(replace(IDLE, last_submit=10_000))
@@ -47,8 +47,8 @@ def test_submits_no_report_ever_shows_all_count_and_take_bounded_memory() -> Non
 
 def test_a_leg_that_ended_before_any_report_counts_no_more() -> None:
     view = new_view()
-    view.submitted(1, 100)
-    view.submitted(2, 7)
+    view.submitted(1, 100, 0)
+    view.submitted(2, 7, 0)
     view.ended(1)
     view.ended(1)
     assert view.unseen_tokens == 7

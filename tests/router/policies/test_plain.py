@@ -45,7 +45,7 @@ class PlainQuery(PrefillPoolQuery):
         speed = self._known.curves.of(view.kind)
         load_tokens = view.load.queued_tokens if view.load is not None else 0
         work_s = speed.prefill.seconds(min(cached, self.tokens - 1), self.tokens)
-        return (load_tokens + view.unseen_tokens) * speed.queue_token_s, work_s
+        return (load_tokens + view.unseen_prompt_tokens) * speed.queue_token_s, work_s
 
 
 def _chain(random: Random, blocks: int) -> list[BlockHash]:
@@ -73,7 +73,7 @@ def _fleet(prompts: Sequence[Sequence[BlockHash]], seed: int) -> Workers:
         }
         queued = random.randrange(20_000) if i % 3 else 0
         view = workers.add(f"w{i:02}", cached=tuple(held), queued=queued)
-        view.submitted(1, random.randrange(4000))
+        view.submitted(1, 4000, random.randrange(4000))
         workers.known.curves.set_prefill(view.kind, PrefillCurve(0.003, 1e-4, 1e-9))
         noted = random.choice(prompts)
         workers.known.coming.add(view.hello.worker_id, steps_of(noted, BLOCK))
