@@ -167,6 +167,8 @@ def test_in_the_middle_of_steps_jumping_and_stepping_report_the_same_load() -> N
         play(asks, spec, look_at_s=times, look=stepped.append, stepwise=True)
         for ours, theirs in zip(jumped, stepped, strict=True):
             assert (ours.running, ours.waiting) == (theirs.running, theirs.waiting)
+            assert ours.decoding == theirs.decoding
+            assert abs(ours.decoding_tokens - theirs.decoding_tokens) <= ours.decoding
             # Within a jump the steps done are those of its share of the time: one more or less.
             assert abs(ours.context_tokens - theirs.context_tokens) <= ours.running
             busy += theirs.context_tokens > 0
