@@ -35,10 +35,10 @@ redis-server:
 	fi
 
 test-faults: .venv/installed-test redis-server
-	@$(MAKE) --no-print-directory -j 2 faults-of-1 faults-of-2
+	@$(MAKE) --no-print-directory -j 3 faults-of-1 faults-of-2 faults-of-3
 
 faults-of-%: .venv/installed-test
-	BATON_FAULT_REPEATS=200 BATON_FAULT_SHARD=$*/2 $(BIN)/python -m pytest tests/faults
+	BATON_FAULT_REPEATS=200 BATON_FAULT_SHARD=$*/3 $(BIN)/python -m pytest tests/faults
 
 check: .venv/installed-test
 	$(BIN)/ruff format --check .

@@ -41,6 +41,8 @@ _LOCAL_LOOKS = 2
 """Drawn beside those."""
 _DECODE_LOOKS = 8
 _STAY_LOOKS = 2
+_SMALL_SHARE = 0.1
+"""More of a prompt's time, taken for that of answers by a guess, would bend the prefill curve."""
 _ALL_HERE = Then(after_s=0.0, due_share=1.0)
 _FEW_TOKENS = 8
 """Fewer steps tell too little of what a step takes."""
@@ -295,7 +297,7 @@ class Chooser(Generic[L]):
             self._fleet.pool(Role.PREFILL), tokens, total_tokens, "", frozenset()
         )
         decode = self._decode_query(pool, tokens, total_tokens, "", self._closed(pool, ()))
-        loads = [decode.load(worker, None) for worker in sample(decode, _STAY_LOOKS)]
+        loads = [decode.load(worker, _ALL_HERE) for worker in sample(decode, _STAY_LOOKS)]
         beside = prefill.beside(chosen)
         option = StayOption(
             measured=prefill.measured(chosen),
@@ -426,7 +428,7 @@ class Chooser(Generic[L]):
             if not view.is_prefill:
                 curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
         if view.is_prefill:
-            if 2 * decodes_s <= times.prefill_s:
+            if decodes_s <= _SMALL_SHARE * times.prefill_s:
                 own_s = times.prefill_s - decodes_s
                 curves.saw_prefill(view.kind, cached, tokens, own_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations

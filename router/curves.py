@@ -13,6 +13,7 @@ coefficients, so that a decision may ask for a dozen of them.
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from math import log
 from typing import NewType
 
 from core.fit import CostFit
@@ -33,8 +34,9 @@ _ENOUGH_PREFILLS = 3
 _OUTPUTS = 512
 _QUANTILES = 16
 _ENOUGH_OUTPUTS = 8
+_SIZES_PER_E = 10
 _MAX_KINDS = 256
-"""Known at once; an arena sized by the memory that is free makes a kind of nearly every restart."""
+"""Known at once."""
 
 
 WorkerKind = NewType("WorkerKind", str)
@@ -42,7 +44,11 @@ WorkerKind = NewType("WorkerKind", str)
 
 
 def kind_of(hello: WorkerHello) -> WorkerKind:
-    return WorkerKind(f"{hello.layout} * {hello.num_blocks}")
+    """Arenas that differ by a few percent are of equal GPUs: sized by what memory is free, no two
+    are alike.
+    """
+    size = round(_SIZES_PER_E * log(max(1, hello.num_blocks)))
+    return WorkerKind(f"{hello.layout}, size {size}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,9 +67,11 @@ class StayOption(NamedTuple):
     steps_to_go: int
     """As a LocalOption's."""
     here: DecodeLoad | None
-    """With all that waits or runs there, also prompts that will leave."""
+    """With all that runs there or is on its way, also prompts that will leave; None where that is
+    not known.
+    """
     elsewhere: DecodeLoad | None
-    """Of the better of two decode workers, with those that run; both None where not known."""
+    """Likewise, of the better of two decode workers."""
 
 
 def judge_local(option: LocalOption, slo: Slo) -> LocalVerdict:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -90,3 +91,11 @@ def test_kinds_that_restarts_leave_behind_are_forgotten_and_those_in_use_are_not
     assert len(curves._kinds) == 256
     assert curves.measured(KIND)
     assert curves.of(KIND).prefill.seconds(0, 1000) == pytest.approx(0.5, rel=0.1)
+
+
+def test_arenas_sized_by_what_memory_was_free_are_of_one_kind_and_other_gpus_are_not() -> None:
+    def kind(num_blocks: int) -> WorkerKind:
+        return kind_of(replace(HELLO, num_blocks=num_blocks))
+
+    assert kind(30_000) == kind(30_041) == kind(29_850)
+    assert len({kind(30_000), kind(25_000), kind(60_000)}) == 3
