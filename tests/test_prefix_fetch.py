@@ -168,6 +168,7 @@ class Links:
             ),
             hear,
             len(prompt),
+            len(prompt),
         )
         async with asyncio.timeout(WAIT_S):
             event = await ended
