@@ -76,12 +76,12 @@ class RouterConfig(Settings):
     answers running there keep slo.tpot_ms."""
     local_decode: bool = True
     """An answer stays at the prefill worker chosen for its prompt, without a hand-off, when nine
-    tenths of the prompt are cached there and it has less to decode than decode workers. It does
+    tenths of the prompt are cached there and it has less to run than decode workers. It does
     nothing without local_prefill."""
     local_step_share: float = Field(0.95, ge=0)
-    """Of slo.tpot_ms, what a step should take that computes part of a prompt beside
-    answers: it takes as many of the prompt's tokens as fit, but at least 64. 0: as many as
-    engine.step_tokens allows. It bounds nothing without local_prefill."""
+    """Of slo.tpot_ms, what a step should take that computes part of a prompt beside answers: it
+    takes as many of the prompt's tokens as fit, but at least 64. 0: as many as engine.step_tokens
+    allows. It bounds nothing without local_prefill."""
     eject_after_failures: int = Field(5, ge=0)
     """Legs in a row that fail on a worker before it is left out of placement for a while; one that
     is far slower than its peers is left out as well. 0 leaves out none."""
