@@ -6,8 +6,9 @@ Rounds are tasks that know nothing of each other, so any number of processes giv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from simulator.plan.advice import advise
 from simulator.plan.combine import Candidate, Phase, colocate, neighbours, pair_up
@@ -46,17 +47,12 @@ def search(
     decides whether fewer GPUs would do.
     """
     with _rating(problem, processes, progress) as rate:
-        prefills = _by_chunk(
-            problem, rate, "prefill workers", lambda o, c: prefill_setup(problem, o, c)
-        )
-        decodes = _rate_decodes(problem, rate)
-        both = _by_chunk(
-            problem, rate, "colocated workers", lambda o, c: _colocated_setup(problem, o, c)
-        )
-        colocated = _rate_plans(
-            problem, rate, "colocated plans", _distinct(colocate(problem, both))[:_WHOLE_COLOCATED]
-        )
-        best = _climb(problem, rate, pair_up(problem, _best_chunks(prefills), decodes)[:_WHOLE])
+        prefills, decodes, both = _rate_workers(problem, rate)
+        together = _distinct(colocate(problem, both))[:_WHOLE_COLOCATED]
+        apart = pair_up(problem, _best_chunks(prefills), decodes)[:_WHOLE]
+        rated = _rate_plans(problem, rate, "whole plans", [*together, *apart])
+        colocated = rated[: len(together)]
+        best = _climb(problem, rate, rated[len(together) :])
     served = [rated for rated in colocated if rated.goodput.rps > 0]
     baseline = max(served, key=lambda rated: rated.rps_per_gpu, default=None)
     ranked = tuple(sorted((r for r in best if r.goodput.rps > 0), key=lambda r: -r.rps_per_gpu))
@@ -81,40 +77,50 @@ def search(
 # -- rounds -------------------------------------------------------------------------------------
 
 
-def _by_chunk(
-    problem: Problem, rate: Rate, what: str, setup: Callable[[Option, int], Setup]
-) -> list[Phase]:
-    """All workers with the middle chunk size, then the good ones with the others."""
-    chunks = sorted(problem.chunks)
+def _rate_workers(problem: Problem, rate: Rate) -> tuple[list[Phase], list[Phase], list[Phase]]:
+    """Prefill, decode and colocated workers: all with the middle chunk size, then the good ones
+    with the others. No round waits for another phase's: few processes are idle at its end.
+    """
+    chunks, options = sorted(problem.chunks), problem.options
     middle = chunks[len(chunks) // 2]
-    first = _rate_phases(rate, what, [(o, middle) for o in problem.options], setup)
-    best = max((phase.rps_per_gpu for phase in first), default=0.0)
-    good = [phase.option for phase in first if phase.rps_per_gpu >= _WORTH * best]
-    rest = [(option, chunk) for option in good for chunk in chunks if chunk != middle]
-    return first + _rate_phases(rate, f"{what}, other chunk sizes", rest, setup)
+    setups = (partial(prefill_setup, problem), partial(_colocated_setup, problem))
+    first = [[_Trial(option, middle, setup) for option in options] for setup in setups]
+    least = chunks[0]  # a decode worker prefills only what is nearly all cached
+    decoding = [_Trial(option, least, lambda o, _: decode_setup(problem, o)) for option in options]
+    prefills, both, decodes = _rate_phases(rate, "workers alone", [*first, decoding])
+    others = [
+        [
+            _Trial(option, chunk, setup)
+            for option in _good(phases)
+            for chunk in chunks
+            if chunk != middle
+        ]
+        for phases, setup in zip((prefills, both), setups, strict=True)
+    ]
+    more = _rate_phases(rate, "workers alone, other chunk sizes", others)
+    return prefills + more[0], decodes, both + more[1]
 
 
-def _rate_phases(
-    rate: Rate,
-    what: str,
-    workers: Sequence[tuple[Option, int]],
-    setup: Callable[[Option, int], Setup],
-) -> list[Phase]:
-    goodputs = rate(what, [setup(option, chunk) for option, chunk in workers])
+class _Trial(NamedTuple):
+    """A worker alone."""
+
+    option: Option
+    chunk: int
+    setup: Callable[[Option, int], Setup]
+
+
+def _rate_phases(rate: Rate, what: str, groups: Sequence[Sequence[_Trial]]) -> list[list[Phase]]:
+    """All in one round."""
+    trials = [trial for group in groups for trial in group]
+    goodputs = iter(rate(what, [setup(option, chunk) for option, chunk, setup in trials]))
     return [
-        Phase(option, chunk, goodput.rps)
-        for (option, chunk), goodput in zip(workers, goodputs, strict=True)
+        [Phase(option, chunk, next(goodputs).rps) for option, chunk, _ in group] for group in groups
     ]
 
 
-def _rate_decodes(problem: Problem, rate: Rate) -> list[Phase]:
-    chunk = min(problem.chunks)  # a decode worker prefills only what is nearly all cached
-    return _rate_phases(
-        rate,
-        "decode workers",
-        [(option, chunk) for option in problem.options],
-        lambda option, _: decode_setup(problem, option),
-    )
+def _good(phases: Sequence[Phase]) -> list[Option]:
+    best = max((phase.rps_per_gpu for phase in phases), default=0.0)
+    return [phase.option for phase in phases if phase.rps_per_gpu >= _WORTH * best]
 
 
 def _rate_plans(
@@ -132,9 +138,8 @@ def _rate_plans(
     ]
 
 
-def _climb(problem: Problem, rate: Rate, candidates: Sequence[Candidate]) -> list[Rated]:
-    """The candidates, then from the best of them to better neighbours."""
-    rated = _rate_plans(problem, rate, "whole plans", candidates)
+def _climb(problem: Problem, rate: Rate, rated: list[Rated]) -> list[Rated]:
+    """These, then from the best of them to better neighbours."""
     for _ in range(_CLIMBS):
         best = max(rated, key=lambda one: one.rps_per_gpu, default=None)
         if best is None or best.goodput.rps == 0:
