@@ -417,18 +417,20 @@ class Chooser(Generic[L]):
             return
         speed, cached = curves.of(view.kind), times.cached_tokens
         predicted_s, decodes_s = speed.prefill.seconds(cached, tokens), 0.0
+        whole = True  # chunks: as many steps as the curve counts
         if (load := view.load) is not None and load.decoding and self._has_shared_steps(view):
             decode_s = speed.decode.seconds(load.decoding, load.decoding_tokens)
             beside_s = speed.beside * decode_s
             chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens)
             steps = -(-(tokens - cached) // chunk)
+            whole = steps == -(-(tokens - cached) // speed.prefill.step_tokens)
             alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
             decodes_s = steps * beside_s
             predicted_s = alone_s + decodes_s
             if not view.is_prefill:
                 curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
         if view.is_prefill:
-            if decodes_s <= _SMALL_SHARE * times.prefill_s:
+            if whole and decodes_s <= _SMALL_SHARE * times.prefill_s:
                 own_s = times.prefill_s - decodes_s
                 curves.saw_prefill(view.kind, cached, tokens, own_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations

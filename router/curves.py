@@ -13,8 +13,7 @@ coefficients, so that a decision may ask for a dozen of them.
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
-from math import log
-from typing import NewType
+from typing import NamedTuple
 
 from core.fit import CostFit
 from core.messages import WorkerHello
@@ -34,21 +33,22 @@ _ENOUGH_PREFILLS = 3
 _OUTPUTS = 512
 _QUANTILES = 16
 _ENOUGH_OUTPUTS = 8
-_SIZES_PER_E = 10
+_SAME_SIZE = 0.1
 _MAX_KINDS = 256
 """Known at once."""
 
 
-WorkerKind = NewType("WorkerKind", str)
-"""Workers that are taken to be equally fast: what a worker tells of its machine."""
+class WorkerKind(NamedTuple):
+    """What a worker tells of its machine. Those with one layout whose arenas differ by a few
+    percent are taken to be equally fast: sized by what memory is free, no two arenas are alike.
+    """
+
+    layout: str
+    num_blocks: int
 
 
 def kind_of(hello: WorkerHello) -> WorkerKind:
-    """Arenas that differ by a few percent are of equal GPUs: sized by what memory is free, no two
-    are alike.
-    """
-    size = round(_SIZES_PER_E * log(max(1, hello.num_blocks)))
-    return WorkerKind(f"{hello.layout}, size {size}")
+    return WorkerKind(str(hello.layout), hello.num_blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +143,19 @@ class Curves:
         """What is known of this kind; the prior before the first observation."""
         known = self._kinds.get(kind)
         if known is None:
+            known = self._like(kind) or Speed()
             if len(self._kinds) >= _MAX_KINDS:
                 del self._kinds[next(iter(self._kinds))]
-            known = self._kinds[kind] = Speed()
+            self._kinds[kind] = known
         return known
+
+    def _like(self, kind: WorkerKind) -> Speed | None:
+        """Of the known ones that are as fast the one that is most like it."""
+        sizes = [other.num_blocks for other in self._kinds if other.layout == kind.layout]
+        nearest = min(sizes, key=lambda size: abs(size - kind.num_blocks), default=0)
+        if abs(nearest - kind.num_blocks) > _SAME_SIZE * kind.num_blocks:
+            return None
+        return self._kinds.get(WorkerKind(kind.layout, nearest))
 
     def _learning(self, kind: WorkerKind) -> Speed:
         """As `of`; of all kinds the one that has learned nothing for longest is forgotten first."""

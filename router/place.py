@@ -282,7 +282,8 @@ class DecodePoolQuery(PoolQuery):
             return False
         context_tokens = self.context_tokens(worker) + self._tokens
         # What leases keep is in no context, and not free either.
-        room = min((1 - _RESERVE) * arena_tokens, self.free_tokens(worker) + context_tokens)
+        kept = self.free_tokens(worker) + self.context_tokens(worker)
+        room = min((1 - _RESERVE) * arena_tokens, kept)
         sequences = self.sequences(worker) + 1
         if context_tokens + sequences * residuals[0] <= room:
             return True  # even if all of them were to go on as long as the longest

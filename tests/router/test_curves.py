@@ -86,16 +86,27 @@ def test_output_lengths_are_known_after_a_few() -> None:
 def test_kinds_that_restarts_leave_behind_are_forgotten_and_those_in_use_are_not() -> None:
     curves = Curves()
     for second in range(2000):
-        curves.of(WorkerKind(f"restart {second}"))
+        curves.of(WorkerKind(f"restart {second}", 100))
         curves.saw_prefill(KIND, 0, 1000, 0.5, float(second))
     assert len(curves._kinds) == 256
     assert curves.measured(KIND)
     assert curves.of(KIND).prefill.seconds(0, 1000) == pytest.approx(0.5, rel=0.1)
 
 
-def test_arenas_sized_by_what_memory_was_free_are_of_one_kind_and_other_gpus_are_not() -> None:
-    def kind(num_blocks: int) -> WorkerKind:
-        return kind_of(replace(HELLO, num_blocks=num_blocks))
+def test_arenas_sized_by_what_memory_was_free_are_equally_fast_and_other_gpus_are_not() -> None:
+    curves = Curves()
+    for size in (30_000, 60_000):
+        for second in range(4):
+            kind = kind_of(replace(HELLO, num_blocks=size))
+            curves.saw_prefill(kind, 0, 1000, size / 1e5, float(second))
 
-    assert kind(30_000) == kind(30_041) == kind(29_850)
-    assert len({kind(30_000), kind(25_000), kind(60_000)}) == 3
+    def seconds(num_blocks: int) -> float:
+        return curves.of(kind_of(replace(HELLO, num_blocks=num_blocks))).prefill.seconds(0, 1000)
+
+    assert {seconds(size) for size in (29_500, 30_041, 27_300, 33_000)} == {seconds(30_000)}
+    assert seconds(60_001) == seconds(60_000)
+    assert seconds(30_000) == pytest.approx(0.3, rel=0.1)
+    assert seconds(60_000) == pytest.approx(0.6, rel=0.1)
+    assert seconds(45_000) == Curves().of(kind_of(HELLO)).prefill.seconds(0, 1000)
+    curves.saw_prefill(kind_of(replace(HELLO, num_blocks=30_041)), 0, 1000, 0.5, 9.0)
+    assert seconds(30_000) > 0.31, "they learn together"

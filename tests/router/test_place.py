@@ -150,11 +150,14 @@ def test_what_leases_keep_is_no_room_for_answers_to_grow() -> None:
     workers = Workers(Role.DECODE)
     for _ in range(8):
         workers.known.curves.saw_output(60)
-    workers.add("a", running=20, context=100, free_blocks=70)
+    workers.add("a", running=20, context=100, free_blocks=75)
     workers.add("b", running=20, context=100, free_blocks=20)
     query = workers.decode(tokens=20, max_tokens=80)
     assert query.fits(A)
     assert not query.fits(WorkerId("b"))
+    # 80 tokens are free and 280 leased; with a prompt of 70 there will be 150 at the peak
+    workers.add("c", running=5, context=40, free_blocks=20)
+    assert not workers.decode(tokens=70, max_tokens=130).fits(WorkerId("c"))
 
 
 def test_a_hand_off_not_yet_reported_is_no_prefill_to_wait_for_at_a_decode_worker() -> None:
