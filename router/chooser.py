@@ -148,7 +148,7 @@ class Chooser(Generic[L]):
             curves=Curves(),
             slo=policies.slo,
             step_s=policies.step_s,
-            stays=policies.local_decode,
+            local_decode=policies.local_decode,
             random=random,
         )
         self.queued = QueuedPrompts(self._known.coming)
@@ -290,7 +290,7 @@ class Chooser(Generic[L]):
     ) -> Local[L] | None:
         """The answer at the prefill worker chosen for its prompt, if it is to stay there."""
         tokens, cached = prefill.tokens, prefill.cached_tokens(chosen)
-        if not self._known.stays or cached < STAYS_CACHED * tokens:
+        if not self._known.local_decode or cached < STAYS_CACHED * tokens:
             return None
         pool = self._fleet.pool(Role.DECODE)
         here = self._decode_query(
@@ -312,7 +312,7 @@ class Chooser(Generic[L]):
         scored = Scored(chosen, beside.first_token_s)
         placement = Placement(
             link=self._fleet.link(Role.PREFILL, chosen),
-            decision=Decision(chosen, [scored], "cached there, and less to decode"),
+            decision=Decision(chosen, [scored], "cached there, and less to run"),
             load_tokens=tokens,
             prompt_tokens=tokens - cached,
         )
@@ -417,20 +417,21 @@ class Chooser(Generic[L]):
             return
         speed, cached = curves.of(view.kind), times.cached_tokens
         predicted_s, decodes_s = speed.prefill.seconds(cached, tokens), 0.0
-        whole = True  # chunks: as many steps as the curve counts
+        whole_chunks = True
         if (load := view.load) is not None and load.decoding and self._has_shared_steps(view):
             decode_s = speed.decode.seconds(load.decoding, load.decoding_tokens)
             beside_s = speed.beside * decode_s
             chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens)
             steps = -(-(tokens - cached) // chunk)
-            whole = steps == -(-(tokens - cached) // speed.prefill.step_tokens)
+            whole_chunks = steps == -(-(tokens - cached) // speed.prefill.step_tokens)
             alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
             decodes_s = steps * beside_s
             predicted_s = alone_s + decodes_s
             if not view.is_prefill:
                 curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
         if view.is_prefill:
-            if whole and decodes_s <= _SMALL_SHARE * times.prefill_s:
+            # Else the steps are more than the curve counts, or mostly the answers'.
+            if whole_chunks and decodes_s <= _SMALL_SHARE * times.prefill_s:
                 own_s = times.prefill_s - decodes_s
                 curves.saw_prefill(view.kind, cached, tokens, own_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations
@@ -465,7 +466,7 @@ class Chooser(Generic[L]):
         steps = output_tokens - 2  # the prefill's token, and the one that began the decode
         if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
             return
-        if view.is_prefill and self._known.stays:
+        if view.is_prefill and self._known.local_decode:
             return  # its steps are the prompts', which come all the time
         if view.load.running:
             step_s, running = decode_s / steps, view.load.running
@@ -477,7 +478,7 @@ class Chooser(Generic[L]):
 
     def _has_shared_steps(self, view: WorkerView) -> bool:
         """Whether what answers add to its steps is told apart from what prompts take."""
-        return self._known.stays or not view.is_prefill
+        return self._known.local_decode or not view.is_prefill
 
     # -- queries --------------------------------------------------------------------------------
 

@@ -45,10 +45,11 @@ class WorkerKind(NamedTuple):
 
     layout: str
     num_blocks: int
+    """To three digits: a large fleet in which no two are alike still has few kinds."""
 
 
 def kind_of(hello: WorkerHello) -> WorkerKind:
-    return WorkerKind(str(hello.layout), hello.num_blocks)
+    return WorkerKind(str(hello.layout), int(float(f"{hello.num_blocks:.2e}")))
 
 
 @dataclass(frozen=True, slots=True)

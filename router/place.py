@@ -30,7 +30,7 @@ class Knowledge:
     slo: Slo
     step_s: float | None = None
     """What workers let a step take that computes part of a prompt beside answers."""
-    stays: bool = True
+    local_decode: bool = True
     """Answers may run at prefill workers. Where not, as in a colocated pool, its prefill curve is
     that of steps with all that is in them.
     """
@@ -125,7 +125,7 @@ class PrefillPoolQuery(PoolQuery):
 
     def _seconds(self, worker: WorkerId, cached: int) -> tuple[float, float]:
         view = self._views[worker]
-        if view.load is not None and view.load.decoding and self._known.stays:
+        if view.load is not None and view.load.decoding and self._known.local_decode:
             there = self._beside(view, cached)
             return there.queue_s, there.work_s
         speed = self._known.curves.of(view.kind)
@@ -204,13 +204,11 @@ class DecodeCacheQuery(PrefillPoolQuery):
 
     def _before(self, view: WorkerView, speed: Speed) -> tuple[int, float]:
         """Whoever is on its way there will run there, too."""
-        decode_s, queued, load = 0.0, view.unseen_prompt_tokens, view.load
-        if load is not None:
-            queued += load.queued_tokens
+        decode_s, load = 0.0, view.load
         if sequences := view.sequences:
             context_tokens = view.unseen_tokens + (load.context_tokens if load is not None else 0)
             decode_s = speed.decode.seconds(sequences + 1, context_tokens + self.tokens)
-        return queued, decode_s
+        return view.queued_tokens, decode_s
 
 
 class Beside(NamedTuple):
@@ -278,13 +276,12 @@ class DecodePoolQuery(PoolQuery):
             return self.free_tokens(worker) >= self._max_tokens
         hello = self._views[worker].hello
         arena_tokens = hello.num_blocks * hello.layout.block_size
-        if self.free_tokens(worker) < self._tokens:
+        free_tokens, there = self.free_tokens(worker), self.context_tokens(worker)
+        if free_tokens < self._tokens:
             return False
-        context_tokens = self.context_tokens(worker) + self._tokens
         # What leases keep is in no context, and not free either.
-        kept = self.free_tokens(worker) + self.context_tokens(worker)
-        room = min((1 - _RESERVE) * arena_tokens, kept)
-        sequences = self.sequences(worker) + 1
+        room = min((1 - _RESERVE) * arena_tokens, free_tokens + there)
+        context_tokens, sequences = there + self._tokens, self.sequences(worker) + 1
         if context_tokens + sequences * residuals[0] <= room:
             return True  # even if all of them were to go on as long as the longest
         return peak_tokens(context_tokens, sequences, residuals) <= room

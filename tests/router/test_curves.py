@@ -110,3 +110,4 @@ def test_arenas_sized_by_what_memory_was_free_are_equally_fast_and_other_gpus_ar
     assert seconds(45_000) == Curves().of(kind_of(HELLO)).prefill.seconds(0, 1000)
     curves.saw_prefill(kind_of(replace(HELLO, num_blocks=30_041)), 0, 1000, 0.5, 9.0)
     assert seconds(30_000) > 0.31, "they learn together"
+    assert len({kind_of(replace(HELLO, num_blocks=size)) for size in range(28_000, 32_000)}) < 50
