@@ -38,6 +38,7 @@ class Progress(Protocol):
 
 
 Rate = Callable[[str, Sequence[Setup]], list[Goodput]]
+Shape = tuple[tuple[str, int, int, int], ...]
 
 
 def search(
@@ -50,9 +51,10 @@ def search(
         prefills, decodes, both = _rate_workers(problem, rate)
         together = _distinct(colocate(problem, both))[:_WHOLE_COLOCATED]
         apart = pair_up(problem, _best_chunks(prefills), decodes)[:_WHOLE]
-        rated = _rate_plans(problem, rate, "whole plans", [*together, *apart])
+        fleets = _Fleets(problem, rate)
+        rated = fleets.rate("whole plans", [*together, *apart])
         colocated = rated[: len(together)]
-        best = _climb(problem, rate, rated[len(together) :])
+        best = _climb(problem, fleets, rated[len(together) :])
     served = [rated for rated in colocated if rated.goodput.rps > 0]
     baseline = max(served, key=lambda rated: rated.rps_per_gpu, default=None)
     ranked = tuple(sorted((r for r in best if r.goodput.rps > 0), key=lambda r: -r.rps_per_gpu))
@@ -123,22 +125,33 @@ def _good(phases: Sequence[Phase]) -> list[Option]:
     return [phase.option for phase in phases if phase.rps_per_gpu >= _WORTH * best]
 
 
-def _rate_plans(
-    problem: Problem, rate: Rate, what: str, candidates: Sequence[Candidate]
-) -> list[Rated]:
-    fleets = [find_fleet(problem, c.plan, c.rps) for c in candidates]
-    setups = [
-        plan_setup(problem, fleet, c.rps / scale_of(c.plan, fleet))
-        for c, fleet in zip(candidates, fleets, strict=True)
-    ]
-    goodputs = rate(what, setups)
-    return [
-        Rated(plan=candidate.plan, fleet=fleet, goodput=goodput)
-        for candidate, fleet, goodput in zip(candidates, fleets, goodputs, strict=True)
-    ]
+class _Fleets:
+    """Rates whole plans. Plans that one fleet stands for are as good: it is simulated once."""
+
+    def __init__(self, problem: Problem, rate: Rate) -> None:
+        self._problem = problem
+        self._rate = rate
+        self._known: dict[Shape, Goodput] = {}
+
+    def rate(self, what: str, candidates: Sequence[Candidate]) -> list[Rated]:
+        """In the order given."""
+        problem = self._problem
+        fleets = [find_fleet(problem, c.plan, c.rps) for c in candidates]
+        unknown: dict[Shape, Setup] = {}
+        for c, fleet in zip(candidates, fleets, strict=True):
+            shape = _shape(fleet)
+            if shape not in self._known and shape not in unknown:
+                unknown[shape] = plan_setup(problem, fleet, c.rps / scale_of(c.plan, fleet))
+        if unknown:
+            found = self._rate(what, list(unknown.values()))
+            self._known.update(zip(unknown, found, strict=True))
+        return [
+            Rated(plan=candidate.plan, fleet=fleet, goodput=self._known[_shape(fleet)])
+            for candidate, fleet in zip(candidates, fleets, strict=True)
+        ]
 
 
-def _climb(problem: Problem, rate: Rate, rated: list[Rated]) -> list[Rated]:
+def _climb(problem: Problem, fleets: _Fleets, rated: list[Rated]) -> list[Rated]:
     """These, then from the best of them to better neighbours."""
     for _ in range(_CLIMBS):
         best = max(rated, key=lambda one: one.rps_per_gpu, default=None)
@@ -147,7 +160,7 @@ def _climb(problem: Problem, rate: Rate, rated: list[Rated]) -> list[Rated]:
         known = {_shape(one.plan) for one in rated}
         near = [p for p in neighbours(problem, best.plan) if _shape(p) not in known]
         guesses = [Candidate(plan, best.rps / best.plan.copies) for plan in near]
-        rated += _rate_plans(problem, rate, "other P:D ratios", guesses)
+        rated += fleets.rate("other P:D ratios", guesses)
         if max(rated, key=lambda one: one.rps_per_gpu) is best:
             return rated
     return rated
@@ -177,7 +190,7 @@ def _distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     return list(best.values())
 
 
-def _shape(plan: Plan) -> tuple[tuple[str, int, int, int], ...]:
+def _shape(plan: Plan) -> Shape:
     return tuple((p.option.gpu, p.option.tp, p.step_tokens, p.workers) for p in plan.pools)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from router.policies.base import Slo
 from simulator.plan.search import search
-from simulator.plan.types import Answer, Problem
+from simulator.plan.types import Answer, Offer, Plan, Problem, Rated
 from tests.simulator.plan.problems import asked, option, problem
 
 
@@ -67,3 +67,14 @@ def test_plans_too_fast_for_a_run_are_said_to_serve_at_least_so_much() -> None:
     assert all(rated.goodput.at_least for rated in answer.best)
     (warning,) = answer.warnings
     assert "at most 60 requests" in warning
+
+
+def test_plans_that_one_fleet_stands_for_are_simulated_once_and_serve_the_same() -> None:
+    asked_for = replace(LONG_PROMPTS, gpus=100, requests=asked(60, 4000, 60), least_requests=60)
+    answer = _search(replace(asked_for, offers=(Offer(gpu="h100", count=100),)))
+    by_fleet: dict[Plan, list[Rated]] = {}
+    for rated in answer.best:
+        by_fleet.setdefault(rated.fleet, []).append(rated)
+    shared = [plans for plans in by_fleet.values() if len(plans) > 1]
+    assert shared
+    assert all(one.goodput is plans[0].goodput for plans in shared for one in plans)
