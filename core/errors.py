@@ -14,6 +14,7 @@
     |   +-- Overloaded                429  with Retry-After
     |   +-- NoWorkers                 503  no routable prefill or decode worker; with Retry-After
     |   +-- WorkerLost                503  its stream ended
+    |   +-- WorkerFailed              500  an InternalError of a worker; another may have none
     |   +-- TransferFailed            503  KV did not arrive, or may not be used
     |       +-- KvMismatch            503  KV that arrived is proven wrong
     +-- DeadlineExceeded          504  the request's own time is up
@@ -142,6 +143,20 @@ class WorkerLost(Unavailable):
     code = "worker_lost"
 
 
+class WorkerFailed(Unavailable):
+    """A worker ended a leg with an InternalError. Whether that is the worker's fault or the
+    sequence's, only another worker can tell; `worker_id` is empty where it is not known.
+    """
+
+    http_status = 500
+    grpc_status = grpc.StatusCode.INTERNAL
+    code = "worker_failed"
+
+    def __init__(self, message: str, *, worker_id: str = "") -> None:
+        super().__init__(message)
+        self.worker_id = worker_id
+
+
 class TransferCause(StrEnum):
     """Why a transfer failed; the label of its counter."""
 
@@ -216,6 +231,7 @@ _BY_CODE: dict[str, type[BatonError]] = {
         Overloaded,
         NoWorkers,
         WorkerLost,
+        WorkerFailed,
         TransferFailed,
         KvMismatch,
         Unavailable,

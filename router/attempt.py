@@ -28,6 +28,7 @@ from core.errors import (
     Overloaded,
     TransferFailed,
     Unavailable,
+    WorkerFailed,
     WorkerLost,
     from_code,
 )
@@ -233,10 +234,10 @@ class Attempt:
         self._blame(leg)
         self._end(WorkerLost(f"worker {worker_id} did not take or refuse a sequence in time"))
 
-    def _blame(self, leg: Leg) -> None:
+    def _blame(self, leg: Leg, *, fault: bool = False) -> None:
         record = leg.link.record
         self._shut.failed.add(record.incarnation)
-        self._chooser.failed(record.role, record.incarnation)
+        self._chooser.failed(record.role, record.incarnation, fault=fault)
 
     def _expire(self) -> None:
         """Whoever the sequence still waited for, for the whole of its time, has failed."""
@@ -353,8 +354,12 @@ class Attempt:
         error = from_code(event.code, event.message)
         if self._move_to is not None and leg is self._decode and isinstance(error, TransferFailed):
             raise Requeued(self._move_to)  # it heard sooner than we that the lease is withdrawn
-        if isinstance(error, Unavailable | InternalError):
-            self._blame(leg)
+        fault = isinstance(error, InternalError)
+        if fault:
+            worker_id = leg.link.record.worker_id
+            error = WorkerFailed(f"worker {worker_id} failed: {error.message}", worker_id=worker_id)
+        if isinstance(error, Unavailable):
+            self._blame(leg, fault=fault)
         if isinstance(error, TransferFailed) and self._handoff is not None:
             # Either end may be at fault; the one that is not has successes with others.
             self._chooser.failed(Role.PREFILL, self._handoff.owner_incarnation)

@@ -441,16 +441,24 @@ class Chooser(Generic[L]):
         """A sequence has its first token of its decode from there."""
         self._outliers.answered(link.record.incarnation, self._clock.now_s())
 
-    def failed(self, role: Role, incarnation: Incarnation) -> None:
-        """A leg failed there, or was not answered in time. A worker's no is no failure."""
+    def failed(self, role: Role, incarnation: Incarnation, *, fault: bool = False) -> None:
+        """A leg failed there, or was not answered in time; `fault`: by an error of the worker
+        itself. A worker's no is no failure.
+        """
         peers = self._fleet.pool(role).incarnations
-        self._outliers.failed(incarnation, peers, self._clock.now_s())
+        self._outliers.failed(incarnation, peers, self._clock.now_s(), fault=fault)
 
     def ended(self, end: SequenceEnd) -> None:
         """Implements router.progress.SequenceObserver."""
-        if end.outcome not in COMPLETE or end.timings.attempts != 1:
-            return
         times = end.timings
+        if end.outcome not in COMPLETE:
+            return
+        for worker in (times.prefill_worker, times.decode_worker):
+            view = self._fleet.everyone.views.get(WorkerId(worker))
+            if view is not None:
+                self._outliers.completed(view.hello.incarnation)
+        if times.attempts != 1:
+            return
         began = next((mark.at_s for mark in end.marks if mark.stage is Stage.DECODE), None)
         alone = began is not None and not times.migrations
         decode_s = end.ended_at_s - began if began is not None and alone else None

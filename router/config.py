@@ -44,7 +44,8 @@ class RouterConfig(Settings):
     """A request waits for so long, in all, while a pool has no routable worker: a restart. That
     counts as no load."""
     max_attempts: int = Field(3, ge=1)
-    """Placements tried for one sequence before its error reaches the client."""
+    """Placements tried in a row for one sequence, none of which brings its answer forward, before
+    its error reaches the client."""
     max_forwards: int = Field(64, ge=1)
     """Full prefill workers that a prompt is offered to in a row, which is one attempt; after a
     pause the others are asked. Each costs the router about a placement. Workers that keep no queue

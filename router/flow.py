@@ -18,7 +18,7 @@ from typing import NamedTuple
 from core import telemetry
 from core.blocks import join_tokens
 from core.clock import Clock
-from core.errors import InvalidRequest, NoWorkers, Overloaded, Unavailable
+from core.errors import InvalidRequest, Unavailable
 from core.ids import RequestId, Role, WorkerId
 from router.admission import Admission, QueueBounds, SloClass
 from router.attempt import Attempt
@@ -33,6 +33,7 @@ from router.policies.build import Policies
 from router.progress import Observed, Progress, SequenceObserver
 from router.pulled import pulled
 from router.rebalancer import Rebalancer
+from router.tries import RETRY_PAUSE_S, Tries
 from router.types import (
     Generated,
     GenerateRequest,
@@ -49,9 +50,6 @@ from router.types import (
 from router.watcher import FlowWatcher, Requeue, Unwatched
 
 log = logging.getLogger(__name__)
-
-_RETRY_PAUSE_S = 0.05
-_MAX_PAUSE_S = 1.0
 
 
 class _No(NamedTuple):
@@ -131,12 +129,13 @@ class Flow:
         A prompt that a full prefill worker refuses is offered to the next at once ("on-demand
         forwarding upon rejection", P/D-Serve, arXiv 2408.08147), and a row of noes is one attempt,
         which ends where `max_forwards` have said no; the next one asks the others first. What has
-        begun elsewhere is not refused for load: it costs a pause, and counts as no attempt.
+        begun elsewhere is not refused for load: it costs a pause, and counts as no attempt (Tries).
         """
-        shut = Shut()
+        shut, tries = Shut(), Tries(self._config.max_attempts)
         no: _No | None = None
-        begun, tries, pauses, noes = False, 0, 0, 0
+        noes = 0
         for attempt in count():
+            given = len(progress.tokens)
             try:
                 with self._attempt(progress, attempt, shut, sink) as hops:
                     hops.start(place)
@@ -157,15 +156,10 @@ class Flow:
                         continue
                     if not others:
                         shut.full.clear()  # the next row asks all of them again
-                    pauses = max(1, pauses)
-                overload = isinstance(error, Overloaded)
-                # Where there was no worker, nothing has begun.
-                waits = isinstance(error, Overloaded | NoWorkers)
-                begun = begun or bool(progress.tokens) or not waits
-                tries += not (overload and begun)
-                self._consider_retry(progress, attempt, error, tries)
-            await asyncio.sleep(min(_RETRY_PAUSE_S * pauses, _MAX_PAUSE_S))
-            pauses, noes = pauses + 1, 0
+                more = tries.may_follow(error, len(progress.tokens) - given)
+                self._consider_retry(progress, attempt, error, more=more)
+            noes = 0
+            await asyncio.sleep(tries.pause_s())
             await self._wait_for_workers(progress)
 
     @contextmanager
@@ -227,11 +221,10 @@ class Flow:
         return self.limits().ready
 
     def _consider_retry(
-        self, progress: Progress, attempt: int, error: Unavailable, tries: int
+        self, progress: Progress, attempt: int, error: Unavailable, *, more: bool
     ) -> None:
         """Log why the attempt failed; raises `error` when no other one may follow."""
-        last = tries >= self._config.max_attempts
-        retry = not last and progress.remaining_s > _RETRY_PAUSE_S
+        retry = more and progress.remaining_s > RETRY_PAUSE_S
         line = telemetry.log_line(
             "attempt_failed",
             request_id=progress.request.request_id,

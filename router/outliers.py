@@ -8,6 +8,8 @@
 As Envoy's outlier detection and the circuit breakers of other gateways do it: a share of a pool is
 the most that is ejected, the last worker never is, and ejection is a hint: when all others have
 failed a request, it goes to an ejected one all the same. A worker's no (it rejects) is no failure.
+A first token ends a row of failures, but not one of faults, which is what a worker says went wrong
+in itself: an engine that breaks in mid-answer begins each of them well.
 
 Speed is what an answer took over what it was predicted to take, so prompts of all lengths compare;
 of several answers the geometric mean that forgets. Workers are named by their incarnation: one that
@@ -71,6 +73,8 @@ class _Health:
     """What is known of one incarnation. Ejected while `reason` is set."""
 
     failures: int = 0
+    faults: int = 0
+    """Of these, since an answer was complete."""
     failed_at_s: float = -1e9
     speed: float = 1.0
     answers: int = 0
@@ -121,15 +125,23 @@ class Outliers:
 
     # -- what workers do ------------------------------------------------------------------------
 
-    def failed(self, incarnation: Incarnation, peers: Sequence[Incarnation], now_s: float) -> None:
-        """A leg failed there, or nothing came of it in time."""
+    def failed(
+        self,
+        incarnation: Incarnation,
+        peers: Sequence[Incarnation],
+        now_s: float,
+        *,
+        fault: bool = False,
+    ) -> None:
+        """A leg failed there, or nothing came of it in time; `fault`: by the worker's own word."""
         health = self._health(incarnation)
         if now_s - health.failed_at_s < _ONE_EVENT_S:
             return
         health.failures += 1
+        health.faults += fault
         health.failed_at_s = now_s
         probed = health.reason is not None and now_s >= health.until_s
-        if probed or health.failures >= self._rules.failures:
+        if probed or max(health.failures, health.faults) >= self._rules.failures:
             self._eject(incarnation, health, peers, EjectReason.FAILURES, now_s)
 
     def answered(self, incarnation: Incarnation, now_s: float) -> None:
@@ -138,6 +150,12 @@ class Outliers:
         health.failures = 0
         if health.reason is EjectReason.FAILURES and now_s >= health.until_s:
             self._readmit(incarnation, health)
+
+    def completed(self, incarnation: Incarnation) -> None:
+        """An answer is complete, and that worker had a part in it."""
+        health = self._known.get(incarnation)
+        if health is not None:
+            health.faults = 0
 
     def took(
         self,
@@ -187,7 +205,7 @@ class Outliers:
         health.until_s, health.probe_until_s = now_s + ejection_s(rules, health.repeats), -1e9
         health.repeats += 1
         health.reason = reason
-        health.failures = 0
+        health.failures = health.faults = 0
         self._ejected[incarnation] = health
         self._watcher.ejected(reason)
 

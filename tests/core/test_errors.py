@@ -31,6 +31,7 @@ def test_a_code_of_a_newer_peer_may_be_retried() -> None:
         (errors.Overloaded, 429, grpc.StatusCode.RESOURCE_EXHAUSTED, True),
         (errors.NoWorkers, 503, grpc.StatusCode.UNAVAILABLE, True),
         (errors.WorkerLost, 503, grpc.StatusCode.UNAVAILABLE, True),
+        (errors.WorkerFailed, 500, grpc.StatusCode.INTERNAL, True),
         (errors.TransferFailed, 503, grpc.StatusCode.UNAVAILABLE, True),
         (errors.DeadlineExceeded, 504, grpc.StatusCode.DEADLINE_EXCEEDED, False),
         (errors.Cancelled, 499, grpc.StatusCode.CANCELLED, False),

@@ -354,7 +354,7 @@ class Rig:
         seen = f"{answer.request.request_id} attempts={answer.attempts} error={answer.error!r}"
         assert answer.error is None, seen
         assert "kv_mismatch" not in answer.attempts, seen
-        assert "internal_error" not in answer.attempts, seen
+        assert not {"internal_error", "worker_failed"} & set(answer.attempts), seen
         assert answer.tokens == self.oracle.answer(answer.request), seen
 
     # -- survivors ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from core.clock import SystemClock
-from core.errors import DeadlineExceeded, TransferFailed, WorkerLost
+from core.errors import DeadlineExceeded, TransferFailed, WorkerFailed, WorkerLost
 from core.ids import Incarnation, LeaseId, ModelId, Role, WorkerId
 from core.messages import (
     Accepted,
@@ -510,6 +510,16 @@ async def test_a_failed_leg_counts_against_its_worker() -> None:
         with pytest.raises(WorkerLost):
             await s.attempt.end()
         assert ejected(s) == ["d0"]
+
+
+async def test_a_workers_own_fault_counts_against_it_and_may_be_tried_elsewhere() -> None:
+    with Scene() as s:
+        s.source.say(replace(FAILED, code="internal_error", message="no valid logits"))
+        with pytest.raises(WorkerFailed, match="worker d0 failed: no valid logits") as caught:
+            await s.attempt.end()
+        assert (caught.value.retryable, caught.value.worker_id) == (True, "d0")
+        assert ejected(s) == ["d0"]
+        assert s.source.record.incarnation in s.shut.failed
 
 
 async def test_a_workers_no_does_not_count_against_it() -> None:

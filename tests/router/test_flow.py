@@ -11,9 +11,19 @@ from typing import Literal
 import pytest
 
 from core.clock import SystemClock
-from core.errors import DeadlineExceeded, InvalidRequest, NoWorkers, Overloaded, Unavailable
+from core.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    NoWorkers,
+    Overloaded,
+    Unavailable,
+    WorkerFailed,
+    WorkerLost,
+)
 from core.ids import Role
 from core.sampling import FinishReason
+from engine.types import SeqStep
 from router.attempt import Attempt
 from router.config import RouterConfig
 from router.policies.base import Decision, DecodeQuery, Slo, Stateless
@@ -271,6 +281,108 @@ async def test_a_prefill_worker_lost_after_the_hand_off_is_not_missed() -> None:
         timings = client.items[-1].timings
         assert timings is not None
         assert timings.attempts == 1
+        await until_idle(*cluster.workers)
+
+
+async def test_each_worker_lost_by_a_long_answer_costs_only_a_pause() -> None:
+    deaths = 4
+    async with (
+        running_cluster(gated_decode=True, decode=deaths + 1) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        client = Reading(group, cluster, make_request(PROMPT, max_tokens=60))
+        for _ in range(deaths):
+            said = len(tokens(client.items))
+            await until(lambda: len(busy(cluster.decode)) == 1, "a decode leg")
+            (serving,) = busy(cluster.decode)
+            serving.gate.allow(5)
+            await client.said(said + 3)
+            await serving.stop_serving()
+            cluster.decode.remove(serving)
+        for served in cluster.decode:
+            served.gate.open()
+        assert await client.ended() == expected_tokens(PROMPT, 60)
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert timings.attempts == deaths + 1 > RouterConfig().max_attempts
+
+
+async def test_a_sequence_that_kills_whoever_decodes_it_ends_while_workers_are_left() -> None:
+    async with (
+        running_cluster(gated_decode=True, decode=5) as cluster,
+        asyncio.TaskGroup() as group,
+    ):
+        client = group.create_task(failing(cluster, make_request(PROMPT, max_tokens=60)))
+        left = list(cluster.decode)
+        for _ in range(RouterConfig().max_attempts):
+            await until(lambda: len(busy(left)) == 1, "a decode leg")
+            (serving,) = busy(left)
+            await serving.stop_serving()
+            left.remove(serving)
+        assert isinstance(await soon(client), WorkerLost)
+        await until_idle(*(served.worker for served in [*cluster.prefill, *left]))
+
+
+# -- workers that fail --------------------------------------------------------------------------
+
+
+def break_engine(patch: pytest.MonkeyPatch, served: ServedWorker) -> None:
+    """It goes on, and says of every sequence that it cannot."""
+
+    def step(steps: list[SeqStep]) -> list[InternalError]:
+        return [InternalError("no valid logits") for _ in steps]
+
+    patch.setattr(served.engine, "step", step)
+
+
+async def test_a_decode_worker_that_fails_in_mid_stream_costs_only_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running_cluster(gated_decode=True) as cluster, asyncio.TaskGroup() as group:
+        client = Reading(group, cluster, make_request(PROMPT, max_tokens=20))
+        for served in cluster.decode:
+            served.gate.allow(5)
+        await client.said(6)
+        (sick,) = busy(cluster.decode)
+        break_engine(monkeypatch, sick)
+        for served in cluster.decode:
+            served.gate.open()
+        assert await client.ended() == expected_tokens(PROMPT, 20)
+        timings = client.items[-1].timings
+        assert timings is not None
+        assert timings.attempts == 2
+        assert timings.decode_worker != sick.record.worker_id
+        await until_idle(*cluster.workers)
+
+
+async def test_a_prefill_worker_that_fails_costs_no_answer_and_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = RouterConfig(local_prefill=False, eject_after_failures=3, eject_s=60.0)
+    clock = ShiftedClock()
+    async with running_cluster(router=config, clock=clock) as cluster:
+        sick = cluster.prefill[0]
+        break_engine(monkeypatch, sick)
+        for n in range(20):
+            prompt = make_prompt(22, seed=n)
+            items = await generate(cluster, make_request(prompt, name=str(n)))
+            assert tokens(items) == expected_tokens(prompt, 16)
+            clock.ahead_s += 1.0
+        shown = {status.worker_id: status.ejected_for for status in cluster.flow.workers()}
+        assert shown.pop(sick.record.worker_id) == "failures"
+        assert set(shown.values()) == {""}
+        await until_idle(*cluster.workers)
+
+
+async def test_what_two_workers_fail_at_is_answered_500(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_cluster(prefill=3, router=RouterConfig(local_prefill=False)) as cluster:
+        for served in cluster.prefill:
+            break_engine(monkeypatch, served)
+        error = await failing(cluster, make_request(PROMPT))
+        assert isinstance(error, WorkerFailed)
+        assert error.http_status == 500
+        tried = [s for s in cluster.prefill if s.worker.leases.counters.opened]
+        assert len(tried) == 2
         await until_idle(*cluster.workers)
 
 

@@ -33,10 +33,10 @@ class Watch:
         self.peers = peers
         self.now_s = 100.0
 
-    def fails(self, worker: Incarnation, times: int = 1) -> None:
+    def fails(self, worker: Incarnation, times: int = 1, *, fault: bool = False) -> None:
         for _ in range(times):
             self.now_s += 0.2
-            self.outliers.failed(worker, self.peers, self.now_s)
+            self.outliers.failed(worker, self.peers, self.now_s, fault=fault)
 
     def answers(self, worker: Incarnation) -> None:
         self.outliers.answered(worker, self.now_s)
@@ -94,6 +94,23 @@ def test_legs_that_a_stream_takes_with_it_are_one_failure() -> None:
     watch = Watch()
     for _ in range(10):
         watch.outliers.failed(A, PEERS, watch.now_s)
+    assert watch.shut == []
+
+
+def test_faults_after_good_beginnings_eject() -> None:
+    watch = Watch()
+    for _ in range(3):
+        watch.answers(A)
+        watch.fails(A, fault=True)
+    assert watch.shut == [A]
+
+
+def test_a_complete_answer_starts_the_row_of_faults_anew() -> None:
+    watch = Watch()
+    for _ in range(9):
+        watch.fails(A, fault=True)
+        watch.answers(A)
+        watch.outliers.completed(A)
     assert watch.shut == []
 
 
