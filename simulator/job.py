@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from core.ids import BlockHash, Incarnation
 from core.messages import PrefixSource
 from router.queued import QueuedPrompt
+from router.tries import Tries
 from simulator.fleet import Member, SimLink
 from simulator.handoff import Handoff
 from simulator.migration import AnswerMove
@@ -60,13 +61,15 @@ class Record:
 
 
 class Job:
-    """A request at its router. `emitted` tokens have reached the client."""
+    """A request at its router. `emitted` tokens have reached the client, `emitted_before` of them
+    before its latest attempt.
+    """
 
     __slots__ = (
-        "attempt",
         "began_s",
         "decode",
         "emitted",
+        "emitted_before",
         "failed",
         "legs",
         "move",
@@ -77,9 +80,10 @@ class Job:
         "request",
         "requeued",
         "router",
+        "tries",
     )
 
-    def __init__(self, request: SimRequest, router: "SimRouter") -> None:
+    def __init__(self, request: SimRequest, router: "SimRouter", max_attempts: int) -> None:
         self.request = request
         self.router = router
         self.record = Record(
@@ -88,8 +92,8 @@ class Job:
             request.output_tokens,
             session=request.session,
         )
-        self.emitted = 0
-        self.attempt = 0
+        self.emitted = self.emitted_before = 0
+        self.tries = Tries(max_attempts)
         self.failed: set[Incarnation] = set()
         self.refused: set[Incarnation] = set()
         """Prefill workers that were full, since one took it or all of them were."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
-from core.errors import InvalidRequest, NoWorkers
+from core.errors import InvalidRequest, NoWorkers, TransferFailed, Unavailable, WorkerLost
 from core.ids import Role, WorkerId
 from core.messages import LegTimes
 from decode_worker.config import DecodeConfig
@@ -96,7 +96,7 @@ class SimRouter:
         """A client asks."""
         if self._keeper is not None:
             self._keeper.asked(request.session)
-        job = Job(request, self)
+        job = Job(request, self, self._spec.router.max_attempts)
         self._jobs[id(job)] = job
         considered, verdict = self._judge(job, first=not self._line)
         if isinstance(verdict, Admit):
@@ -183,6 +183,7 @@ class SimRouter:
             self._events.at(self._events.now_s() + _RETRY_S, self._again, job)
             return
         job.record.attempts += 1
+        job.emitted_before = job.emitted
         alone = self.chooser.place_locally(considered)
         if alone is not None:
             self._compute(job, alone)
@@ -445,7 +446,7 @@ class SimRouter:
         decode, prefill = handoff.target.record, handoff.source.record
         self.chooser.failed(Role.DECODE, decode.incarnation)
         self.chooser.failed(Role.PREFILL, prefill.incarnation)
-        self._continue(job, handoff.target)
+        self._continue(job, handoff.target, TransferFailed("the KV did not arrive"))
 
     def finished(self, job: Job) -> None:
         """The last token is out."""
@@ -456,9 +457,9 @@ class SimRouter:
     def lost(self, member: Member) -> None:
         """A worker has died: what had a leg there goes on elsewhere, from its tokens so far."""
         for job in [j for j in self._jobs.values() if j.has_leg_on(member)]:
-            self._continue(job, member)
+            self._continue(job, member, WorkerLost("the worker has died"))
 
-    def _continue(self, job: Job, member: Member) -> None:
+    def _continue(self, job: Job, member: Member, error: Unavailable) -> None:
         for leg in job.legs:
             leg.drop()
         self._forget_queued(job)
@@ -466,10 +467,10 @@ class SimRouter:
         left = min([job.outputs_left, *(leg.sequence.outputs_left for leg in job.generating())])
         job.emitted = job.request.output_tokens - max(1, left)
         job.legs = []
-        if job.record.attempts - job.requeued >= self._spec.router.max_attempts:
-            self._end(job, "failed")
-        else:
+        if job.tries.may_follow(error, job.emitted - job.emitted_before):
             self._start(job, None)
+        else:
+            self._end(job, "failed")
 
     def _complete(self, job: Job) -> None:
         record, now_s = job.record, self._events.now_s()

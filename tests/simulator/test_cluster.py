@@ -70,6 +70,23 @@ def test_a_dead_worker_costs_a_pause_and_no_request(at_s: float, pool_name: str)
     assert sum(r.end_s for r in records) >= sum(r.end_s for r in whole)
 
 
+def dying(pool_name: str, *at_s: float) -> tuple[Failure, ...]:
+    """The one worker of a pool dies so often, and is there again soon."""
+    return tuple(Failure(at_s=s, pool=pool_name, worker=0, restart_s=0.05) for s in at_s)
+
+
+def test_a_long_answer_outlives_more_workers_than_an_attempt_may_fail() -> None:
+    spec = replace(split(), failures=dying("decode", 0.5, 1.5, 2.5, 3.5))
+    (record,) = run(spec, [ask(output=400)]).records
+    assert (record.outcome, record.attempts > 5) == ("ok", True)
+
+
+def test_attempts_that_bring_no_answer_forward_are_bounded() -> None:
+    spec = replace(split(), failures=dying("prefill", 0.1, 0.45, 0.8))
+    (record,) = run(spec, [ask(output=400)]).records
+    assert (record.outcome, record.attempts) == ("failed", 3)
+
+
 def test_tokens_sent_before_a_death_are_not_sent_again() -> None:
     spec = replace(split(1, 2), failures=(Failure(at_s=0.4, pool="decode", worker=0),))
     records = run(spec, [ask(output=40, family=1), ask(output=40, family=2)]).records
