@@ -259,9 +259,10 @@ class Chooser(Generic[L]):
         cached = DecodeCacheQuery(
             pool, self._known, prefill.now_s, tokens=tokens, hashes=prefill.hashes, closed=closed
         )
-        elsewhere_s, why = sum(prefill.ttft_s(remote.worker_id)), None
-        steps_to_go = self._known.curves.steps_to_go
-        for beside in sorted(_ways(cached), key=_first_token_s):
+        elsewhere, why = Outlook(*prefill.ttft_s(remote.worker_id)), None
+        elsewhere_s, steps_to_go = sum(elsewhere), self._known.curves.steps_to_go
+        ways = sorted(_ways(cached), key=_first_token_s)
+        for beside in ways:
             worker = beside.worker_id
             option = LocalOption(
                 measured=cached.measured(worker),
@@ -272,10 +273,11 @@ class Chooser(Generic[L]):
             )
             verdict = judge_local(option, self._known.slo)
             if verdict is LocalVerdict.LOCAL:
-                scored = Scored(worker, beside.first_token_s)
+                scored = [_local_way(way, steps_to_go) for way in ways]
+                scored.append(_remote_way(remote.worker_id, elsewhere))
                 placement = Placement(
                     link=self._fleet.link(Role.DECODE, worker),
-                    decision=Decision(worker, [scored], "sooner there"),
+                    decision=Decision(worker, scored, "sooner there"),
                     load_tokens=tokens,
                     prompt_tokens=tokens - cached.cached_tokens(worker),
                 )
@@ -297,7 +299,8 @@ class Chooser(Generic[L]):
             self._fleet.pool(Role.PREFILL), tokens, total_tokens, "", frozenset()
         )
         decode = self._decode_query(pool, tokens, total_tokens, "", self._closed(pool, ()))
-        loads = [decode.load(worker, _ALL_HERE) for worker in sample(decode, _STAY_LOOKS)]
+        looks = [(worker, decode.load(worker, _ALL_HERE)) for worker in sample(decode, _STAY_LOOKS)]
+        loads = [(worker, load) for worker, load in looks if load is not None]
         beside = prefill.beside(chosen)
         option = StayOption(
             measured=prefill.measured(chosen),
@@ -305,14 +308,16 @@ class Chooser(Generic[L]):
             beside=beside,
             steps_to_go=self._known.curves.steps_to_go,
             here=here.load(chosen, _ALL_HERE),
-            elsewhere=min((load for load in loads if load is not None), default=None),
+            elsewhere=min((load for _, load in loads), default=None),
         )
-        if not judge_stay(option, self._known.slo):
+        if option.here is None or not judge_stay(option, self._known.slo):
             return None
-        scored = Scored(chosen, beside.first_token_s)
+        terms = _local_way(beside, option.steps_to_go).terms
+        scored = [Scored(chosen, option.here.share, (*terms, ("cached_tokens", cached)))]
+        scored += [Scored(w, load.share, (("drain_s", load.drain_s),)) for w, load in loads]
         placement = Placement(
             link=self._fleet.link(Role.PREFILL, chosen),
-            decision=Decision(chosen, [scored], "cached there, and less to run"),
+            decision=Decision(chosen, scored, "cached there, and less to run"),
             load_tokens=tokens,
             prompt_tokens=tokens - cached,
         )
@@ -559,6 +564,23 @@ def _ways(query: DecodeCacheQuery) -> Iterator[Beside]:
     drawn = sample(query, _LOCAL_LOOKS)
     for worker in dict.fromkeys(chain(query.holders(_LOCAL_HOLDERS), drawn)):
         yield query.beside(worker)
+
+
+def _local_way(way: Beside, steps_to_go: int) -> Scored:
+    """Its cost is the seconds to the first token; `step_s` what the answers there would take."""
+    terms = (
+        ("queue_s", way.queue_s),
+        ("work_s", way.work_s),
+        ("step_s", way.mean_step_s(steps_to_go)),
+    )
+    return Scored(way.worker_id, way.first_token_s, terms)
+
+
+def _remote_way(worker: WorkerId, there: Outlook) -> Scored:
+    """Likewise, of the prefill worker that would be chosen."""
+    elsewhere_s = there.queue_s + there.work_s
+    terms = (("elsewhere_s", elsewhere_s), ("queue_s", there.queue_s), ("work_s", there.work_s))
+    return Scored(worker, elsewhere_s, terms)
 
 
 def _running_tokens(load: LoadReport) -> int:

@@ -227,6 +227,37 @@ def test_an_explanation_says_when_the_decode_worker_computes_the_prompt() -> Non
     assert (apart.local, apart.prefill.worker_id) == (LocalVerdict.OFF, "prefill-0")
 
 
+def test_a_prompt_for_one_worker_is_explained_by_all_the_ways_looked_at() -> None:
+    fleet = Workers(decode=2)
+    subject = chooser(fleet)
+    holding(fleet, "decode-1")
+    measured(subject, fleet)
+    decision = subject.explain(PROMPT, "", 60, local=True).decode
+    assert [scored.worker_id for scored in decision.candidates] == [
+        "decode-1",
+        "decode-0",
+        "prefill-0",
+    ]
+    here, there, elsewhere = (dict(scored.terms) for scored in decision.candidates)
+    assert here.keys() == there.keys() == {"queue_s", "work_s", "step_s"}
+    assert here["work_s"] < there["work_s"]
+    assert elsewhere["elsewhere_s"] == elsewhere["queue_s"] + elsewhere["work_s"]
+    assert all(
+        scored.cost == pytest.approx(sum(dict(scored.terms[:2]).values()))
+        for scored in decision.candidates[:2]
+    )
+    assert decision.explain().startswith("decode-1 by sooner there: decode-1=3.5")
+
+
+def test_an_answer_that_stays_is_explained_by_what_runs_here_and_there() -> None:
+    decision = staying(Workers(decode=2)).explain(PROMPT, "", 60, local=True).prefill
+    here, *there = decision.candidates
+    assert here.worker_id == "prefill-0"
+    assert dict(here.terms).keys() == {"queue_s", "work_s", "step_s", "cached_tokens"}
+    assert {scored.worker_id for scored in there} == {"decode-0", "decode-1"}
+    assert all(here.cost < scored.cost for scored in there)
+
+
 def test_an_explanation_leaves_out_ejected_workers_as_a_placement_does() -> None:
     fleet = Workers(decode=2)
     subject = chooser(fleet, outliers=ejecting(fleet, "decode-0"))
