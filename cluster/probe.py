@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 _TIMEOUT_S = 5.0
@@ -14,16 +15,27 @@ async def answers_ready(router_url: str) -> bool:
     return _is_200(await _get(router_url, "/ready"))
 
 
-async def ejected_workers(router_url: str, api_key: str | None = None) -> dict[str, str]:
-    """Workers that the router leaves out of placement, and why: failures or slow. Never raises."""
+class LeftOut(NamedTuple):
+    """Workers a router sends nothing to, and why."""
+
+    ejected: dict[str, str]
+    """failures or slow."""
+    unreached: dict[str, str]
+    """It has no stream to them, in its words."""
+
+
+async def left_out_workers(router_url: str, api_key: str | None = None) -> LeftOut:
+    """As that router says; nobody where it does not. Never raises."""
     answer = await _get(router_url, "/control/workers", api_key)
     if not _is_200(answer):
-        return {}
+        return LeftOut({}, {})
     try:
         seen = json.loads(answer.partition(b"\r\n\r\n")[2])
-        return {str(w["worker_id"]): str(w["ejected_for"]) for w in seen if w["ejected"]}
+        ejected = {str(w["worker_id"]): str(w["ejected_for"]) for w in seen if w["ejected"]}
+        reasons = {str(w["worker_id"]): str(w["reason"]) for w in seen if not w["connected"]}
     except (ValueError, KeyError, TypeError):
-        return {}
+        return LeftOut({}, {})
+    return LeftOut(ejected, {worker: reason for worker, reason in reasons.items() if reason})
 
 
 def _is_200(answer: bytes) -> bool:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.config import ClusterConfig
-from cluster.probe import answers_ready, ejected_workers
+from cluster.probe import answers_ready, left_out_workers
 from cluster.registries import connect_registry
 from cluster.run_dir import RunDir
-from cluster.status import WorkerControl, WorkerStatus, collect
+from cluster.status import WorkerControl, WorkerStats, WorkerStatus, collect
 from cluster.tables import new_table, print_table
 from core.errors import Unavailable
 
@@ -33,6 +34,8 @@ class ClusterStatus:
     workers: tuple[WorkerStatus, ...]
     ejected: dict[str, str] = field(default_factory=dict)
     """Workers the router leaves out of placement for a while, and why: failures or slow."""
+    unreached: dict[str, str] = field(default_factory=dict)
+    """Workers the router has no stream to, and why: refused, by them or by it, or not there."""
 
 
 async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
@@ -47,6 +50,8 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
             records = await registry.workers()
     except Unavailable as error:
         raise Unavailable(f"cluster {run.run_id} is starting or ending: {error.message}") from error
+    api_key = next(iter(config.router.api_keys), None)
+    left_out = await left_out_workers(info.router_url, api_key)
     return ClusterStatus(
         run_id=info.run_id,
         pid=info.pid,
@@ -55,7 +60,8 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
         ready=await answers_ready(info.router_url),
         logs=str(run.logs),
         workers=await collect(config, records, control),
-        ejected=await ejected_workers(info.router_url, next(iter(config.router.api_keys), None)),
+        ejected=left_out.ejected,
+        unreached=left_out.unreached,
     )
 
 
@@ -78,6 +84,9 @@ def show_status(
     print_table(console, _worker_table(status))
     for worker_id, reason in sorted(status.ejected.items()):
         text = f"the router sends it nothing for now: {_EJECTED.get(reason, reason)}"
+        console.print(f"[yellow]{worker_id}[/]: {text}", highlight=False)
+    for worker_id, reason in sorted(status.unreached.items()):
+        text = f"the router sends it nothing, as they are not connected: {escape(reason)}"
         console.print(f"[yellow]{worker_id}[/]: {text}", highlight=False)
     for worker in status.workers:
         if worker.problem:
@@ -105,7 +114,7 @@ def _worker_table(status: ClusterStatus) -> Table:
         table.add_row(
             worker.worker_id,
             worker.role,
-            _state_of(stats.draining, status.ejected.get(worker.worker_id)),
+            _state_of(worker.worker_id, stats, status),
             str(stats.waiting),
             str(stats.running),
             str(stats.queued_tokens),
@@ -118,9 +127,12 @@ def _worker_table(status: ClusterStatus) -> Table:
     return table
 
 
-def _state_of(draining: bool, ejected: str | None) -> str:
-    if draining:
+def _state_of(worker_id: str, stats: WorkerStats, status: ClusterStatus) -> str:
+    if stats.draining:
         return "draining"
+    if worker_id in status.unreached:
+        return "[yellow]not connected[/]"
+    ejected = status.ejected.get(worker_id)
     return f"[yellow]ejected: {ejected}[/]" if ejected is not None else "serving"
 
 

@@ -47,6 +47,8 @@ LegEvent = Accepted | Rejected | LegTokens | LegFailed | Offered | Moved | Withd
 _Stream = MessageStream[worker_pb2.ToRouter]
 _ENDS = (StreamBroken, WorkerLost, UnknownMessage, TimeoutError)
 _HELLO_TIMEOUT_S = 5.0
+_MOST_WARNINGS = 8
+"""Of one incarnation, however many ways there are to say why it is not reached."""
 
 
 class LegListener(Protocol):
@@ -78,7 +80,8 @@ class WorkerLink:
     """The stream to one incarnation of one worker. `run` is its only task.
 
     `on_change` is called when what `routable` answers, or whose view it is, has changed; `on_load`
-    with every load report.
+    with every load report. `before` is the link that was tried last; what kept it from the worker
+    is not told a second time.
     """
 
     def __init__(
@@ -91,8 +94,12 @@ class WorkerLink:
         index: PrefixIndex,
         on_change: Callable[[], None] = lambda: None,
         on_load: Callable[[], None] = lambda: None,
+        before: "WorkerLink | None" = None,
     ) -> None:
         self.record = record
+        self.problem: str = "" if before is None else before.problem
+        """Why the worker is not connected, as far as that was tried; empty while it is."""
+        self._warned: set[str] = set() if before is None else before._warned
         self._index = index
         self._on_change = on_change
         self._on_load = on_load
@@ -156,7 +163,7 @@ class WorkerLink:
 
     async def run(self) -> None:
         """Serve the stream until it ends; then every leg has failed."""
-        reason = "its stream ended"
+        reason = ""
         try:
             async with AsyncExitStack() as stack:
                 async with asyncio.timeout(_HELLO_TIMEOUT_S):  # wait_for of 3.11 can lose a cancel
@@ -182,6 +189,7 @@ class WorkerLink:
         self._stream = stream
         self.view = view
         self.was_connected = True
+        self.problem = ""
         self._on_change()
         log.info("worker_connected worker_id=%s role=%s", self.record.worker_id, view.hello.role)
         async with asyncio.TaskGroup() as group:
@@ -271,8 +279,12 @@ class WorkerLink:
             leg.listener(leg, event)
 
     def _lose(self, reason: str) -> None:
-        level = logging.WARNING if self.view is not None else logging.DEBUG
-        log.log(level, "worker_lost worker_id=%s reason=%s", self.record.worker_id, reason)
+        if self.view is None:
+            self._note_problem(reason)
+        else:
+            reason = reason or "its stream ended"
+            log.warning("worker_lost worker_id=%s reason=%s", self.record.worker_id, reason)
+        self.problem = reason
         self._stream = None
         if self.view is not None:
             self.view.holdings.leave()
@@ -285,3 +297,10 @@ class WorkerLink:
                 leg,
                 LegFailed(number=leg.number, code=WorkerLost.code, message=lost, stage=Stage.ROUTE),
             )
+
+    def _note_problem(self, reason: str) -> None:
+        """It was not connected at all, and will be tried again and again; empty: nor tried."""
+        news = bool(reason) and reason not in self._warned and len(self._warned) < _MOST_WARNINGS
+        self._warned.add(reason)
+        level = logging.WARNING if news else logging.DEBUG
+        log.log(level, "worker_not_reached worker_id=%s reason=%s", self.record.worker_id, reason)

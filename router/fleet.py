@@ -90,7 +90,7 @@ class Fleet:
                     if record.incarnation not in self._links:
                         group.create_task(self._keep(self._link(record)))
 
-    def _link(self, record: WorkerRecord) -> WorkerLink:
+    def _link(self, record: WorkerRecord, before: WorkerLink | None = None) -> WorkerLink:
         link = WorkerLink(
             record,
             self._router_id,
@@ -99,6 +99,7 @@ class Fleet:
             index=self.index,
             on_change=self._changed,
             on_load=self._reported,
+            before=before,
         )
         self._links[record.incarnation] = link
         return link
@@ -118,7 +119,7 @@ class Fleet:
                 return
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, _RECONNECT_MAX_S)
-            link = self._link(self._wanted.get(incarnation, link.record))
+            link = self._link(self._wanted.get(incarnation, link.record), link)
 
 
 class _Members:

@@ -300,6 +300,7 @@ def _describe(link: WorkerLink) -> WorkerStatus:
         role=view.hello.role if view is not None else link.record.role,
         address=link.record.address,
         connected=view is not None,
+        reason=link.problem,
     )
     if load is None:
         return base

@@ -107,6 +107,8 @@ class WorkerStatus:
     role: str
     address: str
     connected: bool
+    reason: str = ""
+    """Why it is not connected: refused, by it or by this router, or not reached."""
     draining: bool = False
     ejected: bool = False
     """Left out of placement by this router, as it failed or was slow; probed from time to time."""

@@ -163,7 +163,7 @@ def test_workers_that_are_absent_or_silent_are_lines_not_errors() -> None:
     assert "does not answer" in silent.problem
 
 
-def cluster_status() -> ClusterStatus:
+def cluster_status(**left_out: dict[str, str]) -> ClusterStatus:
     reader = WorkerStatus(worker_id="decode-0", role="decode", problem="not registered")
     owner = WorkerStatus(worker_id="prefill-0", role="prefill", stats=read_stats())
     return ClusterStatus(
@@ -174,14 +174,14 @@ def cluster_status() -> ClusterStatus:
         ready=False,
         logs="/tmp/x",
         workers=(reader, owner),
-        ejected={"prefill-0": "slow"},
+        **(left_out or {"ejected": {"prefill-0": "slow"}}),
     )
 
 
-def shown(*, leases: bool, transfers: bool = False) -> str:
+def shown(*, leases: bool, transfers: bool = False, **left_out: dict[str, str]) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=140)
-    show_status(cluster_status(), console, leases=leases, transfers=transfers)
+    show_status(cluster_status(**left_out), console, leases=leases, transfers=transfers)
     return stream.getvalue()
 
 
@@ -220,3 +220,9 @@ def test_an_ejected_worker_is_shown_with_the_reason() -> None:
     text = shown(leases=False)
     assert "ejected: slow" in text
     assert "prefill-0: the router sends it nothing for now: it was far slower" in text
+
+
+def test_a_worker_that_the_router_does_not_reach_is_shown_with_the_reason() -> None:
+    text = shown(leases=False, unreached={"prefill-0": "it serves model a, not b"})
+    assert "not connected" in text
+    assert "prefill-0: the router sends it nothing, as they are not connected: it serves" in text

@@ -263,11 +263,37 @@ async def test_a_newer_minor_version_and_its_messages_are_understood() -> None:
     ],
     ids=["major version", "another model", "another incarnation", "no hello", "refused"],
 )
-async def test_a_worker_that_does_not_fit_is_not_routable(first: WorkerToRouter) -> None:
+async def test_a_worker_that_does_not_fit_is_not_routable_and_the_log_says_why_once(
+    first: WorkerToRouter, caplog: pytest.LogCaptureFixture
+) -> None:
     async with scripted(first, LOAD) as (_, record):
-        link = WorkerLink(record, "router", MODEL, 5.0, index=PrefixIndex())
+        link = make_link(record, MODEL)
         await soon(link.run())
         assert link.routable is None
+        assert link.problem
+        again = WorkerLink(record, "router", MODEL, 5.0, index=PrefixIndex(), before=link)
+        assert again.problem == link.problem
+        await soon(again.run())
+    line = f"worker_not_reached worker_id=w reason={link.problem}"
+    told = [r.levelname for r in caplog.records if r.getMessage() == line]
+    assert told == ["WARNING"]
+
+
+async def test_a_worker_that_nobody_finds_is_told_of_and_one_that_was_not_tried_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with scripted(HELLO) as (_, record):
+        pass
+    link = make_link(record, MODEL)
+    await soon(link.run())
+    assert "Connect call failed" in link.problem
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    caplog.clear()
+    untried = asyncio.create_task(make_link(record, MODEL).run())
+    await asyncio.sleep(0)
+    untried.cancel()
+    await asyncio.wait([untried])
+    assert caplog.records == []
 
 
 async def test_a_worker_that_says_nothing_more_is_lost() -> None:
@@ -322,6 +348,19 @@ async def test_workers_are_routable_by_role() -> None:
         await until(lambda: names(fleet) == ["a", "b"] and names(fleet, Role.DECODE) == ["c"])
         assert fleet.link(Role.PREFILL, WorkerId("b")).record == served[1].record
         assert fleet.everyone.workers == ("a", "b", "c")
+
+
+async def test_a_worker_of_another_model_keeps_its_reason_while_it_is_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry = MemoryRegistry(SystemClock())
+    async with scripted(HELLO, LOAD) as (worker, record):
+        await registry.register(record, 60.0)
+        async with fleet_over(registry, ModelId("another")) as fleet:
+            await until(lambda: len(worker.streams) >= 2, "a second try")
+            (link,) = fleet.links()
+            assert link.problem == "it serves model m, not another"
+    assert caplog.text.count("it serves model m, not another") == 1
 
 
 async def test_a_worker_missing_from_the_registry_stays_while_its_stream_lives() -> None:

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from cluster.probe import ejected_workers
+from cluster.probe import left_out_workers
 from core.errors import InvalidRequest
 from core.ids import RequestId, WorkerId
 from router.types import MigrationReport, WorkerStatus
@@ -108,16 +108,24 @@ async def test_workers_are_listed_as_the_router_sees_them(tmp_path):
         ejected_for="slow",
     )
     fine = WorkerStatus(worker_id="p1", role="prefill", address="x", connected=True)
-    generator = ScriptedGenerator(saying("a"), views=(slow, fine))
+    other = WorkerStatus(
+        worker_id="p2",
+        role="prefill",
+        address="x",
+        connected=False,
+        reason="it serves model a, not b",
+    )
+    generator = ScriptedGenerator(saying("a"), views=(slow, fine, other))
     async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
         listed = await http.get(f"{server.url}/control/workers")
-        ejected = await ejected_workers(server.url)
+        left_out = await left_out_workers(server.url)
     assert [(w["worker_id"], w["ejected_for"]) for w in listed.json()] == [
         ("p0", "slow"),
         ("p1", ""),
+        ("p2", ""),
     ]
-    assert ejected == {"p0": "slow"}
+    assert left_out == ({"p0": "slow"}, {"p2": "it serves model a, not b"})
 
 
-async def test_a_router_that_is_gone_has_ejected_nobody():
-    assert await ejected_workers("http://127.0.0.1:9") == {}
+async def test_a_router_that_is_gone_has_left_out_nobody():
+    assert await left_out_workers("http://127.0.0.1:9") == ({}, {})

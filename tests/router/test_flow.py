@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -21,7 +22,7 @@ from core.errors import (
     WorkerFailed,
     WorkerLost,
 )
-from core.ids import Role
+from core.ids import Incarnation, Role, WorkerId
 from core.sampling import FinishReason
 from engine.types import SeqStep
 from router.attempt import Attempt
@@ -210,6 +211,22 @@ async def test_the_status_table_has_every_worker() -> None:
             "decode-0": Role.DECODE,
         }
         assert all(view.connected and view.total_blocks == 256 for view in rows.values())
+
+
+async def test_the_status_table_says_why_a_worker_is_not_connected() -> None:
+    async with running_cluster(prefill=1, decode=1) as cluster:
+        other = replace(
+            cluster.decode[0].record,
+            worker_id=WorkerId("other"),
+            incarnation=Incarnation("another life"),
+        )
+        await cluster.registry.register(other, 3600.0)
+
+        def reasons() -> list[str]:
+            return [status.reason for status in cluster.flow.workers() if not status.connected]
+
+        await until(lambda: any(reasons()), "the reason")
+        assert reasons() == [f"{other.router_address} is another worker's now"]
 
 
 async def test_every_placement_is_a_line_that_explains_itself_where_that_is_asked_for(
