@@ -61,7 +61,7 @@ class SloClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueBounds:
-    """Of what waits in one router, all classes together."""
+    """Of what waits in one router, all classes together; a request of many choices is one."""
 
     requests: int
     prompt_tokens: int
@@ -195,6 +195,10 @@ class _Asking:
         self.wake = asyncio.Event()
 
     @property
+    def request_id(self) -> RequestId:
+        return self.progress.request.request_id
+
+    @property
     def prompt_tokens(self) -> int:
         return len(self.progress.request.prompt_tokens)
 
@@ -255,11 +259,15 @@ class Admission:
         self._decode = decode
         self._lines: dict[str, deque[_Asking]] = defaultdict(deque)
         self._started: Counter[RequestId] = Counter()
+        self._held: Counter[RequestId] = Counter()
+        """Choices in all lines, by request."""
+        self._held_tokens = 0
+        """Of the prompts of those requests."""
 
     @property
     def waiting(self) -> int:
         """Requests in all lines."""
-        return sum(map(len, self._lines.values()))
+        return len(self._held)
 
     def look(self) -> None:
         """A worker has reported, or one came or left: the first of each line may find a place."""
@@ -295,7 +303,7 @@ class Admission:
 
     async def _admit(self, asking: _Asking) -> Considered | None:
         considered, verdict = self._judge(asking, None)
-        if isinstance(verdict, Wait) and self._full(asking.prompt_tokens):
+        if isinstance(verdict, Wait) and self._full(asking):
             verdict = Reject(verdict.drain_s, RejectReason.QUEUE_FULL)
         if isinstance(verdict, Wait):
             considered = await self._wait(asking, considered)
@@ -310,7 +318,7 @@ class Admission:
         """In line until there is a place. Raises Overloaded, NoWorkers and DeadlineExceeded."""
         line = self._lines[asking.slo_class.name]
         line.append(asking)
-        self._watcher.queued(self.waiting)
+        self._hold(asking)
         try:
             while True:
                 asking.wake.clear()
@@ -324,7 +332,7 @@ class Admission:
         finally:
             was_first = line[0] is asking
             line.remove(asking)
-            self._watcher.queued(self.waiting)
+            self._let_go(asking)
             if was_first and line:
                 # Its task runs after this one, which submits its prompt before it waits again.
                 line[0].wake.set()
@@ -379,12 +387,25 @@ class Admission:
         self._gap.begin(now_s)
         return self._worker_wait_s - (self._gap.until(now_s) - asking.gap_s)
 
-    def _full(self, prompt_tokens: int) -> bool:
-        """An empty queue takes any prompt."""
-        waiting = self.waiting
-        tokens = sum(entry.prompt_tokens for line in self._lines.values() for entry in line)
-        over_tokens = tokens + prompt_tokens > self._bounds.prompt_tokens
-        return waiting > 0 and (waiting >= self._bounds.requests or over_tokens)
+    def _hold(self, asking: _Asking) -> None:
+        if asking.request_id not in self._held:
+            self._held_tokens += asking.prompt_tokens
+        self._held[asking.request_id] += 1
+        self._watcher.queued(self.waiting)
+
+    def _let_go(self, asking: _Asking) -> None:
+        self._held[asking.request_id] -= 1
+        if not self._held[asking.request_id]:
+            del self._held[asking.request_id]
+            self._held_tokens -= asking.prompt_tokens
+        self._watcher.queued(self.waiting)
+
+    def _full(self, asking: _Asking) -> bool:
+        """An empty queue takes any prompt, and a request that waits already all of its choices."""
+        if not self._held or asking.request_id in self._held:
+            return False
+        over_tokens = self._held_tokens + asking.prompt_tokens > self._bounds.prompt_tokens
+        return self.waiting >= self._bounds.requests or over_tokens
 
     def _refusal(self, verdict: Reject, slo_class: SloClass) -> Overloaded:
         self._watcher.rejected(verdict.reason)

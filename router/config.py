@@ -65,7 +65,7 @@ class RouterConfig(Settings):
     in the router for a while, or answered 429 with Retry-After at once; off: placed anyhow."""
     admission_max_requests: int = Field(256, ge=0)
     """Requests held like that, or because a pool has no worker (also with admission: off); further
-    ones are answered 429."""
+    ones are answered 429. One of several choices (n) counts once."""
     admission_max_tokens: int = Field(2_000_000, ge=0)
     """Prompt tokens of the requests held."""
     admission_decode: DecodeAdmission = "off"

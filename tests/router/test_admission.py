@@ -365,6 +365,31 @@ async def test_a_full_queue_takes_no_more(bounds: QueueBounds) -> None:
         assert d.admission.waiting == 2
 
 
+@pytest.mark.parametrize(
+    "bounds",
+    [QueueBounds(requests=2, prompt_tokens=1000), QueueBounds(requests=10, prompt_tokens=25)],
+    ids=["requests", "tokens"],
+)
+async def test_the_choices_of_a_request_are_one_of_those_that_wait(bounds: QueueBounds) -> None:
+    async with door(bounds) as d:
+        for name in ("a/0", "a/1", "a/2", "b/0", "b/1", "c/0", "a/3"):
+            await d.come(name)
+        assert list(d.refused) == ["c/0"]
+        assert d.admission.waiting == 2
+        assert str(d.refused["c/0"]).startswith("2 requests wait")
+
+
+async def test_a_request_waits_until_the_last_of_its_choices_has_left() -> None:
+    async with door(QueueBounds(requests=1, prompt_tokens=1000)) as d:
+        choices = [await d.come(name) for name in ("a/0", "a/1")]
+        choices[0].cancel()
+        await d.come("b")
+        assert list(d.refused) == ["b"]
+        choices[1].cancel()
+        await d.come("c")
+        assert (list(d.refused), d.admission.waiting) == (["b"], 1)
+
+
 async def test_an_empty_queue_takes_a_prompt_of_any_length() -> None:
     async with door(QueueBounds(requests=10, prompt_tokens=25)) as d:
         await d.come("a", 100)
