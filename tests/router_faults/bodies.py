@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster import router_main
 from cluster.worker import __main__ as worker_main
@@ -14,15 +15,27 @@ from core.messages import LoadReport
 from engine import build
 from engine.timed import TimedEngine
 from engine.types import Sampled, SeqStep
+from router import flow
 
 LEASE_S = 1.0
 """Of a worker's place in the registry; 10 s outside tests. It is renewed three times as often."""
+SLOW_S = 1.0
+"""So long slower than its peers, and a worker is ejected; 10 s outside tests."""
 _FROZEN_STEP_S = 0.3
+_SLOW_STEP_S = 0.06
+"""Several times what steps take of those beside it."""
 
 
 def run_router(arguments: list[str]) -> int:
     """`python -m cluster.router_main`"""
     return router_main.main(arguments)
+
+
+def run_strict_router(arguments: list[str]) -> int:
+    """A router that does not watch a slow worker for long."""
+    lenient = flow._outlier_rules
+    vars(flow).update(_outlier_rules=lambda config: replace(lenient(config), slow_s=SLOW_S))
+    return run_router(arguments)
 
 
 def run_worker(arguments: list[str]) -> int:
@@ -35,6 +48,12 @@ def run_worker(arguments: list[str]) -> int:
 def run_frozen_worker(arguments: list[str]) -> int:
     """A worker that takes its time, and reports for ever that it is idle, as at its start."""
     vars(worker_module).update(RouterOutlet=FrozenOutlet)
+    vars(build).update(TimedEngine=FrozenEngine)
+    return run_worker(arguments)
+
+
+def run_slow_worker(arguments: list[str]) -> int:
+    """A worker that does all it is asked for, and says how it is, but takes its time."""
     vars(build).update(TimedEngine=SlowEngine)
     return run_worker(arguments)
 
@@ -52,6 +71,14 @@ class FrozenOutlet(RouterOutlet):
 class SlowEngine(TimedEngine):
     """Its steps are long."""
 
+    longer_s = _SLOW_STEP_S
+
     def step(self, batch: Sequence[SeqStep]) -> list[Sampled | BatonError | None]:
-        time.sleep(_FROZEN_STEP_S)
+        time.sleep(self.longer_s)
         return super().step(batch)
+
+
+class FrozenEngine(SlowEngine):
+    """Very long."""
+
+    longer_s = _FROZEN_STEP_S

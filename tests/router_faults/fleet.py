@@ -135,12 +135,12 @@ class RunningFleet:
         await self.start_worker(name)
         await self.connected()
 
-    async def start_router(self) -> RunningRouter:
+    async def start_router(self, body: Main = run_router) -> RunningRouter:
         """It listens on return, on a port of its own choice: one that is free now may be taken by
         some connection a moment later.
         """
         arguments = ["--config", str(self.config), "--port", "0"]
-        process = fork(run_router, arguments, self._log("router"))
+        process = fork(body, arguments, self._log("router"))
         address = await found(process, r"router_listens address=(\S+)")
         router = RunningRouter(f"http://{address}", process)
         self.routers.append(router)

@@ -40,10 +40,11 @@ class Load:
 
 
 class Client:
-    """Asks one request after the other, of every router in turn."""
+    """Asks one request after the other, of every router in turn, or of one only."""
 
-    def __init__(self, fleet: RunningFleet, load: Load) -> None:
+    def __init__(self, fleet: RunningFleet, load: Load, only: RunningRouter | None = None) -> None:
         self._fleet = fleet
+        self._only = only
         self._load = load
 
     async def run(self, number: int) -> None:
@@ -51,7 +52,8 @@ class Client:
         for i in count(number):
             if self._load.stopping:
                 return
-            routers = [r for r in self._fleet.routers if not r.process.ended]
+            asked = self._fleet.routers if self._only is None else [self._only]
+            routers = [r for r in asked if not r.process.ended]
             await self.ask(routers[i % len(routers)], number, i)
 
     async def ask(self, router: RunningRouter, number: int, i: int) -> None:
@@ -99,12 +101,14 @@ class Client:
 
 
 @asynccontextmanager
-async def under_load(fleet: RunningFleet, clients: int = CLIENTS) -> AsyncIterator[Load]:
+async def under_load(
+    fleet: RunningFleet, clients: int = CLIENTS, only: RunningRouter | None = None
+) -> AsyncIterator[Load]:
     """Clients ask inside the block; on the way out they end what they have begun."""
     load = Load()
     async with asyncio.TaskGroup() as group:
         for number in range(clients):
-            group.create_task(Client(fleet, load).run(number))
+            group.create_task(Client(fleet, load, only).run(number))
         try:
             yield load
         finally:

@@ -8,17 +8,23 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from cluster.probe import left_out_workers
 from core import telemetry
 from core.clock import SystemClock
 from tests.forks import Forked
-from tests.router_faults.bodies import LEASE_S, run_frozen_worker
+from tests.router_faults.bodies import (
+    LEASE_S,
+    run_frozen_worker,
+    run_slow_worker,
+    run_strict_router,
+)
 from tests.router_faults.fleet import (
     REQUEST_TIMEOUT_S,
     SILENCE_S,
     RunningFleet,
     running_fleet,
 )
-from tests.router_faults.load import Load, under_load
+from tests.router_faults.load import CLIENTS, Load, under_load
 from tests.router_faults.outage import outlive_redis
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -110,6 +116,29 @@ async def slowed(process: Forked, seconds: float) -> None:
             await asyncio.sleep(0.03)
     finally:
         process.resume()
+
+
+@EACH_KIND
+async def test_a_worker_far_slower_than_its_peers_is_left_out(
+    fleet: RunningFleet, name: str
+) -> None:
+    await fleet.workers[name].close()
+    await fleet.start_worker(name, run_slow_worker)
+    strict = await fleet.start_router(run_strict_router)
+    await fleet.connected()
+    async with under_load(fleet, only=strict) as load:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            while (await left_out_workers(strict.url)).ejected.get(name) != "slow":
+                await asyncio.sleep(0.05)
+        served = load.prefilled_by if name.startswith("p") else load.decoded_by
+        before = served[name]
+        await more(load, 3 * ENOUGH)
+        assert served[name] - before <= CLIENTS, "no more than it had when it was ejected"
+    nothing_lost(load)
+    strict.process.kill()
+    fleet.routers.remove(strict)
+    await fleet.replace(name)
+    await fleet.clean()
 
 
 async def test_the_other_routers_go_on_when_one_is_killed(fleet: RunningFleet) -> None:
