@@ -52,6 +52,10 @@ class Coming:
             if not workers:
                 del self._counts[step]
 
+    def noted(self, steps: Sequence[BlockHash]) -> Sequence[BlockHash]:
+        """Of these the first ones, as many as any worker will hold: all that need be looked at."""
+        return steps[: self._depth(steps, None)]
+
     def longest(self, steps: Sequence[BlockHash], limit: int) -> list[WorkerId]:
         """Up to `limit` of those who will hold the longest prefix of these that anybody will."""
         depth = self._depth(steps, None)

@@ -13,6 +13,7 @@ coefficients, so that a decision may ask for a dozen of them.
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
+from sys import intern
 from typing import NamedTuple
 
 from core.fit import CostFit
@@ -49,7 +50,8 @@ class WorkerKind(NamedTuple):
 
 
 def kind_of(hello: WorkerHello) -> WorkerKind:
-    return WorkerKind(str(hello.layout), int(float(f"{hello.num_blocks:.2e}")))
+    # Interned, as every decision looks up the kinds of a dozen workers, by comparing them.
+    return WorkerKind(intern(str(hello.layout)), int(float(f"{hello.num_blocks:.2e}")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ def load_then(there: Decoding, tokens: int, pace: Pace, then: Then) -> DecodeLoa
 
 def share_left(residuals: Sequence[int], steps: float) -> float:
     """Of answers that run now, those that have not ended after so many steps."""
+    if steps <= 0:
+        return 1.0
     longer = sum(residual >= steps for residual in residuals)
     if longer in (0, len(residuals)):
         return float(longer > 0 or not residuals)

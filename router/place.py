@@ -81,7 +81,7 @@ class PrefillPoolQuery(PoolQuery):
         for worker in closed:
             self._mask &= ~self._views[worker].holdings.bit
         self._levels: list[Level] | None = None
-        self._steps = steps_of(hashes, self.block_size)
+        self._steps: Sequence[BlockHash] | None = None
 
     def holders(self, limit: int) -> list[WorkerId]:
         index, found = self._known.index, list[WorkerId]()
@@ -113,15 +113,22 @@ class PrefillPoolQuery(PoolQuery):
         return self._seconds(worker, self.cached_tokens(worker))
 
     def coming(self, limit: int) -> list[WorkerId]:
-        found = self._known.coming.longest(self._steps, limit)
+        found = self._known.coming.longest(self._noted_steps(), limit)
         return [worker for worker in found if worker in self._views and self.is_open(worker)]
 
     def expected_s(self, worker: WorkerId) -> tuple[float, float]:
         cached = self.cached_tokens(worker)
-        steps = self._known.coming.steps_at(worker, self._steps)
-        if steps:
-            cached = max(cached, self._usable(steps * blocks_per_step(self.block_size)))
+        noted, blocks = self._noted_steps(), blocks_per_step(self.block_size)
+        if len(noted) * blocks * self.block_size > cached:  # else what comes is there already
+            steps = self._known.coming.steps_at(worker, noted)
+            cached = max(cached, self._usable(steps * blocks)) if steps else cached
         return self._seconds(worker, cached)
+
+    def _noted_steps(self) -> Sequence[BlockHash]:
+        """What of the prompt is on its way to any worker."""
+        if self._steps is None:
+            self._steps = self._known.coming.noted(steps_of(self.hashes, self.block_size))
+        return self._steps
 
     def _seconds(self, worker: WorkerId, cached: int) -> tuple[float, float]:
         view = self._views[worker]

@@ -48,5 +48,8 @@ def test_lookups_find_the_longest_common_prefix_with_any_prompt_on_its_way(
         best[worker] = max(best[worker], shared)
     assert {worker: coming.steps_at(worker, wanted) for worker in best} == best
     most = max(best.values())
+    noted = coming.noted(wanted)
+    assert noted == wanted[:most]
+    assert {worker: coming.steps_at(worker, noted) for worker in best} == best
     holders = {worker for worker, steps in best.items() if steps == most > 0}
     assert set(coming.longest(wanted, 4)) == holders
