@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from core.blocks import chain_hashes, root_hash
-from core.ids import Incarnation, LeaseId, Role, WorkerId
+from core.ids import Incarnation, LeaseId, RequestId, Role, SequenceId, WorkerId
 from core.messages import (
     PROTOCOL_MAJOR,
     Cancel,
@@ -319,3 +319,16 @@ async def test_a_lost_prefill_worker_fails_the_decode_leg() -> None:
         await until_idle(pair.decode.worker)
         await pair.to_decode.all_said()
         assert pair.to_decode.failure(1) == "kv_transfer_failed"
+
+
+async def test_a_worker_that_only_lends_its_cache_is_idle_and_sound() -> None:
+    async with prefill_worker() as served:
+        worker = served.worker
+        await run_prompt(RouterEnd(worker), 1, PROMPT)
+        await until_idle(worker)
+        prefix = chain_hashes(PROMPT, BLOCK_SIZE, root_hash(worker.peer_hello().model_id))
+        fetch = SequenceId(RequestId("fetch"))
+        lease = worker.leases.open_cached(fetch, prefix, "another worker")
+        counts, problem = worker.pool_counts()
+        assert (counts.held, problem) == (len(PROMPT) // BLOCK_SIZE, "")
+        worker.leases.abort(lease.lease_id)
