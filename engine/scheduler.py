@@ -38,6 +38,7 @@ class Schedulable(Protocol):
     published: int
     blocks: list[BlockId]
     on_preempted: Callable[[], None] | None
+    on_starved: Callable[[], None] | None
 
     @property
     def known_tokens(self) -> int: ...
@@ -218,8 +219,24 @@ class Scheduler(Generic[S]):
         """Those that wait begin, in order, until one does not find its blocks."""
         most = self._max_running
         while self.waiting and (most is None or len(self.running) < most):
-            if not self._admit(self.waiting[0], now_s):
+            if not self._admit(self.waiting[0], now_s) and not self._unblock(now_s):
                 return
+
+    def _unblock(self, now_s: float) -> bool:
+        """The first in line finds too few blocks: whether to look again. Where nobody runs who
+        would give some back, a preempted prompt behind it may keep them by its lease. It goes on;
+        where none of these can, the youngest is given up.
+        """
+        if self.running or self.held:
+            return False
+        leased = [sequence for sequence in self.waiting if sequence.on_starved is not None]
+        if not leased or any(self._admit(sequence, now_s) for sequence in leased):
+            return False
+        youngest = max(leased, key=lambda s: s.arrived_at_s)
+        give_up, youngest.on_starved = youngest.on_starved, None
+        if give_up is not None:
+            give_up()
+        return True
 
     def _admit(self, sequence: S, now_s: float) -> bool:
         """Take all blocks of the known tokens, reusing cached ones, or leave it waiting."""

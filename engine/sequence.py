@@ -54,6 +54,10 @@ class Sequence:
         self.published = 0
         self.on_preempted: Callable[[], None] | None = None
         """Set by whoever copies its blocks while it runs; called before they are given back."""
+        self.on_starved: Callable[[], None] | None = None
+        """Set by whoever keeps blocks of it leased while it waits; called where nobody can go on
+        unless they go back. Ends it.
+        """
         self._root = root
         self._hashes: list[BlockHash] = []
 

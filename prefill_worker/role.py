@@ -9,11 +9,12 @@ import asyncio
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 from core.blocks import root_hash
 from core.clock import Clock
-from core.errors import BatonError
+from core.errors import BatonError, Overloaded
 from core.messages import (
     Accepted,
     LegFailed,
@@ -192,6 +193,12 @@ class PrefillRole:
         fresh = sequence.blocks[len(leg.lease.blocks) : full]
         if fresh and sequence.computed < sequence.context_tokens:
             self._owner.announce(leg.lease, fresh)
+            sequence.on_starved = partial(self._starved, leg)
+
+    def _starved(self, leg: "_PrefillLeg") -> None:
+        """It was preempted, and what its lease keeps is needed by those that it waits for."""
+        self._runner.remove(leg.sequence)
+        self.fail(leg, Overloaded("other sequences need the memory of this prompt here"))
 
     def complete(
         self, leg: "_PrefillLeg", sequence: Sequence, sampled: Sampled, finish: FinishReason | None

@@ -50,6 +50,7 @@ class SimSequence:
         "leg",
         "most_tokens",
         "on_preempted",
+        "on_starved",
         "outputs_left",
         "prompt_tokens",
         "published",
@@ -84,6 +85,7 @@ class SimSequence:
         self.published = 0
         self.blocks: list[BlockId] = []
         self.on_preempted: Callable[[], None] | None = None
+        self.on_starved: Callable[[], None] | None = None
         self.cancelled = False
         self.joined = self.turn = -1
         self.queued_tokens = 0

@@ -1,17 +1,24 @@
 """The prefill role inside a whole worker, spoken to as a router speaks to it."""
 
+import asyncio
+
 import pytest
 
 from core.clock import FakeClock
+from core.ids import Role
 from core.messages import Cancel, LegFailed, Rejected, RenewLeases, Withdraw, Withdrawn
 from core.sampling import FinishReason
 from core.stages import Stage
+from kv_transfer.loopback import LoopbackHub
 from tests.builders import (
+    RouterEnd,
     WorkerPair,
+    decode_submit,
     expected_tokens,
     make_prompt,
     make_settings,
     prefill_submit,
+    served_worker,
     until,
     until_idle,
     worker_pair,
@@ -254,3 +261,23 @@ async def test_a_prompt_finds_what_the_one_before_it_has_computed_meanwhile() ->
         for number in (1, 2):
             cancel(pair, number)
         await pair.idle()
+
+
+async def test_a_preempted_prompt_goes_on_though_whoever_preempted_it_is_before_it() -> None:
+    """Its lease keeps what it announced, and the answer that took the rest needs more than is left:
+    neither would go on before a deadline.
+    """
+    settings = make_settings(num_blocks=16, step_tokens=4)
+    async with served_worker("p", Role.PREFILL, LoopbackHub(), worker_settings=settings) as served:
+        end = RouterEnd(served.worker)
+        answer = decode_submit(1, make_prompt(16, 1), None, name="answer", max_tokens=40)
+        served.worker.handle(end.outlet, answer)
+        await asyncio.sleep(0)
+        for number, length in ((2, 40), (3, 8)):
+            prompt = make_prompt(length, number)
+            served.worker.handle(end.outlet, prefill_submit(number, prompt, name=str(number)))
+        await end.until(lambda: len(end.tokens(2)) == 1)
+        assert served.worker.runner.preemptions > 0
+        assert len(end.tokens(1)) < 40
+        served.worker.handle(end.outlet, Cancel(number=2, reason="its KV was read"))
+        await end.until(lambda: len(end.tokens(1)) == 40 and len(end.tokens(3)) == 1)

@@ -1,0 +1,96 @@
+"""Who begins where memory is short, and who gives way. test_runner.py has the rest of it."""
+
+from collections.abc import Callable
+
+from core.ids import BlockId
+from engine.pool import BlockPool
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceState
+from tests.builders import make_prompt, make_sequence
+
+SIZE = 4
+
+
+class Crowded:
+    """A scheduler over a pool of 8 blocks, and prompts that were preempted half computed."""
+
+    def __init__(self) -> None:
+        self.pool = BlockPool(8)
+        self.scheduler = Scheduler[Sequence](
+            self.pool,
+            block_size=SIZE,
+            step_tokens=64,
+            max_batch=8,
+            on_admitted=lambda sequence: None,
+        )
+        self.given_up: list[Sequence] = []
+
+    def preempted(self, seed: int, *, blocks: int, leased: int, arrived_at_s: float) -> Sequence:
+        """It needs so many blocks, of which a lease keeps the first."""
+        sequence = make_sequence(make_prompt(blocks * SIZE, seed), name=str(seed))
+        sequence.arrived_at_s = arrived_at_s
+        kept = sequence.blocks = self.pool.allocate(leased) or []
+        sequence.computed = leased * SIZE
+        sequence.publish(self.pool, SIZE)
+        self.pool.lease(kept)
+        self.pool.release(kept)
+        sequence.blocks, sequence.computed, sequence.published = [], 0, 0
+        sequence.on_starved = self._gives_up(sequence, kept)
+        self.scheduler.waiting.append(sequence)
+        return sequence
+
+    def _gives_up(self, sequence: Sequence, kept: list[BlockId]) -> Callable[[], None]:
+        def give_up() -> None:
+            self.scheduler.finish(sequence)
+            self.pool.unlease(kept)
+            self.given_up.append(sequence)
+
+        return give_up
+
+    def waits(self, seed: int, blocks: int) -> Sequence:
+        """One that keeps nothing, first in line."""
+        sequence = make_sequence(make_prompt(blocks * SIZE, seed), name=str(seed))
+        self.scheduler.waiting.insert(0, sequence)
+        return sequence
+
+
+def test_a_preempted_prompt_goes_on_before_one_that_waits_for_what_it_keeps() -> None:
+    crowd = Crowded()
+    prompt = crowd.preempted(1, blocks=7, leased=4, arrived_at_s=1.0)
+    first = crowd.waits(2, blocks=5)
+    crowd.scheduler.admit(1.0)
+    assert (prompt.state, first.state) == (SequenceState.RUNNING, SequenceState.WAITING)
+    assert crowd.given_up == []
+
+
+def test_of_two_that_keep_each_other_out_the_younger_is_given_up() -> None:
+    crowd = Crowded()
+    older = crowd.preempted(1, blocks=6, leased=3, arrived_at_s=1.0)
+    younger = crowd.preempted(2, blocks=6, leased=3, arrived_at_s=2.0)
+    crowd.scheduler.admit(3.0)
+    assert crowd.given_up == [younger]
+    assert older.state is SequenceState.RUNNING
+    crowd.pool.check()
+
+
+def test_while_somebody_runs_nobody_is_given_up() -> None:
+    crowd = Crowded()
+    running = make_sequence(make_prompt(3, 9), name="running")
+    crowd.scheduler.enqueue(running)
+    crowd.scheduler.admit(0.0)
+    older = crowd.preempted(1, blocks=5, leased=3, arrived_at_s=1.0)
+    younger = crowd.preempted(2, blocks=4, leased=3, arrived_at_s=2.0)
+    crowd.scheduler.admit(3.0)
+    assert crowd.given_up == []
+    assert {older.state, younger.state} == {SequenceState.WAITING}
+
+
+def test_who_keeps_nothing_waits_for_those_who_read_what_others_leased() -> None:
+    crowd = Crowded()
+    blocks = crowd.pool.allocate(6) or []
+    crowd.pool.lease(blocks)
+    crowd.pool.release(blocks)
+    first, second = crowd.waits(1, blocks=4), make_sequence(make_prompt(SIZE, 2), name="2")
+    crowd.scheduler.enqueue(second)
+    crowd.scheduler.admit(0.0)
+    assert {first.state, second.state} == {SequenceState.WAITING}
