@@ -60,7 +60,13 @@ class Batch(Protocol[S_contra]):
 class Leases(Protocol):
     """The owner's side of a lease; see kv_transfer.owner.Owner."""
 
-    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease: ...
+    def open(
+        self,
+        sequence_id: SequenceId,
+        listener: LeaseListener | None = None,
+        *,
+        moves: bool = False,
+    ) -> Lease: ...
 
     def announce(self, lease: Lease, block_ids: Sequence[BlockId]) -> None: ...
 
@@ -121,7 +127,7 @@ class Migration(Generic[S]):
         self.ready = False
         """The reader has all that was announced: the next step is the last one here."""
         self._patience: Patience | None = None
-        self.lease = owner.open(sequence.sequence_id, self)
+        self.lease = owner.open(sequence.sequence_id, self, moves=True)
         sequence.on_preempted = lambda: self.drop("the sequence was preempted")
         self._announce()
 

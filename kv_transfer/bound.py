@@ -26,6 +26,8 @@ class BoundLease:
         self.asked = False
         """Whether it was: from then on a HELD may be under way."""
         self.closed: Closed | None = None
+        self.answered = False
+        """Whether the owner has; `closed` may be known without it."""
 
     def hear(self, announce: Announce) -> None:
         """More blocks are final."""
@@ -39,8 +41,15 @@ class BoundLease:
 
     def answer(self, closed: Closed) -> None:
         """The closing question's; one that nobody asked for is none."""
+        self.answered = self.answered or self.asked
         if self.asked and self.closed is None:
             self.closed = closed
+            self.changed.set()
+
+    def stood(self) -> None:
+        """Its fence did, after the last read: that is the answer, before the owner's own."""
+        if self.closed is None:
+            self.closed = Closed(lease_id=self.lease_id, outcome=LeaseOutcome.HELD)
             self.changed.set()
 
     def fail(self, failure: TransferFailed) -> None:

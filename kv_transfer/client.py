@@ -89,6 +89,8 @@ class PeerConnection:
         self._stream: Stream | None = None
         self._leases: dict[LeaseId, BoundLease] = {}
         self._asked: OrderedDict[LeaseId, None] = OrderedDict()
+        self._unanswered: OrderedDict[LeaseId, None] = OrderedDict()
+        """Copied and confirmed by their fence; until the owner hears so it holds their blocks."""
         self._fetches: dict[int, asyncio.Future[Fetched]] = {}
         self._next_fetch = 1
         self._lost: TransferFailed | None = None
@@ -133,8 +135,8 @@ class PeerConnection:
     @asynccontextmanager
     async def fetch(
         self, sequence_id: SequenceId, hashes: Sequence[BlockHash], first_index: int
-    ) -> AsyncIterator[tuple[BoundLease, tuple[BlockId, ...]]]:
-        """A lease on cached blocks from `first_index` on, and their ids; raises if there are none.
+    ) -> AsyncIterator[tuple[BoundLease, Fetched]]:
+        """A lease on cached blocks from `first_index` on, and which; raises if there are none.
 
         A late answer to a question given up is answered with an abort.
         """
@@ -162,7 +164,7 @@ class PeerConnection:
                 "the KV owner holds no more of the prefix", cause=TransferCause.NOT_HELD
             )
         with self._hold(fetched.lease_id) as lease:
-            yield lease, fetched.block_ids
+            yield lease, fetched
 
     @contextmanager
     def _hold(self, lease_id: LeaseId) -> Iterator[BoundLease]:
@@ -183,6 +185,10 @@ class PeerConnection:
                 self._asked[lease_id] = None  # a HELD under way is the answer to this pull alone
                 if len(self._asked) > _ASKED_LEASES:
                     self._asked.popitem(last=False)
+            if lease.closed is not None and lease.asked and not lease.answered:
+                self._unanswered[lease_id] = None
+                if len(self._unanswered) > _ASKED_LEASES:
+                    self._unanswered.popitem(last=False)
             if lease.closed is None:
                 self._send(Abort(lease_id=lease_id, reason="the reader gave up"))
             lease.fail(TransferFailed("the pull is over"))
@@ -292,6 +298,7 @@ class PeerConnection:
                 return
         lease = self._leases.get(message.lease_id)
         if lease is None:
+            self._unanswered.pop(message.lease_id, None)
             return
         match message:
             case Announce():
@@ -323,11 +330,15 @@ class PeerConnection:
         raise TransferFailed("a read from the KV owner failed", cause=TransferCause.READ_FAILED)
 
     async def _renew(self) -> None:
-        """Keep the bound leases alive. The owner answers each renewal: silence is a lost owner."""
+        """Keep the bound leases alive, and ask again what was not answered. The owner answers each
+        renewal: silence is a lost owner.
+        """
         while True:
-            asked, heard = bool(self._leases or self._fetches), self._heard
+            asked, heard = bool(self._leases or self._fetches or self._unanswered), self._heard
             if asked:
                 self._send(Renew(lease_ids=tuple(self._leases)))
+            for lease_id in self._unanswered:
+                self._send(Close(lease_id=lease_id))
             for _ in range(2):  # a pause of this process is not one of the owner
                 await asyncio.sleep(self._renew_every_s / 2)
             if asked and heard == self._heard:

@@ -26,7 +26,7 @@ from kv_transfer.collective_owner import Door
 from kv_transfer.collective_reader import Pair
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import Fenced, ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,10 @@ class CollectiveTransport:
                 f"no answer from the KV transport of {peer}", cause=TransferCause.NO_ANSWER
             ) from None
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
+        """See Transport. Both ends take part in every read: no fence is read past the owner."""
         pair = self._pairs.get(peer)
         if pair is not None:
             return pair.read(plan)

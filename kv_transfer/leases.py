@@ -16,7 +16,8 @@ from typing import Protocol
 from core.clock import Clock
 from core.ids import BlockHash, BlockId, LeaseId, SequenceId
 from engine.pool import BlockPool
-from kv_transfer.messages import LeaseOutcome
+from kv_transfer.fences import Fences
+from kv_transfer.messages import Fence, LeaseOutcome
 
 NEVER_S = float("inf")
 
@@ -36,7 +37,8 @@ class LeaseListener(Protocol):
 @dataclass(slots=True)
 class Lease:
     """One open lease. `reader` names who is bound to it; `tokens` is None until the final
-    announcement, then what follows the reader's submit.
+    announcement, then what follows the reader's submit. `fence` stands from then to the end; there
+    is none if HELD `moves` a running sequence, as then the owner must know.
     """
 
     lease_id: LeaseId
@@ -48,6 +50,8 @@ class Lease:
     tokens: tuple[int, ...] | None = None
     answer_ended: bool = False
     listener: LeaseListener | None = None
+    moves: bool = False
+    fence: Fence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +75,13 @@ class LeaseCounters:
 
 
 class LeaseTable:
-    """Owns the lease references of one pool."""
+    """Owns the lease references of one pool. `fences`: those that readers of its arena can read."""
 
-    def __init__(self, pool: BlockPool, clock: Clock, lease_s: float) -> None:
+    def __init__(
+        self, pool: BlockPool, clock: Clock, lease_s: float, fences: Fences | None = None
+    ) -> None:
         self._pool = pool
+        self._fences = fences
         self._clock = clock
         self.lease_s = lease_s
         self._open: dict[LeaseId, Lease] = {}
@@ -82,9 +89,16 @@ class LeaseTable:
         self._next_id = 1
         self.counters = LeaseCounters()
 
-    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease:
+    def open(
+        self,
+        sequence_id: SequenceId,
+        listener: LeaseListener | None = None,
+        *,
+        moves: bool = False,
+    ) -> Lease:
         """A new lease without blocks; cannot expire until its prefill is finished."""
-        lease = Lease(LeaseId(self._next_id), sequence_id, self._clock.now_s(), listener=listener)
+        lease_id, now_s = LeaseId(self._next_id), self._clock.now_s()
+        lease = Lease(lease_id, sequence_id, now_s, listener=listener, moves=moves)
         self._next_id += 1
         self._open[lease.lease_id] = lease
         self.counters.opened += 1
@@ -126,6 +140,9 @@ class LeaseTable:
         lease.tokens = tokens
         lease.answer_ended = answer_ended
         lease.expires_at_s = self._clock.now_s() + self.lease_s
+        is_read = lease.lease_id in self._open and not answer_ended
+        if self._fences is not None and is_read and not lease.moves:
+            lease.fence = self._fences.raise_one()
 
     def finish_unread(self, lease: Lease) -> None:
         """The prefill has ended, and the answer with it: there is nothing to hand off."""
@@ -218,6 +235,9 @@ class LeaseTable:
 
     def _end(self, lease: Lease, outcome: LeaseOutcome, unread: Lease | None = None) -> None:
         del self._open[lease.lease_id]
+        if self._fences is not None and lease.fence is not None:
+            self._fences.drop(lease.fence)  # before the blocks: they may be reused from then on
+            lease.fence = None
         forget_at_s = self._clock.now_s() + 2 * self.lease_s
         self._ended[lease.lease_id] = _Ended(forget_at_s, outcome, lease.reader, unread)
         blocks, lease.blocks = lease.blocks, []

@@ -14,11 +14,12 @@ from contextlib import suppress
 from core.errors import InternalError, TransferCause, TransferFailed
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
+from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.nixl_commands import Command, fail
 from kv_transfer.nixl_thread import TransferThread
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import QueuedRead, ReadStats
+from kv_transfer.transport import Fenced, QueuedRead, ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +44,24 @@ class NixlTransport:
     name = "nixl"
 
     def __init__(
-        self, arena: Arena, incarnation: Incarnation, read_timeout_s: float = 10.0
+        self,
+        arena: Arena,
+        incarnation: Incarnation,
+        read_timeout_s: float = 10.0,
+        fences: Fences | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._arena = arena
         self._failed: asyncio.Future[Exception] = self._loop.create_future()
         self._ended: str | None = None
+        self._fences = fences
         self._thread = TransferThread(
-            arena, incarnation, read_timeout_s, call=self._call, failed=self._thread_failed
+            arena,
+            incarnation,
+            read_timeout_s,
+            fences=fences,
+            call=self._call,
+            failed=self._thread_failed,
         )
         self._thread.start(_START_TIMEOUT_S)
 
@@ -62,6 +73,8 @@ class NixlTransport:
             address=self._arena.address,
             nbytes=self._arena.nbytes,
             device=self._thread.device,
+            fence_address=self._fences.address if self._fences is not None else 0,
+            fence_slots=len(self._fences.words) if self._fences is not None else 0,
         )
 
     async def connect(self, peer: ShardId, memory: Memory) -> None:
@@ -81,11 +94,13 @@ class NixlTransport:
         )
         await future
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
         """See Transport. A plan of nothing ends at once."""
         future = QueuedRead(loop=self._loop)
         if plan.descriptors:
-            self._submit(Command(lambda: self._thread.read(peer, plan, future), future))
+            self._submit(Command(lambda: self._thread.read(peer, plan, future, fenced), future))
         else:
             future.set_result(ReadStats(nbytes=0, descriptors=0, seconds=0.0))
         return future

@@ -27,6 +27,7 @@ from nixl._api import nixl_agent, nixl_agent_config
 
 from core.errors import InternalError
 from engine.arena import Arena
+from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan, Rows, Run
 
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 _PROGRESS_DELAY_US = 10_000
 _INDICES_PER_ROW = 8
+_WORD_BYTES = 8
+_WORDS = 1024
+"""Fences that are read at once; with more, one finds another's word, which is not its own."""
 _INDICES_ALWAYS = 8192
 _Indices = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
@@ -81,6 +85,8 @@ class Remote:
     unit: int
     lists: tuple[Handle, Handle] | None = None
     """Prepared for `unit`: of the arena here, of the arena there."""
+    fences: Handle | None = None
+    """Prepared, of its owner's fences."""
 
 
 class Agent:
@@ -89,7 +95,7 @@ class Agent:
     It alone holds NIXL's handles: each of them keeps the agent inside NIXL alive.
     """
 
-    def __init__(self, name: str, arena: Arena) -> None:
+    def __init__(self, name: str, arena: Arena, fences: Fences | None = None) -> None:
         use_our_log()
         self.device = f"VRAM:{arena.data.get_device()}" if arena.data.is_cuda else "DRAM:0"
         self._arena = arena
@@ -97,11 +103,16 @@ class Agent:
         self._handles: dict[int, Handle] = {}
         self._spent: list[Handle] = []
         self._posted = 0
+        self._words = np.zeros(_WORDS, dtype=np.uint64)
+        self._next_word = 0
+        self._words_list: Handle | None = None
         try:
             self._nixl = start_agent(name)
             self._inside = weakref.ref(self._nixl.agent)
             kind, index = _split(self.device)
             self._nixl.register_memory([(arena.address, arena.nbytes, index, "")], kind)
+            for words in (self._words, fences.words) if fences is not None else (self._words,):
+                self._nixl.register_memory([(words.ctypes.data, words.nbytes, 0, "")], "DRAM")
             self.metadata: bytes = self._nixl.get_agent_metadata()
         except _ERRORS as error:
             raise AgentBroken(f"NIXL did not start: {_text(error)}") from None
@@ -127,6 +138,7 @@ class Agent:
         self.tidy()
         self._remotes.discard(remote)
         self._release_lists(remote)
+        self._release_list(remote.fences)
         self._quietly("remove_remote_agent", self._nixl.remove_remote_agent, remote.agent_name)
 
     # -- reads ----------------------------------------------------------------------------------
@@ -146,14 +158,37 @@ class Agent:
             raise AgentBroken(f"making a read: {_text(error)}") from None
         except _ERRORS as error:
             raise ReadRefused(f"NIXL refused the read: {_text(error)}") from None
-        self._posted += 1
-        self._handles[self._posted] = handle
-        ended = self._ended(self._posted, self._nixl.transfer, "posting")
-        return None if ended else self._posted
+        return self._begin(handle)
 
     def poll(self, number: int) -> bool:
         """Whether the read has ended well. Raises PeerLost: it has ended badly."""
         return self._ended(number, self._nixl.check_xfer_state, "polling")
+
+    def post_fence(self, remote: Remote, slot: int) -> tuple[int | None, int]:
+        """Begin to read a fence. Answers a number as `post` does, and the place to find its word at
+        when that read has ended, see `word`.
+
+        Raises ReadRefused, that peer has no such slot, or PeerLost.
+        """
+        if slot >= remote.memory.fence_slots:
+            raise ReadRefused("the peer has no such fence")
+        place, self._next_word = self._next_word, (self._next_word + 1) % _WORDS
+        self._words[place] = 0
+        try:
+            lists = self._fence_lists(remote)
+            indices = np.array([slot], np.int32), np.array([place], np.int32)
+            handle = self._make_prepared(lists, indices)
+        except _LOST as error:
+            raise PeerLost(_text(error)) from None
+        except _BACKEND as error:
+            raise AgentBroken(f"making a read of a fence: {_text(error)}") from None
+        except _ERRORS as error:
+            raise ReadRefused(f"NIXL refused to read a fence: {_text(error)}") from None
+        return self._begin(handle), place
+
+    def word(self, place: int) -> int:
+        """What a read of a fence has brought."""
+        return int(self._words[place])
 
     @property
     def spent(self) -> int:
@@ -181,6 +216,9 @@ class Agent:
                 self._release(self._handles.popitem()[1])
             for remote in self._remotes:
                 self._release_lists(remote)
+                self._release_list(remote.fences)
+            self._release_list(self._words_list)
+            self._words_list = None
             self._nixl = None
         if self._inside() is not None:
             gc.collect()
@@ -188,6 +226,12 @@ class Agent:
             raise InternalError("the NIXL agent is still in use: it could not be destroyed")
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _begin(self, handle: Handle) -> int | None:
+        self._posted += 1
+        self._handles[self._posted] = handle
+        ended = self._ended(self._posted, self._nixl.transfer, "posting")
+        return None if ended else self._posted
 
     def _ended(self, number: int, ask: Callable[[Handle], str], what: str) -> bool:
         try:
@@ -262,6 +306,18 @@ class Agent:
         )
         remote.lists, remote.unit = (here, there), unit
 
+    def _fence_lists(self, remote: Remote) -> tuple[Handle, Handle]:
+        """Of the words here, of the fences there."""
+        if self._words_list is None:
+            words = _strided(self._words.ctypes.data, self._words.nbytes, "DRAM:0", _WORD_BYTES)
+            self._words_list = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", words, "DRAM")
+        if remote.fences is None:
+            memory = remote.memory
+            nbytes = memory.fence_slots * _WORD_BYTES
+            fences = _strided(memory.fence_address, nbytes, "DRAM:0", _WORD_BYTES)
+            remote.fences = self._nixl.prep_xfer_dlist(remote.agent_name, fences, "DRAM")
+        return self._words_list, remote.fences
+
     def _make_described(self, remote: Remote, rows: Rows) -> Handle:
         memory = remote.memory
         here = self._described(self._arena.address, rows[:, 1], rows[:, 2], self.device)
@@ -278,8 +334,12 @@ class Agent:
 
     def _release_lists(self, remote: Remote) -> None:
         for prepared in remote.lists or ():
-            self._quietly("release_dlist_handle", self._nixl.release_dlist_handle, prepared)
+            self._release_list(prepared)
         remote.lists = None
+
+    def _release_list(self, prepared: Handle | None) -> None:
+        if prepared is not None:
+            self._quietly("release_dlist_handle", self._nixl.release_dlist_handle, prepared)
 
     def _quietly(self, what: str, call: Callable[..., object], *arguments: object) -> None:
         """Nothing depends on how this ends but memory inside NIXL, which goes with the agent."""

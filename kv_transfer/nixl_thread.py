@@ -23,12 +23,13 @@ from typing import TypeVar
 from core.errors import InternalError, TransferCause
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
+from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.nixl_agent import Agent, AgentBroken, PeerLost, ReadRefused, Remote
 from kv_transfer.nixl_commands import Command, Commands, Ending, fail
 from kv_transfer.plan import ReadPlan
 from kv_transfer.traffic import Share, Traffic, patience_s
-from kv_transfer.transport import QueuedRead, ReadStats
+from kv_transfer.transport import Fenced, QueuedRead, ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,9 @@ class _Peer:
 
 @dataclass(slots=True, eq=False)
 class _Reading:
-    """A posted read."""
+    """A posted read, then that of its fence: `number` is what is under way, `place` where the
+    fence's word is found.
+    """
 
     peer: _Peer
     number: int
@@ -62,6 +65,8 @@ class _Reading:
     future: "asyncio.Future[ReadStats]"
     started_s: float
     share: Share
+    fenced: Fenced | None
+    place: int | None
     overdue: bool = False
 
 
@@ -77,12 +82,14 @@ class TransferThread:
         incarnation: Incarnation,
         read_timeout_s: float,
         *,
+        fences: Fences | None = None,
         call: Callable[[Callable[[], None]], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._arena = arena
         self._incarnation = incarnation
         self._read_timeout_s = read_timeout_s
+        self._fences = fences
         self._call = call
         self._failed = failed
         self._commands = Commands()
@@ -144,7 +151,9 @@ class TransferThread:
             self._forget(self._peers[shard])
         self._resolve(future, None)
 
-    def read(self, shard: ShardId, plan: ReadPlan, future: QueuedRead) -> None:
+    def read(
+        self, shard: ShardId, plan: ReadPlan, future: QueuedRead, fenced: Fenced | None
+    ) -> None:
         """Post a read, unless nobody waits for it any more."""
         if future.given_up:
             raise ReadRefused("it was given up before its turn came")
@@ -154,7 +163,9 @@ class TransferThread:
         started_s = time.monotonic()
         try:
             peer.remote = peer.remote or self._agent.add(peer.memory)
-            number = self._agent.post(peer.remote, plan)
+            number, place = self._agent.post(peer.remote, plan), None
+            if number is None:
+                number, place = self._ask_fence(peer, fenced)
         except PeerLost:
             self._forget(peer)
             raise
@@ -162,12 +173,39 @@ class TransferThread:
             del self._peers[shard]
             raise
         if number is None:
-            self._resolve(future, _stats(plan, started_s))
+            self._resolve(future, self._stats(plan, started_s, fenced, place))
             return
         self._moved_s = time.monotonic()
         peer.reads += 1
         share = self._traffic.begin(plan.nbytes)
-        self._readings.append(_Reading(peer, number, plan, future, started_s, share))
+        self._readings.append(_Reading(peer, number, plan, future, started_s, share, fenced, place))
+
+    def _ask_fence(self, peer: _Peer, fenced: Fenced | None) -> tuple[int | None, int | None]:
+        """The bytes of a read are here, now its fence is read: what is under way, and the place of
+        its word. The answer is late, if another read before it is still under way: none is asked.
+        """
+        if fenced is None or peer.remote is None:
+            return None, None
+        if any(other.future in fenced.after for other in self._readings):
+            return None, None
+        self._moved_s = time.monotonic()
+        try:
+            return self._agent.post_fence(peer.remote, fenced.fence.slot)
+        except ReadRefused as refused:
+            log.info("transfer_fence_not_read peer=%s reason=%s", peer.shard, refused)
+            return None, None
+
+    def _stats(
+        self, plan: ReadPlan, started_s: float, fenced: Fenced | None, place: int | None
+    ) -> ReadStats:
+        return ReadStats(
+            nbytes=plan.nbytes,
+            descriptors=plan.descriptors,
+            seconds=time.monotonic() - started_s,
+            held=fenced is not None
+            and place is not None
+            and self._agent.word(place) == fenced.fence.word,
+        )
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -193,7 +231,7 @@ class TransferThread:
     def _open(self) -> None:
         name = f"{self._incarnation}-{secrets.token_hex(4)}"  # peers may still know the last one
         try:
-            agent = Agent(name, self._arena)
+            agent = Agent(name, self._arena, self._fences)
         except AgentBroken as broken:
             raise InternalError(str(broken)) from None
         self._agent, self.metadata, self.device = agent, agent.metadata, agent.device
@@ -257,7 +295,7 @@ class TransferThread:
         overdue = 0
         for reading in list(self._readings):
             try:
-                done = self._agent.poll(reading.number)
+                done = self._agent.poll(reading.number) and self._is_over(reading)
             except PeerLost as lost:
                 self._ended(reading)
                 self._forget(reading.peer)
@@ -267,7 +305,10 @@ class TransferThread:
                 self._peers.pop(reading.peer.shard, None)
                 raise
             if done:
-                self._resolve(reading.future, _stats(reading.plan, reading.started_s))
+                self._resolve(
+                    reading.future,
+                    self._stats(reading.plan, reading.started_s, reading.fenced, reading.place),
+                )
                 self._ended(reading)
             elif time.monotonic() - reading.started_s > self._patience_for(reading):
                 overdue += 1
@@ -275,6 +316,16 @@ class TransferThread:
                 self._peers.pop(reading.peer.shard, None)
         if overdue:
             raise AgentBroken(f"{overdue} reads did not end in time")
+
+    def _is_over(self, reading: _Reading) -> bool:
+        """What was under way has ended; after the read's bytes its fence may be."""
+        if reading.place is not None:
+            return True
+        number, reading.place = self._ask_fence(reading.peer, reading.fenced)
+        if number is None:
+            return True
+        reading.number = number
+        return False
 
     def _patience_for(self, reading: _Reading) -> float:
         return patience_s(self._read_timeout_s, reading.share.beside)
@@ -329,11 +380,3 @@ class TransferThread:
 
     def _fail(self, future: Ending, reason: str, cause: TransferCause) -> None:
         self._call(partial(fail, future, reason, cause))
-
-
-def _stats(plan: ReadPlan, started_s: float) -> ReadStats:
-    return ReadStats(
-        nbytes=plan.nbytes,
-        descriptors=plan.descriptors,
-        seconds=time.monotonic() - started_s,
-    )

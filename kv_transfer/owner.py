@@ -44,9 +44,15 @@ class Owner:
 
     # -- roles ----------------------------------------------------------------------------------
 
-    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease:
-        """A prefill was accepted, or a running sequence is offered."""
-        return self.table.open(sequence_id, listener)
+    def open(
+        self,
+        sequence_id: SequenceId,
+        listener: LeaseListener | None = None,
+        *,
+        moves: bool = False,
+    ) -> Lease:
+        """A prefill was accepted, or a running sequence is offered, which HELD then `moves`."""
+        return self.table.open(sequence_id, listener, moves=moves)
 
     def announce(self, lease: Lease, block_ids: Sequence[BlockId]) -> None:
         """More blocks of the sequence are final; the reader, if bound, hears of them now."""
@@ -178,7 +184,13 @@ class Owner:
         blocks = tuple(lease.blocks[fetch.first_index :])
         if not blocks:
             self.table.abort(lease.lease_id)
-        self._send(reader, Fetched(number=fetch.number, lease_id=lease.lease_id, block_ids=blocks))
+        fetched = Fetched(
+            number=fetch.number,
+            lease_id=lease.lease_id,
+            block_ids=blocks,
+            fence=lease.fence,
+        )
+        self._send(reader, fetched)
 
     def _tell(self, lease: Lease, first_index: int) -> None:
         if self.table.get(lease.lease_id) is not lease:
@@ -201,4 +213,5 @@ def _announce(lease: Lease, first_index: int) -> Announce:
         final=lease.tokens is not None,
         tokens=lease.tokens or (),
         ended=lease.answer_ended,
+        fence=lease.fence,
     )

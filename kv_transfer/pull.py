@@ -21,7 +21,7 @@ from core.ids import BlockHash, BlockId, SequenceId
 from kv_transfer.bound import BoundLease
 from kv_transfer.client import PeerConnection
 from kv_transfer.landing import Landing, Reserved, Room
-from kv_transfer.messages import Announce
+from kv_transfer.messages import Announce, Fetched
 
 
 class Pulling:
@@ -128,11 +128,14 @@ class Pulling:
         return True
 
     def _post(self, announce: Announce, landing: Landing) -> None:
-        for start, block_ids in self._news(announce, len(landing.blocks)):
-            landing.post(start, block_ids)
+        news = self._news(announce, len(landing.blocks))
         while self._first_gap in self._announced:
             self._first_gap += 1
-        if self._complete:
+        final = self._final if self._complete else None
+        for number, (start, block_ids) in enumerate(news, 1):
+            is_last = final is not None and number == len(news)
+            landing.post(start, block_ids, final.fence if final is not None and is_last else None)
+        if final is not None:
             landing.all_posted()
 
     @property
@@ -245,22 +248,20 @@ class Fetching:
         try:
             async with self._connection.fetch(self._sequence_id, self._hashes, len(cached)) as (
                 lease,
-                block_ids,
+                fetched,
             ):
-                return await self._read(lease, cached, block_ids)
+                return await self._read(lease, cached, fetched)
         finally:
             self._room.pool.release(cached)
 
-    async def _read(
-        self, lease: BoundLease, cached: list[BlockId], block_ids: tuple[BlockId, ...]
-    ) -> Landing:
-        reserved = self._room.try_reserve(cached, len(cached) + len(block_ids))
+    async def _read(self, lease: BoundLease, cached: list[BlockId], fetched: Fetched) -> Landing:
+        reserved = self._room.try_reserve(cached, len(cached) + len(fetched.block_ids))
         if reserved is None:
             raise TransferFailed("no memory for a prefix here", cause=TransferCause.NO_MEMORY)
         landing = Landing(self._room, self._connection, lease, reserved)
         usable = False
         try:
-            landing.post(len(cached), block_ids)
+            landing.post(len(cached), fetched.block_ids, fetched.fence)
             landing.all_posted()
             await landing.settle()
             await landing.confirm()

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.ids import ShardId
-from kv_transfer.messages import Memory
+from kv_transfer.messages import Fence, Memory
 from kv_transfer.plan import ReadPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadStats:
-    """What a read moved, and how long it took on the transfer thread."""
+    """What a read moved, and how long it took on the transfer thread. `held`: see Fenced."""
 
     nbytes: int
     descriptors: int
     seconds: float
+    held: bool = False
 
 
 class QueuedRead(asyncio.Future[ReadStats]):
@@ -23,6 +24,17 @@ class QueuedRead(asyncio.Future[ReadStats]):
 
     given_up = False
     """One that has not begun then never does: it fails when its turn comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """Asked beside the last read of a hand-off: whether `fence` stood at its owner when this read
+    and those in `after`, begun before it, had ended (fences.py). A transport that cannot tell, or
+    would have to wait for the others, says that it did not.
+    """
+
+    fence: Fence
+    after: "tuple[asyncio.Future[ReadStats], ...]" = ()
 
 
 def give_up(read: "asyncio.Future[ReadStats]") -> None:
@@ -51,7 +63,9 @@ class Transport(Protocol):
 
     async def connect(self, peer: ShardId, memory: Memory) -> None: ...
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]": ...
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]": ...
 
     async def disconnect(self, peer: ShardId) -> None: ...
 

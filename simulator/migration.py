@@ -114,9 +114,15 @@ class AnswerMove:
 
     # -- the owner, as the offer sees it (decode_worker.migration.Leases) ------------------------
 
-    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease:
+    def open(
+        self,
+        sequence_id: SequenceId,
+        listener: LeaseListener | None = None,
+        *,
+        moves: bool = False,
+    ) -> Lease:
         """Bound at once: nobody else will read it."""
-        lease = self._source.leases.open(sequence_id, listener)
+        lease = self._source.leases.open(sequence_id, listener, moves=moves)
         lease.reader = self._target.record.worker_id
         return lease
 

@@ -19,10 +19,11 @@ from engine.arena import Arena
 from engine.timed import TimedEngine
 from engine.types import Sampled, SeqStep
 from kv_transfer.config import TransferConfig
+from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats, Transport
+from kv_transfer.transport import Fenced, ReadStats, Transport
 from kv_transfer.transports import Transports
 
 
@@ -42,8 +43,10 @@ class DamagingTransport:
     async def connect(self, peer: ShardId, memory: Memory) -> None:
         await self._inner.connect(peer, memory)
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
-        read = self._inner.start_read(peer, plan)
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
+        read = self._inner.start_read(peer, plan, fenced)
         read.add_done_callback(lambda _: self._damage(plan))
         return read
 
@@ -76,8 +79,9 @@ class DamagingTransport:
 def damaging(
     config: TransferConfig, arena: Arena, incarnation: Incarnation, _host: str
 ) -> Transports:
-    nixl = NixlTransport(arena, incarnation, config.read_timeout_s)
-    return Transports([DamagingTransport(nixl, arena, FAULT)])
+    fences = Fences()
+    nixl = NixlTransport(arena, incarnation, config.read_timeout_s, fences)
+    return Transports([DamagingTransport(nixl, arena, FAULT)], fences)
 
 
 def halt_on_signal() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from core.ids import ShardId
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats, Transport
+from kv_transfer.transport import Fenced, ReadStats, Transport
 
 
 @dataclass(slots=True)
@@ -46,10 +46,12 @@ class WatchedTransport:
     async def connect(self, peer: ShardId, memory: Memory) -> None:
         await self._inner.connect(peer, memory)
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
         read = WatchedRead(peer, plan, time.monotonic())
         self.reads.append(read)
-        future = self._inner.start_read(peer, plan)
+        future = self._inner.start_read(peer, plan, fenced)
 
         def ended(done: "asyncio.Future[ReadStats]") -> None:
             read.ended_at_s = time.monotonic()

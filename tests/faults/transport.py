@@ -10,7 +10,7 @@ from core.ids import ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats, Transport
+from kv_transfer.transport import Fenced, ReadStats, Transport
 from tests.faults.board import Board
 from tests.faults.fault import Fault
 
@@ -38,14 +38,16 @@ class FaultyTransport:
             raise _injected()
         await self._inner.connect(peer, memory)
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
         if self._board.take(Fault.READ_RAISES):
             raise _injected()
         answer: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
         if self._board.take(Fault.READ_FAILS_AT_ONCE):
             answer.set_exception(_injected())
             return answer
-        task = asyncio.create_task(self._read(peer, plan, answer))
+        task = asyncio.create_task(self._read(peer, plan, fenced, answer))
         self._reads.add(task)
         task.add_done_callback(self._reads.discard)
         return answer
@@ -64,17 +66,24 @@ class FaultyTransport:
             await asyncio.wait(self._reads)
 
     async def _read(
-        self, peer: ShardId, plan: ReadPlan, answer: "asyncio.Future[ReadStats]"
+        self,
+        peer: ShardId,
+        plan: ReadPlan,
+        fenced: Fenced | None,
+        answer: "asyncio.Future[ReadStats]",
     ) -> None:
         try:
-            answer.set_result(await self._staged(peer, plan))
+            answer.set_result(await self._staged(peer, plan, fenced))
         except (TransferFailed, TimeoutError) as error:
             answer.set_exception(error)
 
-    async def _staged(self, peer: ShardId, plan: ReadPlan) -> ReadStats:
+    async def _staged(self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None) -> ReadStats:
         board = self._board
         await board.hold(Fault.BEFORE_READ)
-        stats = [await self._inner.start_read(peer, part) async for part in self._parts(plan)]
+        stats = [
+            await self._inner.start_read(peer, part, fenced if is_last else None)
+            async for part, is_last in self._parts(plan)
+        ]
         if board.take(Fault.READ_FAILS_LATER):
             await asyncio.sleep(_LATE_S)
             raise _injected()
@@ -86,17 +95,18 @@ class FaultyTransport:
             nbytes=plan.nbytes,
             descriptors=plan.descriptors,
             seconds=sum(part.seconds for part in stats),
+            held=stats[-1].held,
         )
 
-    async def _parts(self, plan: ReadPlan) -> AsyncIterator[ReadPlan]:
-        """The whole plan; or its halves, and the gate between them."""
+    async def _parts(self, plan: ReadPlan) -> AsyncIterator[tuple[ReadPlan, bool]]:
+        """The whole plan; or its halves, and the gate between them. The last one is said to be."""
         if not self._board.armed(Fault.IN_READ):
-            yield plan
+            yield plan, True
             return
         first, second = _halves(plan)
-        yield first
+        yield first, False
         await self._board.hold(Fault.IN_READ)
-        yield second
+        yield second, True
 
 
 def _halves(plan: ReadPlan) -> tuple[ReadPlan, ReadPlan]:

@@ -35,6 +35,7 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.types import Engine
 from kv_transfer.config import TransferConfig
+from kv_transfer.fences import Fences
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.transports import Transports
 from tests.faults.board import Board
@@ -108,8 +109,9 @@ def _wire(board: Board, peers: _Listening) -> None:
 def _transports(
     board: Board, config: TransferConfig, arena: Arena, incarnation: Incarnation, _host: str
 ) -> Transports:
-    nixl = NixlTransport(arena, incarnation, config.read_timeout_s)
-    return Transports([FaultyTransport(nixl, arena, board)])
+    fences = Fences()
+    nixl = NixlTransport(arena, incarnation, config.read_timeout_s, fences)
+    return Transports([FaultyTransport(nixl, arena, board)], fences)
 
 
 def _start(birth: Birth) -> WorkerStart:

@@ -28,6 +28,7 @@ from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.checksum import VerifyMode
 from kv_transfer.config import TransferConfig
+from kv_transfer.fences import Fences
 from kv_transfer.leases import Lease, LeaseListener, LeaseTable
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
 from kv_transfer.messages import FromOwner, FromReader, Memory, PeerHello, Shard
@@ -35,7 +36,7 @@ from kv_transfer.owner import Owner, Send
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest, Reader
 from kv_transfer.server import serving_peers
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import Fenced, ReadStats
 from kv_transfer.transports import Transports
 from tests.builders import WAIT_S, until
 
@@ -53,7 +54,7 @@ class HoldingTransport:
 
     def __init__(self, inner: LoopbackTransport) -> None:
         self._inner = inner
-        self._held: list[tuple[ShardId, ReadPlan, asyncio.Future[ReadStats]]] = []
+        self._held: list[tuple[ShardId, ReadPlan, Fenced | None, asyncio.Future[ReadStats]]] = []
         self.reads = 0
         self.holds = True
 
@@ -67,12 +68,14 @@ class HoldingTransport:
     async def connect(self, peer: ShardId, memory: Memory) -> None:
         await self._inner.connect(peer, memory)
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
         self.reads += 1
         if not self.holds:
-            return self._inner.start_read(peer, plan)
+            return self._inner.start_read(peer, plan, fenced)
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
-        self._held.append((peer, plan, future))
+        self._held.append((peer, plan, fenced, future))
         return future
 
     async def disconnect(self, peer: ShardId) -> None:
@@ -87,8 +90,8 @@ class HoldingTransport:
     def let_go(self, count: int | None = None) -> None:
         """Carry out the reads held so far, or the first `count` of them."""
         going, self._held = self._held[:count], self._held[len(self._held[:count]) :]
-        for peer, plan, future in going:
-            done = self._inner.start_read(peer, plan)
+        for peer, plan, fenced, future in going:
+            done = self._inner.start_read(peer, plan, fenced)
             error = done.exception()
             if error is not None:
                 future.set_exception(error)
@@ -128,7 +131,8 @@ class Half:
     ) -> None:
         self.pool = BlockPool(NUM_BLOCKS)
         self.arena = Arena(layout, NUM_BLOCKS)
-        self.transport = HoldingTransport(LoopbackTransport(self.arena, hub))
+        self.fences = Fences()
+        self.transport = HoldingTransport(LoopbackTransport(self.arena, hub, self.fences))
         self.transport.holds = False
         self.hello = PeerHello(
             worker_id=WorkerId(name),
@@ -147,7 +151,7 @@ class OwnerHalf(Half):
         self.ranks: list[Arena] = []
         self.arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
         self.clock = FakeClock()
-        self.table = LeaseTable(self.pool, self.clock, LEASE_S)
+        self.table = LeaseTable(self.pool, self.clock, LEASE_S, self.fences)
         self.owner = LossyOwner(self.table)
         self.listener = listen("127.0.0.1", 0)
         self.address = address_of(self.listener)
@@ -178,10 +182,12 @@ class OwnerHalf(Half):
         await self._door.aclose()
 
     def open(
-        self, num_blocks: int, listener: LeaseListener | None = None
+        self, num_blocks: int, listener: LeaseListener | None = None, *, moves: bool = False
     ) -> tuple[Lease, list[BlockId]]:
         """A lease, and the blocks its prefill will announce."""
-        return self.owner.open(SEQUENCE, listener), self.pool.allocate(num_blocks) or []
+        return self.owner.open(SEQUENCE, listener, moves=moves), self.pool.allocate(
+            num_blocks
+        ) or []
 
     def whole(self, num_blocks: int) -> tuple[Lease, list[BlockId]]:
         """A lease whose prefill has ended."""
@@ -246,6 +252,10 @@ class Pair:
         hashes = hashes_of(num_blocks)
         cache(self.half.pool, cached)
         return await self.pull_from(self.owner.handoff(lease), num_blocks, hashes, timeout_s)
+
+    def pull_soon(self, lease: Lease, num_blocks: int) -> "asyncio.Task[Pulled]":
+        """Under way; whoever wants its end awaits it."""
+        return asyncio.create_task(self.pull(lease, num_blocks))
 
     async def pull_from(
         self,
@@ -320,6 +330,7 @@ async def pair(
     lease_s: float = LEASE_S,
     model: str = "m",
     verify: VerifyMode = "off",
+    fences: bool = True,
     layouts: tuple[KvLayout, KvLayout] = (LAYOUT, LAYOUT),
 ) -> AsyncIterator[Pair]:
     """`lease_s` is what the reader believes: it renews every third of it. `layouts` are the owner's
@@ -327,7 +338,9 @@ async def pair(
     """
     hub = LoopbackHub()
     owner, half = OwnerHalf(hub, layout=layouts[0]), Half("reader", hub, model, layouts[1])
-    config = TransferConfig(lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify)
+    config = TransferConfig(
+        lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify, fences=fences
+    )
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(owner.serving())
         reader = await stack.enter_async_context(reading(half, config))

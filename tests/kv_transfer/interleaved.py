@@ -16,6 +16,7 @@ from engine.sequence import Sequence as EngineSequence
 from engine.types import Sampled
 from kv_transfer.bound import BoundLease
 from kv_transfer.config import TransferConfig
+from kv_transfer.fences import Fences
 from kv_transfer.landing import Reserved
 from kv_transfer.leases import Lease
 from kv_transfer.messages import Abort, Closed, FromOwner, LeaseOutcome, PeerHello, Renewed, Shard
@@ -36,6 +37,7 @@ from tests.kv_transfer.watched import (
 )
 
 OWNER_BLOCKS, READER_BLOCKS = 9, 8
+FENCES = 2
 RECEIVED_STEPS = 4
 LEASE_S, READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 6.0, 4.0, 3.0
 
@@ -65,6 +67,7 @@ class Parts:
     owner_pool: type[WatchedPool] = WatchedPool
     reader_pool: type[WatchedPool] = WatchedPool
     table: type[WatchedTable] = WatchedTable
+    fences: type[Fences] = Fences
     owner: type[Owner] = Owner
     reader: type[WatchedReader] = WatchedReader
 
@@ -104,7 +107,8 @@ class OwnerLife:
 
     def __init__(self, parts: Parts, clock: Clock, life: int, writers: Iterator[int]) -> None:
         self.pool = parts.owner_pool(OWNER_BLOCKS, writers)
-        self.table = parts.table(self.pool, clock, LEASE_S)
+        self.fences = parts.fences(FENCES)
+        self.table = parts.table(self.pool, clock, LEASE_S, self.fences)
         self.owner = parts.owner(self.table, lambda: None)
         arena = Arena(LAYOUT, OWNER_BLOCKS)
         self.hello = hello_of("owner", life, arena)
@@ -246,7 +250,7 @@ class Decoding:
     def offer(self) -> Lease:
         """Open a lease; an older offer that nobody has taken yet is replaced."""
         self.drop()
-        self.lease = self._life.owner.open(self.sequence.sequence_id, self)
+        self.lease = self._life.owner.open(self.sequence.sequence_id, self, moves=True)
         self._ready = False
         self._announce(self.lease)
         return self.lease
@@ -300,7 +304,7 @@ class ReaderLife:
         name: str,
         parts: Parts,
         writers: Iterator[int],
-        owner: Callable[[], WatchedPool],
+        owner: Callable[[], tuple[WatchedPool, Fences]],
         *,
         steps: Steps,
         headroom: int,

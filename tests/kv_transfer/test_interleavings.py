@@ -18,8 +18,9 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import get_state_machine_test
 
 from core.ids import BlockId, LeaseId
+from kv_transfer.fences import Fences
 from kv_transfer.landing import Landing
-from kv_transfer.messages import LeaseOutcome
+from kv_transfer.messages import Fence, LeaseOutcome
 from kv_transfer.owner import Owner
 from tests.builders import QUICK
 from tests.kv_transfer.cranked import Fate
@@ -64,6 +65,8 @@ COMMON = (
     "came prefill",
     "came running",
     "came cached",
+    "came prefill, fenced",
+    "came cached, fenced",
     "came ended",
     "came with cached blocks",
     "cancelled",
@@ -92,6 +95,7 @@ def test_whatever_happens_in_between_held_means_held_and_nothing_leaks(
     assert not caplog.records
     assert seen["steps"] >= 5_000
     assert not [what for what in COMMON if not seen[what]], seen
+    assert not seen["came running, fenced"], "the owner alone commits a move"
 
 
 @pytest.mark.timeout(600)
@@ -164,11 +168,11 @@ def test_a_reader_that_does_not_ask_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @contextmanager
-def standing_still() -> Iterator[Interleavings]:
+def standing_still(made_of: Parts | None = None) -> Iterator[Interleavings]:
     """A world in which nothing moves by itself."""
 
     class Still(Interleavings):
-        parts = Parts()
+        parts = made_of or Parts()
         seen: ClassVar[Counter[str]] = Counter()
 
     world = Still()
@@ -204,6 +208,7 @@ def submit_and_bind(world: Interleavings) -> None:
 
 def test_the_answer_to_a_pull_given_up_is_not_that_to_the_next_one() -> None:
     with standing_still() as world:
+        world.readers[0].transport.sees_fences = False
         submit_and_bind(world)
         world.compute(pick=0, num_tokens=9, ends=False)
         world.time_passes(ticks=5, only="", sweeps=False, renews=False)  # it asks again
@@ -221,6 +226,37 @@ def test_the_answer_to_a_pull_given_up_is_not_that_to_the_next_one() -> None:
         move_reads(world)
         assert world.seen["came prefill"] == 0
         assert not world.readers[0].received
+
+
+def read_what_was_let_go(world: Interleavings) -> None:
+    """The owner ends a lease and uses its blocks before they are read; its reader hears nothing."""
+    submit_and_bind(world)
+    world.compute(pick=0, num_tokens=9, ends=False)
+    carry(world, "announce", to_owner=False)
+    (lease,) = world.owner.table.all()
+    world.owner.owner.abort(lease.lease_id, "gone")
+    world.owner.others += [world.owner.pool.allocate(world.owner.pool.available) or []]
+    move_reads(world)
+
+
+def test_a_fence_falls_before_the_blocks_are_let_go() -> None:
+    with standing_still() as world:
+        read_what_was_let_go(world)
+        assert not world.readers[0].received
+        carry(world, "close", to_owner=True)
+        carry(world, "closed", to_owner=False)
+        assert world.bringing == []
+        assert not world.readers[0].received
+
+
+class NeverDrops(Fences):
+    def drop(self, fence: Fence) -> None:
+        self._free.append(fence.slot)
+
+
+def test_a_fence_that_does_not_fall_is_found() -> None:
+    with pytest.raises(AssertionError), standing_still(Parts(fences=NeverDrops)) as world:
+        read_what_was_let_go(world)
 
 
 def move_reads(world: World) -> None:

@@ -35,7 +35,7 @@ class Running:
 
 
 def run(p: Pair, num_blocks: int = 6) -> Running:
-    lease, blocks = p.owner.open(num_blocks)
+    lease, blocks = p.owner.open(num_blocks, moves=True)
     running = Running(lease, blocks)
     lease.listener = running
     p.owner.owner.announce(lease, blocks[:2])

@@ -81,7 +81,7 @@ async def test_announcements_may_come_in_any_order() -> None:
 
 @pytest.mark.parametrize("lost", [Close, Closed])
 async def test_a_lost_closing_question_or_answer_is_asked_again(lost: type[object]) -> None:
-    async with pair(read_timeout_s=0.2) as p:
+    async with pair(read_timeout_s=0.2, fences=False) as p:
         p.owner.owner.hears = lose_first(lost, lambda _: True)
         p.owner.owner.says = lose_first(lost, lambda _: True)
         await hand_off(p)

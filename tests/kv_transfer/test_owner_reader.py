@@ -19,7 +19,7 @@ from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.messages import Bind, LeaseOutcome
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Pulled
-from kv_transfer.transport import QueuedRead, ReadStats
+from kv_transfer.transport import Fenced, QueuedRead, ReadStats
 from tests.builders import NEWER_MESSAGE, soon, until
 from tests.kv_transfer.halves import (
     LAST,
@@ -168,7 +168,7 @@ async def test_an_abort_by_the_owner_fails_the_pull_and_frees_the_blocks() -> No
 
 
 async def test_an_expired_lease_discards_what_was_read() -> None:
-    async with pair() as p, asyncio.TaskGroup() as group:
+    async with pair(fences=False) as p, asyncio.TaskGroup() as group:
         lease, _ = p.owner.whole(3)
         p.half.transport.holds = True
         pulling = group.create_task(failure(p.pull(lease, 3)))
@@ -329,10 +329,12 @@ async def test_a_read_that_could_not_start_quarantines_what_the_other_ranks_writ
         transport, reads = p.half.transport, count(1)
         start_read = transport.start_read
 
-        def start(peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+        def start(
+            peer: ShardId, plan: ReadPlan, fenced: Fenced | None
+        ) -> "asyncio.Future[ReadStats]":
             if next(reads) == raises_at:
                 raise TransferFailed("injected", cause=TransferCause.READ_FAILED)
-            return start_read(peer, plan)
+            return start_read(peer, plan, fenced)
 
         monkeypatch.setattr(transport, "start_read", start)
         transport.holds = True

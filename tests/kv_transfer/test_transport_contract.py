@@ -13,7 +13,8 @@ import pytest
 from core.clock import SystemClock
 from core.errors import TransferCause, TransferFailed
 from kv_transfer.loopback import LoopbackHub
-from kv_transfer.transport import ReadStats
+from kv_transfer.messages import Fence
+from kv_transfer.transport import Fenced, ReadStats
 from tests.builders import soon
 from tests.kv_transfer.transport_sides import (
     BLOCK_BYTES,
@@ -127,6 +128,67 @@ async def test_reads_in_flight_together_all_land(pair: tuple[Side, Side]) -> Non
     expected = after(reader, owner, [row for plan in plans for row in plan])
     await soon(asyncio.gather(*(reader.start(owner, plan) for plan in plans)))
     assert np.array_equal(reader.data, expected)
+
+
+# -- fences -------------------------------------------------------------------------------------
+
+
+async def test_a_fence_is_told_to_stand_by_the_ways_that_can_and_never_where_it_does_not(
+    kind: str, pair: tuple[Side, Side]
+) -> None:
+    reader, owner = pair
+    rows = blocks((1, 1))
+    tells = kind != "collective"
+    for _ in range(3):  # slots are used again
+        fence, other = owner.fences.raise_one(), owner.fences.raise_one()
+        assert fence is not None
+        assert other is not None
+        assert (await reader.read(owner, rows, Fenced(fence))).held is tells
+        assert not (await reader.read(owner, rows)).held
+        owner.fences.drop(fence)
+        assert not (await reader.read(owner, rows, Fenced(fence))).held
+        assert (await reader.read(owner, rows, Fenced(other))).held is tells
+        owner.fences.drop(other)
+    nowhere = Fence(slot=len(owner.fences.words), word=1)
+    assert not (await reader.read(owner, rows, Fenced(nowhere))).held
+    expected = after(reader, owner, rows)
+    await reader.read(owner, rows, Fenced(nowhere))
+    assert np.array_equal(reader.data, expected)
+
+
+async def test_fences_of_many_reads_under_way_are_told_apart(
+    kind: str, pair: tuple[Side, Side]
+) -> None:
+    reader, owner = pair
+    fences = [fence for _ in range(100) if (fence := owner.fences.raise_one()) is not None]
+    for fence in fences[::3]:
+        owner.fences.drop(fence)
+    reads = [reader.start(owner, blocks((i, i)), Fenced(fence)) for i, fence in enumerate(fences)]
+    stats = await soon(asyncio.gather(*reads))
+    tells = kind != "collective"
+    assert [s.held for s in stats] == [tells and i % 3 != 0 for i in range(100)]
+
+
+async def test_a_peer_without_fences_is_read_all_the_same(pair: tuple[Side, Side]) -> None:
+    reader, owner = pair
+    bare = replace(owner.transport.memory(), fence_address=0, fence_slots=0)
+    await soon(reader.transport.disconnect(owner.shard))
+    await soon(reader.transport.connect(owner.shard, bare))
+    await reader.read(owner, blocks((1, 1)), Fenced(Fence(slot=0, word=1)))
+
+
+@pytest.mark.processes
+async def test_a_fence_of_another_process_is_seen() -> None:
+    async with (
+        owner_processes("nixl", 64, seeds=[2]) as (owner,),
+        side("nixl", LoopbackHub(), num_blocks=64, seed=1) as reader,
+    ):
+        await soon(reader.transport.connect(owner.shard, owner.memory))
+        whole = make_plan([(0, 0, 64 * BLOCK_BYTES)])
+        other = Fence(slot=owner.fence.slot, word=owner.fence.word + 1)
+        for fence, stands in ((owner.fence, True), (other, False), (owner.fence, True)):
+            stats = await soon(reader.transport.start_read(owner.shard, whole, Fenced(fence)))
+            assert stats.held is stands
 
 
 # -- who reads whom -----------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from core.ids import ShardId, new_incarnation, shard_id
 from core.kv import KvLayout
 from engine.arena import Arena
 from kv_transfer.collective import CollectiveTransport
+from kv_transfer.fences import Fences
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
-from kv_transfer.messages import Memory
+from kv_transfer.messages import Fence, Memory
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats, Transport
+from kv_transfer.transport import Fenced, ReadStats, Transport
 
 LAYOUT = KvLayout(block_size=16, num_kv_heads=2, num_layers=4, head_dim=16, dtype="uint8")
 BLOCK_BYTES = LAYOUT.block_bytes
@@ -40,18 +41,21 @@ def make_transport(
     arena: Arena,
     hub: LoopbackHub,
     *,
+    fences: Fences | None = None,
     read_timeout_s: float = 10.0,
     connect_timeout_s: float = 3.0,
 ) -> Transport:
     match kind:
         case "nixl":
-            return NixlTransport(arena, new_incarnation(), read_timeout_s=read_timeout_s)
+            return NixlTransport(
+                arena, new_incarnation(), read_timeout_s=read_timeout_s, fences=fences
+            )
         case "collective":
             return CollectiveTransport(
                 arena, read_timeout_s=read_timeout_s, connect_timeout_s=connect_timeout_s
             )
         case _:
-            return LoopbackTransport(arena, hub)
+            return LoopbackTransport(arena, hub, fences)
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Side:
     shard: ShardId
     arena: Arena
     transport: Transport
+    fences: Fences
 
     @property
     def data(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
@@ -71,12 +76,16 @@ class Side:
         async with asyncio.timeout(WAIT_S):
             await self.transport.connect(owner.shard, owner.transport.memory())
 
-    def start(self, owner: "Side", rows: Sequence[Row]) -> "asyncio.Future[ReadStats]":
-        return self.transport.start_read(owner.shard, make_plan(rows))
+    def start(
+        self, owner: "Side", rows: Sequence[Row], fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
+        return self.transport.start_read(owner.shard, make_plan(rows), fenced)
 
-    async def read(self, owner: "Side", rows: Sequence[Row]) -> ReadStats:
+    async def read(
+        self, owner: "Side", rows: Sequence[Row], fenced: Fenced | None = None
+    ) -> ReadStats:
         async with asyncio.timeout(WAIT_S):
-            return await self.start(owner, rows)
+            return await self.start(owner, rows, fenced)
 
 
 def noise(arena: Arena, seed: int) -> None:
@@ -97,11 +106,17 @@ async def side(
     """Closed on the way out, if it was not before."""
     arena = Arena(LAYOUT, num_blocks)
     noise(arena, seed)
+    fences = Fences()
     transport = make_transport(
-        kind, arena, hub, read_timeout_s=read_timeout_s, connect_timeout_s=connect_timeout_s
+        kind,
+        arena,
+        hub,
+        fences=fences,
+        read_timeout_s=read_timeout_s,
+        connect_timeout_s=connect_timeout_s,
     )
     try:
-        yield Side(shard_id(new_incarnation(), 0), arena, transport)
+        yield Side(shard_id(new_incarnation(), 0), arena, transport, fences)
     finally:
         await transport.close()
 
@@ -113,6 +128,8 @@ class OwnerProcess:
     process: "subprocess.Popen[str]"
     memory: Memory
     shard: ShardId
+    fence: Fence
+    """One that stands."""
 
     def kill(self) -> None:
         self.process.kill()
@@ -145,8 +162,9 @@ async def owner_processes(
 async def _wait_ready(process: "subprocess.Popen[str]") -> OwnerProcess:
     assert process.stdout is not None
     fields = json.loads(await asyncio.to_thread(process.stdout.readline))
+    fence = Fence(**fields.pop("fence"))
     memory = Memory(**{**fields, "metadata": bytes.fromhex(fields["metadata"])})
-    return OwnerProcess(process, memory, shard_id(new_incarnation(), 0))
+    return OwnerProcess(process, memory, shard_id(new_incarnation(), 0), fence)
 
 
 def _start_owner(kind: str, num_blocks: int, seed: int) -> "subprocess.Popen[str]":
@@ -158,6 +176,9 @@ async def _serve(kind: str, num_blocks: int, seed: int) -> None:
     async with side(kind, LoopbackHub(), num_blocks=num_blocks, seed=seed) as owner:
         memory = owner.transport.memory()
         fields = asdict(replace(memory, metadata=b"")) | {"metadata": memory.metadata.hex()}
+        fence = owner.fences.raise_one()
+        assert fence is not None
+        fields["fence"] = asdict(fence)
         print(json.dumps(fields), flush=True)
         await asyncio.to_thread(sys.stdin.read)  # until the test ends
 

@@ -13,10 +13,11 @@ from core.ids import BlockHash, BlockId, LeaseId, ModelId, SequenceId, ShardId
 from core.kv import KvLayout
 from engine.arena import Arena
 from engine.pool import BlockPool, BlockState
+from kv_transfer.fences import Fences
 from kv_transfer.leases import Lease, LeaseListener, LeaseTable
 from kv_transfer.messages import LeaseOutcome, Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats
+from kv_transfer.transport import Fenced, ReadStats
 from tests.kv_transfer.cranked import Steps
 
 MODEL = ModelId("m")
@@ -94,14 +95,22 @@ class Promise:
 class WatchedTable(LeaseTable):
     """Remembers what was promised under each lease, and to whom it said HELD."""
 
-    def __init__(self, pool: WatchedPool, clock: Clock, lease_s: float) -> None:
-        super().__init__(pool, clock, lease_s)
+    def __init__(self, pool: WatchedPool, clock: Clock, lease_s: float, fences: Fences) -> None:
+        super().__init__(pool, clock, lease_s, fences)
+        self.fences = fences
         self._kv = pool.kv
         self.promises: dict[LeaseId, Promise] = {}
         self.confirmed: dict[LeaseId, str] = {}
+        self.fenced: dict[int, LeaseId] = {}
 
-    def open(self, sequence_id: SequenceId, listener: LeaseListener | None = None) -> Lease:
-        lease = super().open(sequence_id, listener)
+    def open(
+        self,
+        sequence_id: SequenceId,
+        listener: LeaseListener | None = None,
+        *,
+        moves: bool = False,
+    ) -> Lease:
+        lease = super().open(sequence_id, listener, moves=moves)
         self.promises[lease.lease_id] = Promise(lease)
         return lease
 
@@ -109,6 +118,11 @@ class WatchedTable(LeaseTable):
         if self.get(lease.lease_id) is lease:
             self.promises[lease.lease_id].kv += [self._kv[b] for b in block_ids]
         super().extend(lease, block_ids)
+
+    def finish(self, lease: Lease, tokens: tuple[int, ...], *, answer_ended: bool) -> None:
+        super().finish(lease, tokens, answer_ended=answer_ended)
+        if lease.fence is not None:
+            self.fenced[lease.fence.word] = lease.lease_id
 
     def close(
         self,
@@ -137,6 +151,7 @@ class WatchedTable(LeaseTable):
         """Every lease is counted once."""
         c, still_open = self.counters, len(self.all())
         assert c.opened == c.closed + c.aborted + c.expired + still_open, c
+        assert self.fences.standing == sum(lease.fence is not None for lease in self.all())
 
 
 # -- reads --------------------------------------------------------------------------------------
@@ -148,23 +163,34 @@ class Read:
 
     pairs: list[tuple[BlockId, BlockId]]
     future: "asyncio.Future[ReadStats]"
+    fenced: Fenced | None
     at_step: int
     copied: int = 0
 
 
 class ChosenTransport:
-    """A Transport whose reads copy and end when told, from whoever owns the memory then."""
+    """A Transport whose reads copy and end when told, from whoever owns the memory then. Of fences
+    it looks at every other one, so that the closing question decides as often.
+    """
 
     name = "loopback"
 
     def __init__(
-        self, arena: Arena, pool: WatchedPool, owner: Callable[[], WatchedPool], steps: Steps
+        self,
+        arena: Arena,
+        pool: WatchedPool,
+        owner: Callable[[], tuple[WatchedPool, Fences]],
+        steps: Steps,
     ) -> None:
         self._arena = arena
         self._steps = steps
         self._pool = pool
         self._owner = owner
         self.reads: list[Read] = []
+        self.sees_fences = True
+        self._fences_seen = 0
+        self.stood: set[int] = set()
+        """Words of fences that it found."""
 
     def memory(self) -> Memory:
         return memory_of(self._arena)
@@ -181,7 +207,9 @@ class ChosenTransport:
     async def close(self) -> None:
         pass
 
-    def start_read(self, peer: ShardId, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
+    def start_read(
+        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+    ) -> "asyncio.Future[ReadStats]":
         size = LAYOUT.block_bytes
         pairs = [
             (BlockId(remote // size + i), BlockId(local // size + i))
@@ -189,7 +217,7 @@ class ChosenTransport:
             for i in range(nbytes // size)
         ]
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
-        read = Read(pairs, future, self._steps.number)
+        read = Read(pairs, future, fenced, self._steps.number)
         self.reads.append(read)
         return read.future
 
@@ -203,12 +231,22 @@ class ChosenTransport:
         half, whole = len(read.pairs) // 2, len(read.pairs)
         upto = half if read.copied < half else whole
         for remote, local in read.pairs[read.copied : upto]:
-            self._pool.kv[local] = self._owner().kv[remote]
+            self._pool.kv[local] = self._owner()[0].kv[remote]
         read.copied = upto
         if upto == whole:
             self.reads.remove(read)
             nbytes = whole * LAYOUT.block_bytes
-            read.future.set_result(ReadStats(nbytes=nbytes, descriptors=1, seconds=0.0))
+            held = self._stands(read.fenced)
+            read.future.set_result(ReadStats(nbytes=nbytes, descriptors=1, seconds=0.0, held=held))
+
+    def _stands(self, fenced: Fenced | None) -> bool:
+        if not self.sees_fences or fenced is None or not all(r.done() for r in fenced.after):
+            return False
+        self._fences_seen += 1
+        stands = self._fences_seen % 2 == 1 and self._owner()[1].stands(fenced.fence)
+        if stands:
+            self.stood.add(fenced.fence.word)
+        return stands
 
     def fail(self, read: Read) -> None:
         """No more of it comes."""

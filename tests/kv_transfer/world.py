@@ -13,10 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine
 
 from core.clock import FakeClock
 from core.errors import DeadlineExceeded, TransferFailed
-from core.ids import Incarnation
+from core.ids import Incarnation, LeaseId
 from core.messages import Handoff
 from engine.sequence import Sequence
 from kv_transfer import client, landing
+from kv_transfer.fences import Fences
 from kv_transfer.leases import Lease
 from kv_transfer.reader import FetchedPrefix, Pulled
 from tests.kv_transfer.cranked import Fate, HandLoop, Link, Network, Steps
@@ -28,7 +29,7 @@ from tests.kv_transfer.interleaved import (
     Received,
     next_token,
 )
-from tests.kv_transfer.watched import LAYOUT, SIZE, Promise, WatchedPool
+from tests.kv_transfer.watched import LAYOUT, SIZE, Promise, WatchedPool, WatchedTable
 
 CHUNK_TOKENS = 3
 LONGEST_TOKENS = 15
@@ -101,8 +102,8 @@ class World(RuleBasedStateMachine):
             name, self.parts, self._writers, self._memory, steps=self.steps, headroom=headroom
         )
 
-    def _memory(self) -> WatchedPool:
-        return self.owner.pool
+    def _memory(self) -> tuple[WatchedPool, Fences]:
+        return self.owner.pool, self.owner.fences
 
     # -- what moves by itself -------------------------------------------------------------------
 
@@ -196,6 +197,7 @@ class World(RuleBasedStateMachine):
         else:
             positions = len(result.blocks) * SIZE
         self.seen[f"came {bringing.kind}"] += 1
+        self.seen[f"came {bringing.kind}, fenced"] += result.stats.fenced
         self.seen["came with cached blocks"] += bool(result.cached_blocks)
         assert len(result.blocks) == len(set(result.blocks)) == LAYOUT.num_blocks(positions)
         came = [life.pool.kv[block_id] for block_id in result.blocks]
@@ -210,7 +212,9 @@ class World(RuleBasedStateMachine):
         life.received.append(Received(life.pool, sequence))
 
     def _confirmed(self, bringing: Bringing, result: Pulled | FetchedPrefix) -> list[Promise]:
-        """The leases that this can have come from, and of which its reader was told HELD."""
+        """The leases that this can have come from, and of which its reader was told HELD, or found
+        the fence standing.
+        """
         handoff = bringing.handoff
         lives = [
             life
@@ -220,9 +224,8 @@ class World(RuleBasedStateMachine):
         promises = [
             life.table.promises[lease_id]
             for life in lives
-            for lease_id, reader in life.table.confirmed.items()
-            if reader.startswith(f"{bringing.reader.name}/")
-            and (handoff is None or handoff.lease_id == lease_id)
+            for lease_id in _confirmed_to(bringing.reader, life.table)
+            if handoff is None or handoff.lease_id == lease_id
         ]
         return [
             promise
@@ -322,6 +325,11 @@ class World(RuleBasedStateMachine):
             reader.pool.check_idle()
             assert reader.pool.counts().quarantined == 0
         assert all(host.done() and host.exception() is None for host in self._hosts)
+
+
+def _confirmed_to(reader: ReaderLife, table: WatchedTable) -> set[LeaseId]:
+    told = {lease for lease, to in table.confirmed.items() if to.startswith(f"{reader.name}/")}
+    return told | {table.fenced[word] for word in reader.transport.stood if word in table.fenced}
 
 
 def bound(lease: Lease, life: ReaderLife) -> bool:

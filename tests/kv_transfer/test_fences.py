@@ -1,0 +1,224 @@
+"""What a fence says instead of its owner, and where it is not asked."""
+
+import pytest
+
+from core.clock import FakeClock
+from core.errors import TransferFailed
+from core.ids import RequestId, SequenceId
+from engine.pool import BlockPool
+from kv_transfer.fences import Fences
+from kv_transfer.leases import LeaseTable
+from kv_transfer.messages import Abort, Close, Closed, Fence, FromOwner, FromReader
+from tests.builders import soon, until
+from tests.kv_transfer.halves import LAST, LEASE_S, Pair, cache, pair
+
+SEQUENCE = SequenceId(RequestId("r"))
+
+
+# -- the words ----------------------------------------------------------------------------------
+
+
+def test_a_fence_stands_until_it_is_dropped_and_none_like_it_comes_again() -> None:
+    fences = Fences(slots=1)
+    seen: set[int] = set()
+    for _ in range(5):
+        fence = fences.raise_one()
+        assert fence is not None
+        assert fences.stands(fence)
+        assert fences.raise_one() is None, "all slots are taken"
+        fences.drop(fence)
+        assert not fences.stands(fence)
+        seen.add(fence.word)
+    assert len(seen) == 5
+    assert fences.standing == 0
+
+
+def test_two_lives_have_no_word_in_common() -> None:
+    lives = Fences(slots=100), Fences(slots=100)
+    words = [{fence.word for _ in range(100) if (fence := life.raise_one())} for life in lives]
+    assert not words[0] & words[1]
+
+
+class LeftBehind(BlockPool):
+    """Notes how many fences stand while blocks are let go."""
+
+    def __init__(self, fences: Fences) -> None:
+        super().__init__(8)
+        self._fences = fences
+        self.standing: list[int] = []
+
+    def unlease(self, block_ids: list) -> None:  # type: ignore[override,type-arg]
+        self.standing.append(self._fences.standing)
+        super().unlease(block_ids)
+
+
+@pytest.mark.parametrize("end", ["close", "abort", "expire"])
+def test_a_fence_stands_from_the_last_announcement_to_the_end_and_falls_before_the_blocks(
+    end: str,
+) -> None:
+    fences, clock = Fences(), FakeClock()
+    pool = LeftBehind(fences)
+    table = LeaseTable(pool, clock, LEASE_S, fences)
+    lease = table.open(SEQUENCE)
+    table.extend(lease, pool.allocate(2) or [])
+    assert lease.fence is None
+    table.finish(lease, LAST, answer_ended=False)
+    fence = lease.fence
+    assert fence is not None
+    assert fences.stands(fence)
+    lease.reader = "reader"
+    match end:
+        case "close":
+            table.close(lease.lease_id, "reader")
+        case "abort":
+            table.abort(lease.lease_id)
+        case _:
+            clock.advance(LEASE_S)
+            table.sweep()
+    assert pool.standing == [0]
+    assert not fences.stands(fence)
+
+
+def test_neither_an_answer_that_has_ended_nor_a_move_has_a_fence() -> None:
+    fences = Fences()
+    table = LeaseTable(BlockPool(8), FakeClock(), LEASE_S, fences)
+    for moves, ended in ((True, False), (False, True)):
+        lease = table.open(SEQUENCE, moves=moves)
+        table.finish(lease, LAST, answer_ended=ended)
+        assert lease.fence is None
+    assert fences.standing == 0
+
+
+# -- the hand-off -------------------------------------------------------------------------------
+
+
+def no_answer(message: FromOwner) -> list[FromOwner]:
+    return [] if isinstance(message, Closed) else [message]
+
+
+def no_abort(message: FromOwner) -> list[FromOwner]:
+    return [] if isinstance(message, Abort) else [message]
+
+
+class Deaf:
+    """Hears no closing question for as long as it `lasts`."""
+
+    def __init__(self) -> None:
+        self.lasts = True
+        self.missed = 0
+
+    def __call__(self, message: FromReader) -> list[FromReader]:
+        if self.lasts and isinstance(message, Close):
+            self.missed += 1
+            return []
+        return [message]
+
+
+async def test_blocks_are_usable_though_the_owner_does_not_answer() -> None:
+    async with pair() as p:
+        p.owner.owner.says = no_answer
+        lease, blocks = p.owner.whole(3)
+        pulled = await soon(p.pull(lease, 3))
+        assert pulled.stats.fenced
+        p.assert_arrived(pulled, blocks)
+        await p.owner_holds_nothing()
+        assert p.owner.table.counters.closed == 1
+        assert p.reader.metrics.pair(p.owner.hello.worker_id).fenced == 1
+
+
+async def test_an_owner_that_has_not_heard_so_is_told_again() -> None:
+    async with pair(lease_s=0.15) as p:
+        p.owner.owner.hears = deaf = Deaf()
+        lease, blocks = p.owner.whole(3)
+        p.assert_arrived(await soon(p.pull(lease, 3)), blocks)
+        await until(lambda: deaf.missed >= 2, "asked again")
+        assert p.owner.pool.counts().held == 3
+        deaf.lasts = False
+        await p.owner_holds_nothing()
+        assert p.owner.table.counters.closed == 1
+
+
+async def test_where_the_fence_has_fallen_the_question_decides() -> None:
+    async with pair() as p:
+        p.owner.owner.says = no_abort
+        p.half.transport.holds = True
+        lease, _ = p.owner.whole(3)
+        pulling = p.pull_soon(lease, 3)
+        await until(lambda: p.half.transport.waiting == 1)
+        p.owner.owner.abort(lease.lease_id, "gone")
+        p.half.transport.let_go()
+        with pytest.raises(TransferFailed, match="did not confirm the blocks: ABORTED"):
+            await soon(pulling)
+        p.assert_reader_holds_nothing()
+
+
+async def test_an_abort_that_was_heard_counts_more_than_a_fence_that_stood() -> None:
+    async with pair() as p:
+        p.half.transport.holds = True
+        lease, _ = p.owner.whole(3)
+        pulling = p.pull_soon(lease, 3)
+        await until(lambda: p.half.transport.waiting == 1)
+        fence = lease.fence
+        p.owner.owner.abort(lease.lease_id, "gone")
+        assert fence is not None
+        p.owner.fences.words[fence.slot] = fence.word
+        await until(pulling.done)
+        p.half.transport.let_go()
+        with pytest.raises(TransferFailed, match="gone"):
+            await pulling
+
+
+async def test_a_cached_prefix_needs_no_answer_either() -> None:
+    async with pair() as p:
+        p.owner.owner.says = no_answer
+        blocks = cache(p.owner.pool, 4)
+        fetched = await soon(p.fetch(4))
+        assert fetched.stats.fenced
+        p.assert_arrived(fetched, blocks)
+        await p.owner_holds_nothing()
+
+
+async def test_what_was_cached_here_but_for_a_read_in_between_is_confirmed_all_the_same() -> None:
+    async with pair() as p:
+        lease, blocks = p.owner.whole(4)
+        pulled = await soon(p.pull(lease, 4, cached=2))
+        assert (pulled.cached_blocks, pulled.stats.fenced) == (2, True)
+        p.assert_arrived(pulled, blocks[2:])
+
+
+async def without(p: Pair) -> None:
+    """The owner is waited for."""
+    lease, blocks = p.owner.whole(3)
+    pulled = await soon(p.pull(lease, 3))
+    assert not pulled.stats.fenced
+    assert pulled.tokens == LAST
+    p.half.pool.release(pulled.blocks)
+    await p.owner_holds_nothing()
+    assert len(blocks) == 3
+
+
+async def test_no_fence_is_asked_where_that_is_switched_off() -> None:
+    async with pair(fences=False) as p:
+        await without(p)
+
+
+async def test_nor_of_an_owner_whose_ranks_are_read_each_for_itself() -> None:
+    async with pair() as p:
+        p.owner.split_in_two()
+        await without(p)
+
+
+async def test_nor_where_the_owner_has_none_left() -> None:
+    async with pair() as p:
+        while p.owner.fences.raise_one() is not None:
+            pass
+        await without(p)
+
+
+async def test_nor_where_checksums_are_to_come() -> None:
+    async with pair(verify="all") as p:
+        await without(p)
+
+
+def test_a_fence_of_no_slot_does_not_stand() -> None:
+    assert not Fences(slots=2).stands(Fence(slot=7, word=1))
