@@ -60,7 +60,7 @@ class PeerStatus:
     seconds: float
     hidden_s: float
     """Of `seconds`, the part that passed while the owner's prefill still ran."""
-    fenced: int
+    sealed: int
     """Of `handoffs`, those for which the owner's answer was not waited for."""
     failures: dict[str, int]
     """By cause."""

@@ -163,7 +163,7 @@ def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
 def _transfer_table(workers: Sequence[WorkerStatus]) -> Table:
     table = new_table(
         ["reader", "owner", "by"],
-        ["hand-offs", "fenced", "KV read", "descriptors", "GB/s", "hidden", "failures"],
+        ["hand-offs", "sealed", "KV read", "descriptors", "GB/s", "hidden", "failures"],
         title="KV transfers",
     )
     for worker in workers:
@@ -175,7 +175,7 @@ def _transfer_table(workers: Sequence[WorkerStatus]) -> Table:
                 peer.owner_id,
                 peer.transport or "-",
                 str(peer.handoffs),
-                str(peer.fenced),
+                str(peer.sealed),
                 f"{peer.nbytes / 2**20:.1f} MiB",
                 str(peer.descriptors),
                 f"{peer.nbytes / peer.seconds / 1e9:.2f}" if busy else "-",

@@ -67,7 +67,7 @@ def _peer(peer: worker_pb2.PeerTransfers) -> PeerStatus:
         descriptors=peer.descriptors,
         seconds=peer.seconds,
         hidden_s=peer.hidden_s,
-        fenced=peer.fenced,
+        sealed=peer.sealed,
         failures=dict(peer.failures),
     )
 

@@ -46,8 +46,8 @@ class BoundLease:
             self.closed = closed
             self.changed.set()
 
-    def stood(self) -> None:
-        """Its fence did, after the last read: that is the answer, before the owner's own."""
+    def sealed(self) -> None:
+        """Its seal was whole after the last read: that is the answer, before the owner's own."""
         if self.closed is None:
             self.closed = Closed(lease_id=self.lease_id, outcome=LeaseOutcome.HELD)
             self.changed.set()

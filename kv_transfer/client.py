@@ -90,7 +90,7 @@ class PeerConnection:
         self._leases: dict[LeaseId, BoundLease] = {}
         self._asked: OrderedDict[LeaseId, None] = OrderedDict()
         self._unanswered: OrderedDict[LeaseId, None] = OrderedDict()
-        """Copied and confirmed by their fence; until the owner hears so it holds their blocks."""
+        """Copied and confirmed by their seal; until the owner hears so it holds their blocks."""
         self._fetches: dict[int, asyncio.Future[Fetched]] = {}
         self._next_fetch = 1
         self._lost: TransferFailed | None = None
@@ -263,7 +263,13 @@ class PeerConnection:
                 helper.cancel()
 
     async def _greet(self, raw: peer_pb2.FromOwner | None) -> None:
-        hello = from_owner_from_wire(raw) if raw is not None else None
+        try:
+            hello = from_owner_from_wire(raw) if raw is not None else None
+        except UnknownMessage as unknown:
+            raise TransferFailed(
+                f"the KV owner says hello with what this version does not know: {unknown}",
+                cause=TransferCause.OTHER_PROTOCOL,
+            ) from None
         shards = check_hello(hello, self.door.incarnation, self._hello().model_id)
         self.shapes = tuple(
             ArenaShape(shard.layout, shard.memories[0].nbytes // shard.layout.block_bytes)

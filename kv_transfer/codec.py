@@ -21,7 +21,6 @@ from kv_transfer.messages import (
     Bind,
     Close,
     Closed,
-    Fence,
     Fetch,
     Fetched,
     FromOwner,
@@ -33,6 +32,7 @@ from kv_transfer.messages import (
     Refused,
     Renew,
     Renewed,
+    Seal,
     Shard,
 )
 from wire import common_pb2, peer_pb2
@@ -179,7 +179,7 @@ def from_owner_to_wire(message: FromOwner) -> peer_pb2.FromOwner:
                     final=message.final,
                     tokens=message.tokens,
                     ended=message.ended,
-                    fence=_fence_to_wire(message.fence),
+                    seal=_seal_to_wire(message.seal),
                 )
             )
         case Fetched():
@@ -188,7 +188,7 @@ def from_owner_to_wire(message: FromOwner) -> peer_pb2.FromOwner:
                     number=message.number,
                     lease_id=message.lease_id,
                     block_ids=message.block_ids,
-                    fence=_fence_to_wire(message.fence),
+                    seal=_seal_to_wire(message.seal),
                 )
             )
         case Renewed():
@@ -221,14 +221,14 @@ def from_owner_from_wire(message: peer_pb2.FromOwner) -> FromOwner:
                 final=announce.final,
                 tokens=tuple(announce.tokens),
                 ended=announce.ended,
-                fence=_fence_from_wire(announce.fence),
+                seal=_seal_from_wire(announce.seal),
             )
         case "fetched":
             return Fetched(
                 number=message.fetched.number,
                 lease_id=LeaseId(message.fetched.lease_id),
                 block_ids=_block_ids(message.fetched.block_ids),
-                fence=_fence_from_wire(message.fetched.fence),
+                seal=_seal_from_wire(message.fetched.seal),
             )
         case "renewed":
             return Renewed()
@@ -273,8 +273,8 @@ def _shard_to_wire(shard: Shard) -> peer_pb2.Shard:
             address=memory.address,
             nbytes=memory.nbytes,
             device=memory.device,
-            fence_address=memory.fence_address,
-            fence_slots=memory.fence_slots,
+            seal_address=memory.seal_address,
+            seal_slots=memory.seal_slots,
         )
         for memory in shard.memories
     ]
@@ -289,20 +289,20 @@ def _shard_from_wire(shard: peer_pb2.Shard) -> Shard:
             address=memory.address,
             nbytes=memory.nbytes,
             device=memory.device,
-            fence_address=memory.fence_address,
-            fence_slots=memory.fence_slots,
+            seal_address=memory.seal_address,
+            seal_slots=memory.seal_slots,
         )
         for memory in shard.memories
     )
     return Shard(layout=layout_from_wire(shard.layout), memories=memories)
 
 
-def _fence_to_wire(fence: Fence | None) -> peer_pb2.Fence | None:
-    return None if fence is None else peer_pb2.Fence(slot=fence.slot, word=fence.word)
+def _seal_to_wire(seal: Seal | None) -> peer_pb2.Seal | None:
+    return None if seal is None else peer_pb2.Seal(slot=seal.slot, word=seal.word)
 
 
-def _fence_from_wire(fence: peer_pb2.Fence) -> Fence | None:
-    return Fence(slot=fence.slot, word=fence.word) if fence.word else None
+def _seal_from_wire(seal: peer_pb2.Seal) -> Seal | None:
+    return Seal(slot=seal.slot, word=seal.word) if seal.word else None
 
 
 def _abort_to_wire(abort: Abort) -> peer_pb2.Abort:

@@ -26,7 +26,7 @@ from kv_transfer.collective_owner import Door
 from kv_transfer.collective_reader import Pair
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats
+from kv_transfer.transport import ReadStats, Sealed
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,9 @@ class CollectiveTransport:
             ) from None
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
-        """See Transport. Both ends take part in every read: no fence is read past the owner."""
+        """See Transport. Both ends take part in every read: no seal is read past the owner."""
         pair = self._pairs.get(peer)
         if pair is not None:
             return pair.read(plan)

@@ -17,7 +17,7 @@ class TransferConfig(Settings):
     workers of one process (tests)."""
     verify: Literal["off", "sample", "all"] = "off"
     """Compare checksums of the blocks read with their owner's: of none, of one in 16, of all."""
-    fences: bool = True
+    seals: bool = True
     """A hand-off's blocks are usable as soon as a word in the owner's memory, read after them, says
     that they were held, instead of when the owner has answered. With nixl, without `verify`."""
     lease_s: float = Field(10.0, gt=0)

@@ -14,10 +14,10 @@ from kv_transfer.bound import BoundLease
 from kv_transfer.checksum import checksum_blocks, checksums_of, pick_blocks
 from kv_transfer.client import PeerConnection
 from kv_transfer.config import TransferConfig
-from kv_transfer.messages import Fence, LeaseOutcome
+from kv_transfer.messages import LeaseOutcome, Seal
 from kv_transfer.metrics import PullStats, TransferMetrics
 from kv_transfer.traffic import Share, patience_s
-from kv_transfer.transport import Fenced, ReadStats, give_up
+from kv_transfer.transport import ReadStats, Sealed, give_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Room(Protocol):
         connection: PeerConnection,
         remote: list[BlockId],
         local: list[BlockId],
-        fenced: Fenced | None,
+        sealed: Sealed | None,
     ) -> "list[asyncio.Future[ReadStats]]": ...
 
     def give_back(self, landing: "Landing") -> None: ...
@@ -103,14 +103,14 @@ class Landing:
             reads=len(ended),
             seconds=self._seconds,
             hidden_s=self._hidden_s,
-            fenced=self._last is not None and self._last.result().held,
+            sealed=self._last is not None and self._last.result().held,
         )
 
     def post(
-        self, first_index: int, block_ids: Sequence[BlockId], fence: Fence | None = None
+        self, first_index: int, block_ids: Sequence[BlockId], seal: Seal | None = None
     ) -> None:
         """Read the owner's `block_ids` into the blocks of the sequence from `first_index` on.
-        `fence` comes with the last of them.
+        `seal` comes with the last of them.
         """
         skip = max(0, len(self.cached) - first_index)
         remote = list(block_ids[skip:])
@@ -119,8 +119,8 @@ class Landing:
         start = first_index + skip - len(self.cached)
         local = self.fresh[start : start + len(remote)]
         self._remote.update(zip(range(start, start + len(remote)), remote, strict=True))
-        fenced = self._fenced(fence)
-        reads = self._room.start_reads(self._connection, remote, local, fenced)
+        sealed = self._sealed(seal)
+        reads = self._room.start_reads(self._connection, remote, local, sealed)
         nbytes = len(local) * self._room.arena.layout.block_bytes
         self._shares.append(self._room.metrics.traffic.begin(nbytes))
         for read in reads:
@@ -128,18 +128,18 @@ class Landing:
             if self._running == 0:
                 self._since_s = time.monotonic()
             self._running += 1
-            self._last = read if fenced is not None else None
+            self._last = read if sealed is not None else None
             read.add_done_callback(self._read_ended)
 
-    def _fenced(self, fence: Fence | None) -> Fenced | None:
-        """Whether the fence is asked: not where the owner is to send checksums, nor of an owner
+    def _sealed(self, seal: Seal | None) -> Sealed | None:
+        """Whether the seal is asked: not where the owner is to send checksums, nor of an owner
         whose ranks are read each for itself.
         """
         config = self._room.config
         alone = len(self._connection.shapes) == 1 and config.verify == "off"
-        if fence is None or not alone or not config.fences:
+        if seal is None or not alone or not config.seals:
             return None
-        return Fenced(fence, tuple(read for read in self.reads if not read.done()))
+        return Sealed(seal, tuple(read for read in self.reads if not read.done()))
 
     def _read_ended(self, _read: "asyncio.Future[ReadStats]") -> None:
         self._running -= 1
@@ -168,7 +168,7 @@ class Landing:
             self._verified = self._to_verify()
             self._connection.ask_close(self._lease, self._verified_blocks())
             if self._last is not None and self._last.result().held:
-                self._lease.stood()
+                self._lease.sealed()
 
     def _verified_blocks(self) -> tuple[BlockId, ...]:
         return tuple(self._remote[place] for place in self._verified)

@@ -16,8 +16,8 @@ from typing import Protocol
 from core.clock import Clock
 from core.ids import BlockHash, BlockId, LeaseId, SequenceId
 from engine.pool import BlockPool
-from kv_transfer.fences import Fences
-from kv_transfer.messages import Fence, LeaseOutcome
+from kv_transfer.messages import LeaseOutcome, Seal
+from kv_transfer.seals import Seals
 
 NEVER_S = float("inf")
 
@@ -37,7 +37,7 @@ class LeaseListener(Protocol):
 @dataclass(slots=True)
 class Lease:
     """One open lease. `reader` names who is bound to it; `tokens` is None until the final
-    announcement, then what follows the reader's submit. `fence` stands from then to the end; there
+    announcement, then what follows the reader's submit. `seal` is whole from then to the end; there
     is none if HELD `moves` a running sequence, as then the owner must know.
     """
 
@@ -51,7 +51,7 @@ class Lease:
     answer_ended: bool = False
     listener: LeaseListener | None = None
     moves: bool = False
-    fence: Fence | None = None
+    seal: Seal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,13 @@ class LeaseCounters:
 
 
 class LeaseTable:
-    """Owns the lease references of one pool. `fences`: those that readers of its arena can read."""
+    """Owns the lease references of one pool. `seals`: those that readers of its arena can read."""
 
     def __init__(
-        self, pool: BlockPool, clock: Clock, lease_s: float, fences: Fences | None = None
+        self, pool: BlockPool, clock: Clock, lease_s: float, seals: Seals | None = None
     ) -> None:
         self._pool = pool
-        self._fences = fences
+        self._seals = seals
         self._clock = clock
         self.lease_s = lease_s
         self._open: dict[LeaseId, Lease] = {}
@@ -141,8 +141,8 @@ class LeaseTable:
         lease.answer_ended = answer_ended
         lease.expires_at_s = self._clock.now_s() + self.lease_s
         is_read = lease.lease_id in self._open and not answer_ended
-        if self._fences is not None and is_read and not lease.moves:
-            lease.fence = self._fences.raise_one()
+        if self._seals is not None and is_read and not lease.moves:
+            lease.seal = self._seals.set_one()
 
     def finish_unread(self, lease: Lease) -> None:
         """The prefill has ended, and the answer with it: there is nothing to hand off."""
@@ -235,9 +235,9 @@ class LeaseTable:
 
     def _end(self, lease: Lease, outcome: LeaseOutcome, unread: Lease | None = None) -> None:
         del self._open[lease.lease_id]
-        if self._fences is not None and lease.fence is not None:
-            self._fences.drop(lease.fence)  # before the blocks: they may be reused from then on
-            lease.fence = None
+        if self._seals is not None and lease.seal is not None:
+            self._seals.break_one(lease.seal)  # before the blocks: they may be reused from then on
+            lease.seal = None
         forget_at_s = self._clock.now_s() + 2 * self.lease_s
         self._ended[lease.lease_id] = _Ended(forget_at_s, outcome, lease.reader, unread)
         blocks, lease.blocks = lease.blocks, []

@@ -9,20 +9,20 @@ import torch
 from core.errors import TransferCause, TransferFailed
 from core.ids import ShardId
 from engine.arena import Arena
-from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats
+from kv_transfer.seals import Seals
+from kv_transfer.transport import ReadStats, Sealed
 
 
 class LoopbackHub:
-    """The arenas of this process and their owners' fences, by the arena's address; shared by all
+    """The arenas of this process and their owners' seals, by the arena's address; shared by all
     its loopback transports.
     """
 
     def __init__(self) -> None:
         self.arenas: dict[int, torch.Tensor] = {}
-        self.fences: dict[int, Fences] = {}
+        self.seals: dict[int, Seals] = {}
 
 
 class LoopbackTransport:
@@ -30,13 +30,13 @@ class LoopbackTransport:
 
     name = "loopback"
 
-    def __init__(self, arena: Arena, hub: LoopbackHub, fences: Fences | None = None) -> None:
+    def __init__(self, arena: Arena, hub: LoopbackHub, seals: Seals | None = None) -> None:
         self._arena = arena
         self._hub = hub
         self._bytes = _as_bytes(arena)
         self._hub.arenas[arena.address] = self._bytes
-        if fences is not None:
-            self._hub.fences[arena.address] = fences
+        if seals is not None:
+            self._hub.seals[arena.address] = seals
         self._peers: dict[ShardId, int] = {}
 
     def memory(self) -> Memory:
@@ -62,12 +62,12 @@ class LoopbackTransport:
         self._peers[peer] = memory.address
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
         try:
             copied = self._copy(peer, plan)
-            future.set_result(replace(copied, held=self._stands(peer, fenced)))
+            future.set_result(replace(copied, held=self._is_whole(peer, sealed)))
         except TransferFailed as failure:
             future.set_exception(failure)
         return future
@@ -81,12 +81,12 @@ class LoopbackTransport:
 
     async def close(self) -> None:
         self._hub.arenas.pop(self._arena.address, None)
-        self._hub.fences.pop(self._arena.address, None)
+        self._hub.seals.pop(self._arena.address, None)
         self._peers.clear()
 
-    def _stands(self, peer: ShardId, fenced: Fenced | None) -> bool:
-        fences = self._hub.fences.get(self._peers[peer])
-        return fenced is not None and fences is not None and fences.stands(fenced.fence)
+    def _is_whole(self, peer: ShardId, sealed: Sealed | None) -> bool:
+        seals = self._hub.seals.get(self._peers[peer])
+        return sealed is not None and seals is not None and seals.is_whole(sealed.seal)
 
     def _copy(self, peer: ShardId, plan: ReadPlan) -> ReadStats:
         if peer not in self._peers:

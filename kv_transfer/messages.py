@@ -15,7 +15,7 @@ The reader opens the stream, one per owner it reads from. Both say hello first.
                 a reader notices a silent owner
     Close       after the last read has ended: may I use what I read?
     Closed      HELD: the blocks were held without a break since they were announced. Only this
-                answer makes them usable, or the same read in the owner's memory (fences.py), which
+                answer makes them usable, or the same read in the owner's memory (seals.py), which
                 is not waited for as a busy owner is; any other answer, or none, discards them.
     Abort       either side ends the lease early; never answered
 
@@ -46,8 +46,8 @@ class LeaseOutcome(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fence:
-    """`word` is in `slot` of the owner's fences as long as a finished lease holds its blocks."""
+class Seal:
+    """`word` is in `slot` of the owner's seals as long as a finished lease holds its blocks."""
 
     slot: int
     word: int
@@ -56,7 +56,7 @@ class Fence:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Where an arena can be read: transport name, its metadata, base address and size; and its
-    owner's fences, `fence_slots` of 8 bytes in host memory, 0 where they are not read this way.
+    owner's seals, `seal_slots` of 8 bytes in host memory, 0 where they are not read this way.
     """
 
     transport: str
@@ -64,8 +64,8 @@ class Memory:
     address: int
     nbytes: int
     device: str
-    fence_address: int = 0
-    fence_slots: int = 0
+    seal_address: int = 0
+    seal_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ class Announce:
 
     The final one names the tokens after those that the reader's submit had: of a prefill the one
     it sampled, of a running sequence all it has generated. `ended`: nothing follows them.
-    `fence` stands until the lease ends; a running sequence has none, as HELD commits its move.
+    `seal` is whole until the lease ends; a running sequence has none, as HELD commits its move.
     """
 
     lease_id: LeaseId
@@ -116,7 +116,7 @@ class Announce:
     final: bool = False
     tokens: tuple[int, ...] = ()
     ended: bool = False
-    fence: Fence | None = None
+    seal: Seal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ class Fetched:
     number: int
     lease_id: LeaseId
     block_ids: tuple[BlockId, ...]
-    fence: Fence | None = None
+    seal: Seal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,8 @@ def transfer_cost() -> LinearFit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullStats:
     """One hand-off's reads. `seconds` is the time some read was under way, `hidden_s` the part of
-    it before the owner's last announcement, while its prefill still ran. `fenced`: the owner was
-    not waited for, as its fence stood.
+    it before the owner's last announcement, while its prefill still ran. `sealed`: the owner was
+    not waited for, as its seal was whole.
     """
 
     nbytes: int = 0
@@ -30,7 +30,7 @@ class PullStats:
     reads: int = 0
     seconds: float = 0.0
     hidden_s: float = 0.0
-    fenced: bool = False
+    sealed: bool = False
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class PairMetrics:
     descriptors: int = 0
     seconds: float = 0.0
     hidden_s: float = 0.0
-    fenced: int = 0
+    sealed: int = 0
     failures: Counter[str] = field(default_factory=Counter)
 
     def add(self, stats: PullStats) -> None:
@@ -57,7 +57,7 @@ class PairMetrics:
         self.descriptors += stats.descriptors
         self.seconds += stats.seconds
         self.hidden_s += stats.hidden_s
-        self.fenced += stats.fenced
+        self.sealed += stats.sealed
 
 
 class TransferMetrics:

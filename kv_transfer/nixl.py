@@ -14,12 +14,12 @@ from contextlib import suppress
 from core.errors import InternalError, TransferCause, TransferFailed
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
-from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.nixl_commands import Command, fail
 from kv_transfer.nixl_thread import TransferThread
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, QueuedRead, ReadStats
+from kv_transfer.seals import Seals
+from kv_transfer.transport import QueuedRead, ReadStats, Sealed
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +48,18 @@ class NixlTransport:
         arena: Arena,
         incarnation: Incarnation,
         read_timeout_s: float = 10.0,
-        fences: Fences | None = None,
+        seals: Seals | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._arena = arena
         self._failed: asyncio.Future[Exception] = self._loop.create_future()
         self._ended: str | None = None
-        self._fences = fences
+        self._seals = seals
         self._thread = TransferThread(
             arena,
             incarnation,
             read_timeout_s,
-            fences=fences,
+            seals=seals,
             call=self._call,
             failed=self._thread_failed,
         )
@@ -73,8 +73,8 @@ class NixlTransport:
             address=self._arena.address,
             nbytes=self._arena.nbytes,
             device=self._thread.device,
-            fence_address=self._fences.address if self._fences is not None else 0,
-            fence_slots=len(self._fences.words) if self._fences is not None else 0,
+            seal_address=self._seals.address if self._seals is not None else 0,
+            seal_slots=len(self._seals.words) if self._seals is not None else 0,
         )
 
     async def connect(self, peer: ShardId, memory: Memory) -> None:
@@ -95,12 +95,12 @@ class NixlTransport:
         await future
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
         """See Transport. A plan of nothing ends at once."""
         future = QueuedRead(loop=self._loop)
         if plan.descriptors:
-            self._submit(Command(lambda: self._thread.read(peer, plan, future, fenced), future))
+            self._submit(Command(lambda: self._thread.read(peer, plan, future, sealed), future))
         else:
             future.set_result(ReadStats(nbytes=0, descriptors=0, seconds=0.0))
         return future

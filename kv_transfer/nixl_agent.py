@@ -27,9 +27,9 @@ from nixl._api import nixl_agent, nixl_agent_config
 
 from core.errors import InternalError
 from engine.arena import Arena
-from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan, Rows, Run
+from kv_transfer.seals import Seals
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ _PROGRESS_DELAY_US = 10_000
 _INDICES_PER_ROW = 8
 _WORD_BYTES = 8
 _WORDS = 1024
-"""Fences that are read at once; with more, one finds another's word, which is not its own."""
+"""Seals that are read at once; with more, one finds another's word, which is not its own."""
 _INDICES_ALWAYS = 8192
+_MOST_UNITS = 2**31
 _Indices = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 # The bindings' errors share no base but Exception; everything they can raise, and what their Python
@@ -85,8 +86,8 @@ class Remote:
     unit: int
     lists: tuple[Handle, Handle] | None = None
     """Prepared for `unit`: of the arena here, of the arena there."""
-    fences: Handle | None = None
-    """Prepared, of its owner's fences."""
+    seals: Handle | None = None
+    """Prepared, of its owner's seals."""
 
 
 class Agent:
@@ -95,7 +96,7 @@ class Agent:
     It alone holds NIXL's handles: each of them keeps the agent inside NIXL alive.
     """
 
-    def __init__(self, name: str, arena: Arena, fences: Fences | None = None) -> None:
+    def __init__(self, name: str, arena: Arena, seals: Seals | None = None) -> None:
         use_our_log()
         self.device = f"VRAM:{arena.data.get_device()}" if arena.data.is_cuda else "DRAM:0"
         self._arena = arena
@@ -111,7 +112,7 @@ class Agent:
             self._inside = weakref.ref(self._nixl.agent)
             kind, index = _split(self.device)
             self._nixl.register_memory([(arena.address, arena.nbytes, index, "")], kind)
-            for words in (self._words, fences.words) if fences is not None else (self._words,):
+            for words in (self._words, seals.words) if seals is not None else (self._words,):
                 self._nixl.register_memory([(words.ctypes.data, words.nbytes, 0, "")], "DRAM")
             self.metadata: bytes = self._nixl.get_agent_metadata()
         except _ERRORS as error:
@@ -138,7 +139,7 @@ class Agent:
         self.tidy()
         self._remotes.discard(remote)
         self._release_lists(remote)
-        self._release_list(remote.fences)
+        self._release_list(remote.seals)
         self._quietly("remove_remote_agent", self._nixl.remove_remote_agent, remote.agent_name)
 
     # -- reads ----------------------------------------------------------------------------------
@@ -164,30 +165,30 @@ class Agent:
         """Whether the read has ended well. Raises PeerLost: it has ended badly."""
         return self._ended(number, self._nixl.check_xfer_state, "polling")
 
-    def post_fence(self, remote: Remote, slot: int) -> tuple[int | None, int]:
-        """Begin to read a fence. Answers a number as `post` does, and the place to find its word at
+    def post_seal(self, remote: Remote, slot: int) -> tuple[int | None, int]:
+        """Begin to read a seal. Answers a number as `post` does, and the place to find its word at
         when that read has ended, see `word`.
 
         Raises ReadRefused, that peer has no such slot, or PeerLost.
         """
-        if slot >= remote.memory.fence_slots:
-            raise ReadRefused("the peer has no such fence")
+        if slot >= remote.memory.seal_slots:
+            raise ReadRefused("the peer has no such seal")
         place, self._next_word = self._next_word, (self._next_word + 1) % _WORDS
         self._words[place] = 0
         try:
-            lists = self._fence_lists(remote)
+            lists = self._seal_lists(remote)
             indices = np.array([slot], np.int32), np.array([place], np.int32)
             handle = self._make_prepared(lists, indices)
         except _LOST as error:
             raise PeerLost(_text(error)) from None
         except _BACKEND as error:
-            raise AgentBroken(f"making a read of a fence: {_text(error)}") from None
+            raise AgentBroken(f"making a read of a seal: {_text(error)}") from None
         except _ERRORS as error:
-            raise ReadRefused(f"NIXL refused to read a fence: {_text(error)}") from None
+            raise ReadRefused(f"NIXL refused to read a seal: {_text(error)}") from None
         return self._begin(handle), place
 
     def word(self, place: int) -> int:
-        """What a read of a fence has brought."""
+        """What a read of a seal has brought."""
         return int(self._words[place])
 
     @property
@@ -216,7 +217,7 @@ class Agent:
                 self._release(self._handles.popitem()[1])
             for remote in self._remotes:
                 self._release_lists(remote)
-                self._release_list(remote.fences)
+                self._release_list(remote.seals)
             self._release_list(self._words_list)
             self._words_list = None
             self._nixl = None
@@ -267,7 +268,8 @@ class Agent:
             raise ReadRefused(f"the plan goes past {whose} arena")
 
     def _make(self, remote: Remote, plan: ReadPlan) -> Handle:
-        indices = _few_indices(plan.few, remote.unit) if plan.few is not None else None
+        few = plan.few if self._can_index(remote, remote.unit) else None
+        indices = _few_indices(few, remote.unit) if few is not None else None
         if indices is not None and remote.lists is not None:
             return self._make_prepared(remote.lists, indices)
         unit, rows = remote.unit, plan.rows
@@ -276,12 +278,16 @@ class Agent:
             unit = int(np.gcd.reduce(rows, axis=None, initial=np.uint64(unit)))
             units = rows // np.uint64(unit)
         limit = max(_INDICES_ALWAYS, _INDICES_PER_ROW * len(rows))
-        if int(units[:, 2].sum()) > limit:
+        if int(units[:, 2].sum()) > limit or not self._can_index(remote, unit):
             return self._make_described(remote, rows)
         if unit != remote.unit or remote.lists is None:
             self._prepare(remote, unit)
         assert remote.lists is not None
         return self._make_prepared(remote.lists, _indices(units))
+
+    def _can_index(self, remote: Remote, unit: int) -> bool:
+        """NIXL takes indices of 32 bits."""
+        return max(self._arena.nbytes, remote.memory.nbytes) // unit <= _MOST_UNITS
 
     def _make_prepared(self, lists: tuple[Handle, Handle], indices: _Indices) -> Handle:
         (here, there), (remote_units, local_units) = lists, indices
@@ -306,17 +312,17 @@ class Agent:
         )
         remote.lists, remote.unit = (here, there), unit
 
-    def _fence_lists(self, remote: Remote) -> tuple[Handle, Handle]:
-        """Of the words here, of the fences there."""
+    def _seal_lists(self, remote: Remote) -> tuple[Handle, Handle]:
+        """Of the words here, of the seals there."""
         if self._words_list is None:
             words = _strided(self._words.ctypes.data, self._words.nbytes, "DRAM:0", _WORD_BYTES)
             self._words_list = self._nixl.prep_xfer_dlist("NIXL_INIT_AGENT", words, "DRAM")
-        if remote.fences is None:
+        if remote.seals is None:
             memory = remote.memory
-            nbytes = memory.fence_slots * _WORD_BYTES
-            fences = _strided(memory.fence_address, nbytes, "DRAM:0", _WORD_BYTES)
-            remote.fences = self._nixl.prep_xfer_dlist(remote.agent_name, fences, "DRAM")
-        return self._words_list, remote.fences
+            nbytes = memory.seal_slots * _WORD_BYTES
+            seals = _strided(memory.seal_address, nbytes, "DRAM:0", _WORD_BYTES)
+            remote.seals = self._nixl.prep_xfer_dlist(remote.agent_name, seals, "DRAM")
+        return self._words_list, remote.seals
 
     def _make_described(self, remote: Remote, rows: Rows) -> Handle:
         memory = remote.memory

@@ -23,13 +23,13 @@ from typing import TypeVar
 from core.errors import InternalError, TransferCause
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
-from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.nixl_agent import Agent, AgentBroken, PeerLost, ReadRefused, Remote
 from kv_transfer.nixl_commands import Command, Commands, Ending, fail
 from kv_transfer.plan import ReadPlan
+from kv_transfer.seals import Seals
 from kv_transfer.traffic import Share, Traffic, patience_s
-from kv_transfer.transport import Fenced, QueuedRead, ReadStats
+from kv_transfer.transport import QueuedRead, ReadStats, Sealed
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class _Peer:
 
 @dataclass(slots=True, eq=False)
 class _Reading:
-    """A posted read, then that of its fence: `number` is what is under way, `place` where the
-    fence's word is found.
+    """A posted read, then that of its seal: `number` is what is under way, `place` where the
+    seal's word is found.
     """
 
     peer: _Peer
@@ -65,7 +65,7 @@ class _Reading:
     future: "asyncio.Future[ReadStats]"
     started_s: float
     share: Share
-    fenced: Fenced | None
+    sealed: Sealed | None
     place: int | None
     overdue: bool = False
 
@@ -82,14 +82,14 @@ class TransferThread:
         incarnation: Incarnation,
         read_timeout_s: float,
         *,
-        fences: Fences | None = None,
+        seals: Seals | None = None,
         call: Callable[[Callable[[], None]], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._arena = arena
         self._incarnation = incarnation
         self._read_timeout_s = read_timeout_s
-        self._fences = fences
+        self._seals = seals
         self._call = call
         self._failed = failed
         self._commands = Commands()
@@ -152,7 +152,7 @@ class TransferThread:
         self._resolve(future, None)
 
     def read(
-        self, shard: ShardId, plan: ReadPlan, future: QueuedRead, fenced: Fenced | None
+        self, shard: ShardId, plan: ReadPlan, future: QueuedRead, sealed: Sealed | None
     ) -> None:
         """Post a read, unless nobody waits for it any more."""
         if future.given_up:
@@ -165,7 +165,7 @@ class TransferThread:
             peer.remote = peer.remote or self._agent.add(peer.memory)
             number, place = self._agent.post(peer.remote, plan), None
             if number is None:
-                number, place = self._ask_fence(peer, fenced)
+                number, place = self._ask_seal(peer, sealed)
         except PeerLost:
             self._forget(peer)
             raise
@@ -173,38 +173,38 @@ class TransferThread:
             del self._peers[shard]
             raise
         if number is None:
-            self._resolve(future, self._stats(plan, started_s, fenced, place))
+            self._resolve(future, self._stats(plan, started_s, sealed, place))
             return
         self._moved_s = time.monotonic()
         peer.reads += 1
         share = self._traffic.begin(plan.nbytes)
-        self._readings.append(_Reading(peer, number, plan, future, started_s, share, fenced, place))
+        self._readings.append(_Reading(peer, number, plan, future, started_s, share, sealed, place))
 
-    def _ask_fence(self, peer: _Peer, fenced: Fenced | None) -> tuple[int | None, int | None]:
-        """The bytes of a read are here, now its fence is read: what is under way, and the place of
+    def _ask_seal(self, peer: _Peer, sealed: Sealed | None) -> tuple[int | None, int | None]:
+        """The bytes of a read are here, now its seal is read: what is under way, and the place of
         its word. The answer is late, if another read before it is still under way: none is asked.
         """
-        if fenced is None or peer.remote is None:
+        if sealed is None or peer.remote is None:
             return None, None
-        if any(other.future in fenced.after for other in self._readings):
+        if any(other.future in sealed.after for other in self._readings):
             return None, None
         self._moved_s = time.monotonic()
         try:
-            return self._agent.post_fence(peer.remote, fenced.fence.slot)
+            return self._agent.post_seal(peer.remote, sealed.seal.slot)
         except ReadRefused as refused:
-            log.info("transfer_fence_not_read peer=%s reason=%s", peer.shard, refused)
+            log.info("transfer_seal_not_read peer=%s reason=%s", peer.shard, refused)
             return None, None
 
     def _stats(
-        self, plan: ReadPlan, started_s: float, fenced: Fenced | None, place: int | None
+        self, plan: ReadPlan, started_s: float, sealed: Sealed | None, place: int | None
     ) -> ReadStats:
         return ReadStats(
             nbytes=plan.nbytes,
             descriptors=plan.descriptors,
             seconds=time.monotonic() - started_s,
-            held=fenced is not None
+            held=sealed is not None
             and place is not None
-            and self._agent.word(place) == fenced.fence.word,
+            and self._agent.word(place) == sealed.seal.word,
         )
 
     # -- the thread -----------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class TransferThread:
     def _open(self) -> None:
         name = f"{self._incarnation}-{secrets.token_hex(4)}"  # peers may still know the last one
         try:
-            agent = Agent(name, self._arena, self._fences)
+            agent = Agent(name, self._arena, self._seals)
         except AgentBroken as broken:
             raise InternalError(str(broken)) from None
         self._agent, self.metadata, self.device = agent, agent.metadata, agent.device
@@ -307,7 +307,7 @@ class TransferThread:
             if done:
                 self._resolve(
                     reading.future,
-                    self._stats(reading.plan, reading.started_s, reading.fenced, reading.place),
+                    self._stats(reading.plan, reading.started_s, reading.sealed, reading.place),
                 )
                 self._ended(reading)
             elif time.monotonic() - reading.started_s > self._patience_for(reading):
@@ -318,10 +318,10 @@ class TransferThread:
             raise AgentBroken(f"{overdue} reads did not end in time")
 
     def _is_over(self, reading: _Reading) -> bool:
-        """What was under way has ended; after the read's bytes its fence may be."""
+        """What was under way has ended; after the read's bytes its seal may be."""
         if reading.place is not None:
             return True
-        number, reading.place = self._ask_fence(reading.peer, reading.fenced)
+        number, reading.place = self._ask_seal(reading.peer, reading.sealed)
         if number is None:
             return True
         reading.number = number

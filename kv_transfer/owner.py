@@ -188,7 +188,7 @@ class Owner:
             number=fetch.number,
             lease_id=lease.lease_id,
             block_ids=blocks,
-            fence=lease.fence,
+            seal=lease.seal,
         )
         self._send(reader, fetched)
 
@@ -213,5 +213,5 @@ def _announce(lease: Lease, first_index: int) -> Announce:
         final=lease.tokens is not None,
         tokens=lease.tokens or (),
         ended=lease.answer_ended,
-        fence=lease.fence,
+        seal=lease.seal,
     )

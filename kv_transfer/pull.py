@@ -50,6 +50,8 @@ class Pulling:
         self._announced: set[int] = set()
         self._first_gap = 0
         self._said_ready = False
+        self._waits_since_s: float | None = None
+        """For what was asked for, or for what is missing before later blocks."""
         self._waits_for_room = False
         self._failure: BatonError | None = None
 
@@ -134,7 +136,7 @@ class Pulling:
         final = self._final if self._complete else None
         for number, (start, block_ids) in enumerate(news, 1):
             is_last = final is not None and number == len(news)
-            landing.post(start, block_ids, final.fence if final is not None and is_last else None)
+            landing.post(start, block_ids, final.seal if final is not None and is_last else None)
         if final is not None:
             landing.all_posted()
 
@@ -214,12 +216,20 @@ class Pulling:
             self._connection.send_ready(self._lease.lease_id)
 
     async def _hear(self) -> None:
-        """Wait for news; after a silence ask again, as a message may have been lost."""
+        """Wait for news. After a silence, or when other news come but not what is waited for, ask
+        again: a message may have been lost.
+        """
+        now_s = asyncio.get_running_loop().time()
+        waits = self._said_ready or len(self._announced) > self._first_gap
+        since_s = now_s if self._waits_since_s is None else self._waits_since_s
+        self._waits_since_s = since_s if waits else None
         try:
-            async with asyncio.timeout(self._room.config.lease_s / 3):
+            async with asyncio.timeout_at(
+                (since_s if waits else now_s) + self._room.config.lease_s / 3
+            ):
                 await self._lease.changed.wait()
         except TimeoutError:
-            self._said_ready = False
+            self._said_ready, self._waits_since_s = False, None
             self._connection.bind_again(self._lease.lease_id, self._sequence_id, self._first_gap)
 
     def _nothing(self) -> Landing:
@@ -261,7 +271,7 @@ class Fetching:
         landing = Landing(self._room, self._connection, lease, reserved)
         usable = False
         try:
-            landing.post(len(cached), fetched.block_ids, fetched.fence)
+            landing.post(len(cached), fetched.block_ids, fetched.seal)
             landing.all_posted()
             await landing.settle()
             await landing.confirm()

@@ -28,7 +28,7 @@ from kv_transfer.messages import PeerHello
 from kv_transfer.metrics import PullStats, TransferMetrics, transfer_cost
 from kv_transfer.plan import ArenaShape, plan_read
 from kv_transfer.pull import Fetching, Pulling
-from kv_transfer.transport import Fenced, ReadStats
+from kv_transfer.transport import ReadStats, Sealed
 from kv_transfer.transports import Transports
 
 _SPACE_RECHECK_S = 0.05
@@ -253,15 +253,15 @@ class Reader:
         connection: PeerConnection,
         remote: list[BlockId],
         local: list[BlockId],
-        fenced: Fenced | None,
+        sealed: Sealed | None,
     ) -> "list[asyncio.Future[ReadStats]]":
         """Post the reads of these blocks, one per rank of the owner that has a part of them.
-        `fenced` is for an owner of one rank.
+        `sealed` is for an owner of one rank.
         """
         plans = plan_read(connection.shapes, self._shape, remote, local)
         incarnation = connection.door.incarnation
         return [
-            self._transports.start_read(shard_id(incarnation, rank), plan, fenced)
+            self._transports.start_read(shard_id(incarnation, rank), plan, sealed)
             for rank, plan in plans.items()
         ]
 

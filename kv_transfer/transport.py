@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.ids import ShardId
-from kv_transfer.messages import Fence, Memory
+from kv_transfer.messages import Memory, Seal
 from kv_transfer.plan import ReadPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadStats:
-    """What a read moved, and how long it took on the transfer thread. `held`: see Fenced."""
+    """What a read moved, and how long it took on the transfer thread. `held`: see Sealed."""
 
     nbytes: int
     descriptors: int
@@ -27,13 +27,13 @@ class QueuedRead(asyncio.Future[ReadStats]):
 
 
 @dataclass(frozen=True, slots=True)
-class Fenced:
-    """Asked beside the last read of a hand-off: whether `fence` stood at its owner when this read
-    and those in `after`, begun before it, had ended (fences.py). A transport that cannot tell, or
-    would have to wait for the others, says that it did not.
+class Sealed:
+    """Asked beside the last read of a hand-off: whether `seal` was whole at its owner when this
+    read and those in `after`, begun before it, had ended (seals.py). A transport that cannot tell,
+    or would have to wait for the others, says that it was not.
     """
 
-    fence: Fence
+    seal: Seal
     after: "tuple[asyncio.Future[ReadStats], ...]" = ()
 
 
@@ -64,7 +64,7 @@ class Transport(Protocol):
     async def connect(self, peer: ShardId, memory: Memory) -> None: ...
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]": ...
 
     async def disconnect(self, peer: ShardId) -> None: ...

@@ -13,11 +13,11 @@ from core.errors import ConfigError, InternalError, TransferCause, TransferFaile
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
 from kv_transfer.config import TransferConfig
-from kv_transfer.fences import Fences
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats, Transport
+from kv_transfer.seals import Seals
+from kv_transfer.transport import ReadStats, Sealed, Transport
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ def common_way(mine: Sequence[str], theirs: Sequence[str]) -> str:
 
 class Transports:
     """All of one worker, on its event loop. A peer is read by the way chosen at its `connect`.
-    `fences` are those that peers can read beside the arena by some of the ways.
+    `seals` are those that peers can read beside the arena by some of the ways.
     """
 
-    def __init__(self, ways: Sequence[Transport], fences: Fences | None = None) -> None:
-        self.fences = fences
+    def __init__(self, ways: Sequence[Transport], seals: Seals | None = None) -> None:
+        self.seals = seals
         self._ways = {way.name: way for way in ways}
         self._routes: dict[ShardId, Transport] = {}
 
@@ -74,7 +74,7 @@ class Transports:
         return name
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
         """As Transport.start_read, by the way of that peer. Raises nothing: whoever reads from
         several shards would lose sight of the reads that run already.
@@ -85,7 +85,7 @@ class Transports:
                 TransferFailed(f"not connected to {peer}", cause=TransferCause.READ_FAILED)
             )
         try:
-            return way.start_read(peer, plan, fenced)
+            return way.start_read(peer, plan, sealed)
         except Exception as error:  # a bug of that way, which the read's future carries on
             log.exception("transport_bug name=%s", way.name)
             return _failed(error)
@@ -140,11 +140,11 @@ def make_transports(
     `host` is where this worker's peers reach it. `hub` joins loopback transports of one process.
     Raises ConfigError where nothing that was asked for starts here.
     """
-    fences = Fences()
+    seals = Seals()
     start: Mapping[str, Callable[[], Transport]] = {
-        "nixl": partial(_start_nixl, config, arena, incarnation, fences),
+        "nixl": partial(_start_nixl, config, arena, incarnation, seals),
         "collective": partial(_start_collective, config, arena, host),
-        "loopback": partial(LoopbackTransport, arena, hub or LoopbackHub(), fences),
+        "loopback": partial(LoopbackTransport, arena, hub or LoopbackHub(), seals),
     }
     ways, missing = [], []
     for name in _AUTO if config.backend == "auto" else (config.backend,):
@@ -161,15 +161,15 @@ def make_transports(
             f"transfer.backend is {config.backend}, and no such transport starts here; "
             + "; ".join(missing)
         )
-    return Transports(ways, fences)
+    return Transports(ways, seals)
 
 
 def _start_nixl(
-    config: TransferConfig, arena: Arena, incarnation: Incarnation, fences: Fences
+    config: TransferConfig, arena: Arena, incarnation: Incarnation, seals: Seals
 ) -> Transport:
     from kv_transfer.nixl import NixlTransport  # noqa: PLC0415 - may be absent
 
-    return NixlTransport(arena, incarnation, read_timeout_s=config.read_timeout_s, fences=fences)
+    return NixlTransport(arena, incarnation, read_timeout_s=config.read_timeout_s, seals=seals)
 
 
 def _start_collective(config: TransferConfig, arena: Arena, host: str) -> Transport:

@@ -19,11 +19,11 @@ from engine.arena import Arena
 from engine.timed import TimedEngine
 from engine.types import Sampled, SeqStep
 from kv_transfer.config import TransferConfig
-from kv_transfer.fences import Fences
 from kv_transfer.messages import Memory
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats, Transport
+from kv_transfer.seals import Seals
+from kv_transfer.transport import ReadStats, Sealed, Transport
 from kv_transfer.transports import Transports
 
 
@@ -44,9 +44,9 @@ class DamagingTransport:
         await self._inner.connect(peer, memory)
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
-        read = self._inner.start_read(peer, plan, fenced)
+        read = self._inner.start_read(peer, plan, sealed)
         read.add_done_callback(lambda _: self._damage(plan))
         return read
 
@@ -79,9 +79,9 @@ class DamagingTransport:
 def damaging(
     config: TransferConfig, arena: Arena, incarnation: Incarnation, _host: str
 ) -> Transports:
-    fences = Fences()
-    nixl = NixlTransport(arena, incarnation, config.read_timeout_s, fences)
-    return Transports([DamagingTransport(nixl, arena, FAULT)], fences)
+    seals = Seals()
+    nixl = NixlTransport(arena, incarnation, config.read_timeout_s, seals)
+    return Transports([DamagingTransport(nixl, arena, FAULT)], seals)
 
 
 def halt_on_signal() -> None:

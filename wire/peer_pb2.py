@@ -25,47 +25,47 @@ _sym_db = _symbol_database.Default()
 from wire import common_pb2 as wire_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fwire/peer.proto\x12\rbaton.wire.v1\x1a\x11wire/common.proto\"\x96\x01\n\tPeerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12)\n\x08protocol\x18\x04 \x01(\x0b\x32\x17.baton.wire.v1.Protocol\x12$\n\x06shards\x18\x05 \x03(\x0b\x32\x14.baton.wire.v1.Shard\"Y\n\x05Shard\x12\'\n\x06layout\x18\x01 \x01(\x0b\x32\x17.baton.wire.v1.KvLayout\x12\'\n\x08memories\x18\x02 \x03(\x0b\x32\x15.baton.wire.v1.Memory\"\x8a\x01\n\x06Memory\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x15\n\rfence_address\x18\x06 \x01(\x04\x12\x13\n\x0b\x66\x65nce_slots\x18\x07 \x01(\r\"\xaa\x02\n\nFromReader\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.baton.wire.v1.PeerHelloH\x00\x12#\n\x04\x62ind\x18\x02 \x01(\x0b\x32\x13.baton.wire.v1.BindH\x00\x12%\n\x05renew\x18\x03 \x01(\x0b\x32\x14.baton.wire.v1.RenewH\x00\x12%\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x14.baton.wire.v1.CloseH\x00\x12%\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x14.baton.wire.v1.AbortH\x00\x12%\n\x05\x66\x65tch\x18\x06 \x01(\x0b\x32\x14.baton.wire.v1.FetchH\x00\x12%\n\x05ready\x18\x07 \x01(\x0b\x32\x14.baton.wire.v1.ReadyH\x00\x42\t\n\x07message\"\xbf\x02\n\tFromOwner\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.baton.wire.v1.PeerHelloH\x00\x12+\n\x08\x61nnounce\x18\x02 \x01(\x0b\x32\x17.baton.wire.v1.AnnounceH\x00\x12\'\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x15.baton.wire.v1.ClosedH\x00\x12%\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x14.baton.wire.v1.AbortH\x00\x12)\n\x07renewed\x18\x05 \x01(\x0b\x32\x16.baton.wire.v1.RenewedH\x00\x12)\n\x07\x66\x65tched\x18\x06 \x01(\x0b\x32\x16.baton.wire.v1.FetchedH\x00\x12)\n\x07refused\x18\x07 \x01(\x0b\x32\x16.baton.wire.v1.RefusedH\x00\x42\t\n\x07message\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"]\n\x04\x42ind\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12.\n\x0bsequence_id\x18\x02 \x01(\x0b\x32\x19.baton.wire.v1.SequenceId\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\"l\n\x05\x46\x65tch\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12.\n\x0bsequence_id\x18\x02 \x01(\x0b\x32\x19.baton.wire.v1.SequenceId\x12\x0e\n\x06hashes\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\"c\n\x07\x46\x65tched\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12#\n\x05\x66\x65nce\x18\x04 \x01(\x0b\x32\x14.baton.wire.v1.Fence\"#\n\x05\x46\x65nce\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0c\n\x04word\x18\x02 \x01(\x04\"\x19\n\x05Ready\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\xc7\x01\n\x08\x41nnounce\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12.\n\x0bsequence_id\x18\x02 \x01(\x0b\x32\x19.baton.wire.v1.SequenceId\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\x12\x0e\n\x06tokens\x18\x06 \x03(\r\x12\r\n\x05\x65nded\x18\x07 \x01(\x08\x12#\n\x05\x66\x65nce\x18\x08 \x01(\x0b\x32\x14.baton.wire.v1.Fence\"\x1a\n\x05Renew\x12\x11\n\tlease_ids\x18\x01 \x03(\x04\"\t\n\x07Renewed\")\n\x05\x43lose\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06verify\x18\x02 \x03(\r\"V\n\x06\x43losed\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.baton.wire.v1.Outcome\x12\x11\n\tchecksums\x18\x03 \x03(\x07\"R\n\x05\x41\x62ort\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.baton.wire.v1.Outcome*q\n\x07Outcome\x12\x13\n\x0fOUTCOME_UNKNOWN\x10\x00\x12\x10\n\x0cOUTCOME_HELD\x10\x01\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x02\x12\x13\n\x0fOUTCOME_ABORTED\x10\x03\x12\x15\n\x11OUTCOME_WITHDRAWN\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0fwire/peer.proto\x12\rbaton.wire.v1\x1a\x11wire/common.proto\"\x96\x01\n\tPeerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12)\n\x08protocol\x18\x04 \x01(\x0b\x32\x17.baton.wire.v1.Protocol\x12$\n\x06shards\x18\x05 \x03(\x0b\x32\x14.baton.wire.v1.Shard\"Y\n\x05Shard\x12\'\n\x06layout\x18\x01 \x01(\x0b\x32\x17.baton.wire.v1.KvLayout\x12\'\n\x08memories\x18\x02 \x03(\x0b\x32\x15.baton.wire.v1.Memory\"\x88\x01\n\x06Memory\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x0e\n\x06nbytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x14\n\x0cseal_address\x18\x06 \x01(\x04\x12\x12\n\nseal_slots\x18\x07 \x01(\r\"\xaa\x02\n\nFromReader\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.baton.wire.v1.PeerHelloH\x00\x12#\n\x04\x62ind\x18\x02 \x01(\x0b\x32\x13.baton.wire.v1.BindH\x00\x12%\n\x05renew\x18\x03 \x01(\x0b\x32\x14.baton.wire.v1.RenewH\x00\x12%\n\x05\x63lose\x18\x04 \x01(\x0b\x32\x14.baton.wire.v1.CloseH\x00\x12%\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x14.baton.wire.v1.AbortH\x00\x12%\n\x05\x66\x65tch\x18\x06 \x01(\x0b\x32\x14.baton.wire.v1.FetchH\x00\x12%\n\x05ready\x18\x07 \x01(\x0b\x32\x14.baton.wire.v1.ReadyH\x00\x42\t\n\x07message\"\xbf\x02\n\tFromOwner\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.baton.wire.v1.PeerHelloH\x00\x12+\n\x08\x61nnounce\x18\x02 \x01(\x0b\x32\x17.baton.wire.v1.AnnounceH\x00\x12\'\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x15.baton.wire.v1.ClosedH\x00\x12%\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x14.baton.wire.v1.AbortH\x00\x12)\n\x07renewed\x18\x05 \x01(\x0b\x32\x16.baton.wire.v1.RenewedH\x00\x12)\n\x07\x66\x65tched\x18\x06 \x01(\x0b\x32\x16.baton.wire.v1.FetchedH\x00\x12)\n\x07refused\x18\x07 \x01(\x0b\x32\x16.baton.wire.v1.RefusedH\x00\x42\t\n\x07message\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"]\n\x04\x42ind\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12.\n\x0bsequence_id\x18\x02 \x01(\x0b\x32\x19.baton.wire.v1.SequenceId\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\"l\n\x05\x46\x65tch\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12.\n\x0bsequence_id\x18\x02 \x01(\x0b\x32\x19.baton.wire.v1.SequenceId\x12\x0e\n\x06hashes\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66irst_index\x18\x04 \x01(\r\"a\n\x07\x46\x65tched\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12!\n\x04seal\x18\x04 \x01(\x0b\x32\x13.baton.wire.v1.Seal\"\"\n\x04Seal\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0c\n\x04word\x18\x02 \x01(\x04\"\x19\n\x05Ready\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\xc5\x01\n\x08\x41nnounce\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12.\n\x0bsequence_id\x18\x02 \x01(\x0b\x32\x19.baton.wire.v1.SequenceId\x12\x13\n\x0b\x66irst_index\x18\x03 \x01(\r\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\r\n\x05\x66inal\x18\x05 \x01(\x08\x12\x0e\n\x06tokens\x18\x06 \x03(\r\x12\r\n\x05\x65nded\x18\x07 \x01(\x08\x12!\n\x04seal\x18\x08 \x01(\x0b\x32\x13.baton.wire.v1.Seal\"\x1a\n\x05Renew\x12\x11\n\tlease_ids\x18\x01 \x03(\x04\"\t\n\x07Renewed\")\n\x05\x43lose\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06verify\x18\x02 \x03(\r\"V\n\x06\x43losed\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\'\n\x07outcome\x18\x02 \x01(\x0e\x32\x16.baton.wire.v1.Outcome\x12\x11\n\tchecksums\x18\x03 \x03(\x07\"R\n\x05\x41\x62ort\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\'\n\x07outcome\x18\x03 \x01(\x0e\x32\x16.baton.wire.v1.Outcome*q\n\x07Outcome\x12\x13\n\x0fOUTCOME_UNKNOWN\x10\x00\x12\x10\n\x0cOUTCOME_HELD\x10\x01\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x02\x12\x13\n\x0fOUTCOME_ABORTED\x10\x03\x12\x15\n\x11OUTCOME_WITHDRAWN\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOME']._serialized_start=1914
-  _globals['_OUTCOME']._serialized_end=2027
+  _globals['_OUTCOME']._serialized_start=1907
+  _globals['_OUTCOME']._serialized_end=2020
   _globals['_PEERHELLO']._serialized_start=54
   _globals['_PEERHELLO']._serialized_end=204
   _globals['_SHARD']._serialized_start=206
   _globals['_SHARD']._serialized_end=295
   _globals['_MEMORY']._serialized_start=298
-  _globals['_MEMORY']._serialized_end=436
-  _globals['_FROMREADER']._serialized_start=439
-  _globals['_FROMREADER']._serialized_end=737
-  _globals['_FROMOWNER']._serialized_start=740
-  _globals['_FROMOWNER']._serialized_end=1059
-  _globals['_REFUSED']._serialized_start=1061
-  _globals['_REFUSED']._serialized_end=1086
-  _globals['_BIND']._serialized_start=1088
-  _globals['_BIND']._serialized_end=1181
-  _globals['_FETCH']._serialized_start=1183
-  _globals['_FETCH']._serialized_end=1291
-  _globals['_FETCHED']._serialized_start=1293
-  _globals['_FETCHED']._serialized_end=1392
-  _globals['_FENCE']._serialized_start=1394
-  _globals['_FENCE']._serialized_end=1429
-  _globals['_READY']._serialized_start=1431
-  _globals['_READY']._serialized_end=1456
-  _globals['_ANNOUNCE']._serialized_start=1459
-  _globals['_ANNOUNCE']._serialized_end=1658
-  _globals['_RENEW']._serialized_start=1660
-  _globals['_RENEW']._serialized_end=1686
-  _globals['_RENEWED']._serialized_start=1688
-  _globals['_RENEWED']._serialized_end=1697
-  _globals['_CLOSE']._serialized_start=1699
-  _globals['_CLOSE']._serialized_end=1740
-  _globals['_CLOSED']._serialized_start=1742
-  _globals['_CLOSED']._serialized_end=1828
-  _globals['_ABORT']._serialized_start=1830
-  _globals['_ABORT']._serialized_end=1912
+  _globals['_MEMORY']._serialized_end=434
+  _globals['_FROMREADER']._serialized_start=437
+  _globals['_FROMREADER']._serialized_end=735
+  _globals['_FROMOWNER']._serialized_start=738
+  _globals['_FROMOWNER']._serialized_end=1057
+  _globals['_REFUSED']._serialized_start=1059
+  _globals['_REFUSED']._serialized_end=1084
+  _globals['_BIND']._serialized_start=1086
+  _globals['_BIND']._serialized_end=1179
+  _globals['_FETCH']._serialized_start=1181
+  _globals['_FETCH']._serialized_end=1289
+  _globals['_FETCHED']._serialized_start=1291
+  _globals['_FETCHED']._serialized_end=1388
+  _globals['_SEAL']._serialized_start=1390
+  _globals['_SEAL']._serialized_end=1424
+  _globals['_READY']._serialized_start=1426
+  _globals['_READY']._serialized_end=1451
+  _globals['_ANNOUNCE']._serialized_start=1454
+  _globals['_ANNOUNCE']._serialized_end=1651
+  _globals['_RENEW']._serialized_start=1653
+  _globals['_RENEW']._serialized_end=1679
+  _globals['_RENEWED']._serialized_start=1681
+  _globals['_RENEWED']._serialized_end=1690
+  _globals['_CLOSE']._serialized_start=1692
+  _globals['_CLOSE']._serialized_end=1733
+  _globals['_CLOSED']._serialized_start=1735
+  _globals['_CLOSED']._serialized_end=1821
+  _globals['_ABORT']._serialized_start=1823
+  _globals['_ABORT']._serialized_end=1905
 # @@protoc_insertion_point(module_scope)

@@ -44,22 +44,22 @@ class Shard(_message.Message):
     def __init__(self, layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., memories: _Optional[_Iterable[_Union[Memory, _Mapping]]] = ...) -> None: ...
 
 class Memory(_message.Message):
-    __slots__ = ("transport", "metadata", "address", "nbytes", "device", "fence_address", "fence_slots")
+    __slots__ = ("transport", "metadata", "address", "nbytes", "device", "seal_address", "seal_slots")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
-    FENCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    FENCE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SEAL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SEAL_SLOTS_FIELD_NUMBER: _ClassVar[int]
     transport: str
     metadata: bytes
     address: int
     nbytes: int
     device: str
-    fence_address: int
-    fence_slots: int
-    def __init__(self, transport: _Optional[str] = ..., metadata: _Optional[bytes] = ..., address: _Optional[int] = ..., nbytes: _Optional[int] = ..., device: _Optional[str] = ..., fence_address: _Optional[int] = ..., fence_slots: _Optional[int] = ...) -> None: ...
+    seal_address: int
+    seal_slots: int
+    def __init__(self, transport: _Optional[str] = ..., metadata: _Optional[bytes] = ..., address: _Optional[int] = ..., nbytes: _Optional[int] = ..., device: _Optional[str] = ..., seal_address: _Optional[int] = ..., seal_slots: _Optional[int] = ...) -> None: ...
 
 class FromReader(_message.Message):
     __slots__ = ("hello", "bind", "renew", "close", "abort", "fetch", "ready")
@@ -126,18 +126,18 @@ class Fetch(_message.Message):
     def __init__(self, number: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., hashes: _Optional[bytes] = ..., first_index: _Optional[int] = ...) -> None: ...
 
 class Fetched(_message.Message):
-    __slots__ = ("number", "lease_id", "block_ids", "fence")
+    __slots__ = ("number", "lease_id", "block_ids", "seal")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
-    FENCE_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     number: int
     lease_id: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
-    fence: Fence
-    def __init__(self, number: _Optional[int] = ..., lease_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ...) -> None: ...
+    seal: Seal
+    def __init__(self, number: _Optional[int] = ..., lease_id: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ...) -> None: ...
 
-class Fence(_message.Message):
+class Seal(_message.Message):
     __slots__ = ("slot", "word")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WORD_FIELD_NUMBER: _ClassVar[int]
@@ -152,7 +152,7 @@ class Ready(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
 
 class Announce(_message.Message):
-    __slots__ = ("lease_id", "sequence_id", "first_index", "block_ids", "final", "tokens", "ended", "fence")
+    __slots__ = ("lease_id", "sequence_id", "first_index", "block_ids", "final", "tokens", "ended", "seal")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -160,7 +160,7 @@ class Announce(_message.Message):
     FINAL_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
-    FENCE_FIELD_NUMBER: _ClassVar[int]
+    SEAL_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     sequence_id: _common_pb2.SequenceId
     first_index: int
@@ -168,8 +168,8 @@ class Announce(_message.Message):
     final: bool
     tokens: _containers.RepeatedScalarFieldContainer[int]
     ended: bool
-    fence: Fence
-    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., final: _Optional[bool] = ..., tokens: _Optional[_Iterable[int]] = ..., ended: _Optional[bool] = ..., fence: _Optional[_Union[Fence, _Mapping]] = ...) -> None: ...
+    seal: Seal
+    def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., first_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., final: _Optional[bool] = ..., tokens: _Optional[_Iterable[int]] = ..., ended: _Optional[bool] = ..., seal: _Optional[_Union[Seal, _Mapping]] = ...) -> None: ...
 
 class Renew(_message.Message):
     __slots__ = ("lease_ids",)

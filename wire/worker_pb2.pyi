@@ -458,7 +458,7 @@ class PrefixFetches(_message.Message):
     def __init__(self, tried: _Optional[int] = ..., won: _Optional[int] = ..., tokens: _Optional[int] = ..., shared: _Optional[int] = ..., failed: _Optional[_Mapping[str, int]] = ..., skipped: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class PeerTransfers(_message.Message):
-    __slots__ = ("owner_id", "transport", "handoffs", "reads", "nbytes", "blocks", "descriptors", "seconds", "hidden_s", "failures", "fenced")
+    __slots__ = ("owner_id", "transport", "handoffs", "reads", "nbytes", "blocks", "descriptors", "seconds", "hidden_s", "failures", "sealed")
     class FailuresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -476,7 +476,7 @@ class PeerTransfers(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
-    FENCED_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
     owner_id: str
     transport: str
     handoffs: int
@@ -487,8 +487,8 @@ class PeerTransfers(_message.Message):
     seconds: float
     hidden_s: float
     failures: _containers.ScalarMap[str, int]
-    fenced: int
-    def __init__(self, owner_id: _Optional[str] = ..., transport: _Optional[str] = ..., handoffs: _Optional[int] = ..., reads: _Optional[int] = ..., nbytes: _Optional[int] = ..., blocks: _Optional[int] = ..., descriptors: _Optional[int] = ..., seconds: _Optional[float] = ..., hidden_s: _Optional[float] = ..., failures: _Optional[_Mapping[str, int]] = ..., fenced: _Optional[int] = ...) -> None: ...
+    sealed: int
+    def __init__(self, owner_id: _Optional[str] = ..., transport: _Optional[str] = ..., handoffs: _Optional[int] = ..., reads: _Optional[int] = ..., nbytes: _Optional[int] = ..., blocks: _Optional[int] = ..., descriptors: _Optional[int] = ..., seconds: _Optional[float] = ..., hidden_s: _Optional[float] = ..., failures: _Optional[_Mapping[str, int]] = ..., sealed: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_s",)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from core.ids import ShardId
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats, Transport
+from kv_transfer.transport import ReadStats, Sealed, Transport
 
 
 @dataclass(slots=True)
@@ -47,11 +47,11 @@ class WatchedTransport:
         await self._inner.connect(peer, memory)
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
         read = WatchedRead(peer, plan, time.monotonic())
         self.reads.append(read)
-        future = self._inner.start_read(peer, plan, fenced)
+        future = self._inner.start_read(peer, plan, sealed)
 
         def ended(done: "asyncio.Future[ReadStats]") -> None:
             read.ended_at_s = time.monotonic()

@@ -122,7 +122,7 @@ def _transfers(worker: Worker) -> Iterator[Metric]:
         "descriptors": (telemetry.PAIR_DESCRIPTORS, "Contiguous runs they were read in"),
         "seconds": (telemetry.PAIR_SECONDS, "Time some read from this owner was under way"),
         "hidden_s": (telemetry.PAIR_HIDDEN, "Of it, while the owner's prefill still ran"),
-        "fenced": (telemetry.PAIR_FENCED, "Hand-offs for which the owner was not waited for"),
+        "sealed": (telemetry.PAIR_SEALED, "Hand-offs for which the owner was not waited for"),
     }
     pairs = worker.reader.metrics.pairs
     for column, (name, text) in columns.items():

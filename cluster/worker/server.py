@@ -86,7 +86,7 @@ def _peer_to_wire(owner_id: WorkerId, pair: PairMetrics) -> worker_pb2.PeerTrans
         descriptors=pair.descriptors,
         seconds=pair.seconds,
         hidden_s=pair.hidden_s,
-        fenced=pair.fenced,
+        sealed=pair.sealed,
         failures=pair.failures,
     )
 

@@ -120,7 +120,7 @@ class Worker:
             on_step_end=self._step_ended,
             budget=StepBudget(settings.step_s),
         )
-        self.leases = LeaseTable(self.pool, clock, settings.transfer.lease_s, transports.fences)
+        self.leases = LeaseTable(self.pool, clock, settings.transfer.lease_s, transports.seals)
         self.owner = Owner(self.leases, self._blocks_freed)
         self.reader = Reader(
             pool=self.pool,

@@ -60,7 +60,7 @@ REPLY = worker_pb2.StatsReply(
             descriptors=5,
             seconds=0.5,
             hidden_s=0.25,
-            fenced=2,
+            sealed=2,
             failures={"expired": 1},
         )
     ],

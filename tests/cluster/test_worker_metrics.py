@@ -30,7 +30,7 @@ async def test_leases_blocks_and_pairs_are_served(caplog: pytest.LogCaptureFixtu
         pair.transport = "nixl"
         pair.add(
             PullStats(
-                nbytes=640, blocks=5, descriptors=2, reads=1, seconds=0.5, hidden_s=0.4, fenced=True
+                nbytes=640, blocks=5, descriptors=2, reads=1, seconds=0.5, hidden_s=0.4, sealed=True
             )
         )
         expired = TransferFailed("late", cause=TransferCause.EXPIRED)
@@ -40,7 +40,7 @@ async def test_leases_blocks_and_pairs_are_served(caplog: pytest.LogCaptureFixtu
             text = await scrape(address)
         assert 'baton_kv_pair_bytes_total{owner="p",transport="nixl"} 640.0' in text
         assert 'baton_kv_pair_hidden_seconds_total{owner="p",transport="nixl"} 0.4' in text
-        assert 'baton_kv_pair_fenced_handoffs_total{owner="p",transport="nixl"} 1.0' in text
+        assert 'baton_kv_pair_sealed_handoffs_total{owner="p",transport="nixl"} 1.0' in text
         assert 'baton_kv_pair_failures_total{cause="expired",owner="p"} 1.0' in text
         assert 'baton_kv_leases_ended_total{outcome="expired"} 0.0' in text
         assert f'baton_kv_blocks{{state="free"}} {worker.pool.num_blocks}.0' in text

@@ -61,6 +61,8 @@ class Fault(StrEnum):
     # -- protections taken away, for the controls
     ALWAYS_HELD = "always_held"
     """The closing question is always answered HELD."""
+    SEALS_STAY = "seals_stay"
+    """A seal is not broken when its lease ends."""
     NO_QUARANTINE = "no_quarantine"
     """Blocks under a running read are given back at once."""
     NO_FENCE = "no_fence"

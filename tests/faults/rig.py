@@ -48,6 +48,8 @@ class Shape:
     workers: tuple[str, ...] = ("p0", "p1", "d0", "d1")
     """`p` is a prefill, `d` a decode worker; placement prefers them in this order."""
     verify: str = "off"
+    seals: bool = True
+    """Without them the owner's answer decides."""
     tcp: bool = False
     """UCX may use TCP only: a read is a conversation, it can be interrupted."""
     silence_s: float = SILENCE_S
@@ -75,6 +77,7 @@ class Shape:
             "transfer": {
                 "backend": "nixl",
                 "verify": self.verify,
+                "seals": self.seals,
                 "lease_s": LEASE_S,
                 "read_timeout_s": self.read_timeout_s,
                 "connect_timeout_s": 0.9,

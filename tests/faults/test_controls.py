@@ -41,9 +41,16 @@ async def plain(rig: Rig, count: int) -> None:
 
 CONTROLS = {
     "a_closing_question_that_is_always_answered_yes": Control(
-        row=test_leases.ROWS["blocks_reused_under_a_stopped_reader"],
+        row=test_leases.ROWS["blocks_reused_under_a_stopped_reader_without_seals"],
         worker="p0",
         taken=Fault.ALWAYS_HELD,
+        fails_with="kv_mismatch",
+        repeats=5,
+    ),
+    "a_seal_that_is_not_broken": Control(
+        row=test_leases.ROWS["blocks_reused_under_a_stopped_reader"],
+        worker="p0",
+        taken=Fault.SEALS_STAY,
         fails_with="kv_mismatch",
         repeats=5,
     ),

@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 MANY = 1_000_000
 
 
-def notice_lost(fault: Fault, *, times_each: int = 1, retried: bool = False) -> Row:
+def notice_lost(
+    fault: Fault, *, times_each: int = 1, retried: bool = False, seals: bool = True
+) -> Row:
     """The owner loses, doubles or delays what it says or hears, `times_each` times for each
     hand-off. All of them go well at once, or else (`retried`) none.
 
@@ -41,7 +43,7 @@ def notice_lost(fault: Fault, *, times_each: int = 1, retried: bool = False) -> 
         assert all((one == ("ok",)) != retried for one in attempts), attempts
         await rig.free(VISIBLE_S)
 
-    return Row(run=run, wave=10)
+    return Row(run=run, wave=10, shape=Shape(seals=seals))
 
 
 def bound(reply: worker_pb2.StatsReply) -> int:
@@ -170,8 +172,10 @@ async def handle_of_another_model(rig: Rig, count: int) -> None:
 
 ROWS = {
     "close_lost": notice_lost(Fault.CLOSE_LOST),
+    "close_lost_without_seals": notice_lost(Fault.CLOSE_LOST, seals=False),
     "closed_lost": notice_lost(Fault.CLOSED_LOST),
-    "closed_lost_for_good": notice_lost(Fault.CLOSED_LOST, times_each=4, retried=True),
+    "closed_lost_without_seals": notice_lost(Fault.CLOSED_LOST, seals=False),
+    "closed_lost_for_good": notice_lost(Fault.CLOSED_LOST, times_each=4, retried=True, seals=False),
     "announcement_lost": notice_lost(Fault.ANNOUNCEMENT_LOST),
     "last_announcement_lost": notice_lost(Fault.LAST_ANNOUNCEMENT_LOST),
     "announcement_doubled": notice_lost(Fault.ANNOUNCEMENT_DOUBLED, times_each=3),
@@ -179,11 +183,14 @@ ROWS = {
     "lease_expires_in_mid_read": Row(
         run=lease_expires_in_mid_read, wave=10, shape=Shape(read_timeout_s=4.0)
     ),
-    "blocks_reused_under_a_stopped_reader": Row(
-        run=blocks_reused_under_a_stopped_reader,
-        wave=5,
-        shape=Shape(silence_s=4.0, read_timeout_s=8.0),
-    ),
+    **{
+        f"blocks_reused_under_a_stopped_reader{name}": Row(
+            run=blocks_reused_under_a_stopped_reader,
+            wave=5,
+            shape=Shape(silence_s=4.0, read_timeout_s=8.0, seals=seals),
+        )
+        for name, seals in (("", True), ("_without_seals", False))
+    },
     "stream_broken": Row(run=stream_broken, wave=10),
     "owner_says_nothing": Row(run=owner_says_nothing, wave=10),
     "handle_of_another_model": Row(run=handle_of_another_model, wave=10),

@@ -10,7 +10,7 @@ from core.ids import ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats, Transport
+from kv_transfer.transport import ReadStats, Sealed, Transport
 from tests.faults.board import Board
 from tests.faults.fault import Fault
 
@@ -39,7 +39,7 @@ class FaultyTransport:
         await self._inner.connect(peer, memory)
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
         if self._board.take(Fault.READ_RAISES):
             raise _injected()
@@ -47,7 +47,7 @@ class FaultyTransport:
         if self._board.take(Fault.READ_FAILS_AT_ONCE):
             answer.set_exception(_injected())
             return answer
-        task = asyncio.create_task(self._read(peer, plan, fenced, answer))
+        task = asyncio.create_task(self._read(peer, plan, sealed, answer))
         self._reads.add(task)
         task.add_done_callback(self._reads.discard)
         return answer
@@ -69,19 +69,19 @@ class FaultyTransport:
         self,
         peer: ShardId,
         plan: ReadPlan,
-        fenced: Fenced | None,
+        sealed: Sealed | None,
         answer: "asyncio.Future[ReadStats]",
     ) -> None:
         try:
-            answer.set_result(await self._staged(peer, plan, fenced))
+            answer.set_result(await self._staged(peer, plan, sealed))
         except (TransferFailed, TimeoutError) as error:
             answer.set_exception(error)
 
-    async def _staged(self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None) -> ReadStats:
+    async def _staged(self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None) -> ReadStats:
         board = self._board
         await board.hold(Fault.BEFORE_READ)
         stats = [
-            await self._inner.start_read(peer, part, fenced if is_last else None)
+            await self._inner.start_read(peer, part, sealed if is_last else None)
             async for part, is_last in self._parts(plan)
         ]
         if board.take(Fault.READ_FAILS_LATER):

@@ -35,8 +35,9 @@ from engine.build import build_engine
 from engine.config import EngineConfig
 from engine.types import Engine
 from kv_transfer.config import TransferConfig
-from kv_transfer.fences import Fences
+from kv_transfer.messages import Seal
 from kv_transfer.nixl import NixlTransport
+from kv_transfer.seals import Seals
 from kv_transfer.transports import Transports
 from tests.faults.board import Board
 from tests.faults.fault import Birth, Fault
@@ -83,6 +84,18 @@ async def _serve(birth: Birth, control: socket.socket) -> None:
     replies.close()
 
 
+class FaultySeals(Seals):
+    """They stay whole where the board says so."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__()
+        self._board = board
+
+    def break_one(self, seal: Seal) -> None:
+        if not self._board.take(Fault.SEALS_STAY):
+            super().break_one(seal)
+
+
 class _Listening:
     """Remembers where the worker listens for other workers."""
 
@@ -109,9 +122,9 @@ def _wire(board: Board, peers: _Listening) -> None:
 def _transports(
     board: Board, config: TransferConfig, arena: Arena, incarnation: Incarnation, _host: str
 ) -> Transports:
-    fences = Fences()
-    nixl = NixlTransport(arena, incarnation, config.read_timeout_s, fences)
-    return Transports([FaultyTransport(nixl, arena, board)], fences)
+    seals = FaultySeals(board)
+    nixl = NixlTransport(arena, incarnation, config.read_timeout_s, seals)
+    return Transports([FaultyTransport(nixl, arena, board)], seals)
 
 
 def _start(birth: Birth) -> WorkerStart:

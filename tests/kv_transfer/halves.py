@@ -28,15 +28,15 @@ from engine.arena import Arena
 from engine.pool import BlockPool
 from kv_transfer.checksum import VerifyMode
 from kv_transfer.config import TransferConfig
-from kv_transfer.fences import Fences
 from kv_transfer.leases import Lease, LeaseListener, LeaseTable
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
 from kv_transfer.messages import FromOwner, FromReader, Memory, PeerHello, Shard
 from kv_transfer.owner import Owner, Send
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import FetchedPrefix, FetchRequest, Pulled, PullRequest, Reader
+from kv_transfer.seals import Seals
 from kv_transfer.server import serving_peers
-from kv_transfer.transport import Fenced, ReadStats
+from kv_transfer.transport import ReadStats, Sealed
 from kv_transfer.transports import Transports
 from tests.builders import WAIT_S, until
 
@@ -54,7 +54,7 @@ class HoldingTransport:
 
     def __init__(self, inner: LoopbackTransport) -> None:
         self._inner = inner
-        self._held: list[tuple[ShardId, ReadPlan, Fenced | None, asyncio.Future[ReadStats]]] = []
+        self._held: list[tuple[ShardId, ReadPlan, Sealed | None, asyncio.Future[ReadStats]]] = []
         self.reads = 0
         self.holds = True
 
@@ -69,13 +69,13 @@ class HoldingTransport:
         await self._inner.connect(peer, memory)
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
         self.reads += 1
         if not self.holds:
-            return self._inner.start_read(peer, plan, fenced)
+            return self._inner.start_read(peer, plan, sealed)
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
-        self._held.append((peer, plan, fenced, future))
+        self._held.append((peer, plan, sealed, future))
         return future
 
     async def disconnect(self, peer: ShardId) -> None:
@@ -90,8 +90,8 @@ class HoldingTransport:
     def let_go(self, count: int | None = None) -> None:
         """Carry out the reads held so far, or the first `count` of them."""
         going, self._held = self._held[:count], self._held[len(self._held[:count]) :]
-        for peer, plan, fenced, future in going:
-            done = self._inner.start_read(peer, plan, fenced)
+        for peer, plan, sealed, future in going:
+            done = self._inner.start_read(peer, plan, sealed)
             error = done.exception()
             if error is not None:
                 future.set_exception(error)
@@ -131,8 +131,8 @@ class Half:
     ) -> None:
         self.pool = BlockPool(NUM_BLOCKS)
         self.arena = Arena(layout, NUM_BLOCKS)
-        self.fences = Fences()
-        self.transport = HoldingTransport(LoopbackTransport(self.arena, hub, self.fences))
+        self.seals = Seals()
+        self.transport = HoldingTransport(LoopbackTransport(self.arena, hub, self.seals))
         self.transport.holds = False
         self.hello = PeerHello(
             worker_id=WorkerId(name),
@@ -151,7 +151,7 @@ class OwnerHalf(Half):
         self.ranks: list[Arena] = []
         self.arena.data.random_(0, 256, generator=torch.Generator().manual_seed(0))
         self.clock = FakeClock()
-        self.table = LeaseTable(self.pool, self.clock, LEASE_S, self.fences)
+        self.table = LeaseTable(self.pool, self.clock, LEASE_S, self.seals)
         self.owner = LossyOwner(self.table)
         self.listener = listen("127.0.0.1", 0)
         self.address = address_of(self.listener)
@@ -330,7 +330,7 @@ async def pair(
     lease_s: float = LEASE_S,
     model: str = "m",
     verify: VerifyMode = "off",
-    fences: bool = True,
+    seals: bool = True,
     layouts: tuple[KvLayout, KvLayout] = (LAYOUT, LAYOUT),
 ) -> AsyncIterator[Pair]:
     """`lease_s` is what the reader believes: it renews every third of it. `layouts` are the owner's
@@ -339,7 +339,7 @@ async def pair(
     hub = LoopbackHub()
     owner, half = OwnerHalf(hub, layout=layouts[0]), Half("reader", hub, model, layouts[1])
     config = TransferConfig(
-        lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify, fences=fences
+        lease_s=lease_s, read_timeout_s=read_timeout_s, verify=verify, seals=seals
     )
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(owner.serving())

@@ -16,12 +16,12 @@ from engine.sequence import Sequence as EngineSequence
 from engine.types import Sampled
 from kv_transfer.bound import BoundLease
 from kv_transfer.config import TransferConfig
-from kv_transfer.fences import Fences
 from kv_transfer.landing import Reserved
 from kv_transfer.leases import Lease
 from kv_transfer.messages import Abort, Closed, FromOwner, LeaseOutcome, PeerHello, Renewed, Shard
 from kv_transfer.owner import Owner
 from kv_transfer.reader import Reader
+from kv_transfer.seals import Seals
 from kv_transfer.server import PeerDoor
 from kv_transfer.transports import Transports
 from tests.kv_transfer.cranked import Steps
@@ -37,7 +37,7 @@ from tests.kv_transfer.watched import (
 )
 
 OWNER_BLOCKS, READER_BLOCKS = 9, 8
-FENCES = 2
+SEALS = 2
 RECEIVED_STEPS = 4
 LEASE_S, READ_TIMEOUT_S, CONNECT_TIMEOUT_S = 6.0, 4.0, 3.0
 
@@ -67,7 +67,7 @@ class Parts:
     owner_pool: type[WatchedPool] = WatchedPool
     reader_pool: type[WatchedPool] = WatchedPool
     table: type[WatchedTable] = WatchedTable
-    fences: type[Fences] = Fences
+    seals: type[Seals] = Seals
     owner: type[Owner] = Owner
     reader: type[WatchedReader] = WatchedReader
 
@@ -107,8 +107,8 @@ class OwnerLife:
 
     def __init__(self, parts: Parts, clock: Clock, life: int, writers: Iterator[int]) -> None:
         self.pool = parts.owner_pool(OWNER_BLOCKS, writers)
-        self.fences = parts.fences(FENCES)
-        self.table = parts.table(self.pool, clock, LEASE_S, self.fences)
+        self.seals = parts.seals(SEALS)
+        self.table = parts.table(self.pool, clock, LEASE_S, self.seals)
         self.owner = parts.owner(self.table, lambda: None)
         arena = Arena(LAYOUT, OWNER_BLOCKS)
         self.hello = hello_of("owner", life, arena)
@@ -304,7 +304,7 @@ class ReaderLife:
         name: str,
         parts: Parts,
         writers: Iterator[int],
-        owner: Callable[[], tuple[WatchedPool, Fences]],
+        owner: Callable[[], tuple[WatchedPool, Seals]],
         *,
         steps: Steps,
         headroom: int,

@@ -18,10 +18,10 @@ from hypothesis import Phase, settings
 from hypothesis.stateful import get_state_machine_test
 
 from core.ids import BlockId, LeaseId
-from kv_transfer.fences import Fences
 from kv_transfer.landing import Landing
-from kv_transfer.messages import Fence, LeaseOutcome
+from kv_transfer.messages import LeaseOutcome, Seal
 from kv_transfer.owner import Owner
+from kv_transfer.seals import Seals
 from tests.builders import QUICK
 from tests.kv_transfer.cranked import Fate
 from tests.kv_transfer.interleaved import Parts, WatchedReader
@@ -65,8 +65,8 @@ COMMON = (
     "came prefill",
     "came running",
     "came cached",
-    "came prefill, fenced",
-    "came cached, fenced",
+    "came prefill, sealed",
+    "came cached, sealed",
     "came ended",
     "came with cached blocks",
     "cancelled",
@@ -95,7 +95,7 @@ def test_whatever_happens_in_between_held_means_held_and_nothing_leaks(
     assert not caplog.records
     assert seen["steps"] >= 5_000
     assert not [what for what in COMMON if not seen[what]], seen
-    assert not seen["came running, fenced"], "the owner alone commits a move"
+    assert not seen["came running, sealed"], "the owner alone commits a move"
 
 
 @pytest.mark.timeout(600)
@@ -208,7 +208,7 @@ def submit_and_bind(world: Interleavings) -> None:
 
 def test_the_answer_to_a_pull_given_up_is_not_that_to_the_next_one() -> None:
     with standing_still() as world:
-        world.readers[0].transport.sees_fences = False
+        world.readers[0].transport.sees_seals = False
         submit_and_bind(world)
         world.compute(pick=0, num_tokens=9, ends=False)
         world.time_passes(ticks=5, only="", sweeps=False, renews=False)  # it asks again
@@ -239,7 +239,7 @@ def read_what_was_let_go(world: Interleavings) -> None:
     move_reads(world)
 
 
-def test_a_fence_falls_before_the_blocks_are_let_go() -> None:
+def test_a_seal_breaks_before_the_blocks_are_let_go() -> None:
     with standing_still() as world:
         read_what_was_let_go(world)
         assert not world.readers[0].received
@@ -249,13 +249,13 @@ def test_a_fence_falls_before_the_blocks_are_let_go() -> None:
         assert not world.readers[0].received
 
 
-class NeverDrops(Fences):
-    def drop(self, fence: Fence) -> None:
-        self._free.append(fence.slot)
+class NeverBreaks(Seals):
+    def break_one(self, seal: Seal) -> None:
+        self._free.append(seal.slot)
 
 
-def test_a_fence_that_does_not_fall_is_found() -> None:
-    with pytest.raises(AssertionError), standing_still(Parts(fences=NeverDrops)) as world:
+def test_a_seal_that_does_not_break_is_found() -> None:
+    with pytest.raises(AssertionError), standing_still(Parts(seals=NeverBreaks)) as world:
         read_what_was_let_go(world)
 
 

@@ -8,7 +8,7 @@ import pytest
 from core.errors import TransferCause, TransferFailed
 from core.ids import BlockId
 from kv_transfer.leases import Lease
-from kv_transfer.messages import LeaseOutcome, Ready
+from kv_transfer.messages import FromReader, LeaseOutcome, Ready
 from kv_transfer.reader import Pulled
 from tests.builders import until
 from tests.kv_transfer.halves import LAYOUT, NUM_BLOCKS, Pair, hashes_of, pair
@@ -127,3 +127,24 @@ async def test_a_lost_ready_is_said_again() -> None:
         stop(p, running, 3)
         p.half.pool.release((await following).blocks)
         p.assert_reader_holds_nothing()
+
+
+async def test_a_lost_ready_is_said_again_though_the_sequence_runs_on() -> None:
+    async with pair(lease_s=0.3) as p, asyncio.TaskGroup() as group:
+        running = run(p, 14)
+        lost: list[FromReader] = []
+
+        def lose_the_first(message: FromReader) -> list[FromReader]:
+            if isinstance(message, Ready) and not lost:
+                lost.append(message)
+                return []
+            return [message]
+
+        p.owner.owner.hears = lose_the_first
+        following = group.create_task(follow(p, running))
+        await until(lambda: bool(lost))
+        for i in range(2, 13):
+            p.owner.owner.announce(running.lease, running.blocks[i : i + 1])
+            await asyncio.sleep(0.03)
+        assert running.ready
+        following.cancel()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from kv_transfer.messages import Announce, Bind, Close, Closed, FromOwner, FromReader
-from tests.builders import until
+from tests.builders import soon, until
 from tests.kv_transfer.halves import LAST, NUM_BLOCKS, Pair, pair
 
 QUICK_LEASE_S = 0.15
@@ -81,10 +81,24 @@ async def test_announcements_may_come_in_any_order() -> None:
 
 @pytest.mark.parametrize("lost", [Close, Closed])
 async def test_a_lost_closing_question_or_answer_is_asked_again(lost: type[object]) -> None:
-    async with pair(read_timeout_s=0.2, fences=False) as p:
+    async with pair(read_timeout_s=0.2, seals=False) as p:
         p.owner.owner.hears = lose_first(lost, lambda _: True)
         p.owner.owner.says = lose_first(lost, lambda _: True)
         await hand_off(p)
         assert p.owner.table.counters.closed == 1
         asked: list[FromReader] = [m for m in p.owner.owner.heard if isinstance(m, Close)]
         assert len(asked) == 2
+
+
+async def test_a_lost_announcement_is_asked_for_though_others_follow() -> None:
+    async with pair(lease_s=0.3) as p:
+        lease, blocks = p.owner.open(12)
+        p.owner.owner.says = lose_first(Announce, lambda message: message.first_index == 1)
+        pulling = p.pull_soon(lease, 12)
+        await until(lambda: lease.reader is not None, "the reader bound")
+        for i in range(11):
+            p.owner.owner.announce(lease, blocks[i : i + 1])
+            await asyncio.sleep(0.03)
+        assert p.half.transport.reads == 11, "the prompt is still computed, and nothing is missing"
+        p.owner.owner.finish(lease, blocks[11:], LAST, ended=False)
+        p.assert_arrived(await soon(pulling), blocks)

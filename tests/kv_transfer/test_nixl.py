@@ -758,3 +758,20 @@ async def test_agents_that_were_rebuilt_leave_nothing_behind(
     before = belongings()
     await rounds(10)
     await none_was_added(before)
+
+
+@pytest.mark.parametrize("runs", [1, 200], ids=["few runs", "many runs"])
+async def test_an_arena_of_more_units_than_indices_reach_is_read_by_descriptors(
+    pair: tuple[Side, Side], runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = pair
+    monkeypatch.setattr(agents, "_MOST_UNITS", 1)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("read by indices")
+
+    monkeypatch.setattr(Agent, "_make_prepared", refused)
+    rows = [(i * BLOCK_BYTES, (255 - i) * BLOCK_BYTES, BLOCK_BYTES) for i in range(runs)]
+    await reader.read(owner, rows)
+    for there, here, nbytes in rows:
+        assert (reader.data[here : here + nbytes] == owner.data[there : there + nbytes]).all()

@@ -19,7 +19,7 @@ from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.messages import Bind, LeaseOutcome
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Pulled
-from kv_transfer.transport import Fenced, QueuedRead, ReadStats
+from kv_transfer.transport import QueuedRead, ReadStats, Sealed
 from tests.builders import NEWER_MESSAGE, soon, until
 from tests.kv_transfer.halves import (
     LAST,
@@ -168,7 +168,7 @@ async def test_an_abort_by_the_owner_fails_the_pull_and_frees_the_blocks() -> No
 
 
 async def test_an_expired_lease_discards_what_was_read() -> None:
-    async with pair(fences=False) as p, asyncio.TaskGroup() as group:
+    async with pair(seals=False) as p, asyncio.TaskGroup() as group:
         lease, _ = p.owner.whole(3)
         p.half.transport.holds = True
         pulling = group.create_task(failure(p.pull(lease, 3)))
@@ -330,11 +330,11 @@ async def test_a_read_that_could_not_start_quarantines_what_the_other_ranks_writ
         start_read = transport.start_read
 
         def start(
-            peer: ShardId, plan: ReadPlan, fenced: Fenced | None
+            peer: ShardId, plan: ReadPlan, sealed: Sealed | None
         ) -> "asyncio.Future[ReadStats]":
             if next(reads) == raises_at:
                 raise TransferFailed("injected", cause=TransferCause.READ_FAILED)
-            return start_read(peer, plan, fenced)
+            return start_read(peer, plan, sealed)
 
         monkeypatch.setattr(transport, "start_read", start)
         transport.holds = True
@@ -481,3 +481,14 @@ async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
         stream.send(from_reader_to_wire(bind))
         answer = await soon(stream.read())
         assert list(answer.announce.block_ids) == blocks  # type: ignore[attr-defined]
+
+
+async def test_an_owner_whose_kv_is_of_an_unknown_kind_is_no_lost_one() -> None:
+    async with pair() as p:
+        (shard,) = p.owner.hello.shards
+        newer = replace(shard, layout=replace(shard.layout, dtype="float8_e9"))
+        p.owner.hello = replace(p.owner.hello, shards=(newer,))
+        lease, _ = p.owner.whole(1)
+        with pytest.raises(TransferFailed, match="float8_e9") as caught:
+            await p.pull(lease, 1)
+        assert caught.value.cause is TransferCause.OTHER_PROTOCOL

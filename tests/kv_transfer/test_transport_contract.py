@@ -13,8 +13,8 @@ import pytest
 from core.clock import SystemClock
 from core.errors import TransferCause, TransferFailed
 from kv_transfer.loopback import LoopbackHub
-from kv_transfer.messages import Fence
-from kv_transfer.transport import Fenced, ReadStats
+from kv_transfer.messages import Seal
+from kv_transfer.transport import ReadStats, Sealed
 from tests.builders import soon
 from tests.kv_transfer.transport_sides import (
     BLOCK_BYTES,
@@ -130,65 +130,65 @@ async def test_reads_in_flight_together_all_land(pair: tuple[Side, Side]) -> Non
     assert np.array_equal(reader.data, expected)
 
 
-# -- fences -------------------------------------------------------------------------------------
+# -- seals -------------------------------------------------------------------------------------
 
 
-async def test_a_fence_is_told_to_stand_by_the_ways_that_can_and_never_where_it_does_not(
+async def test_a_seal_is_told_to_be_whole_by_the_ways_that_can_and_never_where_it_is_not(
     kind: str, pair: tuple[Side, Side]
 ) -> None:
     reader, owner = pair
     rows = blocks((1, 1))
     tells = kind != "collective"
     for _ in range(3):  # slots are used again
-        fence, other = owner.fences.raise_one(), owner.fences.raise_one()
-        assert fence is not None
+        seal, other = owner.seals.set_one(), owner.seals.set_one()
+        assert seal is not None
         assert other is not None
-        assert (await reader.read(owner, rows, Fenced(fence))).held is tells
+        assert (await reader.read(owner, rows, Sealed(seal))).held is tells
         assert not (await reader.read(owner, rows)).held
-        owner.fences.drop(fence)
-        assert not (await reader.read(owner, rows, Fenced(fence))).held
-        assert (await reader.read(owner, rows, Fenced(other))).held is tells
-        owner.fences.drop(other)
-    nowhere = Fence(slot=len(owner.fences.words), word=1)
-    assert not (await reader.read(owner, rows, Fenced(nowhere))).held
+        owner.seals.break_one(seal)
+        assert not (await reader.read(owner, rows, Sealed(seal))).held
+        assert (await reader.read(owner, rows, Sealed(other))).held is tells
+        owner.seals.break_one(other)
+    nowhere = Seal(slot=len(owner.seals.words), word=1)
+    assert not (await reader.read(owner, rows, Sealed(nowhere))).held
     expected = after(reader, owner, rows)
-    await reader.read(owner, rows, Fenced(nowhere))
+    await reader.read(owner, rows, Sealed(nowhere))
     assert np.array_equal(reader.data, expected)
 
 
-async def test_fences_of_many_reads_under_way_are_told_apart(
+async def test_seals_of_many_reads_under_way_are_told_apart(
     kind: str, pair: tuple[Side, Side]
 ) -> None:
     reader, owner = pair
-    fences = [fence for _ in range(100) if (fence := owner.fences.raise_one()) is not None]
-    for fence in fences[::3]:
-        owner.fences.drop(fence)
-    reads = [reader.start(owner, blocks((i, i)), Fenced(fence)) for i, fence in enumerate(fences)]
+    seals = [seal for _ in range(100) if (seal := owner.seals.set_one()) is not None]
+    for seal in seals[::3]:
+        owner.seals.break_one(seal)
+    reads = [reader.start(owner, blocks((i, i)), Sealed(seal)) for i, seal in enumerate(seals)]
     stats = await soon(asyncio.gather(*reads))
     tells = kind != "collective"
     assert [s.held for s in stats] == [tells and i % 3 != 0 for i in range(100)]
 
 
-async def test_a_peer_without_fences_is_read_all_the_same(pair: tuple[Side, Side]) -> None:
+async def test_a_peer_without_seals_is_read_all_the_same(pair: tuple[Side, Side]) -> None:
     reader, owner = pair
-    bare = replace(owner.transport.memory(), fence_address=0, fence_slots=0)
+    bare = replace(owner.transport.memory(), seal_address=0, seal_slots=0)
     await soon(reader.transport.disconnect(owner.shard))
     await soon(reader.transport.connect(owner.shard, bare))
-    await reader.read(owner, blocks((1, 1)), Fenced(Fence(slot=0, word=1)))
+    await reader.read(owner, blocks((1, 1)), Sealed(Seal(slot=0, word=1)))
 
 
 @pytest.mark.processes
-async def test_a_fence_of_another_process_is_seen() -> None:
+async def test_a_seal_of_another_process_is_seen() -> None:
     async with (
         owner_processes("nixl", 64, seeds=[2]) as (owner,),
         side("nixl", LoopbackHub(), num_blocks=64, seed=1) as reader,
     ):
         await soon(reader.transport.connect(owner.shard, owner.memory))
         whole = make_plan([(0, 0, 64 * BLOCK_BYTES)])
-        other = Fence(slot=owner.fence.slot, word=owner.fence.word + 1)
-        for fence, stands in ((owner.fence, True), (other, False), (owner.fence, True)):
-            stats = await soon(reader.transport.start_read(owner.shard, whole, Fenced(fence)))
-            assert stats.held is stands
+        other = Seal(slot=owner.seal.slot, word=owner.seal.word + 1)
+        for seal, is_whole in ((owner.seal, True), (other, False), (owner.seal, True)):
+            stats = await soon(reader.transport.start_read(owner.shard, whole, Sealed(seal)))
+            assert stats.held is is_whole
 
 
 # -- who reads whom -----------------------------------------------------------------------------

@@ -140,7 +140,7 @@ async def test_a_disconnected_peer_is_not_read_and_others_are() -> None:
 async def test_a_way_that_raises_where_it_must_not_is_heard_as_a_failed_read(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start_read(_peer: ShardId, _plan: object, _fenced: object) -> None:
+    def start_read(_peer: ShardId, _plan: object, _sealed: object) -> None:
         raise error
 
     hub = LoopbackHub()

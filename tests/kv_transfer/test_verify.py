@@ -17,7 +17,7 @@ from kv_transfer.checksum import VerifyMode, checksum_blocks, pick_blocks
 from kv_transfer.client import PeerConnection
 from kv_transfer.messages import Close, Closed, FromOwner, Renew
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats
+from kv_transfer.transport import ReadStats, Sealed
 from tests.builders import until
 from tests.kv_transfer.halves import LAST, LAYOUT, Pair, failure, pair
 
@@ -26,8 +26,8 @@ def flip_a_byte_of(p: Pair, index: int) -> None:
     """Damage block `index` of the next pull between its read and the closing question."""
     start_read = p.half.transport.start_read
 
-    def damaged(peer, plan, fenced):  # type: ignore[no-untyped-def]
-        read = start_read(peer, plan, fenced)
+    def damaged(peer, plan, sealed):  # type: ignore[no-untyped-def]
+        read = start_read(peer, plan, sealed)
         block_bytes = p.half.arena.layout.block_bytes
         data = p.half.arena.data.view(-1)
         targets = [
@@ -248,9 +248,9 @@ async def test_arenas_that_lie_differently_are_compared_too(
         start_read = p.half.transport.start_read
 
         def read_and_damage(
-            peer: ShardId, plan: ReadPlan, fenced: Fenced | None
+            peer: ShardId, plan: ReadPlan, sealed: Sealed | None
         ) -> "asyncio.Future[ReadStats]":
-            assert fenced is None, "checksums come with the owner's answer"
+            assert sealed is None, "checksums come with the owner's answer"
             read = start_read(peer, plan)
             last = int(plan.rows[-1][1] + plan.rows[-1][2]) - 1
             p.half.arena.data.view(-1)[last] ^= 1

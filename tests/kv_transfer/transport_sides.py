@@ -16,12 +16,12 @@ from core.ids import ShardId, new_incarnation, shard_id
 from core.kv import KvLayout
 from engine.arena import Arena
 from kv_transfer.collective import CollectiveTransport
-from kv_transfer.fences import Fences
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
-from kv_transfer.messages import Fence, Memory
+from kv_transfer.messages import Memory, Seal
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats, Transport
+from kv_transfer.seals import Seals
+from kv_transfer.transport import ReadStats, Sealed, Transport
 
 LAYOUT = KvLayout(block_size=16, num_kv_heads=2, num_layers=4, head_dim=16, dtype="uint8")
 BLOCK_BYTES = LAYOUT.block_bytes
@@ -41,21 +41,21 @@ def make_transport(
     arena: Arena,
     hub: LoopbackHub,
     *,
-    fences: Fences | None = None,
+    seals: Seals | None = None,
     read_timeout_s: float = 10.0,
     connect_timeout_s: float = 3.0,
 ) -> Transport:
     match kind:
         case "nixl":
             return NixlTransport(
-                arena, new_incarnation(), read_timeout_s=read_timeout_s, fences=fences
+                arena, new_incarnation(), read_timeout_s=read_timeout_s, seals=seals
             )
         case "collective":
             return CollectiveTransport(
                 arena, read_timeout_s=read_timeout_s, connect_timeout_s=connect_timeout_s
             )
         case _:
-            return LoopbackTransport(arena, hub, fences)
+            return LoopbackTransport(arena, hub, seals)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Side:
     shard: ShardId
     arena: Arena
     transport: Transport
-    fences: Fences
+    seals: Seals
 
     @property
     def data(self) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
@@ -77,15 +77,15 @@ class Side:
             await self.transport.connect(owner.shard, owner.transport.memory())
 
     def start(
-        self, owner: "Side", rows: Sequence[Row], fenced: Fenced | None = None
+        self, owner: "Side", rows: Sequence[Row], sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
-        return self.transport.start_read(owner.shard, make_plan(rows), fenced)
+        return self.transport.start_read(owner.shard, make_plan(rows), sealed)
 
     async def read(
-        self, owner: "Side", rows: Sequence[Row], fenced: Fenced | None = None
+        self, owner: "Side", rows: Sequence[Row], sealed: Sealed | None = None
     ) -> ReadStats:
         async with asyncio.timeout(WAIT_S):
-            return await self.start(owner, rows, fenced)
+            return await self.start(owner, rows, sealed)
 
 
 def noise(arena: Arena, seed: int) -> None:
@@ -106,17 +106,17 @@ async def side(
     """Closed on the way out, if it was not before."""
     arena = Arena(LAYOUT, num_blocks)
     noise(arena, seed)
-    fences = Fences()
+    seals = Seals()
     transport = make_transport(
         kind,
         arena,
         hub,
-        fences=fences,
+        seals=seals,
         read_timeout_s=read_timeout_s,
         connect_timeout_s=connect_timeout_s,
     )
     try:
-        yield Side(shard_id(new_incarnation(), 0), arena, transport, fences)
+        yield Side(shard_id(new_incarnation(), 0), arena, transport, seals)
     finally:
         await transport.close()
 
@@ -128,8 +128,8 @@ class OwnerProcess:
     process: "subprocess.Popen[str]"
     memory: Memory
     shard: ShardId
-    fence: Fence
-    """One that stands."""
+    seal: Seal
+    """One that is whole."""
 
     def kill(self) -> None:
         self.process.kill()
@@ -162,9 +162,9 @@ async def owner_processes(
 async def _wait_ready(process: "subprocess.Popen[str]") -> OwnerProcess:
     assert process.stdout is not None
     fields = json.loads(await asyncio.to_thread(process.stdout.readline))
-    fence = Fence(**fields.pop("fence"))
+    seal = Seal(**fields.pop("seal"))
     memory = Memory(**{**fields, "metadata": bytes.fromhex(fields["metadata"])})
-    return OwnerProcess(process, memory, shard_id(new_incarnation(), 0), fence)
+    return OwnerProcess(process, memory, shard_id(new_incarnation(), 0), seal)
 
 
 def _start_owner(kind: str, num_blocks: int, seed: int) -> "subprocess.Popen[str]":
@@ -176,9 +176,9 @@ async def _serve(kind: str, num_blocks: int, seed: int) -> None:
     async with side(kind, LoopbackHub(), num_blocks=num_blocks, seed=seed) as owner:
         memory = owner.transport.memory()
         fields = asdict(replace(memory, metadata=b"")) | {"metadata": memory.metadata.hex()}
-        fence = owner.fences.raise_one()
-        assert fence is not None
-        fields["fence"] = asdict(fence)
+        seal = owner.seals.set_one()
+        assert seal is not None
+        fields["seal"] = asdict(seal)
         print(json.dumps(fields), flush=True)
         await asyncio.to_thread(sys.stdin.read)  # until the test ends
 

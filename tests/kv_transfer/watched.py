@@ -13,11 +13,11 @@ from core.ids import BlockHash, BlockId, LeaseId, ModelId, SequenceId, ShardId
 from core.kv import KvLayout
 from engine.arena import Arena
 from engine.pool import BlockPool, BlockState
-from kv_transfer.fences import Fences
 from kv_transfer.leases import Lease, LeaseListener, LeaseTable
 from kv_transfer.messages import LeaseOutcome, Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import Fenced, ReadStats
+from kv_transfer.seals import Seals
+from kv_transfer.transport import ReadStats, Sealed
 from tests.kv_transfer.cranked import Steps
 
 MODEL = ModelId("m")
@@ -95,13 +95,13 @@ class Promise:
 class WatchedTable(LeaseTable):
     """Remembers what was promised under each lease, and to whom it said HELD."""
 
-    def __init__(self, pool: WatchedPool, clock: Clock, lease_s: float, fences: Fences) -> None:
-        super().__init__(pool, clock, lease_s, fences)
-        self.fences = fences
+    def __init__(self, pool: WatchedPool, clock: Clock, lease_s: float, seals: Seals) -> None:
+        super().__init__(pool, clock, lease_s, seals)
+        self.seals = seals
         self._kv = pool.kv
         self.promises: dict[LeaseId, Promise] = {}
         self.confirmed: dict[LeaseId, str] = {}
-        self.fenced: dict[int, LeaseId] = {}
+        self.sealed: dict[int, LeaseId] = {}
 
     def open(
         self,
@@ -121,8 +121,8 @@ class WatchedTable(LeaseTable):
 
     def finish(self, lease: Lease, tokens: tuple[int, ...], *, answer_ended: bool) -> None:
         super().finish(lease, tokens, answer_ended=answer_ended)
-        if lease.fence is not None:
-            self.fenced[lease.fence.word] = lease.lease_id
+        if lease.seal is not None:
+            self.sealed[lease.seal.word] = lease.lease_id
 
     def close(
         self,
@@ -151,7 +151,7 @@ class WatchedTable(LeaseTable):
         """Every lease is counted once."""
         c, still_open = self.counters, len(self.all())
         assert c.opened == c.closed + c.aborted + c.expired + still_open, c
-        assert self.fences.standing == sum(lease.fence is not None for lease in self.all())
+        assert self.seals.whole == sum(lease.seal is not None for lease in self.all())
 
 
 # -- reads --------------------------------------------------------------------------------------
@@ -163,13 +163,13 @@ class Read:
 
     pairs: list[tuple[BlockId, BlockId]]
     future: "asyncio.Future[ReadStats]"
-    fenced: Fenced | None
+    sealed: Sealed | None
     at_step: int
     copied: int = 0
 
 
 class ChosenTransport:
-    """A Transport whose reads copy and end when told, from whoever owns the memory then. Of fences
+    """A Transport whose reads copy and end when told, from whoever owns the memory then. Of seals
     it looks at every other one, so that the closing question decides as often.
     """
 
@@ -179,7 +179,7 @@ class ChosenTransport:
         self,
         arena: Arena,
         pool: WatchedPool,
-        owner: Callable[[], tuple[WatchedPool, Fences]],
+        owner: Callable[[], tuple[WatchedPool, Seals]],
         steps: Steps,
     ) -> None:
         self._arena = arena
@@ -187,10 +187,10 @@ class ChosenTransport:
         self._pool = pool
         self._owner = owner
         self.reads: list[Read] = []
-        self.sees_fences = True
-        self._fences_seen = 0
-        self.stood: set[int] = set()
-        """Words of fences that it found."""
+        self.sees_seals = True
+        self._seals_seen = 0
+        self.found: set[int] = set()
+        """Words of seals that it found."""
 
     def memory(self) -> Memory:
         return memory_of(self._arena)
@@ -208,7 +208,7 @@ class ChosenTransport:
         pass
 
     def start_read(
-        self, peer: ShardId, plan: ReadPlan, fenced: Fenced | None = None
+        self, peer: ShardId, plan: ReadPlan, sealed: Sealed | None = None
     ) -> "asyncio.Future[ReadStats]":
         size = LAYOUT.block_bytes
         pairs = [
@@ -217,7 +217,7 @@ class ChosenTransport:
             for i in range(nbytes // size)
         ]
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
-        read = Read(pairs, future, fenced, self._steps.number)
+        read = Read(pairs, future, sealed, self._steps.number)
         self.reads.append(read)
         return read.future
 
@@ -236,17 +236,17 @@ class ChosenTransport:
         if upto == whole:
             self.reads.remove(read)
             nbytes = whole * LAYOUT.block_bytes
-            held = self._stands(read.fenced)
+            held = self._is_whole(read.sealed)
             read.future.set_result(ReadStats(nbytes=nbytes, descriptors=1, seconds=0.0, held=held))
 
-    def _stands(self, fenced: Fenced | None) -> bool:
-        if not self.sees_fences or fenced is None or not all(r.done() for r in fenced.after):
+    def _is_whole(self, sealed: Sealed | None) -> bool:
+        if not self.sees_seals or sealed is None or not all(r.done() for r in sealed.after):
             return False
-        self._fences_seen += 1
-        stands = self._fences_seen % 2 == 1 and self._owner()[1].stands(fenced.fence)
-        if stands:
-            self.stood.add(fenced.fence.word)
-        return stands
+        self._seals_seen += 1
+        whole = self._seals_seen % 2 == 1 and self._owner()[1].is_whole(sealed.seal)
+        if whole:
+            self.found.add(sealed.seal.word)
+        return whole
 
     def fail(self, read: Read) -> None:
         """No more of it comes."""

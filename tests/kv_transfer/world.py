@@ -17,9 +17,9 @@ from core.ids import Incarnation, LeaseId
 from core.messages import Handoff
 from engine.sequence import Sequence
 from kv_transfer import client, landing
-from kv_transfer.fences import Fences
 from kv_transfer.leases import Lease
 from kv_transfer.reader import FetchedPrefix, Pulled
+from kv_transfer.seals import Seals
 from tests.kv_transfer.cranked import Fate, HandLoop, Link, Network, Steps
 from tests.kv_transfer.interleaved import (
     LEASE_S,
@@ -102,8 +102,8 @@ class World(RuleBasedStateMachine):
             name, self.parts, self._writers, self._memory, steps=self.steps, headroom=headroom
         )
 
-    def _memory(self) -> tuple[WatchedPool, Fences]:
-        return self.owner.pool, self.owner.fences
+    def _memory(self) -> tuple[WatchedPool, Seals]:
+        return self.owner.pool, self.owner.seals
 
     # -- what moves by itself -------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class World(RuleBasedStateMachine):
         else:
             positions = len(result.blocks) * SIZE
         self.seen[f"came {bringing.kind}"] += 1
-        self.seen[f"came {bringing.kind}, fenced"] += result.stats.fenced
+        self.seen[f"came {bringing.kind}, sealed"] += result.stats.sealed
         self.seen["came with cached blocks"] += bool(result.cached_blocks)
         assert len(result.blocks) == len(set(result.blocks)) == LAYOUT.num_blocks(positions)
         came = [life.pool.kv[block_id] for block_id in result.blocks]
@@ -213,7 +213,7 @@ class World(RuleBasedStateMachine):
 
     def _confirmed(self, bringing: Bringing, result: Pulled | FetchedPrefix) -> list[Promise]:
         """The leases that this can have come from, and of which its reader was told HELD, or found
-        the fence standing.
+        the seal whole.
         """
         handoff = bringing.handoff
         lives = [
@@ -329,7 +329,7 @@ class World(RuleBasedStateMachine):
 
 def _confirmed_to(reader: ReaderLife, table: WatchedTable) -> set[LeaseId]:
     told = {lease for lease, to in table.confirmed.items() if to.startswith(f"{reader.name}/")}
-    return told | {table.fenced[word] for word in reader.transport.stood if word in table.fenced}
+    return told | {table.sealed[word] for word in reader.transport.found if word in table.sealed}
 
 
 def bound(lease: Lease, life: ReaderLife) -> bool:

@@ -1,4 +1,4 @@
-"""What a fence says instead of its owner, and where it is not asked."""
+"""What a seal says instead of its owner, and where it is not asked."""
 
 import pytest
 
@@ -6,9 +6,9 @@ from core.clock import FakeClock
 from core.errors import TransferFailed
 from core.ids import RequestId, SequenceId
 from engine.pool import BlockPool
-from kv_transfer.fences import Fences
 from kv_transfer.leases import LeaseTable
-from kv_transfer.messages import Abort, Close, Closed, Fence, FromOwner, FromReader
+from kv_transfer.messages import Abort, Close, Closed, FromOwner, FromReader, Seal
+from kv_transfer.seals import Seals
 from tests.builders import soon, until
 from tests.kv_transfer.halves import LAST, LEASE_S, Pair, cache, pair
 
@@ -18,54 +18,54 @@ SEQUENCE = SequenceId(RequestId("r"))
 # -- the words ----------------------------------------------------------------------------------
 
 
-def test_a_fence_stands_until_it_is_dropped_and_none_like_it_comes_again() -> None:
-    fences = Fences(slots=1)
+def test_a_seal_is_whole_until_it_is_broken_and_none_like_it_comes_again() -> None:
+    seals = Seals(slots=1)
     seen: set[int] = set()
     for _ in range(5):
-        fence = fences.raise_one()
-        assert fence is not None
-        assert fences.stands(fence)
-        assert fences.raise_one() is None, "all slots are taken"
-        fences.drop(fence)
-        assert not fences.stands(fence)
-        seen.add(fence.word)
+        seal = seals.set_one()
+        assert seal is not None
+        assert seals.is_whole(seal)
+        assert seals.set_one() is None, "all slots are taken"
+        seals.break_one(seal)
+        assert not seals.is_whole(seal)
+        seen.add(seal.word)
     assert len(seen) == 5
-    assert fences.standing == 0
+    assert seals.whole == 0
 
 
 def test_two_lives_have_no_word_in_common() -> None:
-    lives = Fences(slots=100), Fences(slots=100)
-    words = [{fence.word for _ in range(100) if (fence := life.raise_one())} for life in lives]
+    lives = Seals(slots=100), Seals(slots=100)
+    words = [{seal.word for _ in range(100) if (seal := life.set_one())} for life in lives]
     assert not words[0] & words[1]
 
 
 class LeftBehind(BlockPool):
-    """Notes how many fences stand while blocks are let go."""
+    """Notes how many seals are whole while blocks are let go."""
 
-    def __init__(self, fences: Fences) -> None:
+    def __init__(self, seals: Seals) -> None:
         super().__init__(8)
-        self._fences = fences
-        self.standing: list[int] = []
+        self._seals = seals
+        self.whole: list[int] = []
 
     def unlease(self, block_ids: list) -> None:  # type: ignore[override,type-arg]
-        self.standing.append(self._fences.standing)
+        self.whole.append(self._seals.whole)
         super().unlease(block_ids)
 
 
 @pytest.mark.parametrize("end", ["close", "abort", "expire"])
-def test_a_fence_stands_from_the_last_announcement_to_the_end_and_falls_before_the_blocks(
+def test_a_seal_is_whole_from_the_last_announcement_to_the_end_and_breaks_before_the_blocks(
     end: str,
 ) -> None:
-    fences, clock = Fences(), FakeClock()
-    pool = LeftBehind(fences)
-    table = LeaseTable(pool, clock, LEASE_S, fences)
+    seals, clock = Seals(), FakeClock()
+    pool = LeftBehind(seals)
+    table = LeaseTable(pool, clock, LEASE_S, seals)
     lease = table.open(SEQUENCE)
     table.extend(lease, pool.allocate(2) or [])
-    assert lease.fence is None
+    assert lease.seal is None
     table.finish(lease, LAST, answer_ended=False)
-    fence = lease.fence
-    assert fence is not None
-    assert fences.stands(fence)
+    seal = lease.seal
+    assert seal is not None
+    assert seals.is_whole(seal)
     lease.reader = "reader"
     match end:
         case "close":
@@ -75,18 +75,18 @@ def test_a_fence_stands_from_the_last_announcement_to_the_end_and_falls_before_t
         case _:
             clock.advance(LEASE_S)
             table.sweep()
-    assert pool.standing == [0]
-    assert not fences.stands(fence)
+    assert pool.whole == [0]
+    assert not seals.is_whole(seal)
 
 
-def test_neither_an_answer_that_has_ended_nor_a_move_has_a_fence() -> None:
-    fences = Fences()
-    table = LeaseTable(BlockPool(8), FakeClock(), LEASE_S, fences)
+def test_neither_an_answer_that_has_ended_nor_a_move_has_a_seal() -> None:
+    seals = Seals()
+    table = LeaseTable(BlockPool(8), FakeClock(), LEASE_S, seals)
     for moves, ended in ((True, False), (False, True)):
         lease = table.open(SEQUENCE, moves=moves)
         table.finish(lease, LAST, answer_ended=ended)
-        assert lease.fence is None
-    assert fences.standing == 0
+        assert lease.seal is None
+    assert seals.whole == 0
 
 
 # -- the hand-off -------------------------------------------------------------------------------
@@ -119,11 +119,11 @@ async def test_blocks_are_usable_though_the_owner_does_not_answer() -> None:
         p.owner.owner.says = no_answer
         lease, blocks = p.owner.whole(3)
         pulled = await soon(p.pull(lease, 3))
-        assert pulled.stats.fenced
+        assert pulled.stats.sealed
         p.assert_arrived(pulled, blocks)
         await p.owner_holds_nothing()
         assert p.owner.table.counters.closed == 1
-        assert p.reader.metrics.pair(p.owner.hello.worker_id).fenced == 1
+        assert p.reader.metrics.pair(p.owner.hello.worker_id).sealed == 1
 
 
 async def test_an_owner_that_has_not_heard_so_is_told_again() -> None:
@@ -138,7 +138,7 @@ async def test_an_owner_that_has_not_heard_so_is_told_again() -> None:
         assert p.owner.table.counters.closed == 1
 
 
-async def test_where_the_fence_has_fallen_the_question_decides() -> None:
+async def test_where_the_seal_is_broken_the_question_decides() -> None:
     async with pair() as p:
         p.owner.owner.says = no_abort
         p.half.transport.holds = True
@@ -152,16 +152,16 @@ async def test_where_the_fence_has_fallen_the_question_decides() -> None:
         p.assert_reader_holds_nothing()
 
 
-async def test_an_abort_that_was_heard_counts_more_than_a_fence_that_stood() -> None:
+async def test_an_abort_that_was_heard_counts_more_than_a_seal_that_was_whole() -> None:
     async with pair() as p:
         p.half.transport.holds = True
         lease, _ = p.owner.whole(3)
         pulling = p.pull_soon(lease, 3)
         await until(lambda: p.half.transport.waiting == 1)
-        fence = lease.fence
+        seal = lease.seal
         p.owner.owner.abort(lease.lease_id, "gone")
-        assert fence is not None
-        p.owner.fences.words[fence.slot] = fence.word
+        assert seal is not None
+        p.owner.seals.words[seal.slot] = seal.word
         await until(pulling.done)
         p.half.transport.let_go()
         with pytest.raises(TransferFailed, match="gone"):
@@ -173,7 +173,7 @@ async def test_a_cached_prefix_needs_no_answer_either() -> None:
         p.owner.owner.says = no_answer
         blocks = cache(p.owner.pool, 4)
         fetched = await soon(p.fetch(4))
-        assert fetched.stats.fenced
+        assert fetched.stats.sealed
         p.assert_arrived(fetched, blocks)
         await p.owner_holds_nothing()
 
@@ -182,7 +182,7 @@ async def test_what_was_cached_here_but_for_a_read_in_between_is_confirmed_all_t
     async with pair() as p:
         lease, blocks = p.owner.whole(4)
         pulled = await soon(p.pull(lease, 4, cached=2))
-        assert (pulled.cached_blocks, pulled.stats.fenced) == (2, True)
+        assert (pulled.cached_blocks, pulled.stats.sealed) == (2, True)
         p.assert_arrived(pulled, blocks[2:])
 
 
@@ -190,15 +190,15 @@ async def without(p: Pair) -> None:
     """The owner is waited for."""
     lease, blocks = p.owner.whole(3)
     pulled = await soon(p.pull(lease, 3))
-    assert not pulled.stats.fenced
+    assert not pulled.stats.sealed
     assert pulled.tokens == LAST
     p.half.pool.release(pulled.blocks)
     await p.owner_holds_nothing()
     assert len(blocks) == 3
 
 
-async def test_no_fence_is_asked_where_that_is_switched_off() -> None:
-    async with pair(fences=False) as p:
+async def test_no_seal_is_asked_where_that_is_switched_off() -> None:
+    async with pair(seals=False) as p:
         await without(p)
 
 
@@ -210,7 +210,7 @@ async def test_nor_of_an_owner_whose_ranks_are_read_each_for_itself() -> None:
 
 async def test_nor_where_the_owner_has_none_left() -> None:
     async with pair() as p:
-        while p.owner.fences.raise_one() is not None:
+        while p.owner.seals.set_one() is not None:
             pass
         await without(p)
 
@@ -220,5 +220,5 @@ async def test_nor_where_checksums_are_to_come() -> None:
         await without(p)
 
 
-def test_a_fence_of_no_slot_does_not_stand() -> None:
-    assert not Fences(slots=2).stands(Fence(slot=7, word=1))
+def test_a_seal_of_no_slot_is_not_whole() -> None:
+    assert not Seals(slots=2).is_whole(Seal(slot=7, word=1))
