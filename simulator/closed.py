@@ -30,7 +30,7 @@ _SPARE = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Attained:
-    """Requests/s that came in the judged part, and the share of them that kept both targets: if the
+    """Turns/s that came in the judged part, and the share of them that kept both targets: if the
     run was ended early, at most.
     """
 
@@ -39,7 +39,7 @@ class Attained:
 
 
 def sessions_needed(sessions: int, judged: int, mean_turns: float) -> int:
-    """How many a run takes that keeps `sessions` open until `judged` requests were."""
+    """How many a run takes that keeps `sessions` open until `judged` turns were."""
     turns = (_BEGINNING_TURNS + _WARM_TURNS + 1) * sessions + judged
     return sessions + ceil(_SPARE * turns / mean_turns)
 
@@ -47,7 +47,7 @@ def sessions_needed(sessions: int, judged: int, mean_turns: float) -> int:
 def run_sessions(
     spec: SimSpec, requests: Sequence[SimRequest], sessions: int, share: float, judged: int
 ) -> Attained:
-    """`requests` of whole sessions, until `judged` of them have ended, or there are no more
+    """`requests` of whole sessions, until `judged` turns have ended, or there are no more
     sessions to begin; ended early once `share` is missed.
     """
     spec = replace(spec, closed_sessions=True, sessions=sessions, samples=0)
@@ -79,8 +79,11 @@ def _begin_midway(
 
 
 class _Judge:
-    """Tells the requests that are judged from the rest. They came when the sessions were under way,
+    """Tells the turns that are judged from the rest. They came when the sessions were under way,
     and before enough of them had ended; what each session waits for then is the last.
+
+    A turn is one request of load however often it is asked, and came when it was asked first. One
+    that was refused has missed: by its last try it is later than its target, or not served at all.
     """
 
     def __init__(
@@ -99,8 +102,10 @@ class _Judge:
         self._sessions = sessions
         self._warm = _WARM_TURNS * sessions
         self._came: set[str] = set()
-        self._waiting: set[str] = set()
-        """Sessions with an answer to come."""
+        self._waiting: dict[str, float] = {}
+        """Sessions with an answer to come, and when they asked for it first."""
+        self._refused: set[str] = set()
+        """Of these, those whose turn was refused before."""
         self._last: set[str] | None = None
         """Of these, when enough had ended, those whose answer is still to come."""
         self._from_s = inf
@@ -114,19 +119,21 @@ class _Judge:
         return self.judged / span_s if span_s > 0 else 0.0
 
     def asked(self, request: SimRequest) -> None:
-        """One has come."""
-        self._waiting.add(request.session)
+        """One has come, perhaps again."""
+        self._waiting.setdefault(request.session, request.at_s)
         self._came.add(request.session)
 
     def note(self, record: Record) -> bool:
-        """One has ended; answers whether all that are judged have."""
+        """A try has ended; answers whether all turns that are judged have."""
         session, last = record.session, self._last
-        if record.at_s > self._from_s and (last is None or session in last):
-            self.judged += 1
-            self.misses += not kept(record, self._slo)
         if record.is_asked_again:
+            self._refused.add(session)
             return False
-        self._waiting.discard(session)
+        came_s = self._waiting.pop(session)
+        if came_s > self._from_s and (last is None or session in last):
+            self.judged += 1
+            self.misses += session in self._refused or not kept(record, self._slo)
+        self._refused.discard(session)
         self._left[session] -= 1
         self._to_begin -= not self._left[session]
         self._warm -= len(self._came) >= self._sessions

@@ -161,6 +161,42 @@ def test_as_many_requests_are_judged_as_are_asked_for_and_those_under_way_then()
     assert 40 + 2 * 6 <= ended < len(turns)
 
 
+def judge_turns(refusals: int) -> _Judge:
+    """Two sessions take turns, each half a second; past the warm-up one of ten turns is first
+    refused so often, which takes a millisecond each.
+    """
+    turns = [turn(f"s{i // 20}.{i % 2}", float(i)) for i in range(400)]
+    now_s = 0.0
+    judge = _Judge(Slo(ttft_s=1.0, tpot_s=1.0), turns, 2, 100, lambda: now_s)
+    for i, asked in enumerate(turns):
+        now_s = asked.at_s
+        for _ in range(refusals if i >= 20 and i % 10 == 0 else 0):
+            judge.asked(replace(asked, at_s=now_s))
+            refused = Record(now_s, 160, 11, session=asked.session, outcome="refused")
+            refused.is_asked_again = True
+            assert not judge.note(refused)
+            now_s += 0.001
+        judge.asked(replace(asked, at_s=now_s))
+        answered = Record(now_s, 160, 11, session=asked.session, outcome="ok")
+        answered.first_s, now_s = now_s + 0.1, now_s + 0.5
+        answered.end_s = now_s
+        if judge.note(answered):
+            break
+    return judge
+
+
+def test_a_turn_that_is_asked_again_is_one_turn_of_load() -> None:
+    never, twice = judge_turns(0), judge_turns(2)
+    assert twice.judged == never.judged
+    assert twice.rate_per_s == pytest.approx(never.rate_per_s, rel=0.001)
+
+
+def test_a_turn_that_was_refused_has_missed_once_though_it_is_served_in_time_after_that() -> None:
+    assert judge_turns(0).misses == 0
+    # A hundred turns from the ninth on are judged: among them the 21st, the 31st up to the 101st.
+    assert [judge_turns(refusals).misses for refusals in (1, 2)] == [9, 9]
+
+
 def test_the_same_seed_gives_the_same_closed_run() -> None:
     spec = replace(closed(split(2, 2), sessions=5), routers=3, report_s=0.2, seed=3)
     turns = sessions_of(12)
