@@ -57,7 +57,10 @@ class Line:
 def check_count(name: str, count: int) -> None:
     """Raises BadTrace where so many requests would not fit into memory."""
     if count > MOST_REQUESTS:
-        raise BadTrace(f"{count} requests of {name} are too many; {MOST_REQUESTS} are the most")
+        raise BadTrace(
+            f"{count} requests of {name} are too many; {MOST_REQUESTS} are the most: ask for fewer"
+            " with --requests"
+        )
 
 
 def read_lines(file: Path) -> Iterator[Line]:

@@ -4,11 +4,14 @@ Two files: NAME-arrivals.csv has for each client and window of ten minutes the r
 and the distribution that fits them; NAME-lengths.csv the percentiles of prompts and answers. A
 client's gaps keep its distribution at every rate. A client without lengths borrows those of
 another, chosen by its share of the rate.
+
+Thousands of requests per second are recorded, so as many as are asked for would be over at once,
+which is no rate: clients are slowed down alike until that many fill a window.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import islice, pairwise
@@ -19,6 +22,8 @@ from typing import Self
 from simulator.workload.records import BadTrace, Line, Record, Recorded, check_count, read_lines
 
 WINDOW_S = 600.0
+_GOLDEN = 0.618
+"""Of all windows, from one seed's to the next one's: any few seeds are then far apart."""
 _SHARES = {"p1": 0.01, "p5": 0.05, "p10": 0.1, "p25": 0.25, "p50": 0.5, "p75": 0.75}
 _SHARES |= {"p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
@@ -86,9 +91,10 @@ def compose(
     start_s: float | None = None,
     rate_rps: float | None = None,
 ) -> Recorded:
-    """All clients from `start_s` on, by default from the busiest window, until there are as many
+    """All clients from `start_s` on, by default from the seed's window, until there are as many
     requests as asked, by default those of one window. `rate_rps` scales every client alike to that
-    rate in the first window. Raises BadTrace.
+    rate in the first window, by default to the recorded one, or to one at which the requests asked
+    for take a window. Raises BadTrace.
     """
     windows = list(_windows(lines))
     if not windows:
@@ -96,14 +102,14 @@ def compose(
     by_start = defaultdict[float, list[_Window]](list)
     for window in windows:
         by_start[window.start_s].append(window)
-    if start_s is None:
-        start_s = max(by_start, key=lambda start: sum(w.rate_rps for w in by_start[start]))
-    first_s = start_s // WINDOW_S * WINDOW_S
-    total_rps = sum(window.rate_rps for window in by_start.get(first_s, ()))
+    first_s = _start_s(by_start, seed) if start_s is None else start_s // WINDOW_S * WINDOW_S
+    total_rps = _rate_rps(by_start.get(first_s, ()))
     if not total_rps:
         raise BadTrace(f"{file} has no clients at {start_s:g} s")
-    scale = 1.0 if rate_rps is None else rate_rps / total_rps
-    count = requests or int(total_rps * scale * WINDOW_S) + 1
+    if rate_rps is None:
+        rate_rps = total_rps if requests is None else min(total_rps, requests / WINDOW_S)
+    scale = rate_rps / total_rps
+    count = requests or int(rate_rps * WINDOW_S) + 1
     check_count(file.name, count)
     lengths, skipped = _read_lengths(file), Counter[str]()
     random, records = Random(seed), list[Record]()
@@ -113,6 +119,17 @@ def compose(
         records += islice(here, count - len(records))
         at_s += WINDOW_S
     return Recorded(kind="servegen", records=tuple(records), block_size=512, skipped=skipped)
+
+
+def _start_s(by_start: Mapping[float, Sequence[_Window]], seed: int) -> float:
+    """The busiest window for seed 0; those of other seeds are spread over the recording."""
+    starts_s = sorted(by_start)
+    busiest = max(range(len(starts_s)), key=lambda i: _rate_rps(by_start[starts_s[i]]))
+    return starts_s[(busiest + round(seed * _GOLDEN * len(starts_s))) % len(starts_s)]
+
+
+def _rate_rps(windows: Sequence[_Window]) -> float:
+    return sum(window.rate_rps for window in windows)
 
 
 def _window_records(

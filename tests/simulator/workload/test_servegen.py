@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 import pytest
 
 from simulator.workload.build import Shaping
-from simulator.workload.load import load_workload
+from simulator.workload.load import load_workload, read_trace
 from simulator.workload.records import BadTrace
 
 ARRIVALS = """client,window_start_s,rate_rps,iat_cv,dist,param1,param2
@@ -34,6 +34,39 @@ def test_the_busiest_window_is_composed_at_its_rate(trace: Path) -> None:
     assert len(loaded.workload.requests) == pytest.approx(6000, rel=0.1)
     assert loaded.workload.horizon_s == pytest.approx(600, rel=0.02)
     assert loaded.notes == ("1 x borrowed lengths",)
+
+
+def test_requests_asked_for_take_a_window_and_not_the_moment_in_which_so_many_were_recorded(
+    trace: Path,
+) -> None:
+    workload = load_workload(trace, Shaping(requests=300)).workload
+    assert len(workload.requests) == 300
+    assert workload.horizon_s > 300  # recorded at 10 per second
+    gaps = [b.at_s - a.at_s for a, b in pairwise(workload.requests)]
+    assert stdev(gaps) / fmean(gaps) > 1.3  # and still in bursts
+
+
+def test_each_seed_is_asked_another_window_of_the_whole_recording(tmp_path: Path) -> None:
+    rows = [f"a,{600 * i},2.0,1.0,Gamma,1.0,9\n" for i in range(100)]
+    rows[70] = "a,42000,3.0,1.0,Gamma,1.0,9\n"
+    file = tmp_path / "m-arrivals.csv"
+    file.write_text(ARRIVALS.splitlines(keepends=True)[0] + "".join(rows))
+    (tmp_path / "m-lengths.csv").write_text(LENGTHS)
+    begun_s = [read_trace(file, Shaping(seed=i, requests=50)).records[0].at_s for i in range(5)]
+    places = [int(at_s // 600) for at_s in begun_s]
+    assert places[0] == 70  # the busiest
+    assert min(b - a for a, b in pairwise(sorted(places))) > 10
+    assert max(places) - min(places) > 50
+    again = read_trace(file, Shaping(seed=3, requests=50)).records[0].at_s
+    assert again == begun_s[3]
+
+
+def test_a_whole_window_of_too_many_requests_is_refused_with_the_flag_that_asks_for_fewer(
+    trace: Path,
+) -> None:
+    trace.write_text(ARRIVALS.replace("8.0", "8000.0"))
+    with pytest.raises(BadTrace, match="ask for fewer with --requests"):
+        load_workload(trace)
 
 
 def test_clients_keep_their_irregularity_at_another_rate(trace: Path) -> None:
