@@ -27,6 +27,7 @@ from router.outliers import OutlierRules, Outliers
 from router.policies.build import Policies, build_policies
 from router.watcher import Requeue, Unwatched
 from simulator.balance import Balance
+from simulator.deadlines import Deadlines
 from simulator.events import Events
 from simulator.fleet import Member, SimFleet, SimLink
 from simulator.handoff import Handoff
@@ -80,6 +81,9 @@ class SimRouter:
         self._line: deque[tuple[Job, InLine]] = deque()
         self._looking = False
         self._jobs: dict[int, Job] = {}
+        """That have not ended, in order of arrival."""
+        timeout_s = spec.router.request_timeout_s
+        self._deadlines = Deadlines(events, self._jobs, timeout_s, self._expire)
         self.moves = Moves(spec, self.chooser, events)
         self._balance = None
         if spec.moves_answers:
@@ -98,6 +102,7 @@ class SimRouter:
             self._keeper.asked(request.session)
         job = Job(request, self, self._spec.router.max_attempts)
         self._jobs[id(job)] = job
+        self._deadlines.look_later()
         considered, verdict = self._judge(job, first=not self._line)
         if isinstance(verdict, Admit):
             self._start(job, considered)
@@ -193,12 +198,19 @@ class SimRouter:
             self._prefill(job, self.chooser.place(considered, job.failed))
 
     def _again(self, job: Job) -> None:
-        left_s = self._spec.router.request_timeout_s - (self._events.now_s() - job.request.at_s)
-        if left_s <= 0:
-            self._end(job, "deadline")
-            self._look_later()
-        else:
+        if id(job) in self._jobs:  # else its time was up meanwhile
             self._start(job, None)
+
+    def _expire(self, job: Job) -> None:
+        """Its time is up. Whoever it still waited for, for the whole of it, has failed."""
+        for leg in job.legs:
+            if leg.sequence.known_tokens == leg.sequence.context_tokens:
+                self.chooser.failed(leg.link.record.role, leg.link.record.incarnation)
+                break
+        self._give_up_legs(job)
+        self._line = deque(waits for waits in self._line if waits[0] is not job)
+        self._end(job, "deadline")
+        self._look_later()
 
     def _compute(self, job: Job, placed: Placement[SimLink]) -> None:
         """One worker does it all."""
