@@ -193,8 +193,18 @@ def _text_ids(text: str) -> tuple[int, ...]:
 
 
 def _block_size(records: Sequence[Record]) -> int:
-    """The power of two that is nearest to the tokens per id of the longest prompt."""
+    """The power of two by which most prompts have as many blocks as ids; some traces leave out the
+    last block of a prompt where it is not full. It is near the tokens per id of the longest prompt.
+    """
     longest = max(records, key=lambda record: record.prompt_tokens, default=None)
     if longest is None or not longest.ids:
         return 512
-    return int(2 ** round(math.log2(longest.prompt_tokens / len(longest.ids))))
+    power = round(math.log2(longest.prompt_tokens / len(longest.ids)))
+    sizes = [1 << near for near in (power, power + 1, power - 1) if near >= 0]
+    lengths = [(record.prompt_tokens, len(record.ids)) for record in records]
+    fits = [
+        (sum((tokens + spare * (size - 1)) // size == ids for tokens, ids in lengths), size)
+        for spare in (1, 0)
+        for size in sizes
+    ]
+    return max(fits, key=lambda fit: fit[0])[1]

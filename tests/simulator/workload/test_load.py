@@ -96,6 +96,18 @@ def test_mooncake_gzipped_with_shared_prefixes(tmp_path: Path) -> None:
     assert times(workload) == [0.0, 2.5]
 
 
+def test_blocks_of_short_prompts_are_as_large_as_most_of_them_say(tmp_path: Path) -> None:
+    rows = [mooncake(1000 * i, 600 + i, [0, i + 1]) for i in range(80)]
+    workload = load(write_rows(tmp_path, rows))
+    assert workload.block_size == 512
+    assert {len(request.hashes) for request in workload.requests} == {1}
+
+
+def test_blocks_of_prompts_whose_last_is_left_out_where_it_is_not_full(tmp_path: Path) -> None:
+    rows = [mooncake(1000 * i, 40 + 13 * i, list(range((40 + 13 * i) // 16))) for i in range(9)]
+    assert load(write_rows(tmp_path, rows)).block_size == 16
+
+
 def test_a_block_after_another_prefix_is_another_block(tmp_path: Path) -> None:
     rows = [mooncake(0, 1024, [0, 9]), mooncake(1, 1024, [1, 9])]
     first, second = (request.hashes for request in load(write_rows(tmp_path, rows)).requests)
