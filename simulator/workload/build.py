@@ -19,6 +19,8 @@ from simulator.workload.records import BadTrace, Record, Recorded
 from simulator.workload.types import SimRequest, Workload
 
 _BUCKETED = 0.5
+_NEIGHBOURS = 1.5
+"""Mooncake's stamps are 2.997 to 3.003 s apart."""
 _SESSION_RATE = 1.0
 
 
@@ -70,11 +72,15 @@ def build_workload(name: str, recorded: Recorded, shaping: Shaping) -> Workload:
 
 
 def bucket_s(times_s: Sequence[float]) -> float:
-    """The width of the buckets that time stamps were rounded to; 0 where most are distinct."""
+    """The width of the buckets that time stamps were rounded to; 0 where most are distinct. Most
+    buckets may be empty, but two that are neighbours are as far apart as one is wide.
+    """
     distinct = sorted(set(times_s))
     if len(distinct) < 2 or len(distinct) > _BUCKETED * len(times_s):
         return 0.0
-    return median(b - a for a, b in pairwise(distinct))
+    gaps_s = [b - a for a, b in pairwise(distinct)]
+    near_s = _NEIGHBOURS * min(gaps_s)
+    return median(gap_s for gap_s in gaps_s if gap_s < near_s)
 
 
 # -- arrivals -----------------------------------------------------------------------------------

@@ -237,6 +237,17 @@ def test_equal_time_stamps_are_spread_over_their_bucket_by_the_seed(tmp_path: Pa
     assert 25 < one.horizon_s <= 30
 
 
+def test_a_burst_within_a_coarse_time_stamp_stays_one(tmp_path: Path) -> None:
+    """Thirty at once each minute, stamped in seconds, and a few that come in between."""
+    starts_s = [60 * minute for minute in range(20) for _ in range(30)]
+    lone_s = [60 * minute + 30 + minute % 2 for minute in range(20)] + [90, 91]
+    lines = [f"{at_s},ChatGPT,100,10,110,Conversation log" for at_s in sorted(starts_s + lone_s)]
+    text = "\n".join([BURSTGPT.splitlines()[0], *lines, ""])
+    came_s = times(load(write(tmp_path, text)))
+    assert max(at_s % 60 for at_s in came_s[:30]) < 1.0
+    assert len(set(came_s)) == len(came_s)
+
+
 def test_a_rate_scale_divides_every_gap(tmp_path: Path) -> None:
     file = write_rows(tmp_path, BUCKETED)
     assert times(load(file, rate_scale=4)) == pytest.approx([t / 4 for t in times(load(file))])
