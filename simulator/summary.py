@@ -33,7 +33,9 @@ class Summary:
     hit_rate: float
     """Share of the prompt tokens that were cached where they were computed."""
     transfer_s: tuple[float, ...]
-    """Pauses between first token and usable KV, at `SHARES`; empty without hand-offs."""
+    """Pauses between first token and usable KV of answers that were handed over, at `SHARES`; empty
+    without any.
+    """
     leases: dict[str, int]
     """On KV that others read, of the whole run: opened, and how they ended."""
     prompts_moved: int
@@ -74,7 +76,9 @@ def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) ->
 
 
 def _was_handed(record: Record) -> bool:
-    return bool(record.decode_worker) and record.decode_worker != record.prefill_worker
+    """An answer of one token ends at its prefill worker, though a decode worker was chosen."""
+    elsewhere = bool(record.decode_worker) and record.decode_worker != record.prefill_worker
+    return elsewhere and record.output_tokens > 1
 
 
 def _at_shares(values: list[float]) -> tuple[float, ...]:
