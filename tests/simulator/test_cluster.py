@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from router.config import RouterConfig
-from simulator.links import Link, Network, send
 from simulator.spec import Failure, NetworkSpec, PoolRole
 from simulator.workload.types import SimRequest
 from tests.simulator.clusters import WORKER, ask, colocated, pool, run, split
@@ -156,20 +155,6 @@ def test_two_kinds_of_workers_may_serve_one_role() -> None:
     outcome = run(replace(split(), pools=pools), [ask(0.01 * i) for i in range(40)])
     assert set(outcome.busy_share) == {"old", "new", "decode"}
     assert min(outcome.busy_share.values()) > 0
-
-
-def test_transfers_share_a_link_and_leave_others_alone() -> None:
-    shared, own, other = Link(100.0), Link(1000.0), Link(1000.0)
-    assert send((shared, own), 0.0, 100) == 1.0
-    assert send((shared, other), 0.5, 100) == 2.0
-    assert send((other,), 0.5, 100) == pytest.approx(0.7)
-
-
-def test_only_other_domains_are_reached_by_the_uplink() -> None:
-    network = Network(uplink_bytes_per_s=10.0)
-    a, b, c = network.port(0, 100.0), network.port(0, 100.0), network.port(1, 100.0)
-    assert send(network.path(a, b), 0.0, 100) == 1.0
-    assert send(network.path(a, c), 0.0, 100) == 10.0
 
 
 def test_a_full_decode_worker_makes_hand_offs_wait_and_loses_none() -> None:
