@@ -18,8 +18,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-ENOUGH = 16
+from decode_worker.policy import pull_headroom_blocks
+
+_ENOUGH = 16
 """Answers have to end before their lengths are a prediction."""
+_RESERVE = 0.05
+"""Share of the blocks that a predicted peak leaves free."""
 _LENGTHS = 512
 _SPREAD = 0.6180339887498949
 """Its multiples, without their whole parts, are evenly spread however many there are."""
@@ -66,6 +70,19 @@ def peak_headroom_blocks(held: Iterable[Held], past: Sequence[int], block_size: 
         tokens += known
         peak = max(peak, _blocks(tokens + i * to_go, block_size) + i)
     return peak - sum(_blocks(known, block_size) for _, known in growing)
+
+
+def predicted_headroom_blocks(
+    held: Iterable[Held], past: Sequence[int], block_size: int, *, running: int, num_blocks: int
+) -> int:
+    """What a pull leaves free by the peak, of `num_blocks` in all: with a reserve, and no less than
+    those that run have without a prediction.
+    """
+    least = pull_headroom_blocks(running)
+    if len(past) < _ENOUGH:
+        return least
+    peak = peak_headroom_blocks(held, past, block_size)
+    return max(least, peak) + int(_RESERVE * num_blocks)
 
 
 def _to_go(one: Held, past: Sequence[int], share: float) -> int:

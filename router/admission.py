@@ -172,6 +172,14 @@ def decide_decode(load: DecodeLoad | None) -> Verdict:
     return Reject(min(max(_LEAST_RETRY_S, load.drain_s), _MOST_RETRY_S), RejectReason.DECODE)
 
 
+def is_full(requests: int, waiting_tokens: int, prompt_tokens: int, bounds: QueueBounds) -> bool:
+    """Whether a prompt may not wait beside so many requests of so many tokens; an empty queue takes
+    any.
+    """
+    over_tokens = waiting_tokens + prompt_tokens > bounds.prompt_tokens
+    return requests > 0 and (requests >= bounds.requests or over_tokens)
+
+
 def patience_of(work_s: float, slo: Slo) -> float:
     """How long a prompt that takes `work_s` itself may wait, here and at its worker."""
     return max(slo.ttft_s - work_s, slo.ttft_s / 2, work_s)
@@ -401,11 +409,10 @@ class Admission:
         self._watcher.queued(self.waiting)
 
     def _full(self, asking: _Asking) -> bool:
-        """An empty queue takes any prompt, and a request that waits already all of its choices."""
-        if not self._held or asking.request_id in self._held:
+        """A request that waits already does so with all of its choices."""
+        if asking.request_id in self._held:
             return False
-        over_tokens = self._held_tokens + asking.prompt_tokens > self._bounds.prompt_tokens
-        return self.waiting >= self._bounds.requests or over_tokens
+        return is_full(self.waiting, self._held_tokens, asking.prompt_tokens, self._bounds)
 
     def _refusal(self, verdict: Reject, slo_class: SloClass) -> Overloaded:
         self._watcher.rejected(verdict.reason)

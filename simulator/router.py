@@ -21,7 +21,17 @@ from decode_worker.config import DecodeConfig
 from decode_worker.policy import refuse_sequence
 from prefill_worker.config import PrefillConfig
 from prefill_worker.policy import refuse_prompt
-from router.admission import Admit, InLine, Reject, Verdict, Wait, decide_decode, judge
+from router.admission import (
+    Admit,
+    InLine,
+    QueueBounds,
+    Reject,
+    Verdict,
+    Wait,
+    decide_decode,
+    is_full,
+    judge,
+)
 from router.chooser import Chooser, Considered, Placement
 from router.outliers import OutlierRules, Outliers
 from router.policies.build import Policies, build_policies
@@ -78,12 +88,15 @@ class SimRouter:
         self._is_local = spec.router.local_prefill and not spec.is_colocated
         self._prefill_config = PrefillConfig(max_queued_tokens=spec.max_queued_tokens)
         self._decode_config = DecodeConfig(max_sequences=spec.max_sequences)
+        self._bounds = QueueBounds(
+            requests=spec.router.admission_max_requests,
+            prompt_tokens=spec.router.admission_max_tokens,
+        )
         self._line: deque[tuple[Job, InLine]] = deque()
         self._looking = False
         self._jobs: dict[int, Job] = {}
         """That have not ended, in order of arrival."""
-        timeout_s = spec.router.request_timeout_s
-        self._deadlines = Deadlines(events, self._jobs, timeout_s, self._expire)
+        self._deadlines = Deadlines(events, self._jobs, spec.router.request_timeout_s, self._expire)
         self.moves = Moves(spec, self.chooser, events)
         self._balance = None
         if spec.moves_answers:
@@ -134,10 +147,8 @@ class SimRouter:
         return considered, verdict
 
     def _is_full(self, job: Job) -> bool:
-        config, line = self._spec.router, self._line
-        tokens = sum(other.request.prompt_tokens for other, _ in line)
-        over = tokens + job.request.prompt_tokens > config.admission_max_tokens
-        return bool(line) and (len(line) >= config.admission_max_requests or over)
+        waiting_tokens = sum(other.request.prompt_tokens for other, _ in self._line)
+        return is_full(len(self._line), waiting_tokens, job.request.prompt_tokens, self._bounds)
 
     def _is_first(self, job: Job) -> bool:
         return bool(self._line) and self._line[0][0] is job
@@ -359,17 +370,17 @@ class SimRouter:
         """A full prefill worker's no, heard a little later: on to another one, and when all or
         many in a row have said no, back into line, before whoever waits there.
         """
-        now_s, pool = self._events.now_s(), self.fleet.pool(Role.PREFILL)
+        now_s, workers = self._events.now_s(), self.fleet.pool(Role.PREFILL).workers
         job.refused.add(link.record.incarnation)
         job.noes += 1
-        others = len(pool.named(job.refused | job.failed)) < len(pool.workers)
+        others = self.chooser.has_prefill(excluding=job.refused | job.failed)
         if others and job.noes < self._spec.router.max_forwards:
             self._events.at(now_s + self._spec.network.control_s, self._again, job)
             return
         job.noes = 0
         if not others:
             job.refused.clear()
-        self._line.appendleft((job, InLine(0.0, frozenset(pool.workers))))
+        self._line.appendleft((job, InLine(0.0, frozenset(workers))))
         self._look_later(_ASK_S)
 
     # -- what legs say --------------------------------------------------------------------------

@@ -21,11 +21,10 @@ from core.ids import BlockHash, BlockId, WorkerId
 from core.messages import KvRemoved, KvStored, LoadReport
 from core.step import StepBudget
 from decode_worker.headroom import (
-    ENOUGH,
     Held,
     PastLengths,
     limit_headroom_blocks,
-    peak_headroom_blocks,
+    predicted_headroom_blocks,
 )
 from decode_worker.policy import pull_headroom_blocks
 from engine.latency.base import LatencyModel, StepShape
@@ -39,8 +38,6 @@ from simulator.sequence import SimSequence
 _KNOWN = attrgetter("known_tokens")
 _MOST_STEPS = 1 << 20
 _IDLE_SWEEP_S = 0.25
-_RESERVE = 0.05
-"""Share of the blocks that a predicted peak leaves free."""
 
 Headroom = Literal["running", "limit", "peak"]
 """What a pull leaves free: as production's do, or one of decode_worker.headroom."""
@@ -247,15 +244,15 @@ class SimWorker:
         """`done` steps of the run in flight have ended."""
         scheduler, spec = self.scheduler, self.spec
         running, past = scheduler.running, self._past.ordered
-        bare = spec.headroom == "running" or (spec.headroom == "peak" and len(past) < ENOUGH)
-        if coming is None or bare:
+        if coming is None or spec.headroom == "running":
             return pull_headroom_blocks(len(running))
         here = chain(running, scheduler.waiting, self.receiving, (coming,))
         held = (_held(one, self._steps + done) for one in here)
         if spec.headroom == "limit":
             return limit_headroom_blocks(held, self._size)
-        peak = peak_headroom_blocks(held, past, self._size)
-        return max(len(running), peak) + int(_RESERVE * spec.kv_blocks)
+        return predicted_headroom_blocks(
+            held, past, self._size, running=len(running), num_blocks=spec.kv_blocks
+        )
 
     def pulling(self, sequences: int, tokens: int) -> None:
         """So many more hand-offs of so many tokens are on their way here, or fewer."""

@@ -7,6 +7,7 @@ from decode_worker.headroom import (
     PastLengths,
     limit_headroom_blocks,
     peak_headroom_blocks,
+    predicted_headroom_blocks,
 )
 
 BLOCK = 16
@@ -64,3 +65,11 @@ def test_only_the_last_lengths_are_remembered_in_order() -> None:
     for tokens in (5, *range(2000, 1000, -1)):
         past.ended(tokens)
     assert past.ordered == list(range(1001, 1513))
+
+
+def test_a_predicted_peak_leaves_a_reserve_and_without_a_prediction_a_block_for_each() -> None:
+    one = Held(160, 0, 5000)
+    few = predicted_headroom_blocks([one], [320] * 15, BLOCK, running=3, num_blocks=100)
+    many = predicted_headroom_blocks([one], [320] * 16, BLOCK, running=3, num_blocks=100)
+    assert few == 3
+    assert many == peak_headroom_blocks([one], [320] * 16, BLOCK) + 5
