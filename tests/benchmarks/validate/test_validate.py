@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from random import SystemRandom
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from benchmarks.validate.determinism import digest
 from benchmarks.validate.rig import make_worker, simulate
 from benchmarks.zygote import Zygote
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
+from simulator import cluster
 from simulator.spec import PoolRole
 from simulator.workload.types import SimRequest
 
@@ -138,3 +140,15 @@ def test_the_rate_of_the_best_plan_is_the_mean_of_ten_seeds_and_held_by_it(
 
 def test_a_run_is_its_seeds_alone() -> None:
     assert digest(0, 30) == digest(0, 30) != digest(1, 30)
+
+
+class Undetermined(SystemRandom):
+    def __init__(self, seed: float = 0) -> None:
+        super().__init__()
+
+
+def test_a_router_that_draws_otherwise_each_time_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "Random", Undetermined)
+    assert len({digest(0, 60) for _ in range(3)}) > 1
