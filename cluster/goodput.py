@@ -10,30 +10,27 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from cluster.config import ClusterConfig
+from cluster.goodput_plot import draw_attainment
 from cluster.long_work import bar, given_up
 from cluster.plot import draw_plot
 from cluster.simulate import settings_of
 from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
-from engine.latency.curve import Curve
+from simulator.attainment import LOADS, AttainmentCurve, Level, attainment_curves, kept_scale
 from simulator.build import Settings, build_spec, describe_workers
-from simulator.goodput import Found, Question, Standing, choose_systems, compare
+from simulator.goodput import Question, Standing, System, choose_systems, compare
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 _STAYS = 3
-_GRID = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,33 +55,63 @@ def run_goodput(config: ClusterConfig, options: Options) -> None:
     question = options.question
     shaping = Shaping(requests=question.requests)  # a bad trace is said here, once
     asked = load_workload(question.trace, shaping).workload.requests
-    with (
-        given_up("the search was given up, no rate is known"),
-        bar("searching, simulated", len(systems) * options.seeds) as report,
-    ):
-        done: list[Found] = []
-
-        def on_found(found: Found) -> None:
-            done.append(found)
-            report(len(done))
-
-        standings = compare(
-            systems,
-            settings,
-            question,
-            range(options.seeds),
-            processes=options.processes or os.cpu_count() or 1,
-            on_found=on_found,
-        )
+    standings, curves = _simulate(systems, settings, options)
     outputs = fmean(request.output_tokens for request in asked)
     notes = [*_short_windows(standings, question, settings, outputs), *_bounds(standings)]
     if not options.only_json:
         _show(Console(), standings, question, settings, notes)
     if options.plot is not None:
-        panel = {"attainment": lambda axes: draw_attainment(axes, standings, question.share)}
-        title = f"simulated: {Path(question.trace).name}"
-        print(draw_plot(options.plot, title, panel), file=sys.stderr)
-    print(json.dumps(_as_json(standings, options, settings, notes)), flush=True)
+        _draw(options.plot, curves, standings, question, settings)
+    print(json.dumps(_as_json(standings, curves, options, settings, notes)), flush=True)
+
+
+def _simulate(
+    systems: Sequence[System], settings: Settings, options: Options
+) -> tuple[list[Standing], list[AttainmentCurve]]:
+    """The search, and where a plot is wanted its curves: these are as much work again."""
+    searches = len(systems) * options.seeds
+    runs = searches * len(LOADS) if options.plot is not None else 0
+    processes = options.processes or os.cpu_count() or 1
+    with (
+        given_up("the search was given up, no rate is known"),
+        bar("searching, simulated", searches + runs) as report,
+    ):
+        done = count(1)
+        standings = compare(
+            systems,
+            settings,
+            options.question,
+            range(options.seeds),
+            processes=processes,
+            on_found=lambda found: report(next(done)),
+        )
+        if not runs:
+            return standings, []
+        curves = attainment_curves(
+            systems,
+            settings,
+            options.question,
+            standings,
+            processes=processes,
+            on_run=lambda: report(next(done)),
+        )
+        return standings, curves
+
+
+def _draw(
+    path: Path,
+    curves: Sequence[AttainmentCurve],
+    standings: Sequence[Standing],
+    question: Question,
+    settings: Settings,
+) -> None:
+    closed = settings.simulation.closed_sessions
+    panel = {
+        "attainment": lambda axes: draw_attainment(
+            axes, curves, standings, question.share, closed=closed
+        )
+    }
+    print(draw_plot(path, f"simulated: {Path(question.trace).name}", panel), file=sys.stderr)
 
 
 # -- what must be known beside the numbers ------------------------------------------------------
@@ -166,9 +193,14 @@ def _tied(standing: Standing) -> bool | None:
 
 
 def _as_json(
-    standings: Sequence[Standing], options: Options, settings: Settings, notes: Sequence[str]
+    standings: Sequence[Standing],
+    curves: Sequence[AttainmentCurve],
+    options: Options,
+    settings: Settings,
+    notes: Sequence[str],
 ) -> dict[str, object]:
     share = options.question.share
+    levels = {curve.system: [_level_json(level) for level in curve.levels] for curve in curves}
     load = "sessions_per_seed" if settings.simulation.closed_sessions else "scale_per_seed"
     return {
         "simulated": True,
@@ -188,10 +220,8 @@ def _as_json(
                 "behind_half_width": _finite(standing.behind.half),
                 "tied": _tied(standing),
                 "per_seed": [found.rate_per_gpu_s for found in standing.found],
-                load: [
-                    max((p.scale for p in found.points if p.attainment >= share), default=0.0)
-                    for found in standing.found
-                ],
+                load: [kept_scale(found, share) for found in standing.found],
+                "attainment": levels.get(standing.system, []),
             }
             for standing in standings
         },
@@ -199,48 +229,15 @@ def _as_json(
     }
 
 
+def _level_json(level: Level) -> dict[str, object]:
+    return {
+        "scale": level.scale,
+        "requests_per_gpu_s": level.rate_per_gpu_s,
+        "share": level.attainment.mean,
+        "half_width": _finite(level.attainment.half),
+        "per_seed": list(level.per_seed),
+    }
+
+
 def _finite(value: float) -> float | None:
     return value if isfinite(value) else None
-
-
-# -- the plot -----------------------------------------------------------------------------------
-
-
-def draw_attainment(axes: Axes, standings: Sequence[Standing], share: float) -> None:
-    """A curve for each system up to the lowest of its seeds' rates, and a mark at its goodput."""
-    for standing in standings:
-        rates, shares = mean_curve(standing.found, share)
-        (line,) = axes.plot(rates, shares, linewidth=1, label=standing.system)
-        half = _finite(standing.goodput.half)
-        axes.errorbar(
-            [standing.goodput.mean],
-            [share],
-            xerr=None if half is None else [half],
-            color=line.get_color(),
-            marker="o",
-            markersize=3,
-            capsize=2,
-        )
-    axes.axhline(share, color="gray", linestyle=":", linewidth=1)
-    axes.set_xlabel("requests/s per GPU (marks: goodput, 95 % interval)")
-    axes.set_ylabel("share within both targets, mean of the seeds")
-    axes.legend(fontsize=7)
-
-
-def mean_curve(found: Sequence[Found], share: float) -> tuple[list[float], list[float]]:
-    """Rates that all seeds kept, and the mean of their attainments there. Runs that missed were
-    ended early and say only that they did, so they are left out. Empty where the seeds' rates have
-    no stretch in common.
-    """
-    curves = [
-        Curve.of({p.rate_per_gpu_s: p.attainment for p in one.points if p.attainment >= share})
-        for one in found
-        if any(point.attainment >= share for point in one.points)
-    ]
-    if len(curves) < len(found):
-        return [], []
-    low, high = max(curve.xs[0] for curve in curves), min(curve.xs[-1] for curve in curves)
-    if low >= high:
-        return [], []
-    rates = [low + (high - low) * i / (_GRID - 1) for i in range(_GRID)]
-    return rates, [fmean(curve.at(rate) for curve in curves) for rate in rates]

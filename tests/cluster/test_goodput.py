@@ -1,13 +1,19 @@
 """`baton goodput` on the command line, and its plot."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from cluster import goodput
 from cluster.cli import app
-from cluster.goodput import mean_curve
+from cluster.goodput_plot import draw_attainment
+from core.estimate import Estimate
+from simulator.attainment import LOADS, AttainmentCurve, Level
 from simulator.goodput import Found, Point, Standing, rank
 
 RUN = CliRunner()
@@ -23,7 +29,11 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, *searches: Found) -> None:
     def compare(*_: object, **__: object) -> list[Standing]:
         return rank(searches)
 
+    def no_curves(*given: object, **_: object) -> list[AttainmentCurve]:
+        return [AttainmentCurve(standing.system, ()) for standing in given[3]]  # type: ignore[attr-defined]
+
     monkeypatch.setattr(goodput, "compare", compare)
+    monkeypatch.setattr(goodput, "attainment_curves", no_curves)
 
 
 def test_goodput_compares_systems() -> None:
@@ -79,15 +89,61 @@ def test_an_interrupt_ends_the_search_with_a_line(monkeypatch: pytest.MonkeyPatc
     assert done.stderr == "interrupted: the search was given up, no rate is known\n"
 
 
-def test_the_curve_is_the_mean_of_the_seeds_over_rates_that_all_of_them_kept() -> None:
-    one = [Point(1, 1.0, 1.0), Point(2, 2.0, 0.98), Point(4, 4.0, 0.94), Point(8, 8.0, 0.899)]
-    other = [Point(1, 1.5, 1.0), Point(3, 3.0, 0.90), Point(5, 5.0, 0.899)]
-    rates, shares = mean_curve([Found("a", 0, 4.0, (*one,)), Found("a", 1, 3.0, (*other,))], 0.9)
-    assert (rates[0], rates[-1]) == (1.5, 3.0)
-    assert rates == sorted(set(rates))
-    assert shares[0] == pytest.approx((0.99 + 1.0) / 2)
-    assert shares[-1] == pytest.approx((0.96 + 0.90) / 2)
+def test_a_plot_has_the_curves_of_its_json_and_the_bar_counts_their_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[tuple[int, list[int]]] = []
+
+    @contextmanager
+    def bar(_: str, total: int) -> Iterator[object]:
+        bars.append((total, []))
+        yield bars[-1][1].append
+
+    monkeypatch.setattr(goodput, "bar", bar)
+    plot, names = tmp_path / "goodput.png", ["baton", "colocated-least-load"]
+    systems = [word for name in names for word in ("--system", name)]
+    done = RUN.invoke(app, [*ARGS, *systems, "--seeds", "2", "--json", "--plot", str(plot)])
+    assert done.exit_code == 0, done.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    for name in names:
+        found = json.loads(done.stdout)["goodput"][name]
+        rates = [level["requests_per_gpu_s"] for level in found["attainment"]]
+        assert rates == pytest.approx([load * found["requests_per_gpu_s"] for load in LOADS])
+        assert all(0 <= level["share"] <= 1 for level in found["attainment"])
+    total = 2 * 2 * (1 + len(LOADS))
+    assert bars == [(total, list(range(1, total + 1)))]
 
 
-def test_seeds_without_rates_in_common_have_no_curve() -> None:
-    assert mean_curve([found("a", 0, 4.0), found("a", 1, 3.0)], 0.9) == ([], [])
+def test_without_a_plot_there_are_no_runs_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(monkeypatch, found("baton", 0, 0.2))
+    monkeypatch.delattr(goodput, "attainment_curves")
+    done = RUN.invoke(app, [*ARGS, "--seeds", "1", "--json"])
+    assert json.loads(done.stdout)["goodput"]["baton"]["attainment"] == []
+
+
+def curve(name: str) -> AttainmentCurve:
+    shares = (1.0, 0.9, 0.4)
+    return AttainmentCurve(
+        name,
+        tuple(Level(8.0 * i, 1.0 * i, Estimate(s, 0.2), (s,)) for i, s in enumerate(shares, 1)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("closed", "loads", "label"),
+    [(False, [1, 2, 3], "requests/s per GPU"), (True, [8, 16, 24], "sessions open at once")],
+)
+def test_a_curve_is_drawn_over_its_load_below_the_share_too(
+    closed: bool, loads: list[float], label: str
+) -> None:
+    axes = Figure().add_subplot()
+    draw_attainment(axes, [curve("a")], rank([found("a", 0, 2.0)]), 0.9, closed=closed)
+    drawn, share, *_ = axes.get_lines()
+    assert drawn.get_xydata().tolist() == [
+        [x, y] for x, y in zip(loads, (1, 0.9, 0.4), strict=True)
+    ]
+    assert share.get_ydata() == [0.9, 0.9]
+    assert axes.get_xlabel() == label
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (min(heights), max(heights)) == (pytest.approx(0.2), 1.0)
