@@ -13,8 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from core.errors import ConfigError
+from engine.latency.shapes import LAYER_TYPES
 
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 ROPE_TYPES = frozenset({"default", "linear", "yarn", "llama3", "proportional"})
 """Frequencies are constants. "dynamic" and "longrope" choose them by the longest sequence of the
 batch, so a request's text would depend on its neighbours."""

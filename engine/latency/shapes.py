@@ -67,14 +67,21 @@ SHAPES = {
     for shape in (
         _dense("llama-3-8b", (32, 4096, 32, 8, 128, 14336, 128256)),
         _dense("llama-3-70b", (80, 8192, 64, 8, 128, 28672, 128256)),
+        _dense("llama-3.1-8b", (32, 4096, 32, 8, 128, 14336, 128256)),
+        _dense("llama-3.3-70b", (80, 8192, 64, 8, 128, 28672, 128256)),
+        _dense("llama2-70b", (80, 8192, 64, 8, 128, 28672, 32000)),
         _dense("qwen2.5-7b", (28, 3584, 28, 4, 128, 18944, 152064)),
         _dense("qwen2.5-14b", (48, 5120, 40, 8, 128, 13824, 152064)),
         _dense("qwen2.5-32b", (64, 5120, 40, 8, 128, 27648, 152064)),
         _dense("opt-13b", (40, 5120, 40, 40, 128, 20480, 50272), gated=False),
         _dense("opt-66b", (64, 9216, 72, 72, 128, 36864, 50272), gated=False),
+        _dense("bloom-176b", (70, 14336, 112, 112, 128, 57344, 250880), gated=False),
     )
 }
 """Known by name, from their published config.json."""
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+"""Layers that keep plain keys and values, as config.json names them."""
 
 
 def find_shape(model: str) -> ModelShape:
@@ -89,14 +96,24 @@ def find_shape(model: str) -> ModelShape:
     return read_shape(file)
 
 
+def published_shape(model: str) -> ModelShape | None:
+    """Of a name such as nvidia/Llama-3.1-8B-Instruct-FP8, where it is known."""
+    name = model.rpartition("/")[2].lower()
+    return SHAPES.get(name.removesuffix("-fp8").removesuffix("-instruct"))
+
+
 def read_shape(file: Path) -> ModelShape:
-    """From a Hugging Face config.json. Raises ConfigError naming the field that is missing."""
+    """From a Hugging Face config.json. Raises ConfigError naming the field that is missing, or what
+    the model keeps in place of keys and values.
+    """
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is no config.json: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{file} is no config.json: it holds no object")
+
+    _check_plain(file, fields)
 
     def number(*names: str, default: int | None = None) -> int:
         for name in names:
@@ -124,3 +141,18 @@ def read_shape(file: Path) -> ModelShape:
         top_k=number("num_experts_per_tok", default=2) if experts else 0,
         gated=fields.get("model_type") not in {"opt", "gpt2", "gpt_neox", "bloom", "falcon"},
     )
+
+
+def _check_plain(file: Path, fields: dict[str, object]) -> None:
+    """The engine refuses such models too; here their KV would have another size than is computed
+    from their heads.
+    """
+    kind = "latent_attention" if fields.get("kv_lora_rank") is not None else None
+    layers = fields.get("layer_types")
+    if kind is None and isinstance(layers, list):
+        kind = next((str(layer) for layer in layers if layer not in LAYER_TYPES), None)
+    if kind is not None:
+        raise ConfigError(
+            f"{file}: layers of {kind} keep no plain keys and values, so the size of the KV is not"
+            " known; choose a model whose layers are all plain K/V attention"
+        )

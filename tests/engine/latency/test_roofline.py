@@ -9,7 +9,7 @@ from core.errors import ConfigError
 from engine.latency.base import StepShape
 from engine.latency.devices import find_device
 from engine.latency.roofline import Efficiency, RooflineLatency
-from engine.latency.shapes import ModelShape, find_shape, read_shape
+from engine.latency.shapes import ModelShape, find_shape, published_shape, read_shape
 
 IDEAL = Efficiency(compute=1, attention_compute=1, memory=1, link=1, launch_s=0, hop_s=0, step_s=0)
 H100 = find_device("h100")
@@ -100,6 +100,35 @@ def test_a_config_without_a_needed_field_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
     with pytest.raises(ConfigError, match="has no num_attention_heads"):
         read_shape(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"kv_lora_rank": 512}, "latent_attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+    ],
+)
+def test_a_model_without_plain_keys_and_values_is_refused(
+    other: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(fields | other))
+    with pytest.raises(ConfigError, match=named):
+        read_shape(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("nvidia/Llama-3.3-70B-Instruct-FP8", "llama-3.3-70b"),
+        ("bloom-176b", "bloom-176b"),
+        ("my-llama-3-8b", None),
+    ],
+)
+def test_a_published_name_is_told_from_another(name: str, known: str | None) -> None:
+    shape = published_shape(name)
+    assert (shape.name if shape is not None else None) == known
 
 
 def test_an_unknown_model_or_device_names_the_known() -> None:
