@@ -25,7 +25,7 @@ from cluster.simulate import settings_of
 from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
 from simulator.attainment import LOADS, AttainmentCurve, Level, attainment_curves, kept_scale
-from simulator.build import Settings, build_spec, describe_workers
+from simulator.build import Settings, build_spec, describe_kv, describe_workers
 from simulator.goodput import Question, Standing, System, choose_systems, compare
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
@@ -57,7 +57,11 @@ def run_goodput(config: ClusterConfig, options: Options) -> None:
     asked = load_workload(question.trace, shaping).workload.requests
     standings, curves = _simulate(systems, settings, options)
     outputs = fmean(request.output_tokens for request in asked)
-    notes = [*_short_windows(standings, question, settings, outputs), *_bounds(standings)]
+    notes = [
+        *_short_windows(standings, question, settings, outputs),
+        *_bounds(standings),
+        *describe_kv(settings, asked),
+    ]
     if not options.only_json:
         _show(Console(), standings, question, settings, notes)
     if options.plot is not None:

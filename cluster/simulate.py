@@ -19,7 +19,7 @@ from cluster.long_work import bar, given_up
 from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
 from router.policies.base import Slo
-from simulator.build import Settings, build_spec, describe_workers
+from simulator.build import Settings, build_spec, describe_kv, describe_workers
 from simulator.cluster import Cluster, Outcome
 from simulator.spec import SimSpec
 from simulator.summary import SHARES, Summary, summarise
@@ -73,6 +73,7 @@ def run_simulate(config: ClusterConfig, options: Options) -> None:
     workload = loaded.workload
     settings = settings_of(config)
     spec = build_spec(settings, workload.block_size, options.seed)
+    notes = [*loaded.notes, *describe_kv(settings, workload.requests)]
     with (
         given_up("the run was given up, nothing is known"),
         bar("simulating", len(workload.requests)) as report,
@@ -83,13 +84,13 @@ def run_simulate(config: ClusterConfig, options: Options) -> None:
         console = Console()
         _show_run(console, spec, summary, outcome, workload.name)
         console.print(f"[dim]{describe_workers(settings)}[/]", highlight=False, soft_wrap=True)
-        for note in loaded.notes:
-            console.print(f"[dim]{note}[/]", highlight=False)
+        for note in notes:
+            console.print(f"[dim]{note}[/]", highlight=False, soft_wrap=True)
     if options.plot is not None:
         title = f"simulated: {workload.name} at {options.rate_scale:g}x its rate"
         print(draw_plot(options.plot, title, _run_panels(spec, outcome)), file=sys.stderr)
     result = _run_json(spec, summary, outcome, workload.name, options)
-    said = {"workers": describe_workers(settings), "notes": loaded.notes}
+    said = {"workers": describe_workers(settings), "notes": notes}
     print(json.dumps(result | said), flush=True)
 
 

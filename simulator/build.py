@@ -1,22 +1,21 @@
 """From settings to what is simulated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from core.errors import ConfigError
 from engine.config import EngineConfig
 from engine.latency.fitted import FittedLatency
-from engine.latency.shapes import SHAPES, find_shape
 from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.config import SimulatedPool, SimulationConfig
+from simulator.kv_size import kv_size, unread_notes
 from simulator.profiles.load import load_profile
 from simulator.profiles.types import Profile
 from simulator.spec import Cut, Failure, NetworkSpec, PoolRole, PoolSpec, SimSpec
 from simulator.worker import WorkerSpec
-
-_KV_TOKENS = 400_000
-_KV_BYTES_PER_TOKEN = 131_072
+from simulator.workload.types import SimRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +79,14 @@ def describe_workers(settings: Settings) -> str:
     return "steps of " + " and of ".join(dict.fromkeys(said))
 
 
+def describe_kv(settings: Settings, requests: Sequence[SimRequest]) -> list[str]:
+    """What the config leaves open about KV and memory, and what it says in vain."""
+    sim = settings.simulation
+    sizes = [kv_size(pool, sim, _profile(pool, sim)) for pool in _pools(settings)]
+    assumed = dict.fromkeys(note for size in sizes for note in size.notes)
+    return [*assumed, *unread_notes(settings.engine, sizes, requests)]
+
+
 def _pools(settings: Settings) -> tuple[SimulatedPool, ...]:
     return settings.simulation.pools or (
         SimulatedPool(name="prefill", role="prefill", workers=settings.prefill_workers),
@@ -90,10 +97,10 @@ def _pools(settings: Settings) -> tuple[SimulatedPool, ...]:
 def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
     sim = settings.simulation
     loaded = _profile(pool, sim)
-    tokens = pool.kv_tokens or sim.kv_tokens or (loaded and loaded.kv_tokens) or _KV_TOKENS
-    if tokens < block_size:
+    kv = kv_size(pool, sim, loaded)
+    if kv.tokens < block_size:
         raise ConfigError(
-            f"pool {pool.name}: {tokens} tokens of KV hold no block of {block_size} tokens,"
+            f"pool {pool.name}: {kv.tokens} tokens of KV hold no block of {block_size} tokens,"
             " the size of the trace's blocks; set simulation.kv_tokens"
         )
     return PoolSpec(
@@ -103,11 +110,11 @@ def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
         ready_s=pool.ready_s,
         worker=WorkerSpec(
             latency=loaded.latency if loaded else FittedLatency.of(settings.engine.timed),
-            kv_blocks=tokens // block_size,
+            kv_blocks=kv.tokens // block_size,
             block_size=block_size,
             step_tokens=pool.step_tokens or settings.engine.step_tokens,
             max_batch=settings.engine.max_batch,
-            kv_bytes_per_token=sim.kv_bytes_per_token or _kv_bytes_per_token(sim.model, loaded),
+            kv_bytes_per_token=kv.bytes_per_token,
             nic_bytes_per_s=sim.nic_gb_per_s * 1e9,
             gpus=pool.tensor_parallel or sim.tensor_parallel,
         ),
@@ -118,12 +125,6 @@ def _profile(pool: SimulatedPool, sim: SimulationConfig) -> Profile | None:
     """None where steps are those of engine.timed."""
     source, tp = pool.profile or sim.profile, pool.tensor_parallel or sim.tensor_parallel
     return load_profile(source, model=sim.model, tp=tp) if source is not None else None
-
-
-def _kv_bytes_per_token(model: str | None, loaded: Profile | None) -> int:
-    if model is None and loaded is not None and loaded.model in SHAPES:
-        model = loaded.model
-    return int(find_shape(model).kv_bytes_per_token) if model else _KV_BYTES_PER_TOKEN
 
 
 def _check(pools: tuple[SimulatedPool, ...], sim: SimulationConfig) -> None:

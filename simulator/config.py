@@ -55,10 +55,11 @@ class SimulationConfig(Settings):
     tensor_parallel: int = Field(1, ge=1)
     """GPUs of one worker."""
     kv_tokens: int | None = Field(None, ge=1)
-    """Tokens of KV that one worker holds; unset: what the profile says, else 400,000."""
+    """Tokens of KV that one worker holds; unset: what the profile says, or 0.9 of the memory of its
+    device leaves beside the weights; else 400,000, and a note says so."""
     kv_bytes_per_token: int | None = Field(None, ge=1)
     """KV of a token on all ranks of a worker; unset: the model's (simulation.model,
-    or that of the profile), else Llama-3-8B's 131,072."""
+    or that of the profile), else Llama-3-8B's 131,072, and a note says so."""
     nic_gb_per_s: float = Field(50.0, gt=0)
     """Each way, of one worker."""
     uplink_gb_per_s: float = Field(400.0, gt=0)

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from engine.latency.devices import find_device
+from engine.latency.devices import Device, find_device
 from engine.latency.roofline import RooflineLatency
-from engine.latency.shapes import SHAPES, ModelShape, find_shape
-from simulator.plan.memory import kv_capacity_tokens
+from engine.latency.shapes import ModelShape, find_shape, published_shape
 from simulator.profiles.fit import fit_latency
 from simulator.profiles.kernel_tables import read_aiconfigurator, read_llmservingsim
-from simulator.profiles.npz_curves import read_npz
+from simulator.profiles.memory import kv_room, named_device
+from simulator.profiles.npz_curves import npz_model, read_npz
 from simulator.profiles.own import read_own
 from simulator.profiles.published import DISTSERVE_KV_TOKENS, distserve_latency
 from simulator.profiles.splitwise import read_splitwise
@@ -30,7 +30,6 @@ from simulator.profiles.types import BadProfile, Measured, Profile
 
 Kind = Literal["table", "fitted"]
 
-_MEMORY_SHARE = 0.9
 STEP_OVERHEAD_S = 2e-3
 """What a step takes beside its kernels, where a profile holds kernels alone: DistServe's figure for
 its own engine (OSDI'24, its simulator).
@@ -44,9 +43,10 @@ def load_profile(
     BadProfile, one of another model too, or ConfigError for a model or device that is not known.
     """
     profile = _load(source, model, tp, kind)
-    if model is not None and profile.model in SHAPES:
+    known = published_shape(profile.model) if profile.model is not None else None
+    if model is not None and known is not None:
         shape = find_shape(model)
-        if replace(shape, name=profile.model) != SHAPES[profile.model]:
+        if replace(shape, name=known.name) != known:
             raise BadProfile(f"{source} is of {profile.model}, but the model is {shape.name}")
     return profile
 
@@ -54,15 +54,10 @@ def load_profile(
 def _load(source: str, model: str | None, tp: int, kind: Kind) -> Profile:
     scheme, _, rest = source.partition(":")
     if scheme == "roofline":
-        shape, device = _shape(source, model), find_device(rest)
-        latency = RooflineLatency(model=shape, device=device, tp=tp)
-        kv_tokens = kv_capacity_tokens(shape, device, tp, _MEMORY_SHARE)
-        if kv_tokens <= 0:
-            raise BadProfile(f"{shape.name} does not fit {device.name} at TP {tp}: raise it")
-        return Profile(name=source, tp=tp, latency=latency, kv_tokens=kv_tokens, model=shape.name)
+        return _roofline(source, find_device(rest), _shape(source, model), tp)
     if scheme == "distserve":
-        kv = DISTSERVE_KV_TOKENS.get(tp) if rest == "opt-13b" else None
         fit = distserve_latency(rest, tp)
+        kv = DISTSERVE_KV_TOKENS[tp] if rest == "opt-13b" else _room(rest, "a100-80gb", tp)
         return Profile(name=source, tp=tp, latency=fit, kv_tokens=kv, model=rest)
     path, _, part = source.partition("#")
     file = Path(path)
@@ -70,23 +65,39 @@ def _load(source: str, model: str | None, tp: int, kind: Kind) -> Profile:
         return _own(file, tp, kind)
     if file.suffix == ".npz":
         measured, kv_tokens = read_npz(file, tp)
-        return _of_steps(file.name.split("_prefill")[0], tp, measured, kv_tokens, kind)
+        steps = _of_steps(file.name.split("_prefill")[0], tp, measured, kv_tokens, kind)
+        return replace(steps, model=npz_model(file))
     if part:
         name, _, hardware = part.partition("/")
         measured = read_splitwise(file, name, hardware, tp)
-        return replace(_of_steps(part, tp, measured, None, kind), model=name)
+        kv = _room(name, hardware, tp)
+        return replace(_of_steps(part, tp, measured, kv, kind), model=name)
     if "-attention." in file.name:
         shape = _shape(source, model)
         table = read_llmservingsim(file, shape, overhead_s=STEP_OVERHEAD_S)
         name = file.name.split("-attention.")[0]
         return Profile(name=name, tp=tp, latency=table, model=shape.name)
     if file.with_name(f"{file.name}-gemm_perf.csv.gz").is_file():
-        shape = _shape(source, model)
-        table = read_aiconfigurator(file, shape, tp, overhead_s=STEP_OVERHEAD_S)
-        return Profile(name=f"{file.name} {shape.name}", tp=tp, latency=table, model=shape.name)
+        return _kernels(file, _shape(source, model), tp)
     raise BadProfile(
         f"{source!r} is no profile: neither a file of a known format nor roofline:DEVICE"
         " nor distserve:MODEL"
+    )
+
+
+def _roofline(source: str, device: Device, shape: ModelShape, tp: int) -> Profile:
+    latency, room = RooflineLatency(model=shape, device=device, tp=tp), kv_room(shape, device, tp)
+    return Profile(name=source, tp=tp, latency=latency, kv_tokens=room, model=shape.name)
+
+
+def _kernels(prefix: Path, shape: ModelShape, tp: int) -> Profile:
+    device = named_device(prefix.name)
+    return Profile(
+        name=f"{prefix.name} {shape.name}",
+        tp=tp,
+        latency=read_aiconfigurator(prefix, shape, tp, overhead_s=STEP_OVERHEAD_S),
+        kv_tokens=kv_room(shape, device, tp) if device is not None else None,
+        model=shape.name,
     )
 
 
@@ -107,3 +118,9 @@ def _shape(source: str, model: str | None) -> ModelShape:
     if model is None:
         raise BadProfile(f"{source} is of no one model: name the model, or give its folder")
     return find_shape(model)
+
+
+def _room(model: str, device_name: str, tp: int) -> int | None:
+    """None where the model or the device is not known."""
+    shape, device = published_shape(model), named_device(device_name)
+    return kv_room(shape, device, tp) if shape is not None and device is not None else None

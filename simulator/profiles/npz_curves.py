@@ -40,6 +40,12 @@ def read_npz(file: Path, tp: int) -> tuple[Measured, int]:
     return measured, int(decode["max_kv_tokens"][0])
 
 
+def npz_model(file: Path) -> str | None:
+    """As the file names it, if it does."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return str(arrays["model"].flat[0]) if "model" in arrays else None
+
+
 def _rows(file: Path, tp: int, names: tuple[str, ...]) -> dict[str, Row]:
     try:
         with np.load(file, allow_pickle=False) as arrays:

@@ -38,8 +38,9 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What a simulated worker needs. `kv_tokens` is the room for KV, where the file says so;
-    `measured` are whole steps, where it has such; `model` is whose steps they are, where told.
+    """What a simulated worker needs. `kv_tokens` is the room for KV, where the file says so or the
+    device is known; `measured` are whole steps, where it has such; `model` is whose steps they are,
+    where told.
     """
 
     name: str

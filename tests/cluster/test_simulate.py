@@ -11,6 +11,7 @@ from cluster.config_file import load_config
 from cluster.simulate import settings_of
 from simulator.build import build_spec
 from simulator.cluster import Cluster, Outcome
+from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, own_text
 
 RUN = CliRunner()
 TRACE = "poisson:rate=4,prompt=1000,output=20"
@@ -120,3 +121,27 @@ def test_what_was_skipped_of_a_trace_is_in_the_json_too(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["notes"] == ["1 x no prompt or no answer"]
     assert (result["requests"], result["rate_per_s"]) == (1, 0.0)
+
+
+def test_what_is_assumed_of_the_kv_is_in_the_table_and_the_json(tmp_path: Path) -> None:
+    own = OwnProfile(
+        model="unheard-of",
+        device="d",
+        prefill=tuple(PrefillRow(start=0, end=n, seconds=n / 1e4) for n in (100, 200, 400)),
+        decode=tuple(
+            DecodeRow(sequences=b, context_tokens=b * c, seconds=0.01 + b * c / 1e6)
+            for b in (1, 8)
+            for c in (100, 1000)
+        ),
+    )
+    (tmp_path / "own.json").write_text(own_text(own))
+    config = write(tmp_path, f"simulation: {{profile: {tmp_path / 'own.json'}}}")
+    args = ["simulate", "--config", config, "--trace", TRACE, "--requests", "9"]
+    done = RUN.invoke(app, [*args, "--plot", str(tmp_path / "run.png")])
+    notes = json.loads(done.stdout.splitlines()[-1])["notes"]
+    assert [word for note in notes for word in note.split() if word.startswith("simulation.")] == [
+        "simulation.kv_tokens",
+        "simulation.kv_bytes_per_token,",
+        "simulation.model",
+    ]
+    assert all(note in done.stdout.splitlines() for note in notes)

@@ -1,6 +1,7 @@
 """Every format of profile, from a small file of its kind."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -228,3 +229,43 @@ def test_a_profile_of_another_model_is_refused() -> None:
     with pytest.raises(BadProfile, match=r"distserve:opt-13b is of opt-13b, but .* llama-3-8b"):
         load_profile("distserve:opt-13b", model="llama-3-8b")
     assert load_profile("distserve:opt-13b", model="opt-13b", tp=2).kv_tokens == 163_008
+
+
+def test_opt_66b_has_the_room_that_its_weights_leave_on_the_device_it_was_measured_on() -> None:
+    assert 8_000 < (load_profile("distserve:opt-66b", tp=2).kv_tokens or 0) < 12_000
+
+
+def test_kernels_of_a_known_device_leave_room_or_refuse_the_model(tmp_path: Path) -> None:
+    write_kernels(tmp_path / "gpu")
+    for file in list(tmp_path.iterdir()):
+        file.rename(file.with_name(file.name.replace("gpu-", "h100_sxm-")))
+    config = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 1000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    profile = load_profile(str(tmp_path / "h100_sxm"), model=str(tmp_path), tp=2)
+    kv_bytes_of_a_rank = 2 * 2 * 1 * 16 * 2
+    assert profile.kv_tokens == pytest.approx(0.9 * 80 * 2**30 / kv_bytes_of_a_rank, rel=0.01)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4_000_000}))
+    with pytest.raises(BadProfile, match="does not fit h100 at TP 2"):
+        load_profile(str(tmp_path / "h100_sxm"), model=str(tmp_path), tp=2)
+
+
+def test_a_measured_model_on_a_known_device_has_the_room_that_its_weights_leave(
+    tmp_path: Path,
+) -> None:
+    named = SPLITWISE.replace("m,gpu", "bloom-176b,h100-80gb-pcap")
+    profile = load_profile(
+        f"{zipped(tmp_path / 'p.csv.gz', named)}#bloom-176b/h100-80gb-pcap", tp=8
+    )
+    assert profile.model == "bloom-176b"
+    assert 60_000 < (profile.kv_tokens or 0) < 70_000
+
+
+def test_dynamos_curves_name_their_model(tmp_path: Path) -> None:
+    file = write_npz(tmp_path)
+    assert load_profile(str(file), tp=2).model is None
+    with np.load(file) as arrays:
+        np.savez(file, model=np.array([["nvidia/Llama-3.1-8B-Instruct-FP8"]] * 2), **arrays)
+    assert load_profile(str(file), tp=2).model == "nvidia/Llama-3.1-8B-Instruct-FP8"
+    with pytest.raises(BadProfile, match=r"is of nvidia/Llama.*, but the model is llama-3-70b"):
+        load_profile(str(file), model="llama-3-70b", tp=2)
