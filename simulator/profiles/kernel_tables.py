@@ -6,9 +6,6 @@ between neighbours; norms and sampling are not in it. Neither has what an engine
 kernels, so the sum is a lower bound, and `overhead_s` of a step is the caller's to add.
 """
 
-import csv
-import gzip
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from typing import TypeVar
 from engine.latency.curve import Curve, Grid
 from engine.latency.shapes import ModelShape
 from engine.latency.table import TableLatency
+from simulator.profiles.rows import Row, read_rows
 from simulator.profiles.tables import beyond, prefill_grid
 from simulator.profiles.types import BadProfile
 
@@ -35,21 +33,7 @@ _TOKENS = (
     *(8192, 16384, 32768),
 )
 
-Row = Mapping[str, str]
 T = TypeVar("T")
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, gzipped or not. Raises BadProfile."""
-    try:
-        raw = file.read_bytes()
-        text = gzip.decompress(raw) if file.suffix == ".gz" else raw
-        rows = list(csv.DictReader(io.StringIO(text.decode())))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise BadProfile(f"cannot read {file}: {error}") from error
-    if not rows:
-        raise BadProfile(f"{file} holds no rows")
-    return rows
 
 
 # -- LLMServingSim ------------------------------------------------------------------------------
@@ -61,14 +45,14 @@ def read_llmservingsim(file: Path, shape: ModelShape, *, overhead_s: float = 0.0
     Beyond the longest step measured, products grow in proportion.
     """
 
-    def beside(kind: str) -> list[dict[str, str]]:
+    def beside(kind: str) -> list[Row]:
         return read_rows(file.with_name(file.name.replace("-attention.", f"-{kind}.")))
 
     prefill: dict[tuple[int, int], float] = {}
     decode: dict[tuple[int, int], float] = {}
     for row in read_rows(file):
         chunk, history, batch, context, time_us = (
-            float(row[name])
+            row.number(name)
             for name in ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
         )
         seconds = shape.layers * time_us / 1e6
@@ -76,6 +60,8 @@ def read_llmservingsim(file: Path, shape: ModelShape, *, overhead_s: float = 0.0
             prefill[int(chunk), int(history)] = seconds
         elif not chunk:
             decode[int(batch), int(context)] = seconds
+    if not prefill or not decode:
+        raise BadProfile(f"{file} has no steps that only compute prompts, or none that only decode")
     layers = _curves(beside("dense"), "layer", "tokens")
     tokens = sorted({int(x) for curve in layers.values() for x in curve.xs})
     dense = {n: _dense_s(layers, shape, n) + overhead_s for n in tokens}
@@ -100,7 +86,7 @@ def _dense_s(layers: Mapping[str, Curve], shape: ModelShape, tokens: int) -> flo
 def _curves(rows: Iterable[Row], name: str, x: str) -> dict[str, Curve]:
     points = defaultdict[str, dict[int, float]](dict)
     for row in rows:
-        points[row[name]][int(row[x])] = float(row["time_us"]) / 1e6
+        points[row.text(name)][row.whole(x)] = row.number("time_us") / 1e6
     return {layer: Curve.of(values) for layer, values in points.items()}
 
 
@@ -168,7 +154,7 @@ def read_aiconfigurator(
 
 
 def _read_kernels(prefix: Path, head_dim: int, tp: int) -> _Kernels:
-    def rows(kind: str, wanted: Callable[[Row], bool]) -> list[dict[str, str]]:
+    def rows(kind: str, wanted: Callable[[Row], bool]) -> list[Row]:
         file = prefix.with_name(f"{prefix.name}-{kind}_perf.csv.gz")
         found = [row for row in read_rows(file) if wanted(row)]
         if not found:
@@ -177,28 +163,30 @@ def _read_kernels(prefix: Path, head_dim: int, tp: int) -> _Kernels:
 
     def attention(row: Row) -> bool:
         return (
-            int(row["head_dim"]) == head_dim
-            and row["kv_cache_dtype"] == row["attn_dtype"] == "bfloat16"
-            and int(row.get("window_size") or 0) == 0
+            row.whole("head_dim") == head_dim
+            and row.text("kv_cache_dtype") == row.text("attn_dtype") == "bfloat16"
+            and not (row.cells.get("window_size") and row.whole("window_size"))
         )
 
     gemm = defaultdict[tuple[int, int], dict[int, float]](dict)
-    for row in rows("gemm", lambda row: row["gemm_dtype"] == "bfloat16"):
-        gemm[int(row["n"]), int(row["k"])][int(row["m"])] = float(row["latency"]) / 1e3
+    for row in rows("gemm", lambda row: row.text("gemm_dtype") == "bfloat16"):
+        gemm[row.whole("n"), row.whole("k")][row.whole("m")] = row.number("latency") / 1e3
     context = defaultdict[tuple[int, int], dict[int, float]](dict)
-    for row in rows("context_attention", lambda row: attention(row) and row["batch_size"] == "1"):
-        heads = int(row["num_heads"]), int(row["num_key_value_heads"])
-        context[heads][int(row["isl"])] = float(row["latency"]) / 1e3
+    for row in rows(
+        "context_attention", lambda row: attention(row) and row.text("batch_size") == "1"
+    ):
+        heads = row.whole("num_heads"), row.whole("num_key_value_heads")
+        context[heads][row.whole("isl")] = row.number("latency") / 1e3
     generation = defaultdict[tuple[int, int], dict[tuple[int, int], float]](dict)
     for row in rows("generation_attention", attention):
-        heads = int(row["num_heads"]), int(row["num_key_value_heads"])
-        place = int(row["batch_size"]), int(row["step"]) + int(row["isl"])
-        generation[heads][place] = float(row["latency"]) / 1e3
+        heads = row.whole("num_heads"), row.whole("num_key_value_heads")
+        place = row.whole("batch_size"), row.whole("step") + row.whole("isl")
+        generation[heads][place] = row.number("latency") / 1e3
     reduce = {0: 0.0}
     if tp > 1:
-        for row in rows("custom_allreduce", lambda row: row["num_gpus"] == str(tp)):
-            if row["backend"].endswith("graph"):
-                reduce[int(row["message_size"])] = float(row["latency"]) / 1e3
+        for row in rows("custom_allreduce", lambda row: row.text("num_gpus") == str(tp)):
+            if row.text("backend").endswith("graph"):
+                reduce[row.whole("message_size")] = row.number("latency") / 1e3
     return _Kernels(
         gemm={key: Curve.of(points) for key, points in gemm.items()},
         context={key: Curve.of(points) for key, points in context.items()},

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from engine.latency.base import LatencyModel
 from engine.latency.devices import Device, find_device
 from engine.latency.roofline import RooflineLatency
 from engine.latency.shapes import ModelShape, find_shape, published_shape
@@ -64,14 +65,18 @@ def _load(source: str, model: str | None, tp: int, kind: Kind) -> Profile:
     if file.suffix == ".json":
         return _own(file, tp, kind)
     if file.suffix == ".npz":
-        measured, kv_tokens = read_npz(file, tp)
-        steps = _of_steps(file.name.split("_prefill")[0], tp, measured, kv_tokens, kind)
-        return replace(steps, model=npz_model(file))
+        return _npz(file, tp, kind)
     if part:
         name, _, hardware = part.partition("/")
         measured = read_splitwise(file, name, hardware, tp)
-        kv = _room(name, hardware, tp)
-        return replace(_of_steps(part, tp, measured, kv, kind), model=name)
+        return Profile(
+            name=part,
+            tp=tp,
+            latency=_latency(file, measured, kind),
+            kv_tokens=_room(name, hardware, tp),
+            measured=measured,
+            model=name,
+        )
     if "-attention." in file.name:
         shape = _shape(source, model)
         table = read_llmservingsim(file, shape, overhead_s=STEP_OVERHEAD_S)
@@ -105,13 +110,33 @@ def _own(file: Path, tp: int, kind: Kind) -> Profile:
     own = read_own(file)
     if own.tp != tp:
         raise BadProfile(f"{file} was measured with tensor parallel degree {own.tp}, not {tp}")
-    name = f"{own.model} on {own.device}"
-    return replace(_of_steps(name, tp, own.measured, own.kv_tokens, kind), model=own.model)
+    return Profile(
+        name=f"{own.model} on {own.device}",
+        tp=tp,
+        latency=_latency(file, own.measured, kind),
+        kv_tokens=own.kv_tokens,
+        measured=own.measured,
+        model=own.model,
+    )
 
 
-def _of_steps(name: str, tp: int, measured: Measured, kv_tokens: int | None, kind: Kind) -> Profile:
-    latency = table_of(measured) if kind == "table" else fit_latency(measured)
-    return Profile(name=name, tp=tp, latency=latency, kv_tokens=kv_tokens, measured=measured)
+def _npz(file: Path, tp: int, kind: Kind) -> Profile:
+    measured, kv_tokens = read_npz(file, tp)
+    return Profile(
+        name=file.name.split("_prefill")[0],
+        tp=tp,
+        latency=_latency(file, measured, kind),
+        kv_tokens=kv_tokens,
+        measured=measured,
+        model=npz_model(file),
+    )
+
+
+def _latency(file: Path, measured: Measured, kind: Kind) -> LatencyModel:
+    try:
+        return table_of(measured) if kind == "table" else fit_latency(measured)
+    except BadProfile as error:
+        raise BadProfile(f"{file}: {error.message}") from error
 
 
 def _shape(source: str, model: str | None) -> ModelShape:

@@ -5,7 +5,9 @@ to a share by sequences of one context; how many really ran follows from the thr
 law), as a full engine runs fewer than were sent.
 """
 
+import zlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -47,12 +49,21 @@ def npz_model(file: Path) -> str | None:
 
 
 def _rows(file: Path, tp: int, names: tuple[str, ...]) -> dict[str, Row]:
+    """Of the degree `tp`; all that is measured has one length."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             degrees = [int(value) for value in arrays["tp"].ravel()]
             if tp not in degrees:
                 raise BadProfile(f"{file} has no tensor parallel degree {tp}, only {degrees}")
             place = degrees.index(tp)
-            return {name: np.asarray(arrays[name][place], dtype=np.float64) for name in names}
-    except (OSError, KeyError, ValueError) as error:
+            rows = {n: np.asarray(arrays[n][place], dtype=np.float64).ravel() for n in names}
+    except (OSError, EOFError, BadZipFile, zlib.error, LookupError, ValueError) as error:
         raise BadProfile(f"{file} is no profile of Dynamo's planner: {error}") from error
+    for name, row in rows.items():
+        bad = np.flatnonzero(~(np.isfinite(row) & (row > 0)))
+        if bad.size or not row.size:
+            at = f"at {int(bad[0])} of the row of degree {tp}" if bad.size else "at all"
+            raise BadProfile(f"{file}: {name} has no number above 0 {at}")
+    if len({row.size for name, row in rows.items() if name != "max_kv_tokens"}) > 1:
+        raise BadProfile(f"{file}: {', '.join(names)} differ in length at degree {tp}")
+    return rows

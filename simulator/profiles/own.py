@@ -6,8 +6,10 @@
 """
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from core.config import Settings
 from simulator.profiles.types import BadProfile, DecodePoint, Measured, PrefillPoint
@@ -21,6 +23,12 @@ class PrefillRow(Settings):
     start: int = Field(ge=0)
     end: int = Field(ge=1)
     seconds: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _begins_before_it_ends(self) -> Self:
+        if self.start >= self.end:
+            raise PydanticCustomError("no_tokens", "a step must end behind its start")
+        return self
 
 
 class DecodeRow(Settings):

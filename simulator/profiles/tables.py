@@ -14,7 +14,7 @@ from engine.latency.curve import Curve, Grid
 from engine.latency.fitted import DecodeCurve, FittedLatency
 from engine.latency.table import TableLatency
 from simulator.profiles.fit import fit_decode, fit_prefill
-from simulator.profiles.types import DecodePoint, Measured, PrefillPoint
+from simulator.profiles.types import BadProfile, DecodePoint, Measured, PrefillPoint
 
 _LONGEST = 1 << 18
 _CHUNKS = (1, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
@@ -50,6 +50,8 @@ def _base_s(points: Sequence[PrefillPoint]) -> float:
 def _whole_prompts(points: Sequence[PrefillPoint]) -> Curve:
     """T(n) of the points without a history, and beyond them the fit's growth."""
     whole = {point.end: point.seconds for point in points if point.start == 0}
+    if not whole:
+        raise BadProfile("no prefill step begins at 0, so nothing is known of whole prompts")
     longest = max(whole)
     fitted = FittedLatency(prefill=fit_prefill(points), decode=(DecodeCurve(),))
 

@@ -1,6 +1,7 @@
 """A trace as it was recorded, and the lines of the file that holds it."""
 
 import gzip
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def read_lines(file: Path) -> Iterator[Line]:
         ) as stream:
             for number, text in enumerate(stream, start=1):
                 yield Line(file, number, text.rstrip("\r\n"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadTrace(f"cannot read {file}: {error}") from error
 
 

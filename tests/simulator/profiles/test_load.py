@@ -269,3 +269,77 @@ def test_dynamos_curves_name_their_model(tmp_path: Path) -> None:
     assert load_profile(str(file), tp=2).model == "nvidia/Llama-3.1-8B-Instruct-FP8"
     with pytest.raises(BadProfile, match=r"is of nvidia/Llama.*, but the model is llama-3-70b"):
         load_profile(str(file), model="llama-3-70b", tp=2)
+
+
+def test_steps_that_all_begin_within_a_prompt_make_no_table(tmp_path: Path) -> None:
+    later = tuple(row.model_copy(update={"start": 50}) for row in OWN.prefill)
+    (tmp_path / "p.json").write_text(own_text(OWN.model_copy(update={"prefill": later})))
+    with pytest.raises(BadProfile, match=r"p\.json: no prefill step begins at 0"):
+        load_profile(str(tmp_path / "p.json"), tp=2)
+
+
+def test_a_step_that_ends_before_it_begins_is_named(tmp_path: Path) -> None:
+    text = OWN.model_dump_json().replace('"start":0,"end":200', '"start":300,"end":200')
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(BadProfile, match=r"prefill\.1: a step must end behind its start"):
+        load_profile(str(tmp_path / "p.json"), tp=2)
+
+
+@pytest.mark.parametrize("ending", ["prefill", "decode"])
+def test_a_cut_npz_file_is_named(ending: str, tmp_path: Path) -> None:
+    source = write_npz(tmp_path)
+    file = tmp_path / f"x_{ending}.npz"
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(BadProfile, match=f"x_{ending}.npz is no profile of Dynamo's planner"):
+        load_profile(str(source), tp=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("z_itl", [[5.0, 10, float("nan"), 20]] * 2, "z_itl has no number above 0 at 2"),
+        ("z_itl", [[5.0, 10]] * 2, "differ in length at degree 2"),
+        ("z_itl", [[5.0, 10, 6, 20]], "is no profile of Dynamo's planner"),
+    ],
+)
+def test_an_npz_value_that_is_no_time_is_named(
+    name: str, values: list[list[float]], message: str, tmp_path: Path
+) -> None:
+    source, file = write_npz(tmp_path), tmp_path / "x_decode.npz"
+    with np.load(file) as arrays:
+        np.savez(file, **{**arrays, name: np.array(values)})
+    with pytest.raises(BadProfile, match=message):
+        load_profile(str(source), tp=2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch_size", "batch", "line 2: there is no batch_size"),
+        ("m,gpu,2048", "m,gpu,abc", "line 4: prompt_size is 'abc', which is no number"),
+        ("m,gpu,2048", "m,gpu,nan", "line 4: prompt_size is nan"),
+        ("m,gpu,2048,1", "m,gpu,2048,0", "line 4: batch_size is 0, but should be 1 or more"),
+    ],
+)
+def test_a_broken_row_of_splitwise_is_named(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    file = zipped(tmp_path / "perf_model.csv.gz", SPLITWISE.replace(old, new))
+    with pytest.raises(BadProfile, match=rf"perf_model\.csv\.gz, {message}"):
+        load_profile(f"{file}#m/gpu", tp=8)
+
+
+def test_a_column_that_llmservingsim_needs_is_named(tmp_path: Path) -> None:
+    file = zipped(tmp_path / "g-attention.csv.gz", "prefill_chunk,kv_prefill\n16,0\n")
+    with pytest.raises(BadProfile, match=r"g-attention\.csv\.gz, line 2: there is no n_decode"):
+        load_profile(str(file), model="llama-3-8b")
+
+
+def test_kernels_in_a_damaged_gzip_file_are_named(tmp_path: Path) -> None:
+    write_kernels(tmp_path / "gpu")
+    file = tmp_path / "gpu-gemm_perf.csv.gz"
+    raw = bytearray(file.read_bytes())
+    raw[12:40] = b"\xff" * 28
+    file.write_bytes(raw)
+    with pytest.raises(BadProfile, match=r"cannot read .*gpu-gemm_perf\.csv\.gz"):
+        load_profile(str(tmp_path / "gpu"), model="llama-3-8b")

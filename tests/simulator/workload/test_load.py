@@ -315,3 +315,12 @@ def test_copies_of_sessions_share_only_what_sessions_share(tmp_path: Path) -> No
     here, copy = found["0.0"][0].hashes, found["0.1"][0].hashes
     assert here[0] == copy[0] == found["1.0"][0].hashes[0]
     assert here[1] != copy[1]
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    raw = bytearray(gzip.compress(bytes(i * i % 251 for i in range(3000))))
+    raw[12:40] = b"\xff" * 28
+    file = tmp_path / "t.jsonl.gz"
+    file.write_bytes(raw)
+    with pytest.raises(BadTrace, match=r"cannot read .*t\.jsonl\.gz"):
+        load_workload(str(file))
