@@ -285,6 +285,9 @@ def profile(
     decode_workers: Annotated[int, typer.Option(help="That share a batch.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="What the workers run on, for the file.")] = "unknown",
     tp: Annotated[int, typer.Option(help="Tensor parallel degree, for the file.", min=1)] = 1,
+    block_size: Annotated[
+        int, typer.Option(help="engine.block_size of the cluster, for the room of its KV.", min=1)
+    ] = 16,
     vocab: Annotated[int, typer.Option(help="Token ids below this are sent.", min=2)] = 256,
     timeout_s: Annotated[float, typer.Option(help="For one answer.", min=1)] = 120.0,
     as_json: JsonOption = False,
@@ -307,6 +310,7 @@ def profile(
             decode_workers=decode_workers,
             device=device,
             tp=tp,
+            block_size=block_size,
             vocab=vocab,
             timeout_s=timeout_s,
             only_json=as_json,

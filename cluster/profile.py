@@ -17,10 +17,18 @@ from statistics import median
 
 from rich.progress import Progress
 
-from cluster.long_work import check_writable, write_result
-from cluster.profile_client import Answer, Endpoint, complete, parse_url, served_model
-from core.errors import ConfigError
-from simulator.profiles.fit import fit_latency
+from cluster.failures import first_error
+from cluster.long_work import check_writable, given_up, write_result
+from cluster.profile_client import (
+    Answer,
+    Endpoint,
+    complete,
+    kv_blocks,
+    parse_url,
+    served_model,
+)
+from core.errors import ConfigError, InvalidRequest
+from simulator.profiles.fit import LEAST_STEPS, fit_latency
 from simulator.profiles.own import DecodeRow, OwnProfile, PrefillRow, own_text
 
 _LEAST_GAPS = 3
@@ -41,15 +49,21 @@ class ProfileOptions:
     decode_workers: int
     device: str
     tp: int
+    block_size: int
+    """Tokens of a KV block; the router tells how many blocks a worker has."""
     vocab: int
     timeout_s: float
     only_json: bool
 
 
 def run_profile(options: ProfileOptions) -> None:
-    """Measure, print what was found, the JSON object last, and write the file."""
+    """Measure, write the file, and print what was found, the JSON object last."""
     check_writable(options.out, "--out")
-    profile = asyncio.run(_measure(options))
+    _check_enough(options)
+    with given_up("the measuring was given up, no profile is written"):
+        profile = asyncio.run(_measure(options))
+    write_result(options.out, own_text(profile), "--out")
+    print(f"wrote {options.out}", file=sys.stderr)
     fitted = fit_latency(profile.measured)
     prefill, (decode,) = fitted.prefill, fitted.decode
     if not options.only_json:
@@ -57,12 +71,14 @@ def run_profile(options: ProfileOptions) -> None:
             f"prefill {prefill.base_s * 1e3:.3g} ms + {prefill.per_token_s * 1e3:.3g} ms a token"
             f" + {prefill.per_pair_s * 1e3:.3g} ms a pair\n"
             f"decode {decode.base_s * 1e3:.3g} ms + {decode.per_sequence_s * 1e3:.3g} ms a sequence"
-            f" + {decode.per_context_token_s * 1e3:.3g} ms a token of context"
+            f" + {decode.per_context_token_s * 1e3:.3g} ms a token of context\n"
+            f"KV of a worker: {_room(profile)}"
         )
     print(
         json.dumps(
             {
                 "file": str(options.out),
+                "kv_tokens": profile.kv_tokens,
                 "prefill_base_s": prefill.base_s,
                 "prefill_per_token_s": prefill.per_token_s,
                 "prefill_per_pair_s": prefill.per_pair_s,
@@ -72,8 +88,26 @@ def run_profile(options: ProfileOptions) -> None:
             }
         )
     )
-    write_result(options.out, own_text(profile), "--out")
-    print(f"wrote {options.out}", file=sys.stderr)
+
+
+def _room(profile: OwnProfile) -> str:
+    if profile.kv_tokens is None:
+        return "not told by the server; set simulation.kv_tokens"
+    return f"{profile.kv_tokens} tokens"
+
+
+def _check_enough(options: ProfileOptions) -> None:
+    """A profile of fewer steps would be refused by whoever reads it, when all is measured."""
+    if len(set(options.prompts)) < LEAST_STEPS:
+        raise InvalidRequest(
+            f"--prompt: a profile needs {LEAST_STEPS} different lengths at least, for the base, the"
+            " cost of a token and that of attention"
+        )
+    if len(set(options.batches)) * len(set(options.contexts)) < LEAST_STEPS:
+        raise InvalidRequest(
+            f"--batch, --context: a profile needs {LEAST_STEPS} pairs of them at least, such as"
+            " --batch 1 --batch 8 --context 128 --context 1024"
+        )
 
 
 async def _measure(options: ProfileOptions) -> OwnProfile:
@@ -100,10 +134,12 @@ async def _measure(options: ProfileOptions) -> OwnProfile:
             for context in options.contexts:
                 decode.append(await _decode(options, endpoint, prompt, batch, context))
                 bar.advance(task)
+    blocks = await kv_blocks(endpoint, options.timeout_s)
     return OwnProfile(
         model=endpoint.model,
         device=options.device,
         tp=options.tp,
+        kv_tokens=None if blocks is None else blocks * options.block_size,
         prefill=tuple(prefill),
         decode=tuple(decode),
     )
@@ -119,11 +155,16 @@ async def _decode(
     """Longer answers while prompts come so slowly that the first answers end before the last."""
     tokens = options.answer_tokens
     while True:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(complete(endpoint, prompt(context), tokens, options.timeout_s))
-                for _ in range(batch * options.decode_workers)
-            ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(
+                        complete(endpoint, prompt(context), tokens, options.timeout_s)
+                    )
+                    for _ in range(batch * options.decode_workers)
+                ]
+        except ExceptionGroup as group_error:
+            raise first_error(group_error) from group_error
         try:
             return decode_row(batch, context, [task.result() for task in tasks])
         except ConfigError:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -48,17 +49,29 @@ def parse_url(url: str) -> tuple[str, int]:
 
 async def served_model(host: str, port: int, timeout_s: float) -> str:
     """The first model of /v1/models. Raises Unavailable when nobody answers."""
-    request = f"GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
     try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, port)
-            writer.write(request.encode())
-            raw = await reader.read()
-            writer.close()
-        body = json.loads(raw.partition(b"\r\n\r\n")[2])
-        return str(body["data"][0]["id"])
-    except (OSError, TimeoutError, ValueError, KeyError, IndexError) as error:
+        models = await _get(host, port, "/v1/models", timeout_s)
+        return str(json.loads(models)["data"][0]["id"])
+    except (OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
         raise Unavailable(f"no router answers at {host}:{port}: {error!r}") from error
+
+
+async def kv_blocks(endpoint: Endpoint, timeout_s: float) -> int | None:
+    """The KV blocks of a decode worker, of the smallest one; None where the server does not say."""
+    try:
+        body = await _get(endpoint.host, endpoint.port, "/control/workers", timeout_s)
+        totals = [int(w["total_blocks"]) for w in json.loads(body) if w["role"] == "decode"]
+    except (OSError, TimeoutError, ValueError, LookupError, TypeError):
+        return None
+    return min((total for total in totals if total > 0), default=None)
+
+
+async def _get(host: str, port: int, path: str, timeout_s: float) -> bytes:
+    request = f"GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
+    async with asyncio.timeout(timeout_s), _connection(host, port) as (reader, writer):
+        writer.write(request.encode())
+        raw = await reader.read()
+    return raw.partition(b"\r\n\r\n")[2]
 
 
 async def complete(
@@ -72,17 +85,29 @@ async def complete(
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     try:
-        async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
+        async with (
+            asyncio.timeout(timeout_s),
+            _connection(endpoint.host, endpoint.port) as (reader, writer),
+        ):
             asked_at_s = time.monotonic()
             writer.write(head.encode() + body)
             times = await _read_events(reader)
-            writer.close()
     except (OSError, TimeoutError) as error:
         raise Unavailable(f"the router did not answer a prompt: {error!r}") from error
     if not times:
         raise Unavailable("the router sent an answer without tokens")
     return Answer(asked_at_s, tuple(times[:tokens]))
+
+
+@asynccontextmanager
+async def _connection(
+    host: str, port: int
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
 
 
 async def _read_events(reader: asyncio.StreamReader) -> list[float]:

@@ -13,6 +13,9 @@ import numpy.typing as npt
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from simulator.profiles.types import BadProfile, DecodePoint, Measured, PrefillPoint
 
+LEAST_STEPS = 3
+"""Of each phase: so many coefficients it has."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -25,8 +28,8 @@ def fit_latency(measured: Measured) -> FittedLatency:
 
 def fit_prefill(points: Sequence[PrefillPoint]) -> PrefillCurve:
     """a + b * tokens + h * pairs."""
-    if len(points) < 3:
-        raise BadProfile(f"{len(points)} prefill steps are too few for 3 coefficients")
+    if len(points) < LEAST_STEPS:
+        raise BadProfile(f"{len(points)} prefill steps are too few for {LEAST_STEPS} coefficients")
     features = [
         (1.0, point.end - point.start, (point.end - point.start) * (point.start + point.end) / 2)
         for point in points
@@ -37,8 +40,8 @@ def fit_prefill(points: Sequence[PrefillPoint]) -> PrefillCurve:
 
 def fit_decode(points: Sequence[DecodePoint]) -> DecodeCurve:
     """a + b * sequences + c * context tokens."""
-    if len(points) < 3:
-        raise BadProfile(f"{len(points)} decode steps are too few for 3 coefficients")
+    if len(points) < LEAST_STEPS:
+        raise BadProfile(f"{len(points)} decode steps are too few for {LEAST_STEPS} coefficients")
     features = [(1.0, point.sequences, point.context_tokens) for point in points]
     base, sequence, context = solve(features, [point.seconds for point in points])
     return DecodeCurve(base_s=base, per_sequence_s=sequence, per_context_token_s=context)
