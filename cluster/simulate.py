@@ -18,6 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.long_work import bar, given_up
 from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
+from core.estimate import percentile
 from router.policies.base import Slo
 from simulator.build import Settings, build_spec, describe_kv, describe_workers
 from simulator.cluster import Cluster, Outcome
@@ -87,7 +88,10 @@ def run_simulate(config: ClusterConfig, options: Options) -> None:
         for note in notes:
             console.print(f"[dim]{note}[/]", highlight=False, soft_wrap=True)
     if options.plot is not None:
-        title = f"simulated: {workload.name} at {options.rate_scale:g}x its rate"
+        title = (
+            f"simulated: {workload.name} at {options.rate_scale:g}x its rate;"
+            f" latencies {_of_served(summary)}"
+        )
         print(draw_plot(options.plot, title, _run_panels(spec, outcome)), file=sys.stderr)
     result = _run_json(spec, summary, outcome, workload.name, options)
     said = {"workers": describe_workers(settings), "notes": notes}
@@ -105,7 +109,10 @@ def _show_run(
         highlight=False,
         soft_wrap=True,
     )
-    latencies = new_table(("simulated",), [f"p{share * 100:g}" for share in SHARES] + ["kept"])
+    console.print(f"latencies {_of_served(summary)}", highlight=False)
+    latencies = new_table(
+        ("simulated",), [f"p{share * 100:g}" for share in SHARES] + ["kept, of all"]
+    )
     for name, values, kept, scale in (
         ("TTFT (s)", summary.ttft_s, summary.ttft_attainment, 1.0),
         ("TPOT (ms)", summary.tpot_s, summary.tpot_attainment, 1e3),
@@ -132,6 +139,15 @@ def _show_run(
     print_table(console, totals)
 
 
+def _of_served(summary: Summary) -> str:
+    """Whose latencies are shown: who was not served has none."""
+    counts = dict(summary.outcomes)
+    served = f"of {counts.pop('ok', 0)} served"
+    return ", ".join(
+        [served, *(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items()))]
+    )
+
+
 def _run_json(
     spec: SimSpec, summary: Summary, outcome: Outcome, trace: str, options: Options
 ) -> dict[str, object]:
@@ -142,6 +158,7 @@ def _run_json(
         "rate_scale": options.rate_scale,
         "seed": options.seed,
         "gpus": spec.gpus,
+        "latencies": _of_served(summary),
         "ttft_s": dict(zip(names, summary.ttft_s, strict=False)),
         "tpot_s": dict(zip(names, summary.tpot_s, strict=False)),
         "transfer_s": dict(zip(names, summary.transfer_s, strict=False)),
@@ -152,16 +169,16 @@ def _run_json(
 
 
 def _run_panels(spec: SimSpec, outcome: Outcome) -> dict[str, Callable[[Axes], None]]:
-    done = [r for r in outcome.records if r.outcome == "ok"]
+    done, asked = [r for r in outcome.records if r.outcome == "ok"], len(outcome.records)
     at_s = [r.at_s for r in done]
     ttfts, tpots = [r.ttft_s for r in done], [r.tpot_s * 1e3 for r in done]
     hits = [r.cached_tokens / r.prompt_tokens for r in done]
     slo = spec.slo
     return {
         "ttft": lambda axes: _over_time(axes, at_s, ttfts, "TTFT (s)", slo.ttft_s),
-        "ttft_cdf": lambda axes: _cdf(axes, ttfts, "TTFT (s)", slo.ttft_s),
+        "ttft_cdf": lambda axes: _cdf(axes, ttfts, asked, "TTFT (s)", slo.ttft_s),
         "tpot": lambda axes: _over_time(axes, at_s, tpots, "TPOT (ms)", slo.tpot_s * 1e3),
-        "tpot_cdf": lambda axes: _cdf(axes, tpots, "TPOT (ms)", slo.tpot_s * 1e3),
+        "tpot_cdf": lambda axes: _cdf(axes, tpots, asked, "TPOT (ms)", slo.tpot_s * 1e3),
         "queues": lambda axes: _pools(axes, outcome, "queued_tokens", "prompt tokens queued"),
         "running": lambda axes: _pools(axes, outcome, "running", "sequences running"),
         "kv": lambda axes: _pools(axes, outcome, "kv_share", "KV in use (share)"),
@@ -178,9 +195,9 @@ def _over_time(
     size = max(1, len(values) // _WINDOWS)
     starts = range(0, len(values), size)
     middles = [at_s[start] for start in starts]
-    windows = [sorted(values[start : start + size]) for start in starts]
-    axes.plot(middles, [w[len(w) // 2] for w in windows], label="median")
-    axes.plot(middles, [w[int(0.9 * (len(w) - 1))] for w in windows], label="p90")
+    windows = [values[start : start + size] for start in starts]
+    axes.plot(middles, [percentile(w, 0.5) for w in windows], label="median")
+    axes.plot(middles, [percentile(w, 0.9) for w in windows], label="p90")
     if target is not None:
         axes.axhline(target, color="gray", linestyle=":", linewidth=1)
     axes.set_xlabel("simulated time (s)")
@@ -188,14 +205,16 @@ def _over_time(
     axes.legend(fontsize=7)
 
 
-def _cdf(axes: Axes, values: Sequence[float], label: str, target: float) -> None:
+def _cdf(axes: Axes, values: Sequence[float], asked: int, label: str, target: float) -> None:
+    """Shares of all that `asked`: the curve ends below 1 by those that were not served."""
     ordered = sorted(values)
     step = max(1, len(ordered) // _CDF_POINTS)
-    shown = ordered[::step]
-    axes.plot(shown, [(i * step + 1) / len(ordered) for i in range(len(shown))])
+    places = [*range(0, len(ordered), step), len(ordered) - 1] if ordered else []
+    axes.plot([ordered[i] for i in places], [(i + 1) / asked for i in places])
     axes.axvline(target, color="gray", linestyle=":", linewidth=1)
+    axes.set_ylim(0, 1.03)
     axes.set_xlabel(label)
-    axes.set_ylabel("share of requests")
+    axes.set_ylabel(f"share of all {asked} requests")
 
 
 def _pools(axes: Axes, outcome: Outcome, field: str, label: str) -> None:

@@ -1,11 +1,15 @@
 """`baton simulate` on the command line."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
+from cluster import simulate
 from cluster.cli import app
 from cluster.config_file import load_config
 from cluster.simulate import settings_of
@@ -145,3 +149,30 @@ def test_what_is_assumed_of_the_kv_is_in_the_table_and_the_json(tmp_path: Path) 
         "simulation.model",
     ]
     assert all(note in done.stdout.splitlines() for note in notes)
+
+
+def test_latencies_say_how_many_were_served_and_curves_end_below_one_by_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(_: Path, title: str, panels: Mapping[str, Callable[[Axes], None]]) -> str:
+        assert title.endswith(f"latencies of {served} served, {60 - served} refused")
+        for name in ("ttft_cdf", "tpot_cdf"):
+            axes = Figure().add_subplot()
+            panels[name](axes)
+            ends.append(float(axes.get_lines()[0].get_ydata()[-1]))
+            assert axes.get_ylabel() == "share of all 60 requests"
+        return ""
+
+    ends: list[float] = []
+    config = write(tmp_path, "prefill: {workers: 1}\ndecode: {workers: 1}\nslo: {ttft_ms: 500}\n")
+    args = ["simulate", "--config", config, "--trace", "poisson:rate=40,prompt=8000,output=20"]
+    args += ["--requests", "60"]
+    served = json.loads(RUN.invoke(app, [*args, "--json"]).stdout)["outcomes"]["ok"]
+    monkeypatch.setattr(simulate, "draw_plot", draw)
+    done = RUN.invoke(app, args)
+    assert done.exit_code == 0, done.output
+    assert 0 < served < 60
+    said = f"of {served} served, {60 - served} refused"
+    assert f"latencies {said}" in done.stdout.splitlines()
+    assert json.loads(done.stdout.splitlines()[-1])["latencies"] == said
+    assert ends == [pytest.approx(served / 60)] * 2
