@@ -115,7 +115,7 @@ def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
             step_tokens=pool.step_tokens or settings.engine.step_tokens,
             max_batch=settings.engine.max_batch,
             kv_bytes_per_token=kv.bytes_per_token,
-            nic_bytes_per_s=sim.nic_gb_per_s * 1e9,
+            nic_bytes_per_s=(pool.nic_gb_per_s or sim.nic_gb_per_s) * 1e9,
             gpus=pool.tensor_parallel or sim.tensor_parallel,
         ),
     )
@@ -133,7 +133,8 @@ def _check(pools: tuple[SimulatedPool, ...], sim: SimulationConfig) -> None:
         raise ConfigError("simulation.pools: two pools have the same name")
     if roles not in ({"colocated"}, {"prefill", "decode"}):
         raise ConfigError(
-            "simulation.pools: either all are colocated, or there are prefill and decode pools"
+            "simulation.pools: either all are colocated, or there are prefill and decode pools, as"
+            " no router places between the two; run each as a config of its own, and compare"
         )
     known = {pool.name: pool.workers for pool in pools}
     for section, named in (("failures", sim.failures), ("cuts", sim.cuts)):

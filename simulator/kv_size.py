@@ -24,12 +24,15 @@ class KvSize:
     tokens: int
     bytes_per_token: int
     notes: tuple[str, ...]
+    is_asked: bool
+    """The config says how many tokens."""
 
 
 def kv_size(pool: SimulatedPool, sim: SimulationConfig, loaded: Profile | None) -> KvSize:
     """Of each worker of the pool. Raises ConfigError for a model that is not known."""
     notes = list[str]()
-    tokens = pool.kv_tokens or sim.kv_tokens or (loaded and loaded.kv_tokens)
+    asked = pool.kv_tokens or sim.kv_tokens
+    tokens = asked or (loaded and loaded.kv_tokens)
     nbytes = sim.kv_bytes_per_token or _model_bytes(sim, loaded)
     if tokens is None and loaded is not None:
         notes.append(
@@ -43,7 +46,10 @@ def kv_size(pool: SimulatedPool, sim: SimulationConfig, loaded: Profile | None) 
             " simulation.model to its checkpoint folder"
         )
     return KvSize(
-        tokens=tokens or _TOKENS, bytes_per_token=nbytes or _BYTES_PER_TOKEN, notes=tuple(notes)
+        tokens=tokens or _TOKENS,
+        bytes_per_token=nbytes or _BYTES_PER_TOKEN,
+        notes=tuple(notes),
+        is_asked=asked is not None,
     )
 
 
@@ -59,11 +65,12 @@ def unread_notes(
 ) -> list[str]:
     """Settings of live engines that a simulation has no use for, where it matters."""
     notes = list[str]()
-    if "kv_memory_mb" in engine.model_fields_set:
-        held = " or ".join(f"{size:,}" for size in sorted({pool.tokens for pool in pools}))
+    held = sorted({pool.tokens for pool in pools if not pool.is_asked})
+    if held and "kv_memory_mb" in engine.model_fields_set:
         notes.append(
-            f"engine.kv_memory_mb is of live workers; a simulated one holds {held} tokens of KV,"
-            " see simulation.kv_tokens"
+            "engine.kv_memory_mb is of live workers; a simulated one holds"
+            f" {' or '.join(f'{tokens:,}' for tokens in held)} tokens of KV, unless"
+            " simulation.kv_tokens says otherwise"
         )
     limit = engine.timed.context_tokens
     longer = sum(each.prompt_tokens + each.output_tokens > limit for each in requests)

@@ -68,6 +68,8 @@ def test_memory_of_live_engines_that_a_config_sets_is_said_to_be_theirs_alone() 
     assert unread_notes(EngineConfig(), sizes, ()) == []
     (note,) = unread_notes(EngineConfig(kv_memory_mb=512), sizes, ())
     assert "a simulated one holds 400,000 tokens" in note
+    asked = [kv_size(POOL, SimulationConfig(kv_tokens=9), None)]
+    assert unread_notes(EngineConfig(kv_memory_mb=512), asked, ()) == []
 
 
 def test_requests_over_the_context_of_the_timed_engine_are_counted() -> None:
