@@ -6,32 +6,37 @@ unless its value means "not used": an ignored field would be an answer to anothe
     raw bytes -> JSON -> types and ranges -> fields not served -> fields that contradict
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
-import orjson
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     JsonValue,
     PlainValidator,
-    ValidationError,
+    SkipValidation,
     WithJsonSchema,
 )
-from pydantic_core import ErrorDetails
 
 from core.errors import InvalidRequest
+from core.json_body import Object, check_size, read_object, shown, validated
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128
+MAX_MESSAGES = 10_000
+"""Of one request; each part of a message counts as one more. Far more than a context holds turns,
+and reading so many takes the router some tens of milliseconds.
+"""
+MAX_METADATA = 16
 _INT64_MAX = 2**63 - 1
 _INT32_MAX = 2**31 - 1
-_SHOWN_CHARS = 60
 _NOT_USED: tuple[JsonValue, ...] = (None, [], {})
 _SERVED_OF_MESSAGE = frozenset(("role", "content", "name"))
+_NOT_SERVED_OF_MESSAGE = (
+    *("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"),
+)
 
 
 class _Body(BaseModel):
@@ -59,18 +64,18 @@ def _check_content(value: object) -> str | list[TextPart]:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise ValueError(f"has a part of type {_shown(kind)}; only text is served")
-        if kind is None or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError(f"has a part of type {shown(kind)}; only text is served")
+        if kind is None or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
             raise ValueError('must hold parts like {"type": "text", "text": "..."}')
     return [TextPart.model_validate(part) for part in value]
 
 
 def _check_stop(value: object) -> list[str]:
     stops = [value] if isinstance(value, str) else ([] if value is None else value)
+    if isinstance(stops, list) and len(stops) > MAX_STOP_STRINGS:
+        raise ValueError(f"may hold at most {MAX_STOP_STRINGS} strings, got {len(stops)}")
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOP_STRINGS:
-        raise ValueError(f"may hold at most {MAX_STOP_STRINGS} strings, got {len(stops)}")
     if "" in stops:
         raise ValueError("must not hold an empty string")
     return stops
@@ -81,6 +86,8 @@ def _check_prompt(value: object) -> list[str] | list[list[int]]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
+        if isinstance(value[0], str | list) and len(value) > MAX_CHOICES:
+            raise ValueError(f"may hold at most {MAX_CHOICES} prompts, got {len(value)}")
         if all(isinstance(item, str) for item in value):
             return value
         if all(type(item) is int for item in value):
@@ -124,18 +131,22 @@ Prompt = Annotated[
 ]
 
 
+Unserved = Annotated[JsonValue, SkipValidation]
+"""Of a field that is refused unless its value says nothing: what is in it does not matter."""
+
+
 class ChatMessage(_Body):
     """One turn of a chat. An answer of this server may be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content
     name: str | None = None
-    refusal: JsonValue = None
-    annotations: JsonValue = None
-    audio: JsonValue = None
-    function_call: JsonValue = None
-    tool_calls: JsonValue = None
-    tool_call_id: JsonValue = None
+    refusal: Unserved = None
+    annotations: Unserved = None
+    audio: Unserved = None
+    function_call: Unserved = None
+    tool_calls: Unserved = None
+    tool_call_id: Unserved = None
 
     @property
     def text(self) -> str:
@@ -176,13 +187,13 @@ class OpenAiRequest(_Body):
     """Up to four strings; the answer ends before the first that appears."""
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: JsonValue = None
+    logit_bias: Unserved = None
     user: str | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
     """Beyond OpenAI's API: draw among the k likeliest tokens; 0 or -1 means no limit."""
     stop_token_ids: list[Annotated[int, Field(ge=0, le=_INT32_MAX)]] | None = Field(
-        None, max_length=256
+        None, max_length=256, fail_fast=True
     )
     """Beyond OpenAI's API: token ids that end the answer, besides the model's own."""
     ignore_eos: bool | None = None
@@ -193,17 +204,13 @@ class OpenAiRequest(_Body):
     @classmethod
     def parse(cls, raw: bytes | bytearray) -> Self:
         """Read a request body. Raises InvalidRequest that names the field at fault."""
-        try:
-            body = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise InvalidRequest("the body must be a JSON object")
-        try:
-            request = cls.model_validate(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            raise _explain(cls, first) from None
+        return cls.of(read_object(raw))
+
+    @classmethod
+    def of(cls, body: Object) -> Self:
+        """As `parse`, of a body that was read."""
+        _check_sizes(body)
+        request = validated(cls, body, _NESTED)
         request.check()
         return request
 
@@ -254,30 +261,30 @@ class ChatCompletionRequest(OpenAiRequest):
         "service_tier": (None, "auto", "default"),
     }
 
-    messages: list[ChatMessage]
+    messages: list[ChatMessage] = Field(fail_fast=True)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """The newer name of max_tokens."""
-    tools: JsonValue = None
-    tool_choice: JsonValue = None
+    tools: Unserved = None
+    tool_choice: Unserved = None
     parallel_tool_calls: bool | None = None
-    functions: JsonValue = None
-    function_call: JsonValue = None
-    response_format: JsonValue = None
+    functions: Unserved = None
+    function_call: Unserved = None
+    response_format: Unserved = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    modalities: JsonValue = None
-    audio: JsonValue = None
-    prediction: JsonValue = None
+    modalities: Unserved = None
+    audio: Unserved = None
+    prediction: Unserved = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    web_search_options: JsonValue = None
-    moderation: JsonValue = None
+    web_search_options: Unserved = None
+    moderation: Unserved = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_options: JsonValue = None
+    prompt_cache_options: Unserved = None
     prompt_cache_retention: str | None = None
 
     def check(self) -> None:
@@ -316,6 +323,41 @@ class CompletionRequest(OpenAiRequest):
     suffix: str | None = None
 
 
+_NESTED: Mapping[str, type[BaseModel]] = {
+    "messages": ChatMessage,
+    "stream_options": StreamOptions,
+}
+
+
+def _check_sizes(body: Object) -> None:
+    """Refuse what would take long to validate, or whose every finding would be listed."""
+    options, metadata = body.get("stream_options"), body.get("metadata")
+    if isinstance(options, dict):
+        check_size(StreamOptions, options, "stream_options.")
+    if isinstance(metadata, dict) and len(metadata) > MAX_METADATA:
+        raise InvalidRequest(
+            f"'metadata' may hold at most {MAX_METADATA} entries, got {len(metadata)}",
+            param="metadata",
+        )
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return
+    if (num_parts := len(messages)) <= MAX_MESSAGES:
+        for i, message in enumerate(messages):
+            if isinstance(message, dict):
+                check_size(ChatMessage, message, f"messages[{i}].")
+                content = message.get("content")
+                if isinstance(content, list):
+                    num_parts += len(content)
+                elif content is None:
+                    _check_calls(message, f"messages[{i}]")
+    if num_parts > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"'messages' may hold at most {MAX_MESSAGES} messages and parts, got {num_parts}",
+            param="messages",
+        )
+
+
 def _check_message(message: ChatMessage, where: str) -> None:
     if message.role in ("tool", "function"):
         raise InvalidRequest(
@@ -324,8 +366,15 @@ def _check_message(message: ChatMessage, where: str) -> None:
         )
     if message.model_fields_set <= _SERVED_OF_MESSAGE:
         return
-    for name in ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"):
+    for name in _NOT_SERVED_OF_MESSAGE:
         if getattr(message, name) not in _NOT_USED:
+            raise _refusal(f"{where}.{name}", _NOT_USED)
+
+
+def _check_calls(message: Object, where: str) -> None:
+    """A turn that calls tools has no content: what is not served is the calls."""
+    for name in _NOT_SERVED_OF_MESSAGE:
+        if message.get(name) not in _NOT_USED:
             raise _refusal(f"{where}.{name}", _NOT_USED)
 
 
@@ -333,40 +382,3 @@ def _refusal(name: str, neutral: tuple[JsonValue, ...]) -> InvalidRequest:
     allowed = [json.dumps(value) for value in neutral if value not in _NOT_USED and value != ""]
     instead = f" or set it to {' or '.join(allowed)}" if allowed else ""
     return InvalidRequest(f"'{name}' is not served yet; leave it out{instead}", param=name)
-
-
-def _explain(cls: type[OpenAiRequest], error: ErrorDetails) -> InvalidRequest:
-    """One sentence a person can act on, from pydantic's first finding."""
-    param = _path(error["loc"])
-    if error["type"] == "missing":
-        return InvalidRequest(f"'{param}' is required", param=param)
-    if error["type"] == "extra_forbidden":
-        known = _siblings(cls, error["loc"])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return InvalidRequest(f"unknown field '{param}'{hint}", param=param)
-    problem = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    got = "" if error["type"] == "value_error" else f", got {_shown(error['input'])}"
-    return InvalidRequest(f"'{param}' {problem}{got}", param=param)
-
-
-def _siblings(cls: type[OpenAiRequest], loc: tuple[int | str, ...]) -> list[str]:
-    nested: dict[int | str, type[_Body]] = {
-        "messages": ChatMessage,
-        "stream_options": StreamOptions,
-    }
-    owner = nested.get(loc[0], cls) if len(loc) > 1 else cls
-    return list(owner.model_fields)
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    return path.removeprefix(".")
-
-
-def _shown(value: object) -> str:
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."

@@ -8,6 +8,7 @@ from typing import TypeVar
 from core.clock import Clock
 from core.errors import ContextTooLong, InvalidRequest, ModelNotFound, NoWorkers
 from core.ids import RequestId
+from core.json_body import shortened
 from core.openai import (
     MAX_CHOICES,
     ChatCompletionRequest,
@@ -107,7 +108,8 @@ class Planner:
         if model not in self._model_names:
             served = ", ".join(f"'{name}'" for name in self._model_names)
             raise ModelNotFound(
-                f"the model '{model}' does not exist; this server has {served}", param="model"
+                f"the model '{shortened(model)}' does not exist; this server has {served}",
+                param="model",
             )
 
     async def _prompts(self, body: OpenAiRequest) -> list[Sequence[int]]:
@@ -177,7 +179,7 @@ def _check_choices(body: OpenAiRequest, per_prompt: int) -> None:
     if prompts * per_prompt > MAX_CHOICES:
         raise InvalidRequest(
             f"{prompts} prompts times n = {per_prompt} is more than {MAX_CHOICES} choices",
-            param="prompt" if prompts > MAX_CHOICES else "n",
+            param="n",
         )
 
 

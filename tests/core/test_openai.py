@@ -5,9 +5,16 @@ import json
 import pytest
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
+from pydantic import ValidationError
 
 from core.errors import InvalidRequest
-from core.openai import ChatCompletionRequest, CompletionRequest
+from core.openai import (
+    MAX_CHOICES,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    ChatCompletionRequest,
+    CompletionRequest,
+)
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -171,6 +178,64 @@ def test_wrong_value_names_its_field(changes, param):
     assert "\n" not in caught.value.message
 
 
+USER = {"role": "user", "content": "x"}
+MANY = {f"field{i}": 1 for i in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "says"),
+    [
+        ({"messages": [{}] * (MAX_MESSAGES + 1)}, "messages", f"at most {MAX_MESSAGES} messages"),
+        (
+            {"messages": [{"role": "user", "content": [{}] * MAX_MESSAGES}]},
+            "messages",
+            f"at most {MAX_MESSAGES} messages and parts",
+        ),
+        ({"metadata": dict.fromkeys(map(str, range(MAX_METADATA + 1)), "x")}, "metadata", "16"),
+        (MANY, "field0", "unknown field"),
+        ({"messages": [USER | MANY]}, "messages[0].field0", "unknown field"),
+        ({"stream_options": MANY}, "stream_options.field0", "unknown field"),
+        ({"stop": [1] * 1000}, "stop", "at most 4"),
+        ({"stop_token_ids": ["a"] * 1000}, "stop_token_ids[0]", "integer"),
+        ({"stop_token_ids": [1] * 1000}, "stop_token_ids", "at most 256"),
+    ],
+)
+def test_more_than_fits_is_refused_by_its_bound(changes, param, says):
+    with pytest.raises(InvalidRequest, match=says) as caught:
+        chat(**changes)
+    assert caught.value.param == param
+
+
+def test_as_much_as_fits_is_read():
+    assert len(chat(messages=[USER] * MAX_MESSAGES).messages) == MAX_MESSAGES
+    assert len(text(prompt=["a"] * MAX_CHOICES).prompt) == MAX_CHOICES
+    metadata = dict.fromkeys(map(str, range(MAX_METADATA)), "x")
+    assert chat(metadata=metadata).metadata == metadata
+
+
+@pytest.mark.parametrize("prompt", ["a", []])
+def test_more_prompts_than_choices_are_refused(prompt):
+    with pytest.raises(InvalidRequest, match=f"at most {MAX_CHOICES} prompts, got 129") as caught:
+        text(prompt=[prompt] * (MAX_CHOICES + 1))
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("field", ["messages", "stop_token_ids"])
+def test_of_a_list_of_wrong_items_only_the_first_is_looked_at(field):
+    with pytest.raises(ValidationError) as caught:
+        ChatCompletionRequest.model_validate(CHAT | {field: [{}] * 200})
+    assert caught.value.error_count() <= len(("role", "content"))
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+@pytest.mark.parametrize("calls", ["tool_calls", "function_call"])
+def test_turn_that_calls_a_tool_in_place_of_content_is_refused_for_the_call(content, calls):
+    turn = {"role": "assistant", calls: [{"id": "1"}], **content}
+    with pytest.raises(InvalidRequest, match="is not served yet") as caught:
+        chat(messages=[USER, turn])
+    assert caught.value.param == f"messages[1].{calls}"
+
+
 def test_image_part_is_refused_as_such():
     parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}}]
     with pytest.raises(InvalidRequest, match='part of type "image_url"; only text is served'):
@@ -231,7 +296,34 @@ def test_what_is_no_json_object_is_refused(raw):
         ChatCompletionRequest.parse(b"[" * 5000)
 
 
-def test_long_values_are_shortened_in_messages():
+DEEP = b"[" * 1000 + b"]" * 1000
+READ = sorted(set(ChatCompletionRequest.model_fields) - {"messages", "prompt_cache_options"})
+
+
+@pytest.mark.parametrize("field", READ)
+def test_deeply_nested_value_is_refused_like_any_other(field):
+    raw = b'{"messages": [{"role": "user", "content": "a"}], "%b": %b}' % (field.encode(), DEEP)
     with pytest.raises(InvalidRequest) as caught:
-        chat(temperature="x" * 10_000)
+        ChatCompletionRequest.parse(raw if field == "model" else raw[:-1] + b', "model": "m"}')
+    assert caught.value.param.removesuffix("[0]") == field
     assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": "x" * 10_000},
+        {"temperature": ["x" * 10_000]},
+        {"x" * 10_000: 1},
+        {"metadata": {"x" * 10_000: 1}},
+        {"messages": [{"role": "x" * 10_000, "content": "a"}]},
+        {"messages": [USER | {"x" * 10_000: 1}]},
+        {"messages": [{"role": "user", "content": [{"type": "x" * 10_000}]}]},
+        {"stream_options": {"x" * 10_000: 1, "y": 1, "z": 1}},
+    ],
+)
+def test_what_a_client_made_up_is_shortened_in_messages(changes):
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**changes)
+    assert len(caught.value.message) < 350
+    assert len(caught.value.param) < 150

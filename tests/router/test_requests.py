@@ -21,12 +21,7 @@ class Untouched:
         raise AssertionError("tokenized before the refusal")
 
 
-@pytest.mark.parametrize(
-    ("prompts", "n", "param"), [(MAX_CHOICES + 1, 1, "prompt"), (2, MAX_CHOICES, "n")]
-)
-async def test_too_many_choices_are_refused_before_anything_is_tokenized(
-    prompts: int, n: int, param: str
-) -> None:
+async def test_too_many_choices_are_refused_before_anything_is_tokenized() -> None:
     planner = Planner(
         generator=ScriptedGenerator(saying("a")),  # type: ignore[arg-type]
         tokenizer=Untouched(),  # type: ignore[arg-type]
@@ -34,7 +29,7 @@ async def test_too_many_choices_are_refused_before_anything_is_tokenized(
         model_names=[MODEL],
         clock=FakeClock(),
     )
-    body = CompletionRequest(model=MODEL, prompt=["a"] * prompts, n=n)
+    body = CompletionRequest(model=MODEL, prompt=["a"] * 2, n=MAX_CHOICES)
     with pytest.raises(InvalidRequest, match="choices") as caught:
         await planner.plan(body, RequestId("r"), 10.0)
-    assert caught.value.param == param
+    assert caught.value.param == "n"

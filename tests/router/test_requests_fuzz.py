@@ -55,6 +55,26 @@ ANYTHING = st.recursive(
     max_leaves=6,
 )
 TOKEN = st.integers(-1, 450)
+LONG_NAME = "x" * 5000
+
+
+def nested(depth: int) -> list[object]:
+    value: list[object] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+TOO_MUCH = st.sampled_from(
+    [
+        *([item] * 300 for item in ({}, [], "", 1)),
+        {f"key{i}": 1 for i in range(300)},
+        {LONG_NAME: LONG_NAME},
+        LONG_NAME[:1000],
+        [{f"key{i}": 1 for i in range(300)}],
+        nested(900),
+    ]
+)
 
 SHARED: Fields = {
     "stream": st.booleans() | st.none(),
@@ -151,7 +171,9 @@ COMPLETION = some_of(
 def spoilt(bodies: st.SearchStrategy[Body], kind: type[OpenAiRequest]) -> st.SearchStrategy[Body]:
     """With something else in a field or two, known or not, and perhaps one left out."""
     names = st.sampled_from(sorted(kind.model_fields)) | st.text("abc_", min_size=1, max_size=8)
-    changes = st.dictionaries(names, ANYTHING, min_size=1, max_size=2)
+    changes = st.dictionaries(
+        names | st.just(LONG_NAME), ANYTHING | TOO_MUCH, min_size=1, max_size=2
+    )
     leaves_out = st.none() | st.sampled_from(["model", "messages", "prompt"])
     return st.tuples(bodies, changes, leaves_out).map(
         lambda drawn: {k: v for k, v in (drawn[0] | drawn[1]).items() if k != drawn[2]}
@@ -193,8 +215,11 @@ def judge(planner: Planner, kind: type[OpenAiRequest], body: Body) -> str:
     assert isinstance(made, UserError), made
     assert 400 <= made.http_status < 500
     assert made.param is not None, made.message
+    assert len(made.message) < 500, made.message
     field = re.split(r"[.\[]", made.param)[0]
-    assert field in body or made.message == f"'{field}' is required", (made.param, made.message)
+    assert (
+        field in body or LONG_NAME.startswith(field) or made.message == f"'{field}' is required"
+    ), (made.param, made.message)
     return "refused"
 
 

@@ -1,0 +1,99 @@
+"""JSON request bodies as typed models, and one sentence on what is wrong with one.
+
+    raw bytes -> JSON object -> no unknown field -> types and ranges
+
+What a refusal says, and what it costs, is bounded whatever the body: pydantic lists every finding
+and here only the first is told, so models fail fast on lists, and objects with more fields than
+there are never reach it.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import TypeVar
+
+import orjson
+from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic_core import ErrorDetails
+
+from core.errors import InvalidRequest
+
+MAX_NAME_CHARS = 100
+"""Of a name the client made up, in messages and logs."""
+_SHOWN_CHARS = 60
+
+M = TypeVar("M", bound=BaseModel)
+Object = dict[str, JsonValue]
+
+
+def read_object(raw: bytes | bytearray) -> Object:
+    """Raises InvalidRequest where it is none."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return body
+
+
+def validated(
+    kind: type[M], body: Object, nested: Mapping[str, type[BaseModel]] | None = None
+) -> M:
+    """Raises InvalidRequest that names the field at fault. `nested`: the models of fields."""
+    check_size(kind, body)
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise _explain(kind, first, nested or {}) from None
+
+
+def check_size(kind: type[BaseModel], body: Object, where: str = "") -> None:
+    """Raises InvalidRequest for an object with more fields than there are."""
+    if len(body) > len(kind.__pydantic_fields__):
+        unknown = next(name for name in body if name not in kind.model_fields)
+        raise _unknown(kind, f"{where}{shortened(unknown)}", unknown)
+
+
+def shown(value: object) -> str:
+    """A value of the client's, in a message."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, str) and len(value) > _SHOWN_CHARS:
+        value = value[:_SHOWN_CHARS] + "..."
+    return shortened(json.dumps(value, ensure_ascii=False))
+
+
+def shortened(name: str) -> str:
+    """A name or text of the client's that a message holds, or a log."""
+    return name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "..."
+
+
+def _explain(
+    kind: type[BaseModel], error: ErrorDetails, nested: Mapping[str, type[BaseModel]]
+) -> InvalidRequest:
+    """One sentence a person can act on, from pydantic's first finding."""
+    loc = error["loc"]
+    param = shortened(_path(loc))
+    if error["type"] == "missing":
+        return InvalidRequest(f"'{param}' is required", param=param)
+    if error["type"] == "extra_forbidden":
+        owner = nested.get(str(loc[0]), kind) if len(loc) > 1 else kind
+        return _unknown(owner, param, str(loc[-1]))
+    problem = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
+    return InvalidRequest(f"'{param}' {problem}{got}", param=param)
+
+
+def _unknown(owner: type[BaseModel], param: str, name: str) -> InvalidRequest:
+    near = difflib.get_close_matches(name[:MAX_NAME_CHARS], list(owner.model_fields), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return InvalidRequest(f"unknown field '{param}'{hint}", param=param)
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    path = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part[: MAX_NAME_CHARS + 1]}" for part in loc
+    )
+    return path.removeprefix(".")
