@@ -146,7 +146,13 @@ async def run_router(
             gc.set_threshold(_YOUNG_OBJECTS, 20, 50)
             async with asyncio.TaskGroup() as group:
                 following = group.create_task(fleet.run())
-                await serve(app, listener, stop=stop, grace_s=config.drain_timeout_s)
+                await serve(
+                    app,
+                    listener,
+                    stop=stop,
+                    grace_s=config.drain_timeout_s,
+                    head_timeout_s=config.router.head_timeout_s,
+                )
                 following.cancel()
 
 

@@ -33,6 +33,13 @@ class RouterConfig(Settings):
     request_timeout_s: float = Field(600.0, gt=0)
     """Every request ends by then, or a second later, whatever happens."""
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0)
+    max_bodies_mb: int = Field(256, ge=1)
+    """Bodies being received or parsed at once, in all, not counting the first 64 KiB of each; what
+    is beyond is answered 429."""
+    head_timeout_s: float = Field(15.0, gt=0)
+    """From the first byte of a request to the end of its headers; then the connection is closed."""
+    upload_timeout_s: float = Field(60.0, gt=0)
+    """From the end of a request's headers to the end of its body."""
     stream_buffer_events: int = Field(1024, ge=16)
     """Events that may wait for a client that reads too slowly."""
     slow_client_grace_s: float = Field(1.0, gt=0)

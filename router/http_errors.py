@@ -7,7 +7,14 @@ import math
 
 import orjson
 
-from core.errors import BatonError, Cancelled, NotAuthenticated, NoWorkers, Overloaded
+from core.errors import (
+    BatonError,
+    Cancelled,
+    NotAuthenticated,
+    NoWorkers,
+    Overloaded,
+    UserError,
+)
 
 Header = tuple[bytes, bytes]
 
@@ -20,6 +27,27 @@ class ClientTooSlow(Cancelled):
     """The client left more unread than it may."""
 
     code = "client_too_slow"
+
+
+class HeadTooLarge(UserError):
+    """A request's line and headers are over their bound."""
+
+    http_status = 431
+    code = "head_too_large"
+
+
+class HeadTooSlow(UserError):
+    """A request's line and headers were not there in time."""
+
+    http_status = 408
+    code = "head_too_slow"
+
+
+class BodyTooSlow(UserError):
+    """A request's body was not there in time."""
+
+    http_status = 408
+    code = "body_too_slow"
 
 
 def error_body(error: BatonError) -> bytes:
@@ -40,6 +68,8 @@ def error_headers(error: BatonError) -> list[Header]:
     """Headers an error asks for, besides the content's."""
     if isinstance(error, Overloaded | NoWorkers):
         return [(b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s)))]
+    if isinstance(error, BodyTooSlow):
+        return [(b"connection", b"close")]  # what remains of it is not waited for
     if isinstance(error, NotAuthenticated):
         return [(b"www-authenticate", b"Bearer")]
     return []

@@ -229,7 +229,15 @@ async def running(
     port = listener.getsockname()[1]
     try:
         async with asyncio.TaskGroup() as group:
-            serving = group.create_task(serve(app, listener, stop=stop, grace_s=grace_s))
+            serving = group.create_task(
+                serve(
+                    app,
+                    listener,
+                    stop=stop,
+                    grace_s=grace_s,
+                    head_timeout_s=config.head_timeout_s,
+                )
+            )
             try:
                 yield Running(port, metrics, stop, serving)
             finally:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from http_builders import in_loop
 
-from router.serve import _Line
+from router.http_line import ChunkedLine
 
 
 class Connection:
@@ -33,7 +33,7 @@ class Connection:
 def line_of(connection):
     loop = asyncio.get_running_loop()
     protocol = SimpleNamespace(transport=connection, flow=connection, loop=loop, attended=set())
-    return _Line(protocol), protocol.attended
+    return ChunkedLine(protocol), protocol.attended
 
 
 @in_loop

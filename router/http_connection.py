@@ -1,0 +1,164 @@
+"""One HTTP connection: uvicorn's, with bounds on what a client may send and how long it may take.
+
+    idle -> head -> body -> response -> idle        each wait for the client ends:
+     75 s   head_timeout_s  |  the request's own
+                 upload_timeout_s (http_body.py)
+
+A head is bounded in bytes, as the parser joins the pieces of a header anew with each that comes.
+While a response runs the connection is read on, as its end would not be seen otherwise; what comes
+is kept for later, and not parsed before the response is complete.
+"""
+
+import asyncio
+import http
+from typing import cast
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from core.errors import BatonError, InvalidRequest
+from router.http_errors import HeadTooLarge, HeadTooSlow, error_body
+from router.http_line import ChunkedLine
+from router.http_reply import ABORT_EXTENSION, LINE_EXTENSION
+
+KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that they close them and no request is lost."""
+MAX_HEAD_BYTES = 64 * 1024
+MAX_AHEAD_BYTES = 64 * 1024
+"""Of further requests, kept while a response runs; when there is more the connection is not read
+on, so its end is not seen."""
+MAX_PIPELINED = 256
+"""Requests that came in one piece; a client that sends more of them is dropped."""
+_UNREAD_S = 30.0
+"""For what remains of a body after its response, and for a client to take what it was sent before
+the connection closed."""
+
+
+class HttpConnection(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.attended: set[ChunkedLine] = set()
+        self._ahead = bytearray()
+        self._head_bytes: int | None = 0
+        """Of a head that is not complete; None from there to the end of the body."""
+        self._since_s = self.loop.time()
+        """When the present wait for the client began, where this class bounds it."""
+        self._refused: BatonError | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._ahead.clear()
+        for line in tuple(self.attended):
+            line.lost()
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_answering():
+            self._ahead += data
+            if len(self._ahead) > MAX_AHEAD_BYTES:
+                self.flow.pause_reading()
+            return
+        if self._head_bytes is not None:
+            self._begin_head(len(data))
+        super().data_received(data)
+        if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse(_too_large())
+
+    def expire(self, now_s: float, head_timeout_s: float) -> None:
+        """Give up a client that keeps the connection waiting for too long. Called now and then."""
+        waited_s = now_s - self._since_s
+        if self.transport.is_closing():
+            if waited_s > _UNREAD_S:
+                self.transport.abort()
+        elif self._is_running():
+            # What it waits for is bounded by the request; closing begins after it.
+            self._since_s = now_s
+        elif self._head_bytes is None:
+            if waited_s > _UNREAD_S:
+                self.transport.abort()
+        elif self._head_bytes:
+            if waited_s > head_timeout_s:
+                self._refuse(HeadTooSlow(f"the head did not come within {head_timeout_s:g} s"))
+        elif waited_s > KEEP_ALIVE_S:
+            self._since_s = now_s
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """The parser has failed, at what the client sent or in a callback below."""
+        self._refuse(self._refused or InvalidRequest("this is no HTTP request"))
+
+    # -- the parser's callbacks ------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if not self._head_bytes:  # behind another message in one piece
+            self._begin_head(1)
+
+    def on_headers_complete(self) -> None:
+        head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if head_bytes > MAX_HEAD_BYTES:
+            self._refused = _too_large()
+            raise self._refused
+        self._head_bytes = None
+        line = ChunkedLine(self)
+        self.scope["extensions"] = {
+            ABORT_EXTENSION: {"abort": self.transport.abort},
+            LINE_EXTENSION: {"line": line},
+        }
+        super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise InvalidRequest("too many requests in one piece")
+        if self.cycle.scope is self.scope:
+            # The cycle's task has not begun: all that it writes passes the line.
+            self.cycle.transport = cast(asyncio.Transport, line)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._head_bytes = 0
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._since_s = self.loop.time()
+        if self._ahead:
+            self.loop.call_soon(self._resume)
+
+    # -- below -----------------------------------------------------------------------------------
+
+    def _is_running(self) -> bool:
+        """A response is not complete."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _is_answering(self) -> bool:
+        """A response is not complete whose request is; or what came meanwhile is yet to be read."""
+        cycle = self.cycle
+        return bool(self._ahead or self.pipeline) or (
+            cycle is not None and not cycle.response_complete and not cycle.more_body
+        )
+
+    def _resume(self) -> None:
+        data, self._ahead = bytes(self._ahead), bytearray()
+        if data and not self.transport.is_closing():
+            self.data_received(data)
+
+    def _begin_head(self, num_bytes: int) -> None:
+        if not self._head_bytes:
+            self._head_bytes = 0
+            self._since_s = self.loop.time()
+        self._head_bytes += num_bytes
+
+    def _refuse(self, error: BatonError) -> None:
+        """Answer what is no request, and close. Within a response only the end can be told."""
+        self._unset_keepalive_if_required()
+        self._since_s = self.loop.time()
+        if self.pipeline or (self._is_running() and self.cycle.response_started):
+            self.transport.abort()
+        elif not self.transport.is_closing():
+            body, status = error_body(error), http.HTTPStatus(error.http_status)
+            head = (
+                f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+            self.transport.close()
+
+
+def _too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"the request's line and headers have more than {MAX_HEAD_BYTES} bytes")
