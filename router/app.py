@@ -30,7 +30,7 @@ from core.ids import RequestId, WorkerId, new_request_id
 from core.openai import ChatCompletionRequest, CompletionRequest, OpenAiRequest
 from engine.build import ServedModel
 from router.config import RouterConfig
-from router.http_body import BodyLimit
+from router.http_body import BodyLimit, Intake
 from router.http_edge import Edge, GenerateEndpoint
 from router.http_errors import error_body, error_headers
 from router.metrics import EdgeMetrics
@@ -104,9 +104,9 @@ def create_app(
     app = RouterApp(title="Baton", openapi_url="/openapi.json", redoc_url=None, responses=ERRORS)
     app.hot = {}
     app.router.redirect_slashes = False
-    app.add_middleware(  # within the next one: a caller without a key has no body read
-        BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
-    )
+    intake = Intake(settings)
+    # Within the next one: a caller without a key has no body read.
+    app.add_middleware(BodyLimit, intake=intake)
     app.add_middleware(RequestContext, api_keys=settings.api_keys)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(BatonError, _on_baton_error)
@@ -123,6 +123,7 @@ def create_app(
         generator=generator,
         tokenizer=tokenizer,
         planner=planner,
+        intake=intake,
         settings=settings,
         metrics=metrics,
         clock=clock,

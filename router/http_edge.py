@@ -22,7 +22,6 @@ from core.errors import (
     BatonError,
     DeadlineExceeded,
     InternalError,
-    InvalidRequest,
     Unavailable,
 )
 from core.ids import RequestId
@@ -30,7 +29,7 @@ from core.openai import OpenAiRequest
 from router.answer import Answer
 from router.chunks import AnswerHead, answer_body, error_event
 from router.config import RouterConfig
-from router.http_body import read_body
+from router.http_body import Intake, parsed
 from router.http_errors import ClientGone, ClientTooSlow
 from router.http_reply import Line, Reply, line_of
 from router.http_stream import collect_answers, stream_answers
@@ -52,6 +51,7 @@ class Edge:
     generator: Generator
     tokenizer: Tokenizer
     planner: Planner
+    intake: Intake
     settings: RouterConfig
     metrics: EdgeMetrics
     clock: Clock
@@ -125,11 +125,9 @@ class Exchange:
 
     async def _serve(self, group: "Attended") -> None:
         edge = self._edge
-        body = await read_body(self._scope, self._receive, edge.settings.max_body_bytes)
-        group.watch()
-        if not body:
-            raise InvalidRequest("the body is empty; send a JSON object")
-        request = self._request_type.parse(body)
+        async with edge.intake.body(self._scope, self._receive) as body:
+            group.watch()
+            request = await parsed(self._request_type.parse, body)
         ends_s = self._started_s + edge.settings.request_timeout_s
         plan = await edge.planner.plan(request, self._request_id, ends_s)
         self._plan = plan
