@@ -117,16 +117,17 @@ class Planner:
         if isinstance(body, ChatCompletionRequest):
             prompts.append(await self._tokenizer.encode_chat(body.messages))
         elif isinstance(body, CompletionRequest):
-            for item in body.prompt:
-                if isinstance(item, str):
-                    prompts.append(await self._tokenizer.encode_text(item))
-                else:
-                    prompts.append(self._checked_tokens(item))
+            texts = [item for item in body.prompt if isinstance(item, str)]
+            ids = [item for item in body.prompt if not isinstance(item, str)]
+            # The type allows no mixture: one of the two is empty.
+            prompts.extend(await self._tokenizer.encode_texts(texts))
+            prompts.extend(self._checked_tokens(body, item) for item in ids)
         if not all(prompts):
             raise InvalidRequest("the prompt has no tokens", param=_prompt_param(body))
         return prompts
 
-    def _checked_tokens(self, tokens: list[int]) -> tuple[int, ...]:
+    def _checked_tokens(self, body: OpenAiRequest, tokens: list[int]) -> tuple[int, ...]:
+        self._room(body, len(tokens))  # before millions are looked at
         vocab_size = self._tokenizer.vocab_size
         if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
             raise InvalidRequest(

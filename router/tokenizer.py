@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -26,13 +26,15 @@ _TURN_CHARS = 64
 """What a chat's message counts besides its text: the template runs once for each."""
 
 INLINE_CHARS = 2048
-"""A text up to here is tokenized on the event loop, within a millisecond: to hand it to a thread
-and back costs about as much CPU, and the wait for the interpreter lock more time.
+"""A request's texts up to here, together, are tokenized on the event loop, within a millisecond: to
+hand them to a thread and back costs about as much CPU, and the wait for the interpreter lock more
+time.
 """
 
 # What a template can raise on messages it was not written for, besides its own refusals.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +84,12 @@ class Tokenizer:
             log.warning("%s", telemetry.log_line("no_chat_template", directory=directory))
         return cls(hf_tokenizer, threads=threads)
 
-    async def encode_text(self, text: str) -> Sequence[int]:
-        """Ids of a text, with the special tokens the tokenizer adds to one."""
-        return await self._in_thread(len(text), lambda: self._encode(text, special=True))
+    async def encode_texts(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Ids of each text, with the special tokens the tokenizer adds to one."""
+        size = sum(map(len, texts))
+        return await self._in_thread(
+            size, lambda: [self._encode(text, special=True) for text in texts]
+        )
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
         """Ids of a chat up to where the assistant speaks. Raises InvalidRequest.
@@ -108,7 +113,7 @@ class Tokenizer:
         """Running work ends by itself; waiting work is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, size: int, work: Callable[[], Sequence[int]]) -> Sequence[int]:
+    async def _in_thread(self, size: int, work: Callable[[], T]) -> T:
         if size <= INLINE_CHARS:
             return work()
         if self._waiting_chars and self._waiting_chars + size > MAX_WAITING_CHARS:

@@ -18,9 +18,10 @@ from http_builders import (
 )
 
 from core.errors import ConfigError, InternalError
+from core.sampling import FinishReason
 from router.http_errors import ClientTooSlow
 from router.http_reply import LINE_EXTENSION, Reply
-from router.http_stream import MAX_HELD_BYTES, Outflow
+from router.http_stream import MAX_HELD_BYTES, STARTED_A_TURN, Outflow
 from router.serve import bind_listener
 from router.types import Generated
 
@@ -414,3 +415,26 @@ def test_port_in_use_is_one_clear_sentence():
 def test_host_that_is_no_address_is_one_clear_sentence():
     with pytest.raises(ConfigError, match=r"cannot listen on 203\.0\.113\.1:0"):
         bind_listener("203.0.113.1", 0)
+
+
+@pytest.mark.parametrize("body", [STREAM, WHOLE], ids=["stream", "whole"])
+@in_loop
+async def test_many_choices_are_begun_a_few_in_each_turn_of_the_loop(tmp_path, body):
+    begun: list[int] = []
+    turn = 0
+
+    async def noting(request):
+        begun.append(turn)
+        yield Generated(tokens=(0,), finish=FinishReason.STOP)
+
+    generator = ScriptedGenerator(noting)
+    async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
+        asked = asyncio.create_task(
+            http.post(f"{server.url}{PATH}", content=body.replace(b"{", b'{"n": 30, ', 1))
+        )
+        while not asked.done():
+            turn += 1
+            await asyncio.sleep(0)
+    assert asked.result().status_code == 200
+    assert len(begun) == 30
+    assert max(begun.count(one) for one in begun) <= 2 * STARTED_A_TURN

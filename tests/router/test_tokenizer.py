@@ -29,7 +29,10 @@ async def test_ids_equal_the_librarys(tmp_path):
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
     expected = hf.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     try:
-        assert list(await tokenizer.encode_text(TEXT)) == hf(TEXT).input_ids
+        assert [list(one) for one in await tokenizer.encode_texts([TEXT, "a"])] == [
+            hf(TEXT).input_ids,
+            hf("a").input_ids,
+        ]
         assert list(await tokenizer.encode_chat(CHAT)) == expected
     finally:
         tokenizer.close()
@@ -40,10 +43,10 @@ async def test_threads_may_tokenize_at_once(tmp_path):
     tokenizer = Tokenizer.load(model_directory(tmp_path), 4)
     try:
         texts = [f"{TEXT} {i}" for i in range(64)]
-        ids = await asyncio.gather(*(tokenizer.encode_text(text) for text in texts))
+        ids = await asyncio.gather(*(tokenizer.encode_texts([text]) for text in texts))
     finally:
         tokenizer.close()
-    assert [list(one) for one in ids] == [byte_level_bpe().encode(text).ids for text in texts]
+    assert [list(one) for (one,) in ids] == [byte_level_bpe().encode(text).ids for text in texts]
 
 
 @in_loop
@@ -53,10 +56,10 @@ async def test_text_over_what_may_wait_is_overload(tmp_path, monkeypatch):
     tokenizer = Tokenizer.load(model_directory(tmp_path), 1)
     try:
         results = await asyncio.gather(
-            *(tokenizer.encode_text("x" * 600) for _ in range(2)), return_exceptions=True
+            *(tokenizer.encode_texts(["x" * 600]) for _ in range(2)), return_exceptions=True
         )
         assert isinstance(results[1], Overloaded)
-        assert len(await tokenizer.encode_text("x" * 600)) > 0
+        assert await tokenizer.encode_texts(["x" * 600])
     finally:
         tokenizer.close()
 
@@ -80,6 +83,25 @@ async def test_many_empty_messages_or_long_names_are_no_work_for_the_loop(tmp_pa
         tokenizer.close()
     assert threads[0] == threading.main_thread().name
     assert threads[1].startswith("tokenizer")
+
+
+@pytest.mark.parametrize(("texts", "inline"), [(["x" * 200] * 2, True), (["x" * 200] * 20, False)])
+@in_loop
+async def test_texts_that_are_long_together_are_no_work_for_the_loop(tmp_path, texts, inline):
+    tokenizer = Tokenizer.load(model_directory(tmp_path), 1)
+    threads: set[str] = set()
+    encode = tokenizer._encode
+
+    def noting(text, *, special):
+        threads.add(threading.current_thread().name)
+        return encode(text, special=special)
+
+    tokenizer._encode = noting
+    try:
+        assert len(await tokenizer.encode_texts(texts)) == len(texts)
+    finally:
+        tokenizer.close()
+    assert (threads == {threading.main_thread().name}) == inline
 
 
 @pytest.mark.parametrize(
@@ -117,8 +139,8 @@ def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
 
     @in_loop
     async def encode():
-        assert len(await tokenizer.encode_text(TEXT)) > 8
-        assert len(await tokenizer.encode_text("a")) == 1
+        assert len((await tokenizer.encode_texts([TEXT]))[0]) > 8
+        assert len((await tokenizer.encode_texts(["a"]))[0]) == 1
 
     encode()
     tokenizer.close()
@@ -129,7 +151,7 @@ async def test_tokenizer_json_alone_is_enough_for_texts(tmp_path, caplog):
     byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path, 1)
     try:
-        assert list(await tokenizer.encode_text(TEXT)) == byte_level_bpe().encode(TEXT).ids
+        assert list((await tokenizer.encode_texts([TEXT]))[0]) == byte_level_bpe().encode(TEXT).ids
         with pytest.raises(InvalidRequest, match=r"no chat template.+use /v1/completions"):
             await tokenizer.encode_chat(CHAT)
     finally:
@@ -143,7 +165,7 @@ async def test_model_type_does_not_change_what_tokenizer_json_says(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = Tokenizer.load(tmp_path, 1)
     try:
-        assert list(await tokenizer.encode_text(TEXT)) == byte_level_bpe().encode(TEXT).ids
+        assert list((await tokenizer.encode_texts([TEXT]))[0]) == byte_level_bpe().encode(TEXT).ids
     finally:
         tokenizer.close()
 
