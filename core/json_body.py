@@ -20,6 +20,8 @@ from core.errors import InvalidRequest
 
 MAX_NAME_CHARS = 100
 """Of a name the client made up, in messages and logs."""
+MAX_CONTAINERS = 100_000
+"""Lists and objects of a body. To make millions of them takes long, and nobody else runs then."""
 _SHOWN_CHARS = 60
 
 M = TypeVar("M", bound=BaseModel)
@@ -28,6 +30,8 @@ Object = dict[str, JsonValue]
 
 def read_object(raw: bytes | bytearray) -> Object:
     """Raises InvalidRequest where it is none."""
+    if raw.count(b"{") + raw.count(b"[") > MAX_CONTAINERS:
+        _check_containers(bytes(raw))
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -35,6 +39,14 @@ def read_object(raw: bytes | bytearray) -> Object:
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
     return body
+
+
+def _check_containers(raw: bytes) -> None:
+    """Brackets within strings do not count."""
+    pieces = raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+    outside = b"".join(pieces[::2])  # a string lies between any two of them
+    if outside.count(b"{") + outside.count(b"[") > MAX_CONTAINERS:
+        raise InvalidRequest(f"the body holds more than {MAX_CONTAINERS} lists and objects")
 
 
 def validated(
