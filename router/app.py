@@ -10,7 +10,6 @@ POST /debug/route                            explains a placement; only with an 
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -27,14 +26,15 @@ from core.errors import (
     NoSuchRoute,
 )
 from core.ids import RequestId, WorkerId, new_request_id
+from core.json_body import read_object, shortened, validated
 from core.openai import ChatCompletionRequest, CompletionRequest, OpenAiRequest
 from engine.build import ServedModel
 from router.config import RouterConfig
-from router.http_body import BodyLimit, Intake
+from router.http_body import BodyLimit, Intake, parsed
 from router.http_edge import Edge, GenerateEndpoint
 from router.http_errors import error_body, error_headers
 from router.metrics import EdgeMetrics
-from router.openapi import ERRORS, describe
+from router.openapi import ERRORS, GENERATING_BODY, body_schema, describe
 from router.request_context import RequestContext, request_id_of
 from router.requests import Planner
 from router.tokenizer import Tokenizer
@@ -56,6 +56,8 @@ class RouterApp(FastAPI):
         hot = self.hot.get(scope["path"]) if scope["type"] == "http" else None
         if hot is not None and scope["method"] == "POST":
             await hot(scope, receive, send)
+        elif scope.get("method") == "HEAD":  # of whose answer the server sends no body
+            await super().__call__({**scope, "method": "GET"}, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
@@ -80,10 +82,10 @@ class MigrateBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    request_id: str
+    request_id: str = Field(max_length=256)
     """As in the answer's id, after `chatcmpl-` or `cmpl-`."""
     choice: int = Field(0, ge=0)
-    worker_id: str | None = None
+    worker_id: str | None = Field(None, max_length=256)
     timeout_s: float = Field(10.0, gt=0, le=600)
     """A migration not done by then is given up; the sequence runs on where it is."""
 
@@ -110,7 +112,6 @@ def create_app(
     app.add_middleware(RequestContext, api_keys=settings.api_keys)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(BatonError, _on_baton_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(Exception, _on_bug)
     planner = Planner(
         generator=generator,
@@ -156,7 +157,7 @@ def _add_models(
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> ModelCard:
         if name not in model_names:
-            raise ModelNotFound(f"the model '{name}' does not exist", param="model")
+            raise ModelNotFound(f"the model '{shortened(name)}' does not exist", param="model")
         return card(name)
 
 
@@ -183,9 +184,10 @@ def _add_control(app: FastAPI, generator: Generator) -> None:
         """The workers as this router sees them."""
         return list(generator.workers())
 
-    @app.post("/control/migrate")
-    async def migrate(body: MigrateBody) -> MigrationReport:
+    @app.post("/control/migrate", openapi_extra=body_schema(MigrateBody.model_json_schema()))
+    async def migrate(request: Request) -> MigrationReport:
         """Answers when the new worker has spoken, or when the sequence stays where it is."""
+        body = await parsed(_migrate_body, await request.body())
         to = None if body.worker_id is None else WorkerId(body.worker_id)
         return await generator.migrate(RequestId(body.request_id), body.choice, to, body.timeout_s)
 
@@ -193,11 +195,22 @@ def _add_control(app: FastAPI, generator: Generator) -> None:
 def _add_debug(
     app: FastAPI, explainer: RouteExplainer, planner: Planner, clock: Clock, timeout_s: float
 ) -> None:
-    @app.post("/debug/route")
-    async def route(body: ChatCompletionRequest | CompletionRequest) -> list[RouteChoice]:
+    @app.post("/debug/route", openapi_extra=body_schema(GENERATING_BODY))
+    async def route(request: Request) -> list[RouteChoice]:
         """Where the first choice of such a request would be prefilled and decoded now, and why."""
+        body = await parsed(_generating_body, await request.body())
         plan = await planner.plan(body, new_request_id(), clock.now_s() + timeout_s)
         return list(explainer.explain_route(plan.choices[0].request))
+
+
+def _migrate_body(raw: bytes | bytearray) -> MigrateBody:
+    return validated(MigrateBody, read_object(raw))
+
+
+def _generating_body(raw: bytes | bytearray) -> OpenAiRequest:
+    """Of either endpoint."""
+    body = read_object(raw)
+    return CompletionRequest.of(body) if "prompt" in body else ChatCompletionRequest.of(body)
 
 
 def _why_not_ready(generator: Generator) -> str:
@@ -211,24 +224,20 @@ def _why_not_ready(generator: Generator) -> str:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """404 and 405 of the routing itself."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    where = f"{request.method} {request.url.path}"
+    where = f"{request.method} {shortened(request.url.path)}"
     if status == 404:
         return _error_response(NoSuchRoute(f"{where} does not exist"))
     if status == 405:
-        return _error_response(MethodNotAllowed(f"{where} is not allowed"))
+        response = _error_response(MethodNotAllowed(f"{where} is not allowed"))
+        allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+        response.headers["allow"] = "GET, HEAD" if allowed == "GET" else allowed
+        return response
     return _error_response(InvalidRequest(f"{where} is refused: {error}"))
 
 
 async def _on_baton_error(request: Request, error: Exception) -> Response:
     known = error if isinstance(error, BatonError) else InternalError(str(error))
     return _error_response(known)
-
-
-async def _on_invalid_body(request: Request, error: Exception) -> Response:
-    """Of a control call."""
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-    param = ".".join(str(part) for part in first.get("loc", ())[1:])
-    return _error_response(InvalidRequest(f"{param}: {first.get('msg', error)}", param=param))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -92,7 +92,7 @@ def _too_large(max_bytes: int) -> RequestTooLarge:
     return RequestTooLarge(f"the body is larger than {max_bytes} bytes")
 
 
-async def parsed(parse: Callable[[bytearray], T], body: bytearray) -> T:
+async def parsed(parse: Callable[[bytes | bytearray], T], body: bytes | bytearray) -> T:
     """What `parse` makes of the body; large ones are parsed off the event loop."""
     if not body:
         raise InvalidRequest("the body is empty; send a JSON object")

@@ -114,6 +114,20 @@ RequestIdHeader = Annotated[
     Header(alias="x-request-id", description="Echoed; the id in logs begins so", max_length=128),
 ]
 
+GENERATING_BODY: dict[str, Any] = {
+    "anyOf": [
+        {"$ref": f"#/components/schemas/{request.__name__}"}
+        for request in (ChatCompletionRequest, CompletionRequest)
+    ]
+}
+"""The schema of a body of either endpoint."""
+
+
+def body_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads its body itself, as the generating endpoints do."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 _generating = APIRouter()
 
 

@@ -73,6 +73,9 @@ async def test_the_report_comes_back_as_json(tmp_path):
         ({"request_id": "req-1", "choice": -1}, "choice"),
         ({"request_id": "req-1", "timeout_s": 0}, "timeout_s"),
         ({"request_id": "req-1", "to": "d1"}, "to"),
+        ({"request_id": "x" * 1000}, "request_id"),
+        ({"request_id": "req-1", "worker_id": "x" * 1000}, "worker_id"),
+        ([], None),
     ],
 )
 @in_loop
@@ -82,6 +85,8 @@ async def test_what_is_wrong_is_named_as_everywhere_else(tmp_path, body, param):
         answer = await http.post(f"{server.url}/control/migrate", json=body)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_request", param)
+    assert error["message"][0] not in ": "  # it once began with the name of a field that is none
+    assert len(error["message"]) < 200
 
 
 @in_loop

@@ -1,5 +1,7 @@
 """POST /debug/route: off by default, and explains a placement without running the request."""
 
+import json
+
 import httpx
 import pytest
 
@@ -67,6 +69,48 @@ async def test_a_body_of_either_endpoint_is_explained_and_not_run(tmp_path, body
     assert asked.sampling.max_tokens == 5
     assert asked.prompt_tokens
     assert not generator.requests
+
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "a fox"}]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        *(
+            json.dumps(body).encode()
+            for body in (
+                {"model": MODEL},
+                CHAT | {"messages": []},
+                CHAT | {"temperature": 9},
+                CHAT | {"foo": 1},
+                CHAT | {"tools": [{"type": "function"}]},
+                CHAT | {"max_tokens": 1, "max_completion_tokens": 2},
+                CHAT | {"messages": [{"role": "tool", "content": "a"}]},
+                {"model": MODEL, "prompt": "a", "n": 0},
+                {"model": MODEL, "prompt": ["a"] * 200},
+            )
+        ),
+        b'{"model": "tiny", "prompt": "a", "n": %b}' % (b"[" * 1000 + b"]" * 1000),
+    ],
+)
+@in_loop
+async def test_what_an_endpoint_refuses_is_not_explained_but_refused_alike(tmp_path, body):
+    generator, explainer = ScriptedGenerator(saying("a")), Explaining()
+    folder = model_directory(tmp_path)
+    path = "/v1/completions" if b"prompt" in body else "/v1/chat/completions"
+    async with (
+        running(generator, folder, explainer=explainer) as server,
+        httpx.AsyncClient() as http,
+    ):
+        real, debug = [
+            await http.post(f"{server.url}{one}", content=body) for one in (path, "/debug/route")
+        ]
+    assert (debug.status_code, debug.json()) == (real.status_code, real.json())
+    assert real.status_code == 400
+    assert not explainer.asked
 
 
 @in_loop

@@ -57,6 +57,7 @@ def bad_chat(**changes: object) -> bytes:
         (bad_chat(messages="hello"), 400, "messages", "valid list"),
         (bad_chat(messages=[{"role": "user"}]), 400, "messages[0].content", "required"),
         (bad_chat(stream="yes"), 400, "stream", "valid boolean"),
+        (bad_chat(n=[[[]]]), 400, "n", "valid integer, got a list"),
         (bad_chat(n=129), 400, "n", "less than or equal to 128"),
         (bad_chat(tools=[{"type": "function"}]), 400, "tools", "not served yet"),
         (bad_chat(temprature=1), 400, "temprature", "did you mean 'temperature'?"),
@@ -252,6 +253,49 @@ async def test_unknown_paths_and_methods_have_openais_shape(tmp_path):
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
     assert missing.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("HEAD", "/v1/completions", "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("DELETE", "/control/migrate", "POST"),
+    ],
+)
+@in_loop
+async def test_other_methods_are_told_which_are_allowed(tmp_path, method, path, allowed):
+    generator = ScriptedGenerator(saying("a"))
+    async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
+        answer = await http.request(method, f"{server.url}{path}")
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models"])
+@in_loop
+async def test_head_is_answered_like_get_without_the_body(tmp_path, path):
+    generator = ScriptedGenerator(saying("a"))
+    async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
+        head, get = await http.head(f"{server.url}{path}"), await http.get(f"{server.url}{path}")
+        after = await http.get(f"{server.url}/health")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert after.json() == {"status": "alive"}
+
+
+@in_loop
+async def test_long_names_are_cut_in_answers(tmp_path):
+    generator, long = ScriptedGenerator(saying("a")), "x" * 5000
+    async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
+        answers = [
+            await http.get(f"{server.url}/{long}"),
+            await http.get(f"{server.url}/v1/models/{long}"),
+            await http.post(f"{server.url}/v1/chat/completions", content=bad_chat(model=long)),
+        ]
+    assert [answer.status_code for answer in answers] == [404, 404, 404]
+    assert all("xxx..." in answer.json()["error"]["message"] for answer in answers)
+    assert all(len(answer.content) < 400 for answer in answers)
 
 
 @in_loop
