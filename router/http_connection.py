@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from core.errors import BatonError, InvalidRequest
 from router.http_errors import HeadTooLarge, HeadTooSlow, error_body
-from router.http_line import ChunkedLine
+from router.http_line import ChunkedLine, PlainLine
 from router.http_reply import ABORT_EXTENSION, LINE_EXTENSION
 
 KEEP_ALIVE_S = 75
@@ -98,7 +98,7 @@ class HttpConnection(HttpToolsProtocol):
             self._refused = _too_large()
             raise self._refused
         self._head_bytes = None
-        line = ChunkedLine(self)
+        line = (PlainLine if self.parser.get_http_version() == "1.0" else ChunkedLine)(self)
         self.scope["extensions"] = {
             ABORT_EXTENSION: {"abort": self.transport.abort},
             LINE_EXTENSION: {"line": line},

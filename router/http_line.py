@@ -83,3 +83,26 @@ class ChunkedLine:
             data, self._head = self._head + data, b""
         if data and not self._transport.is_closing():
             self._transport.write(data)
+
+
+class PlainLine(ChunkedLine):
+    """For HTTP/1.0, which knows no chunks: a body ends with the connection.
+
+    uvicorn frames all that it writes behind a head without a length, one chunk at a time.
+    """
+
+    __slots__ = ("_framed",)
+    _CHUNKED = b"transfer-encoding: chunked\r\n"
+
+    def put(self, chunk: bytes) -> None:
+        self._write(chunk)
+
+    def write(self, data: bytes) -> None:
+        if not self._headed:
+            self._framed = self._CHUNKED in data
+            super().write(data.replace(self._CHUNKED, b"", 1))
+        elif self._framed:
+            size, _, rest = data.partition(b"\r\n")
+            super().write(rest[: int(size, 16)])
+        else:
+            super().write(data)

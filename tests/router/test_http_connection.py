@@ -256,6 +256,27 @@ async def test_client_that_sent_more_and_went_is_seen_to_go(tmp_path, further):
         await generator.until_running(0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@in_loop
+async def test_http_1_0_has_a_body_without_chunks_that_ends_with_the_connection(tmp_path, stream):
+    generator, loop = ScriptedGenerator(saying("a fox")), asyncio.get_running_loop()
+    body = json.dumps({"model": MODEL, "prompt": "a fox", "stream": stream}).encode()
+    async with running(generator, model_directory(tmp_path)) as server:
+        connection = await raw_connection(server.port)
+        with connection:
+            request = raw_post("/v1/completions", body).replace(b"HTTP/1.1", b"HTTP/1.0")
+            await loop.sock_sendall(connection, request)
+            head, _, text = (await read_to_end(connection)).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    if stream:
+        events = text.decode().split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        assert all(json.loads(event.removeprefix("data: ")) for event in events[:-2])
+    else:
+        assert json.loads(text)["choices"][0]["text"] == "a fox"
+
+
 async def read_to_end(connection):
     answer = b""
     while piece := await asyncio.get_running_loop().sock_recv(connection, 65536):
