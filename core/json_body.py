@@ -20,8 +20,8 @@ from core.errors import InvalidRequest
 
 MAX_NAME_CHARS = 100
 """Of a name the client made up, in messages and logs."""
-MAX_CONTAINERS = 100_000
-"""Lists and objects of a body. To make millions of them takes long, and nobody else runs then."""
+MAX_STRUCTURES = 100_000
+"""Lists, objects and fields of a body. To make millions takes long, and nobody else runs then."""
 _SHOWN_CHARS = 60
 
 M = TypeVar("M", bound=BaseModel)
@@ -30,8 +30,8 @@ Object = dict[str, JsonValue]
 
 def read_object(raw: bytes | bytearray) -> Object:
     """Raises InvalidRequest where it is none."""
-    if raw.count(b"{") + raw.count(b"[") > MAX_CONTAINERS:
-        _check_containers(bytes(raw))
+    if _structures(raw) > MAX_STRUCTURES:
+        _check_structures(bytes(raw))
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -41,12 +41,15 @@ def read_object(raw: bytes | bytearray) -> Object:
     return body
 
 
-def _check_containers(raw: bytes) -> None:
-    """Brackets within strings do not count."""
+def _structures(raw: bytes | bytearray) -> int:
+    return raw.count(b"[") + raw.count(b"{") + raw.count(b":")
+
+
+def _check_structures(raw: bytes) -> None:
+    """What stands in strings does not count."""
     pieces = raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
-    outside = b"".join(pieces[::2])  # a string lies between any two of them
-    if outside.count(b"{") + outside.count(b"[") > MAX_CONTAINERS:
-        raise InvalidRequest(f"the body holds more than {MAX_CONTAINERS} lists and objects")
+    if _structures(b"".join(pieces[::2])) > MAX_STRUCTURES:  # a string lies between any two
+        raise InvalidRequest(f"the body holds more than {MAX_STRUCTURES} lists, objects and fields")
 
 
 def validated(

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from core.errors import InvalidRequest
-from core.json_body import MAX_CONTAINERS, MAX_NAME_CHARS, read_object, shortened, shown, validated
+from core.json_body import MAX_NAME_CHARS, MAX_STRUCTURES, read_object, shortened, shown, validated
 
 
 class Point(BaseModel):
@@ -16,15 +16,20 @@ class Point(BaseModel):
     label: str = ""
 
 
-@pytest.mark.parametrize("container", [b"{}", b"[]", b'{"":0}', b'{"\\\\":"\\""}'])
-def test_millions_of_lists_and_objects_are_refused_unread(container):
-    with pytest.raises(InvalidRequest, match=f"more than {MAX_CONTAINERS} lists and objects"):
-        read_object(b'{"a": [' + b",".join([container] * MAX_CONTAINERS) + b"]}")
+@pytest.mark.parametrize("item", [b"{}", b"[]", b'{"":0}', b'{"\\\\":"\\""}'])
+def test_millions_of_lists_and_objects_are_refused_unread(item):
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_STRUCTURES} lists, objects"):
+        read_object(b'{"a": [' + b",".join([item] * MAX_STRUCTURES) + b"]}")
 
 
-@pytest.mark.parametrize("text", ["{[", '"{', "\\{", '\\"[', "\\\\{"])
+def test_millions_of_fields_are_refused_unread():
+    with pytest.raises(InvalidRequest, match=f"more than {MAX_STRUCTURES} lists, objects"):
+        read_object(json.dumps(dict.fromkeys(map(str, range(MAX_STRUCTURES)))).encode())
+
+
+@pytest.mark.parametrize("text", ["{[:", '"{', "\\{", '\\"[', "\\\\{"])
 def test_brackets_within_texts_are_none(text):
-    body = {"a": text * (MAX_CONTAINERS + 1), "b": [{}]}
+    body = {"a": text * (MAX_STRUCTURES + 1), "b": [{}]}
     assert read_object(json.dumps(body).encode()) == body
 
 
