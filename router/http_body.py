@@ -37,8 +37,8 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def body(self, scope: Scope, receive: Receive) -> AsyncIterator[bytearray]:
-        """The whole body. Raises RequestTooLarge as soon as that is known, leaving the rest unread,
-        BodyTooSlow, Overloaded, ClientGone.
+        """The whole body, inside the block only. Raises RequestTooLarge as soon as that is known,
+        leaving the rest unread, BodyTooSlow, InvalidRequest, Overloaded, ClientGone.
         """
         _check_head(scope, self._max_bytes)
         body = bytearray()
@@ -51,6 +51,7 @@ class Intake:
             yield body
         finally:
             self._held_bytes -= _counted(len(body))
+            body.clear()  # an error's traceback may hold it until the next full collection
 
     async def _fill(self, body: bytearray, receive: Receive) -> None:
         more = True

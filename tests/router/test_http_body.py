@@ -12,6 +12,7 @@ import pytest
 from core.errors import InvalidRequest, Overloaded
 from router.config import RouterConfig
 from router.http_body import FREE_BYTES, INLINE_BYTES, Intake, parsed
+from router.http_errors import ClientGone
 from tests.router.http_builders import (
     MODEL,
     ScriptedGenerator,
@@ -156,6 +157,21 @@ async def test_room_comes_back_when_a_body_is_done_with_or_given_up(intake):
     last.done.set()
     assert await last.task == MB
     beside.task.cancel()
+
+
+@in_loop
+async def test_a_body_is_let_go_of_though_an_error_is_held(intake):
+    upload = Upload(intake)
+    await upload.send(MB)
+    upload.pieces.put_nowait({"type": "http.disconnect"})
+    with pytest.raises(ClientGone) as gone:
+        await upload.task
+    trace, bodies = gone.tb, []
+    while trace is not None:
+        bodies += [v for v in trace.tb_frame.f_locals.values() if isinstance(v, bytearray)]
+        trace = trace.tb_next
+    assert bodies
+    assert not any(bodies)
 
 
 @in_loop
