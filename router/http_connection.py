@@ -28,6 +28,8 @@ MAX_AHEAD_BYTES = 64 * 1024
 on, so its end is not seen."""
 MAX_PIPELINED = 256
 """Requests that came in one piece; a client that sends more of them is dropped."""
+_LINGER_S = 2.0
+"""To close at once would reset the connection, and a client still sending not see its answer."""
 _UNREAD_S = 30.0
 """For what remains of a body after its response, and for a client to take what it was sent before
 the connection closed."""
@@ -42,7 +44,9 @@ class HttpConnection(HttpToolsProtocol):
         """Of a head that is not complete; None from there to the end of the body."""
         self._since_s = self.loop.time()
         """When the present wait for the client began, where this class bounds it."""
-        self._refused: BatonError | None = None
+        self._failure: BatonError | None = None
+        """What a callback of the parser found, which only knows that one failed."""
+        self._refused = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -51,6 +55,8 @@ class HttpConnection(HttpToolsProtocol):
             line.lost()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._is_answering():
             self._ahead += data
             if len(self._ahead) > MAX_AHEAD_BYTES:
@@ -68,6 +74,9 @@ class HttpConnection(HttpToolsProtocol):
         if self.transport.is_closing():
             if waited_s > _UNREAD_S:
                 self.transport.abort()
+        elif self._refused:
+            if waited_s > _LINGER_S:
+                self.transport.abort()
         elif self._is_running():
             # What it waits for is bounded by the request; closing begins after it.
             self._since_s = now_s
@@ -83,7 +92,7 @@ class HttpConnection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """The parser has failed, at what the client sent or in a callback below."""
-        self._refuse(self._refused or InvalidRequest("this is no HTTP request"))
+        self._refuse(self._failure or InvalidRequest("this is no HTTP request"))
 
     # -- the parser's callbacks ------------------------------------------------------------------
 
@@ -95,8 +104,8 @@ class HttpConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head_bytes > MAX_HEAD_BYTES:
-            self._refused = _too_large()
-            raise self._refused
+            self._failure = _too_large()
+            raise self._failure
         self._head_bytes = None
         line = (PlainLine if self.parser.get_http_version() == "1.0" else ChunkedLine)(self)
         self.scope["extensions"] = {
@@ -145,19 +154,26 @@ class HttpConnection(HttpToolsProtocol):
         self._head_bytes += num_bytes
 
     def _refuse(self, error: BatonError) -> None:
-        """Answer what is no request, and close. Within a response only the end can be told."""
+        """Answer what is no request, and close. Beside a request only the end can be told."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
         self._unset_keepalive_if_required()
         self._since_s = self.loop.time()
-        if self.pipeline or (self._is_running() and self.cycle.response_started):
+        running = self._is_running()
+        if self.pipeline or (running and self.cycle.response_started):
             self.transport.abort()
-        elif not self.transport.is_closing():
-            body, status = error_body(error), http.HTTPStatus(error.http_status)
-            head = (
-                f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
+            return
+        body, status = error_body(error), http.HTTPStatus(error.http_status)
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        if running:  # it would write behind an end, but not to what closes
             self.transport.close()
+        else:
+            self.transport.write_eof()
 
 
 def _too_large() -> HeadTooLarge:

@@ -37,7 +37,7 @@ class Transport:
 
     def __init__(self):
         self.written = b""
-        self.closed = self.aborted = self.paused = False
+        self.closed = self.aborted = self.paused = self.ended = False
 
     def get_extra_info(self, name):
         return None
@@ -50,6 +50,9 @@ class Transport:
 
     def close(self):
         self.closed = True
+
+    def write_eof(self):
+        self.ended = True
 
     def abort(self):
         self.closed = self.aborted = True
@@ -116,7 +119,7 @@ async def test_half_a_head_is_refused_after_a_while(before):
     connection.expire(now_s + HEAD_TIMEOUT_S - 1, HEAD_TIMEOUT_S)
     assert not transport.closed
     connection.expire(now_s + HEAD_TIMEOUT_S + 1, HEAD_TIMEOUT_S)
-    assert transport.closed
+    assert transport.ended
     assert b"HTTP/1.1 408 Request Timeout\r\n" in transport.written
     assert b'"head_too_slow"' in transport.written
 
@@ -126,7 +129,7 @@ async def test_empty_lines_before_a_head_grant_no_more_time():
     connection, transport, now_s = connected(App())
     connection.data_received(b"\r\n")
     connection.expire(now_s + HEAD_TIMEOUT_S + 1, HEAD_TIMEOUT_S)
-    assert transport.closed
+    assert transport.ended
 
 
 @pytest.mark.parametrize("request_bytes", [GET, UPLOAD], ids=["complete", "body missing"])
@@ -185,20 +188,53 @@ async def test_large_head_is_refused_and_the_connection_closed(piece_bytes):
     connection, transport, _ = connected(app)
     head = GET[:-2] + b"x: " + bytes(b"a" * MAX_HEAD_BYTES) + b"\r\n\r\n"
     for start in range(0, len(head), piece_bytes):
-        if not transport.closed:
-            connection.data_received(head[start : start + piece_bytes])
+        connection.data_received(head[start : start + piece_bytes])
     await turns()
-    assert transport.closed
+    assert transport.ended
     assert transport.written.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
     assert transport.written.endswith(b'"param":null,"code":"head_too_large"}}')
     assert not app.paths
 
 
 @in_loop
+async def test_refused_client_may_send_on_for_a_moment_and_see_its_answer():
+    connection, transport, now_s = connected(App())
+    connection.data_received(b"x" * (MAX_HEAD_BYTES + 1))
+    connection.data_received(b"x" * MAX_HEAD_BYTES)
+    connection.expire(now_s + 1, HEAD_TIMEOUT_S)
+    assert transport.written.count(b"HTTP/1.1 ") == 1
+    assert not transport.closed
+    connection.expire(now_s + 5, HEAD_TIMEOUT_S)
+    assert transport.aborted
+
+
+@in_loop
+async def test_endless_head_is_answered_and_cut(tmp_path):
+    folder, generator = model_directory(tmp_path), ScriptedGenerator(saying("a"))
+    async with running(generator, folder) as server:
+        connection, loop = await raw_connection(server.port), asyncio.get_running_loop()
+        with connection:
+            await loop.sock_sendall(connection, GET[:-2] + b"x: " + b"a" * 1_000_000)
+            answer = await read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+@in_loop
+async def test_what_is_no_http_beside_a_request_ends_the_connection():
+    app = App()
+    connection, transport, _ = connected(app)
+    connection.data_received(GET + b"no\x00HTTP")
+    app.proceed.set()
+    await turns()
+    assert transport.closed
+    assert transport.written.startswith(b"HTTP/1.1 400 ")
+
+
+@in_loop
 async def test_what_is_no_http_is_refused_in_openais_shape():
     connection, transport, _ = connected(App())
     connection.data_received(b"\x16\x03\x01\x02\x00")
-    assert transport.closed
+    assert transport.ended
     assert transport.written.startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert b'"message":"this is no HTTP request"' in transport.written
 
