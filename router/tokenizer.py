@@ -31,6 +31,9 @@ hand them to a thread and back costs about as much CPU, and the wait for the int
 time.
 """
 
+MAX_REASON_CHARS = 300
+"""Of what a template says on refusing, which may hold a message's text."""
+
 # What a template can raise on messages it was not written for, besides its own refusals.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
@@ -140,8 +143,9 @@ class Tokenizer:
                 **self._special_tokens,
             )
         except _TEMPLATE_ERRORS as error:
+            reason = str(error)[:MAX_REASON_CHARS]
             raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the model's chat template refuses these messages: {reason}", param="messages"
             ) from error
         return self._encode(text, special=False)
 

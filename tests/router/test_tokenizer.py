@@ -129,6 +129,18 @@ async def test_template_with_a_bug_blames_the_messages(tmp_path):
         tokenizer.close()
 
 
+@in_loop
+async def test_template_that_repeats_a_message_does_not_make_the_refusal_long(tmp_path):
+    repeats = "{{ raise_exception(messages[0].content) }}"
+    tokenizer = Tokenizer.load(model_directory(tmp_path, chat_template=repeats), 1)
+    try:
+        with pytest.raises(InvalidRequest, match="chat template refuses") as caught:
+            await tokenizer.encode_chat([ChatMessage(role="user", content="x" * 10_000)])
+    finally:
+        tokenizer.close()
+    assert len(caught.value.message) < 400
+
+
 def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
     folder = model_directory(tmp_path)
     cutting = byte_level_bpe().from_str(byte_level_bpe().to_str())
