@@ -11,7 +11,7 @@ is kept for later, and not parsed before the response is complete.
 
 import asyncio
 import http
-from typing import cast
+from typing import Literal, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -40,8 +40,10 @@ class HttpConnection(HttpToolsProtocol):
         super().connection_made(transport)
         self.attended: set[ChunkedLine] = set()
         self._ahead = bytearray()
-        self._head_bytes: int | None = 0
-        """Of a head that is not complete; None from there to the end of the body."""
+        self._part: Literal["idle", "head", "body"] = "idle"
+        """Of a request, what is being received."""
+        self._bare_bytes = 0
+        """Since something of a body came, or the end of a message: a head, or a body's trailers."""
         self._since_s = self.loop.time()
         """When the present wait for the client began, where this class bounds it."""
         self._failure: BatonError | None = None
@@ -62,10 +64,11 @@ class HttpConnection(HttpToolsProtocol):
             if len(self._ahead) > MAX_AHEAD_BYTES:
                 self.flow.pause_reading()
             return
-        if self._head_bytes is not None:
-            self._begin_head(len(data))
+        if self._part == "idle":
+            self._begin_head()
+        self._bare_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES:
+        if self._bare_bytes > MAX_HEAD_BYTES:
             self._refuse(_too_large())
 
     def expire(self, now_s: float, head_timeout_s: float) -> None:
@@ -80,10 +83,10 @@ class HttpConnection(HttpToolsProtocol):
         elif self._is_running():
             # What it waits for is bounded by the request; closing begins after it.
             self._since_s = now_s
-        elif self._head_bytes is None:
+        elif self._part == "body":
             if waited_s > _UNREAD_S:
                 self.transport.abort()
-        elif self._head_bytes:
+        elif self._part == "head":
             if waited_s > head_timeout_s:
                 self._refuse(HeadTooSlow(f"the head did not come within {head_timeout_s:g} s"))
         elif waited_s > KEEP_ALIVE_S:
@@ -98,15 +101,15 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if not self._head_bytes:  # behind another message in one piece
-            self._begin_head(1)
+        if self._part == "idle":  # behind another message in one piece
+            self._begin_head()
 
     def on_headers_complete(self) -> None:
         head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if head_bytes > MAX_HEAD_BYTES:
             self._failure = _too_large()
             raise self._failure
-        self._head_bytes = None
+        self._part = "body"
         line = (PlainLine if self.parser.get_http_version() == "1.0" else ChunkedLine)(self)
         self.scope["extensions"] = {
             ABORT_EXTENSION: {"abort": self.transport.abort},
@@ -119,9 +122,13 @@ class HttpConnection(HttpToolsProtocol):
             # The cycle's task has not begun: all that it writes passes the line.
             self.cycle.transport = cast(asyncio.Transport, line)
 
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._bare_bytes = 0
+
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._head_bytes = 0
+        self._part, self._bare_bytes = "idle", 0
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -147,11 +154,9 @@ class HttpConnection(HttpToolsProtocol):
         if data and not self.transport.is_closing():
             self.data_received(data)
 
-    def _begin_head(self, num_bytes: int) -> None:
-        if not self._head_bytes:
-            self._head_bytes = 0
-            self._since_s = self.loop.time()
-        self._head_bytes += num_bytes
+    def _begin_head(self) -> None:
+        self._part = "head"
+        self._since_s = self.loop.time()
 
     def _refuse(self, error: BatonError) -> None:
         """Answer what is no request, and close. Beside a request only the end can be told."""
@@ -161,7 +166,8 @@ class HttpConnection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._since_s = self.loop.time()
         running = self._is_running()
-        if self.pipeline or (running and self.cycle.response_started):
+        answered = self.cycle.response_started if running else self._part == "body"
+        if self.pipeline or answered:
             self.transport.abort()
             return
         body, status = error_body(error), http.HTTPStatus(error.http_status)

@@ -196,6 +196,25 @@ async def test_large_head_is_refused_and_the_connection_closed(piece_bytes):
     assert not app.paths
 
 
+@pytest.mark.parametrize("answered", [False, True])
+@in_loop
+async def test_what_follows_a_body_in_place_of_its_end_is_bounded_like_a_head(answered):
+    app = App(reads=not answered)
+    app.proceed.set()
+    connection, transport, _ = connected(app)
+    head = UPLOAD.replace(b"content-length: 100", b"transfer-encoding: chunked")
+    connection.data_received(head)
+    for _ in range(5):
+        connection.data_received(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
+        await turns()
+    assert not transport.closed
+    connection.data_received(b"0\r\nx: ")
+    for _ in range(0, MAX_HEAD_BYTES + 1000, 1000):
+        connection.data_received(b"a" * 1000)
+    assert transport.closed
+    assert (b"HTTP/1.1 431 " in transport.written) != answered
+
+
 @in_loop
 async def test_refused_client_may_send_on_for_a_moment_and_see_its_answer():
     connection, transport, now_s = connected(App())
