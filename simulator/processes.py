@@ -41,12 +41,21 @@ def run_all(call: Callable[..., T], tasks: Sequence[Sequence[object]], count: in
 
 @contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Processes started in the block never hear an interrupt of the whole group, as a terminal
-    sends it: it is this process's to answer, with one that came meanwhile when the block ends.
+    """In the main thread: processes started in the block never hear an interrupt of the whole
+    group, as a terminal sends it. It is this process's to answer, with one that came meanwhile when
+    the block ends.
+
+    Children inherit the mask. It is this thread's alone, and one that another thread takes would be
+    raised here nevertheless: amid the start of a process, which then nobody knows of.
     """
     resource_tracker.ensure_running()  # as it starts with the first process it unblocks SIGINT
+    came = list[int]()
+    answer = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, answer)
+        if came:
+            signal.raise_signal(signal.SIGINT)

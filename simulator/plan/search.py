@@ -3,13 +3,15 @@
 Rounds are tasks that know nothing of each other, so any number of processes gives one answer.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple, Protocol
 
+from core.parent import end_with_parent
 from simulator.plan.advice import advise
 from simulator.plan.combine import Candidate, Phase, colocate, neighbours, pair_up
 from simulator.plan.fleet import find_fleet
@@ -205,10 +207,13 @@ def _rating(problem: Problem, processes: int, progress: Progress) -> Iterator[Ra
             what, len(setups), progress, (find_goodput(problem, setup) for setup in setups)
         )
         return
-    context = get_context("spawn")
-    with deaf_to_interrupts():
-        pool = context.Pool(processes, initializer=_begin, initargs=(problem,))
-    with pool:
+    with ExitStack() as stack:
+        with deaf_to_interrupts():
+            pool = stack.enter_context(
+                get_context("spawn").Pool(
+                    processes, initializer=_begin, initargs=(problem, os.getpid())
+                )
+            )
         yield lambda what, setups: _collect(
             what, len(setups), progress, pool.imap(_rate_here, setups)
         )
@@ -228,8 +233,9 @@ def _collect(
 _problem: Problem | None = None
 
 
-def _begin(problem: Problem) -> None:
+def _begin(problem: Problem, parent: int) -> None:
     """In a process of the pool."""
+    end_with_parent(parent)
     global _problem  # noqa: PLW0603 - what a process of the pool works on
     _problem = problem
 

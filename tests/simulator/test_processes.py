@@ -1,16 +1,19 @@
 """Processes of a search: all its results, and none left when it is given up."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import active_children
 from operator import add
 from pathlib import Path
 
 import psutil
+import pytest
 
-from simulator.processes import run_all
+from simulator.processes import deaf_to_interrupts, run_all
 
 
 def test_every_task_is_answered_once() -> None:
@@ -52,3 +55,21 @@ def test_they_end_with_the_process_that_asked(tmp_path: Path) -> None:
     asks.communicate()
     _, alive = psutil.wait_procs(workers, timeout=10.0)
     assert not alive
+
+
+def test_an_interrupt_that_another_thread_takes_is_raised_when_the_block_ends() -> None:
+    """In the middle of it, it could be lost which process just started."""
+    begin, whole = threading.Event(), False
+
+    def take() -> None:
+        begin.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    other = threading.Thread(target=take)  # before the block, whose threads are deaf as well
+    other.start()
+    with pytest.raises(KeyboardInterrupt), deaf_to_interrupts():
+        begin.set()
+        other.join()
+        whole = True
+    assert whole
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
