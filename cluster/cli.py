@@ -18,7 +18,9 @@ from core.errors import BatonError, ConfigError
 
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """An error of ours is its message and status 1, never a traceback."""
+        """An error of ours is its message and status 1, never a traceback; an interrupt that no
+        command has more to say of is one word and status 130.
+        """
         try:
             return super().invoke(ctx)
         except BatonError as error:
@@ -26,6 +28,9 @@ class _Group(TyperGroup):
                 prefix = "" if line.startswith(" ") else "error: "
                 print(f"{prefix}{line}", file=sys.stderr)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(

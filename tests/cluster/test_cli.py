@@ -190,3 +190,12 @@ def test_down_kills_a_cluster_that_does_not_stop(
 def test_help_names_every_command() -> None:
     text = baton("--help").stdout
     assert all(command in text for command in ("up", "down", "status", "demo", "config"))
+
+
+def test_an_interrupt_before_the_work_has_begun_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.simulate.load_workload", interrupted)
+    done = baton("simulate", "--trace", "poisson:rate=1")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "interrupted\n")
