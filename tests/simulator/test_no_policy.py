@@ -41,7 +41,6 @@ RULES = (router.admission, router.freeness, router.local, headroom, decode_polic
 METHODS = {"choose", "placed", "choose_moves", "weigh", "consider", "place_locally", "for_decode"}
 ORDER_OF_HOPS = {
     ("cluster.py", "worker_silence_s"),  # when routers hear of a death, which is no choice
-    ("router.py", "max_attempts"),  # router/flow.py, whose loop these two are in
     ("router.py", "max_forwards"),
     ("router.py", "request_timeout_s"),  # a moment told to prefill_worker/sources.py
     ("migration.py", "migration_stop_s"),  # a moment, told to decode_worker/migration.py
