@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.worker.metrics import WorkerCollector
-from core.errors import InternalError
+from core.errors import WorkerFailed
 from core.ids import Role
 from core.messages import SnapshotRequest
 from decode_worker.role import DecodeRole
@@ -61,7 +61,7 @@ async def test_it_fails_that_leg_and_is_logged_and_counted(
         views = [link.view for link in cluster.fleet.links()]
         others = [asyncio.create_task(answer(cluster, name, 8)) for name in ("before", "besides")]
         await until(lambda: cluster.decode[0].worker.open_legs == 2, "two legs on the stream")
-        with pytest.raises(InternalError, match="a bug in the worker"):
+        with pytest.raises(WorkerFailed, match="a bug in the worker"):
             await answer(cluster, "unlucky", 8)
         cluster.decode[0].gate.open()
         for name, task in zip(("before", "besides"), others, strict=True):
@@ -77,7 +77,7 @@ async def test_it_fails_that_leg_and_is_logged_and_counted(
 async def test_it_is_among_the_workers_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     breaks_for_unlucky(monkeypatch, PrefillRole, "submit")
     async with running_cluster(prefill=1, decode=0) as cluster:
-        with pytest.raises(InternalError):
+        with pytest.raises(WorkerFailed):
             await answer(cluster, "unlucky", 1)
         collector = WorkerCollector(cluster.prefill[0].worker, asyncio.get_running_loop())
         metrics = await asyncio.to_thread(lambda: list(collector.collect()))
