@@ -67,6 +67,8 @@ class Fault(StrEnum):
     """Blocks under a running read are given back at once."""
     NO_FENCE = "no_fence"
     """A lease is bound without a look at whose it is."""
+    LEASES_OF_THE_LOST = "leases_of_the_lost"
+    """A stream that ends leaves its leases."""
     NO_EXPIRY = "no_expiry"
     """Leases are not looked at for their age."""
     LEAK = "leak"

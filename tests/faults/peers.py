@@ -59,6 +59,12 @@ class FaultyOwner(Owner):
             case _:
                 super().handle(reader, message)
 
+    def detach(self, reader: str) -> None:
+        if self._board.take(Fault.LEASES_OF_THE_LOST):
+            del self._readers[reader]
+        else:
+            super().detach(reader)
+
     def sweep(self) -> None:
         if not self._board.take(Fault.NO_EXPIRY):
             super().sweep()

@@ -53,6 +53,7 @@ class Shape:
     tcp: bool = False
     """UCX may use TCP only: a read is a conversation, it can be interrupted."""
     silence_s: float = SILENCE_S
+    lease_s: float = LEASE_S
     num_blocks: int = NUM_BLOCKS
     read_timeout_s: float = 0.9
     deadline_s: float = 20.0
@@ -78,7 +79,7 @@ class Shape:
                 "backend": "nixl",
                 "verify": self.verify,
                 "seals": self.seals,
-                "lease_s": LEASE_S,
+                "lease_s": self.lease_s,
                 "read_timeout_s": self.read_timeout_s,
                 "connect_timeout_s": 0.9,
             },

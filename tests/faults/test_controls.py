@@ -67,6 +67,12 @@ CONTROLS = {
         taken=Fault.NO_FENCE,
         fails_with="failed=None",
     ),
+    "leases_of_the_lost": Control(
+        row=test_deaths.ROWS["reader_killed_and_no_router_says_so"],
+        worker="p0",
+        taken=Fault.LEASES_OF_THE_LOST,
+        fails_with="not let go",
+    ),
     "no_expiry": Control(
         row=test_deaths.ROWS["reader_hangs"],
         worker="p0",

@@ -8,13 +8,16 @@ import pytest
 
 from core.errors import DeadlineExceeded, Unavailable
 from tests.faults.fault import Fault
-from tests.faults.rig import FOUR, HIDDEN_S, VISIBLE_S, Rig, Shape, is_free
+from tests.faults.forged import decode_leg, prefilled
+from tests.faults.rig import HIDDEN_S, VISIBLE_S, Rig, Shape, is_free
 from tests.faults.soak import Row, soak
 from tests.faults.zygote import Zygote
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
-TCP = Shape(tcp=True)
+VISIBLE = Shape(lease_s=60.0)
+"""What is seen at once is not left to the lease."""
+TCP = replace(VISIBLE, tcp=True)
 LONE_OWNER = Shape(workers=("p0", "d0", "d1"))
 NO_OTHER_S = 1.5
 PAIR = Shape(workers=("p0", "d0"))
@@ -22,8 +25,8 @@ HANGING = Shape(silence_s=2.5, num_blocks=512)
 """The router notices later than the lease does."""
 
 
-def reader_killed(gate: Fault, shape: Shape = FOUR) -> Row:
-    """The reader dies at this point of a hand-off; the owner must see it by itself."""
+def reader_killed(gate: Fault, shape: Shape = VISIBLE) -> Row:
+    """The reader dies at this point of a hand-off; owner and router see it."""
 
     async def run(rig: Rig, count: int) -> None:
         await rig.workers["d0"].arm(gate, count)
@@ -36,7 +39,23 @@ def reader_killed(gate: Fault, shape: Shape = FOUR) -> Row:
     return Row(run=run, shape=shape)
 
 
-def owner_killed(gate: Fault, shape: Shape = FOUR) -> Row:
+async def reader_killed_and_no_router_says_so(rig: Rig, count: int) -> None:
+    """The owner sees by itself that its reader is gone."""
+    owner, reader = rig.workers["p0"], rig.workers["d0"]
+    for _ in range(count):
+        await reader.arm(Fault.IN_READ, 1)
+        async with prefilled(rig, "p0") as (request, sequence_id, handoff):
+            leg = asyncio.create_task(decode_leg(rig, "d0", request, sequence_id, handoff))
+            await reader.hit(Fault.IN_READ, 1)
+            await rig.kill("d0")
+            await rig.holds(VISIBLE_S, [owner], lambda r: r.blocks_held == 0, "let go")
+            leg.cancel()
+        await rig.start("d0")
+        reader = rig.workers["d0"]
+    await rig.free(VISIBLE_S)
+
+
+def owner_killed(gate: Fault, shape: Shape = VISIBLE) -> Row:
     """The owner dies; what the reader has or still gets of it must never be used."""
 
     async def run(rig: Rig, count: int) -> None:
@@ -148,6 +167,9 @@ ROWS = {
     "reader_killed_during_a_tcp_read": reader_killed(Fault.IN_READ, TCP),
     "reader_killed_after_the_read": reader_killed(Fault.AFTER_READ),
     "reader_killed_while_it_decodes": reader_killed(Fault.IN_STEP),
+    "reader_killed_and_no_router_says_so": Row(
+        run=reader_killed_and_no_router_says_so, wave=5, shape=VISIBLE
+    ),
     "owner_killed_before_the_read": owner_killed(Fault.BEFORE_READ),
     "owner_killed_during_the_read": owner_killed(Fault.IN_READ),
     "owner_killed_during_a_tcp_read": owner_killed(Fault.IN_READ, TCP),
