@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 help:
 	@echo "make demo    install into .venv, start a local cluster, send real chat requests, stop it"
 	@echo "make test    unit and multi-process tests"
-	@echo "make test-faults  every fault of the KV hand-off, 200 times each: about 10 minutes;"
+	@echo "make test-faults  every fault of the KV hand-off, 200 hand-offs each: about 10 minutes;"
 	@echo "                  with BATON_LONG_FAULTS=1 also a minute without Redis"
 	@echo "make check   format, lint, types, layers, generated code"
 	@echo "make proto   regenerate wire/ from proto/"
