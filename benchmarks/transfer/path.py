@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.processes import Pair
 from benchmarks.transfer.rig import LLAMA_8B, ArenaTask
 from benchmarks.transfer.throughput import (
+    ANSWERED,
     MEMCPY,
     PATH,
     PREPARED,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 RATIO_TARGET = 0.90
 ADDED_TARGET_US = 500.0
-SHM, TCP, COLLECTIVE = "shm", "tcp", "collective"
+SHM, BUSY, TCP, COLLECTIVE = "shm", "shm, busy owner", "tcp", "collective"
 
 _BLOCKS_4MB, _BLOCKS_64MB, _BLOCKS_512MB = 2, 32, 256
 _TIMEOUT_S = 240.0
@@ -50,6 +51,9 @@ def run(run: Run) -> Finding:
         results[way] = [
             _measure(pair, run, "nixl", run.device, size) for size in _sizes(quick=run.quick)
         ]
+        if way == SHM:
+            few = _Size(_BLOCKS_4MB, 21)
+            results[BUSY] = [_measure(pair, run, "nixl", run.device, few, busy=True)]
         if way == TCP:
             results[COLLECTIVE] = [
                 _measure(pair, run, "collective", "cpu", size)
@@ -82,13 +86,16 @@ def _collective_sizes(*, quick: bool) -> tuple[_Size, ...]:
     )
 
 
-def _measure(pair: Pair, run: Run, backend: str, device: str, size: _Size) -> SizeResult:
+def _measure(
+    pair: Pair, run: Run, backend: str, device: str, size: _Size, *, busy: bool = False
+) -> SizeResult:
     task = ThroughputTask(
         arena=ArenaTask(
             layout=LLAMA_8B, num_blocks=size.num_blocks, device=device, backend=backend
         ),
         rounds=size.rounds,
         raw=backend == "nixl",
+        busy=busy,
     )
     return pair.run(own, read, task, progress=run.progress, timeout_s=_TIMEOUT_S)
 
@@ -122,6 +129,8 @@ def _finding(results: Mapping[str, Sequence[SizeResult]]) -> Finding:
         notes=(
             "raw: the same fragments by a bare NIXL agent; ratio: to the better of the two."
             " memcpy: one thread, within the reader. collective: Gloo, in host memory.",
+            "ms answered: with the owner's answer in place of its seal. busy owner: a thread of its"
+            " process runs Python without a pause, as an engine's may.",
         ),
         keys={
             "ratio_to_raw_shm": round(ratios[SHM], 4),
@@ -142,6 +151,7 @@ def _table(results: Mapping[str, Sequence[SizeResult]]) -> ResultTable:
             "MiB",
             "reads",
             "ms",
+            "ms answered",
             "least..greatest",
             "GB/s",
             "raw prepared",
@@ -167,6 +177,7 @@ def _cells(way: str, size: SizeResult) -> tuple[str, ...]:
         f"{size.nbytes >> 20}",
         f"{size.descriptors}",
         f"{path.median_s * 1e3:.2f}",
+        f"{size.ways[ANSWERED].median_s * 1e3:.2f}" if ANSWERED in size.ways else "-",
         path.spread(),
         rate(PATH),
         rate(PREPARED),

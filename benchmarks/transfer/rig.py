@@ -33,6 +33,7 @@ from kv_transfer.leases import Lease, LeaseTable
 from kv_transfer.messages import Memory, PeerHello, Shard
 from kv_transfer.owner import Owner
 from kv_transfer.reader import Pulled, PullRequest, Reader
+from kv_transfer.seals import Seals
 from kv_transfer.server import serving_peers
 from kv_transfer.transport import Transport
 from kv_transfer.transports import Transports
@@ -124,8 +125,10 @@ async def owner_rig(task: ArenaTask) -> AsyncIterator[OwnerRig]:
     arena, pool = make_arena(task), scattered_pool(task.num_blocks, _OWNER_SEED)
     fill(arena)
     incarnation = new_incarnation()
-    transports = Transports([make_transport(task.backend, arena, incarnation)])
-    owner = Owner(LeaseTable(pool, SystemClock(), TransferConfig().lease_s), lambda: None)
+    seals = Seals()
+    transports = Transports([make_transport(task.backend, arena, incarnation, seals)], seals)
+    leases = LeaseTable(pool, SystemClock(), TransferConfig().lease_s, seals)
+    owner = Owner(leases, lambda: None)
     door = Door(
         address=address_of(peers := listen(HOST, 0)),
         incarnation=incarnation,
@@ -171,7 +174,9 @@ def _hello(name: str, incarnation: Incarnation, arena: Arena, ways: Transports) 
     )
 
 
-def make_transport(backend: str, arena: Arena, incarnation: Incarnation) -> Transport:
+def make_transport(
+    backend: str, arena: Arena, incarnation: Incarnation, seals: Seals | None = None
+) -> Transport:
     """One way to move blocks. Needs a running event loop."""
     if backend == "collective":
         from kv_transfer.collective import CollectiveTransport  # noqa: PLC0415
@@ -179,7 +184,7 @@ def make_transport(backend: str, arena: Arena, incarnation: Incarnation) -> Tran
         return CollectiveTransport(arena, HOST)
     from kv_transfer.nixl import NixlTransport  # noqa: PLC0415 - loads UCX, which reads UCX_TLS
 
-    return NixlTransport(arena, incarnation)
+    return NixlTransport(arena, incarnation, seals=seals)
 
 
 def make_arena(task: ArenaTask) -> Arena:

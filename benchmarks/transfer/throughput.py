@@ -1,14 +1,17 @@
 """Part `path`: a whole hand-off against the bare copy of the same fragments.
 
 Owner and reader are two processes. Per round and in turn: the hand-off from its handle to usable
-blocks; raw NIXL reads of exactly the fragments that this hand-off posted, prepared and unprepared;
-and memcpy of them within the reader, the limit of any way. Each begins after a word with the owner:
-a hand-off needs one for its handle, and what ran without a pause after another copy of the same
-bytes would find caches that a hand-off does not.
+blocks; the same with the owner's answer in place of its seal; raw NIXL reads of exactly the
+fragments that this hand-off posted, prepared and unprepared; and memcpy of them within the reader,
+the limit of any way. Each begins after a word with the owner: a hand-off needs one for its handle,
+and what ran without a pause after another copy of the same bytes would find caches that a hand-off
+does not.
 """
 
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,18 +36,26 @@ from kv_transfer.plan import ReadPlan
 if TYPE_CHECKING:
     from benchmarks.transfer.raw import RawAgent
 
-PATH, PREPARED, UNPREPARED, MEMCPY = "path", "raw prepared", "raw unprepared", "memcpy"
+PATH, ANSWERED, PREPARED, UNPREPARED, MEMCPY = (
+    "path",
+    "answered",
+    "raw prepared",
+    "raw unprepared",
+    "memcpy",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputTask:
     """Move a whole arena at a time, so that every way reads and writes the same memory. `raw`:
-    measure NIXL alone as well, which makes sense only beside the nixl backend.
+    measure NIXL alone as well, which makes sense only beside the nixl backend. `busy`: a thread of
+    the owner's runs Python without a pause, as an engine's may.
     """
 
     arena: ArenaTask
     rounds: int
     raw: bool
+    busy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +109,7 @@ class _Ready:
 
 async def own(side: Side, task: ThroughputTask) -> None:
     """Offer leases on request."""
-    async with owner_rig(task.arena) as rig:
+    async with owner_rig(task.arena) as rig, _beside(busy=task.busy):
         blocks = rig.pool.allocate(task.arena.num_blocks) or []
         side.send(rig.door)
         if task.raw:
@@ -115,6 +126,24 @@ async def own(side: Side, task: ThroughputTask) -> None:
             side.send(_Ready(lease.lease_id, tuple(lease.blocks)))
         if task.raw:
             raw.close()
+
+
+@asynccontextmanager
+async def _beside(*, busy: bool) -> AsyncIterator[None]:
+    """Inside, whoever is busy is."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            sum(range(2000))
+
+    worker = threading.Thread(target=work, daemon=True)
+    if busy:
+        worker.start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 # -- reader -------------------------------------------------------------------------------------
@@ -162,7 +191,7 @@ def _ways(
             await handoff.word()
             return raw.unprepared_s(handoff.plan)
 
-        ways[PREPARED], ways[UNPREPARED] = prepared_s, unprepared_s
+        ways |= {ANSWERED: handoff.answered_s, PREPARED: prepared_s, UNPREPARED: unprepared_s}
     ways[MEMCPY] = memcpy_s
     return ways
 
@@ -190,6 +219,15 @@ class _Handoff:
         """What comes before a hand-off, without a lease."""
         self._side.send(_Want(-1, lease=False))
         await self._side.receive(_Word)
+
+    async def answered_s(self) -> float:
+        """As `measure_s`, waiting for the owner."""
+        reader, config = self.rig.reader, self.rig.reader.config
+        reader.config = config.model_copy(update={"seals": False})
+        try:
+            return await self.measure_s()
+        finally:
+            reader.config = config
 
     async def measure_s(self) -> float:
         self._number += 1

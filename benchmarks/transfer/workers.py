@@ -34,6 +34,7 @@ from engine.config import EngineConfig
 from engine.timed import TimedEngine
 from engine.types import EngineInfo, Sampled, SeqStep
 from kv_transfer.config import TransferConfig
+from kv_transfer.seals import Seals
 from kv_transfer.server import serving_peers
 from kv_transfer.transports import Transports
 from prefill_worker.config import PrefillConfig
@@ -131,11 +132,13 @@ async def worker_rig(role: Role, engine: EngineConfig) -> AsyncIterator[WorkerRi
     """Run a worker with a timed engine inside; its transport is nixl."""
     watched_engine = WatchedEngine(TimedEngine(engine, vocab_size=VOCAB_SIZE))
     incarnation = new_incarnation()
-    watched = WatchedTransport(make_transport("nixl", watched_engine.arena, incarnation))
+    seals = Seals()
+    way = make_transport("nixl", watched_engine.arena, incarnation, seals)
+    watched = WatchedTransport(way)
     address = address_of(peers := listen(HOST, 0))
     worker = Worker(
         engine=watched_engine,
-        transports=Transports([watched]),
+        transports=Transports([watched], seals),
         identity=WorkerIdentity(
             worker_id=WorkerId(role),
             incarnation=incarnation,
