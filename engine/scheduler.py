@@ -23,6 +23,8 @@ from engine.planner import plan_step
 from engine.pool import BlockPool
 from engine.sequence import SequenceState
 
+_STUCK_S = 2.0
+"""Blocks that are read from here, come in or are in quarantine come back by themselves, mostly."""
 _RUNNING = SequenceState.RUNNING  # read through the class, it costs more than the rest of a look
 
 
@@ -95,6 +97,7 @@ class Scheduler(Generic[S]):
         self.held: list[S] = []
         self._in_flight: set[int] = set()
         self._late_release: list[list[BlockId]] = []
+        self._stuck_since_s: float | None = None
         self.preemptions = 0
 
     # -- coming and going -----------------------------------------------------------------------
@@ -225,13 +228,19 @@ class Scheduler(Generic[S]):
     def _unblock(self, now_s: float) -> bool:
         """The first in line finds too few blocks: whether to look again. Where nobody runs who
         would give some back, a preempted prompt behind it may keep them by its lease. It goes on;
-        where none of these can, the youngest is given up.
+        where none of these can for a while, the youngest is given up.
         """
-        if self.running or self.held:
-            return False
         leased = [sequence for sequence in self.waiting if sequence.on_starved is not None]
-        if not leased or any(self._admit(sequence, now_s) for sequence in leased):
+        if self.running or self.held or not leased:
+            self._stuck_since_s = None
             return False
+        if any(self._admit(sequence, now_s) for sequence in leased):
+            return False
+        if self._stuck_since_s is None:
+            self._stuck_since_s = now_s
+        if now_s - self._stuck_since_s < _STUCK_S:
+            return False
+        self._stuck_since_s = None
         youngest = max(leased, key=lambda s: s.arrived_at_s)
         give_up, youngest.on_starved = youngest.on_starved, None
         if give_up is not None:
@@ -254,6 +263,7 @@ class Scheduler(Generic[S]):
         if sequence.started_at_s is None:
             sequence.cached_tokens = sequence.computed
         sequence.state = _RUNNING
+        self._stuck_since_s = None
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.computed:

@@ -90,7 +90,7 @@ class PeerConnection:
         self._leases: dict[LeaseId, BoundLease] = {}
         self._asked: OrderedDict[LeaseId, None] = OrderedDict()
         self._unanswered: OrderedDict[LeaseId, None] = OrderedDict()
-        """Copied and confirmed by their seal; until the owner hears so it holds their blocks."""
+        """Over here; until the owner hears so it may hold their blocks."""
         self._fetches: dict[int, asyncio.Future[Fetched]] = {}
         self._next_fetch = 1
         self._lost: TransferFailed | None = None
@@ -304,7 +304,8 @@ class PeerConnection:
                 return
         lease = self._leases.get(message.lease_id)
         if lease is None:
-            self._unanswered.pop(message.lease_id, None)
+            if isinstance(message, Closed | Abort):
+                self._unanswered.pop(message.lease_id, None)
             return
         match message:
             case Announce():

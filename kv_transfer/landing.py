@@ -72,6 +72,7 @@ class Landing:
         self._shares: list[Share] = []
         self._all_posted = False
         self._last: asyncio.Future[ReadStats] | None = None
+        self._vouched = False
         self._verified: list[int] = []
         self._since_s = 0.0
         self._seconds = 0.0
@@ -103,7 +104,7 @@ class Landing:
             reads=len(ended),
             seconds=self._seconds,
             hidden_s=self._hidden_s,
-            sealed=self._last is not None and self._last.result().held,
+            sealed=self._vouched,
         )
 
     def post(
@@ -141,9 +142,12 @@ class Landing:
             return None
         return Sealed(seal, tuple(read for read in self.reads if not read.done()))
 
-    def _read_ended(self, _read: "asyncio.Future[ReadStats]") -> None:
+    def _read_ended(self, read: "asyncio.Future[ReadStats]") -> None:
         self._running -= 1
         if self._running == 0:
+            # Of a seal read while others still wrote, nothing follows for what they bring.
+            last = read is self._last and read.exception() is None
+            self._vouched = last and read.result().sealed
             self._seconds += time.monotonic() - self._since_s
             self._ask_if_all_here()
             self._end_shares()
@@ -167,7 +171,7 @@ class Landing:
         if all(read.exception() is None for read in self.reads):
             self._verified = self._to_verify()
             self._connection.ask_close(self._lease, self._verified_blocks())
-            if self._last is not None and self._last.result().held:
+            if self._vouched:
                 self._lease.sealed()
 
     def _verified_blocks(self) -> tuple[BlockId, ...]:

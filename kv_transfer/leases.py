@@ -141,7 +141,7 @@ class LeaseTable:
         lease.answer_ended = answer_ended
         lease.expires_at_s = self._clock.now_s() + self.lease_s
         is_read = lease.lease_id in self._open and not answer_ended
-        if self._seals is not None and is_read and not lease.moves:
+        if self._seals is not None and is_read and not lease.moves and lease.seal is None:
             lease.seal = self._seals.set_one()
 
     def finish_unread(self, lease: Lease) -> None:

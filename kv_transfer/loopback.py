@@ -67,7 +67,7 @@ class LoopbackTransport:
         future: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
         try:
             copied = self._copy(peer, plan)
-            future.set_result(replace(copied, held=self._is_whole(peer, sealed)))
+            future.set_result(replace(copied, sealed=self._is_whole(peer, sealed)))
         except TransferFailed as failure:
             future.set_exception(failure)
         return future

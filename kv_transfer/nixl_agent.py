@@ -17,7 +17,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -181,9 +181,8 @@ class Agent:
             handle = self._make_prepared(lists, indices)
         except _LOST as error:
             raise PeerLost(_text(error)) from None
-        except _BACKEND as error:
-            raise AgentBroken(f"making a read of a seal: {_text(error)}") from None
-        except _ERRORS as error:
+        except _ERRORS as error:  # nothing was posted, and the closing question is left
+            remote.memory = replace(remote.memory, seal_slots=0)
             raise ReadRefused(f"NIXL refused to read a seal: {_text(error)}") from None
         return self._begin(handle), place
 

@@ -67,7 +67,13 @@ class _Reading:
     share: Share
     sealed: Sealed | None
     place: int | None
+    seal_asked_s: float = 0.0
     overdue: bool = False
+
+    @property
+    def since_s(self) -> float:
+        """What is under way was posted."""
+        return max(self.started_s, self.seal_asked_s)
 
 
 class TransferThread:
@@ -202,7 +208,7 @@ class TransferThread:
             nbytes=plan.nbytes,
             descriptors=plan.descriptors,
             seconds=time.monotonic() - started_s,
-            held=sealed is not None
+            sealed=sealed is not None
             and place is not None
             and self._agent.word(place) == sealed.seal.word,
         )
@@ -310,7 +316,7 @@ class TransferThread:
                     self._stats(reading.plan, reading.started_s, reading.sealed, reading.place),
                 )
                 self._ended(reading)
-            elif time.monotonic() - reading.started_s > self._patience_for(reading):
+            elif time.monotonic() - reading.since_s > self._patience_for(reading):
                 overdue += 1
                 reading.overdue = True
                 self._peers.pop(reading.peer.shard, None)
@@ -324,7 +330,7 @@ class TransferThread:
         number, reading.place = self._ask_seal(reading.peer, reading.sealed)
         if number is None:
             return True
-        reading.number = number
+        reading.number, reading.seal_asked_s = number, time.monotonic()
         return False
 
     def _patience_for(self, reading: _Reading) -> float:

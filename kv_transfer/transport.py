@@ -11,12 +11,12 @@ from kv_transfer.plan import ReadPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadStats:
-    """What a read moved, and how long it took on the transfer thread. `held`: see Sealed."""
+    """What a read moved, and how long it took on the transfer thread. `sealed`: see Sealed."""
 
     nbytes: int
     descriptors: int
     seconds: float
-    held: bool = False
+    sealed: bool = False
 
 
 class QueuedRead(asyncio.Future[ReadStats]):

@@ -358,7 +358,9 @@ class Attempt:
         if fault:
             worker_id = leg.link.record.worker_id
             error = WorkerFailed(f"worker {worker_id} failed: {error.message}", worker_id=worker_id)
-        if isinstance(error, Unavailable):
+        if isinstance(error, Overloaded):  # as a no would have been
+            self._shut.full.add(leg.link.record.incarnation)
+        elif isinstance(error, Unavailable):
             self._blame(leg, fault=fault)
         if isinstance(error, TransferFailed) and self._handoff is not None:
             # Either end may be at fault; the one that is not has successes with others.

@@ -301,6 +301,7 @@ class WorkerLink:
     def _note_problem(self, reason: str) -> None:
         """It was not connected at all, and will be tried again and again; empty: nor tried."""
         news = bool(reason) and reason not in self._warned and len(self._warned) < _MOST_WARNINGS
-        self._warned.add(reason)
+        if news:
+            self._warned.add(reason)
         level = logging.WARNING if news else logging.DEBUG
         log.log(level, "worker_not_reached worker_id=%s reason=%s", self.record.worker_id, reason)

@@ -74,7 +74,7 @@ class _Health:
 
     failures: int = 0
     faults: int = 0
-    """Of these, since an answer was complete."""
+    """Its own errors since an answer was complete; other failures are forgotten sooner."""
     failed_at_s: float = -1e9
     speed: float = 1.0
     answers: int = 0

@@ -68,6 +68,8 @@ def test_of_two_that_keep_each_other_out_the_younger_is_given_up() -> None:
     older = crowd.preempted(1, blocks=6, leased=3, arrived_at_s=1.0)
     younger = crowd.preempted(2, blocks=6, leased=3, arrived_at_s=2.0)
     crowd.scheduler.admit(3.0)
+    assert crowd.given_up == [], "what others hold may come back by itself"
+    crowd.scheduler.admit(5.5)
     assert crowd.given_up == [younger]
     assert older.state is SequenceState.RUNNING
     crowd.pool.check()

@@ -95,7 +95,7 @@ class FaultyTransport:
             nbytes=plan.nbytes,
             descriptors=plan.descriptors,
             seconds=sum(part.seconds for part in stats),
-            held=stats[-1].held,
+            sealed=stats[-1].sealed,
         )
 
     async def _parts(self, plan: ReadPlan) -> AsyncIterator[tuple[ReadPlan, bool]]:

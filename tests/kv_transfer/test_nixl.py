@@ -28,7 +28,7 @@ from kv_transfer import nixl_agent as agents
 from kv_transfer.loopback import LoopbackHub
 from kv_transfer.nixl import NixlTransport
 from kv_transfer.nixl_agent import Agent
-from kv_transfer.transport import ReadStats, give_up
+from kv_transfer.transport import ReadStats, Sealed, give_up
 from tests.builders import soon, until
 from tests.kv_transfer.transport_sides import (
     BLOCK_BYTES,
@@ -775,3 +775,53 @@ async def test_an_arena_of_more_units_than_indices_reach_is_read_by_descriptors(
     await reader.read(owner, rows)
     for there, here, nbytes in rows:
         assert (reader.data[here : here + nbytes] == owner.data[there : there + nbytes]).all()
+
+
+async def test_no_seal_is_read_while_a_read_before_it_is_under_way(
+    pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = pair
+    for _ in range(2):  # the first makes contact
+        await reader.read(owner, [ROW])
+    begin, poll = Agent._begin, Agent.poll
+    first: list[int] = []
+    ends = False
+
+    def begin_slowly(agent: Agent, handle: agents.Handle) -> int | None:
+        number = begin(agent, handle)
+        if number is None and not first:
+            first.append(agent._posted)
+            return agent._posted
+        return number
+
+    def poll_slowly(agent: Agent, number: int) -> bool:
+        return ends if number in first else poll(agent, number)
+
+    monkeypatch.setattr(Agent, "_begin", begin_slowly)
+    monkeypatch.setattr(Agent, "poll", poll_slowly)
+    before = reader.start(owner, [ROW])
+    seal = owner.seals.set_one()
+    assert seal is not None
+    last = await reader.read(owner, [ROW], Sealed(seal, (before,)))
+    assert not last.sealed
+    ends = True
+    await soon(before)
+    assert (await reader.read(owner, [ROW], Sealed(seal, (before,)))).sealed
+
+
+async def test_a_seal_that_cannot_be_read_costs_no_read_and_no_agent(
+    pair: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, owner = pair
+    seal = owner.seals.set_one()
+    assert seal is not None
+    metadata = reader.transport.memory().metadata
+
+    def broken(*_: object) -> None:
+        raise BACKEND
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Agent, "_seal_lists", broken)
+        assert not (await reader.read(owner, [ROW], Sealed(seal))).sealed
+    assert not (await reader.read(owner, [ROW], Sealed(seal))).sealed, "not tried again"
+    assert reader.transport.memory().metadata == metadata

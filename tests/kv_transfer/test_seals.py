@@ -152,6 +152,36 @@ async def test_where_the_seal_is_broken_the_question_decides() -> None:
         p.assert_reader_holds_nothing()
 
 
+async def test_a_seal_read_while_others_still_write_vouches_for_nothing() -> None:
+    async with pair() as p:
+        p.owner.owner.says = no_abort
+        p.half.transport.holds = True
+        lease, blocks = p.owner.open(4)
+        pulling = p.pull_soon(lease, 4)
+        await until(lambda: lease.reader is not None, "the reader bound")
+        p.owner.owner.announce(lease, blocks[:2])
+        await until(lambda: p.half.transport.waiting == 1)
+        p.half.transport.holds = False
+        p.owner.owner.finish(lease, blocks[2:], LAST, ended=False)
+        await until(lambda: p.half.transport.reads == 2)
+        p.owner.owner.abort(lease.lease_id, "gone")
+        p.half.transport.let_go()
+        with pytest.raises(TransferFailed, match="did not confirm the blocks: ABORTED"):
+            await soon(pulling)
+
+
+async def test_an_announcement_that_comes_late_is_no_answer() -> None:
+    async with pair(lease_s=0.15) as p:
+        p.owner.owner.hears = deaf = Deaf()
+        lease, blocks = p.owner.whole(3)
+        p.assert_arrived(await soon(p.pull(lease, 3)), blocks)
+        p.owner.owner._tell(lease, 0)
+        await until(lambda: deaf.missed >= 2, "asked again")
+        deaf.lasts = False
+        await p.owner_holds_nothing()
+        assert p.owner.table.counters.closed == 1
+
+
 async def test_an_abort_that_was_heard_counts_more_than_a_seal_that_was_whole() -> None:
     async with pair() as p:
         p.half.transport.holds = True

@@ -143,14 +143,14 @@ async def test_a_seal_is_told_to_be_whole_by_the_ways_that_can_and_never_where_i
         seal, other = owner.seals.set_one(), owner.seals.set_one()
         assert seal is not None
         assert other is not None
-        assert (await reader.read(owner, rows, Sealed(seal))).held is tells
-        assert not (await reader.read(owner, rows)).held
+        assert (await reader.read(owner, rows, Sealed(seal))).sealed is tells
+        assert not (await reader.read(owner, rows)).sealed
         owner.seals.break_one(seal)
-        assert not (await reader.read(owner, rows, Sealed(seal))).held
-        assert (await reader.read(owner, rows, Sealed(other))).held is tells
+        assert not (await reader.read(owner, rows, Sealed(seal))).sealed
+        assert (await reader.read(owner, rows, Sealed(other))).sealed is tells
         owner.seals.break_one(other)
     nowhere = Seal(slot=len(owner.seals.words), word=1)
-    assert not (await reader.read(owner, rows, Sealed(nowhere))).held
+    assert not (await reader.read(owner, rows, Sealed(nowhere))).sealed
     expected = after(reader, owner, rows)
     await reader.read(owner, rows, Sealed(nowhere))
     assert np.array_equal(reader.data, expected)
@@ -166,7 +166,7 @@ async def test_seals_of_many_reads_under_way_are_told_apart(
     reads = [reader.start(owner, blocks((i, i)), Sealed(seal)) for i, seal in enumerate(seals)]
     stats = await soon(asyncio.gather(*reads))
     tells = kind != "collective"
-    assert [s.held for s in stats] == [tells and i % 3 != 0 for i in range(100)]
+    assert [s.sealed for s in stats] == [tells and i % 3 != 0 for i in range(100)]
 
 
 async def test_a_peer_without_seals_is_read_all_the_same(pair: tuple[Side, Side]) -> None:
@@ -188,7 +188,7 @@ async def test_a_seal_of_another_process_is_seen() -> None:
         other = Seal(slot=owner.seal.slot, word=owner.seal.word + 1)
         for seal, is_whole in ((owner.seal, True), (other, False), (owner.seal, True)):
             stats = await soon(reader.transport.start_read(owner.shard, whole, Sealed(seal)))
-            assert stats.held is is_whole
+            assert stats.sealed is is_whole
 
 
 # -- who reads whom -----------------------------------------------------------------------------

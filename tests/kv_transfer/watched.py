@@ -236,8 +236,10 @@ class ChosenTransport:
         if upto == whole:
             self.reads.remove(read)
             nbytes = whole * LAYOUT.block_bytes
-            held = self._is_whole(read.sealed)
-            read.future.set_result(ReadStats(nbytes=nbytes, descriptors=1, seconds=0.0, held=held))
+            sealed = self._is_whole(read.sealed)
+            read.future.set_result(
+                ReadStats(nbytes=nbytes, descriptors=1, seconds=0.0, sealed=sealed)
+            )
 
     def _is_whole(self, sealed: Sealed | None) -> bool:
         if not self.sees_seals or sealed is None or not all(r.done() for r in sealed.after):
