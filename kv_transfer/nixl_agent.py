@@ -139,7 +139,7 @@ class Agent:
         self.tidy()
         self._remotes.discard(remote)
         self._release_lists(remote)
-        self._release_list(remote.seals)
+        self._release_seals(remote)
         self._quietly("remove_remote_agent", self._nixl.remove_remote_agent, remote.agent_name)
 
     # -- reads ----------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Agent:
                 self._release(self._handles.popitem()[1])
             for remote in self._remotes:
                 self._release_lists(remote)
-                self._release_list(remote.seals)
+                self._release_seals(remote)
             self._release_list(self._words_list)
             self._words_list = None
             self._nixl = None
@@ -341,6 +341,10 @@ class Agent:
         for prepared in remote.lists or ():
             self._release_list(prepared)
         remote.lists = None
+
+    def _release_seals(self, remote: Remote) -> None:
+        prepared, remote.seals = remote.seals, None
+        self._release_list(prepared)
 
     def _release_list(self, prepared: Handle | None) -> None:
         if prepared is not None:

@@ -145,7 +145,9 @@ async def faulty(faults: Faults) -> AsyncIterator[tuple[Side, Side]]:
     """
     async with nixl_side(1) as reader, nixl_side(2) as owner:
         await reader.connect(owner)
-        await reader.read(owner, [ROW])
+        seal = owner.seals.set_one()
+        assert seal is not None
+        assert (await reader.read(owner, [ROW], Sealed(seal))).sealed
         faults.calls.clear()
         yield reader, owner
 
@@ -498,7 +500,7 @@ async def test_lists_are_prepared_once_for_a_peer_and_again_for_smaller_parts(
     assert faults.calls["release_dlist_handle"] == 2
     assert faults.calls["initialize_xfer"] == 0
     await soon(reader.transport.disconnect(owner.shard))
-    assert faults.calls["release_dlist_handle"] == 4
+    assert faults.calls["release_dlist_handle"] == 4 + 1, "and that of its seals"
     await reader.connect(owner)
     await reads_exactly(reader, owner, [ROW])
     assert faults.calls["prep_xfer_dlist"] == 4
