@@ -230,8 +230,11 @@ class Scheduler(Generic[S]):
         would give some back, a preempted prompt behind it may keep them by its lease. It goes on;
         where none of these can for a while, the youngest is given up.
         """
+        if self.running or self.held:  # mostly, and the line may be long
+            self._stuck_since_s = None
+            return False
         leased = [sequence for sequence in self.waiting if sequence.on_starved is not None]
-        if self.running or self.held or not leased:
+        if not leased:
             self._stuck_since_s = None
             return False
         if any(self._admit(sequence, now_s) for sequence in leased):

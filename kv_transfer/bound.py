@@ -55,6 +55,7 @@ class BoundLease:
     def fail(self, failure: TransferFailed) -> None:
         """Nothing more comes; the closing question stays unanswered."""
         self.failure = self.failure or failure
+        self.answered = True  # by its end: there is nothing left to ask
         if self.closed is None:
             self.closed = Closed(lease_id=self.lease_id, outcome=LeaseOutcome.ABORTED)
         self.changed.set()

@@ -90,7 +90,7 @@ class PeerConnection:
         self._leases: dict[LeaseId, BoundLease] = {}
         self._asked: OrderedDict[LeaseId, None] = OrderedDict()
         self._unanswered: OrderedDict[LeaseId, None] = OrderedDict()
-        """Over here; until the owner hears so it may hold their blocks."""
+        """Over by their seal; until the owner hears so it holds their blocks."""
         self._fetches: dict[int, asyncio.Future[Fetched]] = {}
         self._next_fetch = 1
         self._lost: TransferFailed | None = None

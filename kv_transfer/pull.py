@@ -134,9 +134,9 @@ class Pulling:
         while self._first_gap in self._announced:
             self._first_gap += 1
         final = self._final if self._complete else None
+        seal = None if final is None else final.seal
         for number, (start, block_ids) in enumerate(news, 1):
-            is_last = final is not None and number == len(news)
-            landing.post(start, block_ids, final.seal if final is not None and is_last else None)
+            landing.post(start, block_ids, seal if number == len(news) else None)
         if final is not None:
             landing.all_posted()
 

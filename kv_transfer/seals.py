@@ -37,11 +37,6 @@ class Seals:
         """Of slot 0; a slot has 8 bytes."""
         return self.words.ctypes.data
 
-    @property
-    def whole(self) -> int:
-        """How many are now."""
-        return len(self.words) - len(self._free)
-
     def set_one(self) -> Seal | None:
         """A seal that is whole from now on; None where all slots are taken."""
         if not self._free:

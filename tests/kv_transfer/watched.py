@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import numpy as np
+
 from core.blocks import chain_hashes, root_hash
 from core.clock import Clock
 from core.errors import TransferCause, TransferFailed
@@ -151,7 +153,9 @@ class WatchedTable(LeaseTable):
         """Every lease is counted once."""
         c, still_open = self.counters, len(self.all())
         assert c.opened == c.closed + c.aborted + c.expired + still_open, c
-        assert self.seals.whole == sum(lease.seal is not None for lease in self.all())
+        assert np.count_nonzero(self.seals.words) == sum(
+            lease.seal is not None for lease in self.all()
+        )
 
 
 # -- reads --------------------------------------------------------------------------------------
