@@ -23,6 +23,7 @@ from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, SequenceId,
 from core.kv import KvLayout
 from core.sampling import FinishReason, SamplingParams
 from core.stages import Stage
+from core.step import STEP_TOKENS
 
 PROTOCOL_MAJOR = 2
 PROTOCOL_MINOR = 0
@@ -143,6 +144,8 @@ class WorkerHello:
     peer_address: str
     network_domain: str = ""
     """Empty: the host of `peer_address`."""
+    step_tokens: int = STEP_TOKENS
+    """Of one step, at most."""
     protocol_major: int = PROTOCOL_MAJOR
     protocol_minor: int = PROTOCOL_MINOR
 

@@ -11,6 +11,8 @@ from math import sqrt
 
 from core.fit import CostFit
 
+STEP_TOKENS = 512
+"""Of one step at most, where a config says nothing else."""
 LEAST_CHUNK_TOKENS = 64
 """However little room there is, a prompt moves on by so many a step."""
 _ENOUGH_STEPS = 2

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from core.config import Settings
+from core.step import STEP_TOKENS
 
 
 class TimedConfig(Settings):
@@ -47,7 +48,7 @@ class EngineConfig(Settings):
     """Memory of the KV arena of one worker, in MiB."""
     threads: int = Field(1, ge=1)
     """CPU threads of torch in one worker."""
-    step_tokens: int = Field(512, ge=1)
+    step_tokens: int = Field(STEP_TOKENS, ge=1)
     """Token budget of one engine step: decodes first, the rest for prefill chunks."""
     max_batch: int = Field(256, ge=1)
     """Sequences in one engine step, at most."""

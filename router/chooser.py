@@ -421,14 +421,15 @@ class Chooser(Generic[L]):
         if times.prefill_s <= 0:
             return
         speed, cached = curves.of(view.kind), times.cached_tokens
-        predicted_s, decodes_s = speed.prefill.seconds(cached, tokens), 0.0
+        most = view.hello.step_tokens
+        predicted_s, decodes_s = speed.prefill.seconds(cached, tokens, most), 0.0
         whole_chunks = True
         if (load := view.load) is not None and load.decoding and self._has_shared_steps(view):
             decode_s = speed.decode.seconds(load.decoding, load.decoding_tokens)
             beside_s = speed.beside * decode_s
-            chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens)
+            chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens, most)
             steps = -(-(tokens - cached) // chunk)
-            whole_chunks = steps == -(-(tokens - cached) // speed.prefill.step_tokens)
+            whole_chunks = steps == -(-(tokens - cached) // most)
             alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
             decodes_s = steps * beside_s
             predicted_s = alone_s + decodes_s
@@ -438,7 +439,7 @@ class Chooser(Generic[L]):
             # Else the steps are more than the curve counts, or mostly the answers'.
             if whole_chunks and decodes_s <= _SMALL_SHARE * times.prefill_s:
                 own_s = times.prefill_s - decodes_s
-                curves.saw_prefill(view.kind, cached, tokens, own_s, now_s)
+                curves.saw_prefill(view.kind, cached, tokens, own_s, now_s, step_tokens=most)
             peers = self._fleet.pool(Role.PREFILL).incarnations
             self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
 

@@ -33,6 +33,7 @@ from core.messages import (
 )
 from core.sampling import FinishReason, SamplingParams
 from core.stages import Stage
+from core.step import STEP_TOKENS
 from kv_transfer.codec import (
     UnknownMessage,
     hashes_from_wire,
@@ -337,6 +338,7 @@ def hello_to_wire(hello: WorkerHello) -> worker_pb2.WorkerHello:
         context_tokens=hello.context_tokens,
         peer_address=hello.peer_address,
         network_domain=hello.network_domain,
+        step_tokens=hello.step_tokens,
         protocol=common_pb2.Protocol(major=hello.protocol_major, minor=hello.protocol_minor),
     )
 
@@ -356,6 +358,7 @@ def hello_from_wire(hello: worker_pb2.WorkerHello) -> WorkerHello:
         context_tokens=hello.context_tokens,
         peer_address=hello.peer_address,
         network_domain=hello.network_domain,
+        step_tokens=hello.step_tokens or STEP_TOKENS,
         protocol_major=hello.protocol.major,
         protocol_minor=hello.protocol.minor,
     )

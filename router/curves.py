@@ -18,11 +18,10 @@ from typing import NamedTuple
 
 from core.fit import CostFit
 from core.messages import WorkerHello
-from core.step import chunk_within
+from core.step import STEP_TOKENS, chunk_within
 
 _QUEUE_PROMPT_TOKENS = 4096
 """A queue of tokens is priced as prompts of this length."""
-_STEP_TOKENS = 512
 _PREFILL_PRIOR = (3.91e-3, 1.424e-5, 1.5e-9)
 _DECODE_PRIOR = (
     6.12e-3,
@@ -61,41 +60,36 @@ class PrefillCurve:
     step_s: float
     token_s: float
     pair_s: float
-    step_tokens: int = _STEP_TOKENS
 
-    def seconds(self, start: int, end: int) -> float:
-        """To compute positions [start, end) of one prompt on an idle worker."""
+    def seconds(self, start: int, end: int, step_tokens: int = STEP_TOKENS) -> float:
+        """To compute positions [start, end) of one prompt, so many a step, on an idle worker."""
         tokens = end - start
         if tokens <= 0:
             return 0.0
-        return -(-tokens // self.step_tokens) * self.step_s + self.work_s(start, end)
+        return -(-tokens // step_tokens) * self.step_s + self.work_s(start, end)
 
     def work_s(self, start: int, end: int) -> float:
         """Of these, all but what every step takes."""
         return (end - start) * (self.token_s + self.pair_s * (start + end + 1) / 2)
 
-    def chunk_tokens(self, step_s: float | None, beside_s: float, start: int, end: int) -> int:
+    def chunk_tokens(
+        self, step_s: float | None, beside_s: float, start: int, end: int, step_tokens: int
+    ) -> int:
         """Of a prompt's [start, end), beside decodes that add `beside_s` to a step which a worker
         keeps within `step_s`; of its middle, where a chunk takes what it takes on average.
         """
         if step_s is None or not beside_s:
-            return self.step_tokens
+            return step_tokens
         room_s, middle = step_s - beside_s - self.step_s, (start + end) // 2
-        return chunk_within(room_s, middle, self.token_s, self.pair_s, self.step_tokens)
+        return chunk_within(room_s, middle, self.token_s, self.pair_s, step_tokens)
 
-    def features(self, start: int, end: int) -> tuple[int, int, float]:
-        """Steps, tokens and pairs (of a token with itself or an earlier one) of [start, end)."""
-        tokens = max(0, end - start)
-        return -(-tokens // self.step_tokens), tokens, tokens * (start + end + 1) / 2
-
-    @property
-    def queue_token_s(self) -> float:
-        """Of one token that waits with others."""
-        return self.seconds(0, _QUEUE_PROMPT_TOKENS) / _QUEUE_PROMPT_TOKENS
+    def queue_token_s(self, step_tokens: int = STEP_TOKENS) -> float:
+        """Of one token that waits with others, where so many go into a step."""
+        return self.step_s / step_tokens + self.queue_work_s
 
     @property
     def queue_work_s(self) -> float:
-        """Of these, all but what every step takes."""
+        """Of such a token, all but what every step takes."""
         return self.work_s(0, _QUEUE_PROMPT_TOKENS) / _QUEUE_PROMPT_TOKENS
 
 
@@ -120,7 +114,6 @@ class Speed:
 
     def __init__(self) -> None:
         self.prefill = PrefillCurve(*_PREFILL_PRIOR)
-        self.queue_token_s = self.prefill.queue_token_s
         self.queue_work_s = self.prefill.queue_work_s
         self.decode = DecodeCurve(*_DECODE_PRIOR)
         self.prefill_fit = CostFit(_PREFILL_PRIOR, weight=0.1)
@@ -171,9 +164,16 @@ class Curves:
         return self.of(kind).prefill_fit.observed >= _ENOUGH_PREFILLS
 
     def saw_prefill(
-        self, kind: WorkerKind, cached_tokens: int, tokens: int, seconds: float, now_s: float
+        self,
+        kind: WorkerKind,
+        cached_tokens: int,
+        tokens: int,
+        seconds: float,
+        now_s: float,
+        *,
+        step_tokens: int = STEP_TOKENS,
     ) -> None:
-        """One prompt took `seconds` from its first chunk to its first token.
+        """One prompt took `seconds` from its first chunk to its first token, in such steps.
 
         Prompts are computed in order, so at most the first and last step were shared with others.
         """
@@ -182,7 +182,11 @@ class Curves:
         if is_early or cached_tokens >= tokens:
             return
         self._learning(kind).prefill_at_s = now_s
-        known.prefill_fit.add(known.prefill.features(cached_tokens, tokens), seconds)
+        computed = tokens - cached_tokens
+        pairs = (
+            computed * (cached_tokens + tokens + 1) / 2
+        )  # of a token and itself or one before it
+        known.prefill_fit.add((-(-computed // step_tokens), computed, pairs), seconds)
         step_s, token_s, pair_s = known.prefill_fit.coefficients
         self.set_prefill(kind, PrefillCurve(step_s, token_s, pair_s))
 
@@ -190,7 +194,7 @@ class Curves:
         """Take a curve as given, until observations replace it."""
         known = self.of(kind)
         known.prefill = curve
-        known.queue_token_s, known.queue_work_s = curve.queue_token_s, curve.queue_work_s
+        known.queue_work_s = curve.queue_work_s
 
     def saw_decode(
         self, kind: WorkerKind, sequences: int, context_tokens: int, step_s: float, now_s: float

@@ -135,9 +135,10 @@ class PrefillPoolQuery(PoolQuery):
         if view.load is not None and view.load.decoding and self._known.local_decode:
             there = self._beside(view, cached)
             return there.queue_s, there.work_s
-        speed = self._known.curves.of(view.kind)
-        work_s = speed.prefill.seconds(cached, self.tokens)
-        return view.queued_tokens * speed.queue_token_s, work_s
+        speed, step_tokens = self._known.curves.of(view.kind), view.hello.step_tokens
+        work_s = speed.prefill.seconds(cached, self.tokens, step_tokens)
+        token_s = speed.queue_work_s + speed.prefill.step_s / step_tokens
+        return view.queued_tokens * token_s, work_s
 
     def beside(self, worker: WorkerId) -> "Beside":
         """What awaits the prompt there, and the answers that it would run beside."""
@@ -148,7 +149,9 @@ class PrefillPoolQuery(PoolQuery):
         curve = speed.prefill
         queued, decode_s = self._before(view, speed)
         beside_s = speed.beside * decode_s
-        chunk = curve.chunk_tokens(self._known.step_s, beside_s, cached, self.tokens)
+        chunk = curve.chunk_tokens(
+            self._known.step_s, beside_s, cached, self.tokens, view.hello.step_tokens
+        )
         steps, queued_steps = -(-(self.tokens - cached) // chunk), queued / chunk
         step_s = beside_s + curve.step_s
         work_s = curve.work_s(cached, self.tokens) + steps * step_s

@@ -157,6 +157,7 @@ def make_hello(name: str, role: PoolRole, worker: SimWorker, domain: int, life: 
         num_blocks=spec.kv_blocks,
         context_tokens=spec.kv_blocks * spec.block_size,
         peer_address=f"domain{domain}:{name}",
+        step_tokens=spec.step_tokens,
     )
 
 

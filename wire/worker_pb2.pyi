@@ -194,7 +194,7 @@ class SnapshotRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol", "network_domain")
+    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol", "network_domain", "step_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class WorkerHello(_message.Message):
     PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NETWORK_DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: _common_pb2.Role
@@ -217,7 +218,8 @@ class WorkerHello(_message.Message):
     peer_address: str
     protocol: _common_pb2.Protocol
     network_domain: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., network_domain: _Optional[str] = ...) -> None: ...
+    step_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., network_domain: _Optional[str] = ..., step_tokens: _Optional[int] = ...) -> None: ...
 
 class RouterRefused(_message.Message):
     __slots__ = ("reason",)

@@ -216,7 +216,7 @@ class Replay:
 
     def _rebalance(self, router: _Router, i: int, now_s: float) -> None:
         """Move prompts out of the queue just added to, if it has fallen behind."""
-        source, token_s = self._workers[i], self._world.curve.queue_token_s
+        source, token_s = self._workers[i], self._world.curve.queue_token_s()
         if source.queued_tokens(now_s) * token_s <= self._world.ttft_s:
             return
         loads_s = {

@@ -104,6 +104,7 @@ class Worker:
         self._identity = identity
         self._clock = clock
         self._role, self._epoch = role, 1
+        self._step_tokens = settings.engine.step_tokens
         self._draining = False
         self._outlets: set[RouterOutlet] = set()
         self._next_event = 1
@@ -324,6 +325,7 @@ class Worker:
             context_tokens=info.context_tokens,
             peer_address=self._identity.peer_address,
             network_domain=self._identity.network_domain,
+            step_tokens=self._step_tokens,
         )
 
     def load(self, last_submit: int = 0) -> LoadReport:

@@ -69,6 +69,15 @@ async def test_a_router_hears_who_it_is_what_it_holds_and_its_load_first() -> No
         assert hello.peer_address == served.peer_address
 
 
+async def test_a_router_hears_what_a_step_takes() -> None:
+    settings = make_settings(step_tokens=8)
+    hub = LoopbackHub()
+    async with served_worker("p", Role.PREFILL, hub, worker_settings=settings) as served:
+        end = RouterEnd(served.worker)
+        await end.first(WorkerHello)
+        assert end.of(WorkerHello)[0].step_tokens == 8
+
+
 async def test_a_load_report_names_the_last_submit_it_holds() -> None:
     async with prefill_worker(gated=True) as served:
         end = RouterEnd(served.worker)

@@ -139,6 +139,7 @@ WORKER = {
         context_tokens=U32,
         peer_address=TEXT,
         network_domain=TEXT,
+        step_tokens=st.integers(1, 2**32 - 1),
         protocol_major=U32,
         protocol_minor=U32,
     ),

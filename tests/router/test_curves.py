@@ -10,9 +10,9 @@ KIND = kind_of(HELLO)
 
 
 def test_a_prompt_takes_steps_tokens_and_pairs() -> None:
-    curve = PrefillCurve(10.0, 1.0, 0.5, step_tokens=4)
-    assert curve.seconds(2, 7) == 2 * 10 + 5 + 0.5 * (3 + 4 + 5 + 6 + 7)
-    assert curve.seconds(7, 7) == 0
+    curve = PrefillCurve(10.0, 1.0, 0.5)
+    assert curve.seconds(2, 7, step_tokens=4) == 2 * 10 + 5 + 0.5 * (3 + 4 + 5 + 6 + 7)
+    assert curve.seconds(7, 7, step_tokens=4) == 0
 
 
 def test_the_prefill_curve_is_learned_from_prompts() -> None:
@@ -24,7 +24,19 @@ def test_the_prefill_curve_is_learned_from_prompts() -> None:
     learned = curves.of(KIND).prefill
     for start, end in ((0, 500), (0, 6000), (4000, 6000)):
         assert learned.seconds(start, end) == pytest.approx(true.seconds(start, end), rel=0.1)
-    assert curves.of(KIND).queue_token_s == learned.queue_token_s
+    assert curves.of(KIND).queue_work_s == learned.queue_work_s
+
+
+def test_steps_of_any_size_are_learned_from() -> None:
+    curves, true, random = Curves(), PrefillCurve(0.02, 3e-5, 1e-9), Random(0)
+    for second in range(100):
+        tokens, most = random.randrange(100, 9000), random.choice((256, 2048))
+        seconds = true.seconds(0, tokens, most)
+        curves.saw_prefill(KIND, 0, tokens, seconds, float(second), step_tokens=most)
+    learned = curves.of(KIND).prefill
+    for most in (256, 1024, 2048):
+        assert learned.seconds(0, 6000, most) == pytest.approx(true.seconds(0, 6000, most), rel=0.1)
+        assert learned.queue_token_s(most) == pytest.approx(true.queue_token_s(most), rel=0.1)
 
 
 def test_the_decode_curve_is_learned_from_steps() -> None:

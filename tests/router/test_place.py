@@ -173,9 +173,7 @@ def test_a_hand_off_not_yet_reported_is_no_prefill_to_wait_for_at_a_decode_worke
 
 def test_prompts_at_one_decode_worker_add_up_before_a_report_shows_them() -> None:
     workers = Workers(Role.DECODE)
-    view = workers.add("a", cached=2, queued=30, running=1)
-    curve = PrefillCurve(0.0, 1.0, 0.0, step_tokens=10)
-    workers.known.curves.set_prefill(view.kind, curve)
+    view = workers.add("a", cached=2, queued=30, running=1, step_tokens=10)
     work_s, steps = 25.0, 3  # of 33 tokens 8 are cached
     for number, tokens in enumerate((30, 50, 70)):
         there = beside_a(workers)

@@ -7,6 +7,7 @@ from random import Random
 from core.ids import BlockHash, Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
 from core.messages import KvSnapshot, LoadReport, WorkerHello
+from core.step import STEP_TOKENS
 from router.curves import Curves, PrefillCurve
 from router.index import PrefixIndex
 from router.place import DecodePoolQuery, Knowledge, PrefillPoolQuery
@@ -64,6 +65,7 @@ class Workers:
         free_blocks: int = 100,
         host: str = "h",
         domain: str = "",
+        step_tokens: int = STEP_TOKENS,
     ) -> WorkerView:
         """A worker that holds so many blocks of CHAIN, or these."""
         worker_id = WorkerId(name)
@@ -74,6 +76,7 @@ class Workers:
             role=self.role,
             peer_address=f"{host}:1",
             network_domain=domain,
+            step_tokens=step_tokens,
         )
         view = WorkerView(hello, self.known.index.join(worker_id))
         view.load = replace(

@@ -131,7 +131,7 @@ def test_stale_reports_lead_to_longer_queues() -> None:
 
 
 def test_admission_refuses_what_would_wait_too_long() -> None:
-    requests = [ask(0.1 * i, prompt=320, output=2) for i in range(400)]
+    requests = [ask(0.05 * i, prompt=320, output=2) for i in range(800)]
     refusing = replace(split(2, 2), router=RouterConfig())
     late = [r for r in run(refusing, requests).records if r.at_s > 20]
     assert {record.outcome for record in late} == {"ok", "refused"}

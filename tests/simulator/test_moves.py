@@ -19,7 +19,7 @@ WARM = ask(0.0, prompt=96, family=1, output=2)
 
 def spec_of(*, requeue: bool, prefill: int = 2) -> SimSpec:
     router = STICKY.model_copy(update={"requeue": requeue})
-    return replace(split(prefill, 2), router=router, slo=Slo(ttft_s=1.2, tpot_s=0.1))
+    return replace(split(prefill, 2), router=router, slo=Slo(ttft_s=1.5, tpot_s=0.1))
 
 
 def burst() -> list[SimRequest]:

@@ -45,7 +45,7 @@ class PlainQuery(PrefillPoolQuery):
         speed = self._known.curves.of(view.kind)
         load_tokens = view.load.queued_tokens if view.load is not None else 0
         work_s = speed.prefill.seconds(min(cached, self.tokens - 1), self.tokens)
-        return (load_tokens + view.unseen_prompt_tokens) * speed.queue_token_s, work_s
+        return (load_tokens + view.unseen_prompt_tokens) * speed.prefill.queue_token_s(), work_s
 
 
 def _chain(random: Random, blocks: int) -> list[BlockHash]:
