@@ -64,6 +64,7 @@ def _tree(model: Path, problem: Problem, plan: Plan) -> dict[str, object]:
         "engine": {
             "kv_memory_mb": kv_tokens * problem.kv_bytes_per_token // _MIB,
             "step_tokens": prefill.step_tokens,
+            "chunk_tokens": prefill.step_tokens,
             "max_batch": problem.max_batch,
         },
         "prefill": {"workers": plan.copies * prefill.workers},
@@ -92,4 +93,5 @@ def _simulated(role: str, copies: int, pool: Pool) -> dict[str, object]:
         "role": role,
         "workers": copies * pool.workers,
         "step_tokens": pool.step_tokens,
+        "chunk_tokens": pool.step_tokens,
     }

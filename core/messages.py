@@ -145,7 +145,7 @@ class WorkerHello:
     network_domain: str = ""
     """Empty: the host of `peer_address`."""
     step_tokens: int = STEP_TOKENS
-    """Of one step, at most."""
+    """What its steps are reckoned to take of prompts; see core.step.usual_step_tokens."""
     protocol_major: int = PROTOCOL_MAJOR
     protocol_minor: int = PROTOCOL_MINOR
 

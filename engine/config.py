@@ -5,7 +5,6 @@ from typing import Literal
 from pydantic import Field
 
 from core.config import Settings
-from core.step import STEP_TOKENS
 
 
 class TimedConfig(Settings):
@@ -48,8 +47,11 @@ class EngineConfig(Settings):
     """Memory of the KV arena of one worker, in MiB."""
     threads: int = Field(1, ge=1)
     """CPU threads of torch in one worker."""
-    step_tokens: int = Field(STEP_TOKENS, ge=1)
-    """Token budget of one engine step: decodes first, the rest for prefill chunks."""
+    step_tokens: int = Field(2048, ge=1)
+    """Token budget of one engine step: decodes first, then a prefill chunk, then prompts that end
+    with the step."""
+    chunk_tokens: int = Field(512, ge=1)
+    """Of one prompt in a step, at most."""
     max_batch: int = Field(256, ge=1)
     """Sequences in one engine step, at most."""
     step_timeout_s: float = Field(120.0, gt=0)

@@ -1,15 +1,19 @@
 """What goes into the next step: decodes first, the rest of the budget to prefill chunks.
 
-Pure. One token of every decoding sequence, then chunks of the others in the given order, so a long
-prompt delays running answers by at most one step of `step_tokens`; of how many that is beside them,
-core.step.StepBudget tells.
+Pure. One token of every decoding sequence, then chunks of the others in the given order. A prompt
+gets at most `chunk_tokens` of a step, so a long one delays running answers little; how much beside
+them, core.step.StepBudget tells. What is left up to `step_tokens` goes to prompts that end with it:
+each step reads the weights, and short prompts share that. Long ones would save as much by longer
+chunks, and hold up whoever is behind and beside them.
 """
 
 from collections.abc import Sequence
 from itertools import chain, repeat
 
 
-def plan_step(pending: Sequence[int], step_tokens: int, max_batch: int) -> list[int]:
+def plan_step(
+    pending: Sequence[int], step_tokens: int, max_batch: int, chunk_tokens: int | None = None
+) -> list[int]:
     """Tokens to feed now, per sequence, given the tokens each has not computed yet (>= 1).
 
     One place, and at least one token, is kept for a prefill however many decode: a preempted
@@ -19,28 +23,37 @@ def plan_step(pending: Sequence[int], step_tokens: int, max_batch: int) -> list[
     more decodes than `max_batch` the first ones go; callers rotate the order for fairness.
     """
     prompts = [tokens for tokens in pending if tokens > 1]
-    decodes, chunks = share_step(len(pending) - len(prompts), prompts, step_tokens, max_batch)
+    decodes, chunks = share_step(
+        len(pending) - len(prompts), prompts, step_tokens, max_batch, chunk_tokens
+    )
     chunk, decode = iter(chunks), chain(repeat(1, decodes), repeat(0))
     return [next(chunk if tokens > 1 else decode) for tokens in pending]
 
 
 def share_step(
-    decodes: int, prompts: Sequence[int], step_tokens: int, max_batch: int
+    decodes: int,
+    prompts: Sequence[int],
+    step_tokens: int,
+    max_batch: int,
+    chunk_tokens: int | None = None,
 ) -> tuple[int, list[int]]:
     """How many of the sequences with one pending token go, and what each of the others is fed.
 
-    `plan_step` for those who need not know who decodes, only how many do.
+    `plan_step` for those who need not know who decodes, only how many do. Unset, and at most,
+    `chunk_tokens` is `step_tokens`.
     """
+    chunk_tokens = min(chunk_tokens or step_tokens, step_tokens)
     kept = 1 if max_batch > 1 and prompts else 0
     fed = min(decodes, max_batch - kept)
-    left, budget = max_batch - fed, step_tokens - fed
+    left, room, whole = max_batch - fed, chunk_tokens - fed, step_tokens - fed
     chunks: list[int] = []
     for tokens in prompts:
         count = 0
-        if left > 0 and (budget > 0 or kept):
-            count = min(tokens, max(budget, 1))
-            left -= 1
-            budget -= count
-            kept = 0
+        if left > 0 and tokens <= min(chunk_tokens, whole):
+            count = tokens
+        elif left > 0 and (room > 0 or kept):
+            count = min(tokens, max(room, 1))
         chunks.append(count)
+        left = left - 1 if count else 0  # nobody overtakes
+        room, whole, kept = room - count, whole - count, 0
     return fed, chunks

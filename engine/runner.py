@@ -53,6 +53,7 @@ class Runner:
         clock: Clock,
         *,
         step_tokens: int,
+        chunk_tokens: int | None = None,
         max_batch: int,
         step_timeout_s: float,
         on_step_end: Callable[[], None],
@@ -68,13 +69,14 @@ class Runner:
             pool,
             block_size=self._block_size,
             step_tokens=step_tokens,
+            chunk_tokens=chunk_tokens,
             max_batch=max_batch,
             on_admitted=lambda sequence: self._listeners[id(sequence)].on_blocks(sequence),
             budget=budget,
         )
         self._listeners: dict[int, SequenceListener] = {}
         self._wake = asyncio.Event()
-        self.prefill_cost = PrefillCost(step_tokens)
+        self.prefill_cost = PrefillCost(min(chunk_tokens or step_tokens, step_tokens))
         """What prefill takes here; learned from the steps that do nothing else."""
         self.steps = 0
 

@@ -82,6 +82,7 @@ class Scheduler(Generic[S]):
         step_tokens: int,
         max_batch: int,
         on_admitted: Callable[[S], None],
+        chunk_tokens: int | None = None,
         max_running: int | None = None,
         budget: StepBudget | None = None,
     ) -> None:
@@ -90,6 +91,7 @@ class Scheduler(Generic[S]):
         self._max_running = max_running
         self._block_size = block_size
         self._step_tokens = step_tokens
+        self._chunk_tokens = chunk_tokens
         self._max_batch = max_batch
         self._on_admitted = on_admitted
         self.waiting: list[S] = []
@@ -172,7 +174,8 @@ class Scheduler(Generic[S]):
         """
         self.admit(now_s)
         pending, size = [s.pending_tokens for s in self.running], self._block_size
-        feed = plan_step(pending, self._tokens_now(pending), self._max_batch)
+        step_tokens = self._tokens_now(pending)
+        feed = plan_step(pending, step_tokens, self._max_batch, self._chunk_tokens)
         batch: list[tuple[S, int]] = []
         begun: list[S] = []
         for sequence, most in zip(list(self.running), feed, strict=True):

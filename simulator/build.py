@@ -113,6 +113,7 @@ def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
             kv_blocks=kv.tokens // block_size,
             block_size=block_size,
             step_tokens=pool.step_tokens or settings.engine.step_tokens,
+            chunk_tokens=pool.chunk_tokens or settings.engine.chunk_tokens,
             max_batch=settings.engine.max_batch,
             kv_bytes_per_token=kv.bytes_per_token,
             nic_bytes_per_s=(pool.nic_gb_per_s or sim.nic_gb_per_s) * 1e9,

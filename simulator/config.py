@@ -41,6 +41,7 @@ class SimulatedPool(Settings):
     tensor_parallel: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
     step_tokens: int | None = Field(None, ge=1)
+    chunk_tokens: int | None = Field(None, ge=1)
     nic_gb_per_s: float | None = Field(None, gt=0)
     ready_s: float = Field(0.0, ge=0)
     """Up from then on."""

@@ -154,7 +154,9 @@ def choose_systems(names: Sequence[str]) -> list[System]:
 
 
 def settings_of(system: System, settings: Settings) -> Settings:
-    """The cluster, run that way: the same workers, the same model."""
+    """The cluster, run that way: the same workers, the same model. Colocated ones take as much of a
+    prompt as fits into a step, as engines that do both.
+    """
     router = RouterConfig.model_validate(settings.router.model_dump() | dict(system.router))
     if not system.colocated:
         return replace(settings, router=router)
@@ -162,9 +164,13 @@ def settings_of(system: System, settings: Settings) -> Settings:
         SimulatedPool(name="prefill", role="prefill", workers=settings.prefill_workers),
         SimulatedPool(name="decode", role="decode", workers=settings.decode_workers),
     )
-    merged = tuple(pool.model_copy(update={"role": "colocated"}) for pool in pools)
+    merged = tuple(
+        pool.model_copy(update={"role": "colocated", "chunk_tokens": pool.step_tokens})
+        for pool in pools
+    )
     simulation = settings.simulation.model_copy(update={"pools": merged})
-    return replace(settings, router=router, simulation=simulation)
+    engine = settings.engine.model_copy(update={"chunk_tokens": settings.engine.step_tokens})
+    return replace(settings, router=router, simulation=simulation, engine=engine)
 
 
 def run_once(settings: Settings, question: Question, seed: int, scale: float) -> Point:

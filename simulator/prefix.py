@@ -39,8 +39,9 @@ _ROUNDS = 5
 
 def fitted_cost(spec: WorkerSpec) -> PrefillCost:
     """The production fit, after steps of several sizes and histories."""
-    most = min(spec.step_tokens, _LONGEST_CHUNK)
-    cost = PrefillCost(spec.step_tokens)
+    chunk_tokens = min(spec.chunk_tokens or spec.step_tokens, spec.step_tokens)
+    most = min(chunk_tokens, _LONGEST_CHUNK)
+    cost = PrefillCost(chunk_tokens)
     sizes = {max(1, most // 4), max(1, most // 2), most}
     for start, tokens in [*product(_STARTS, sorted(sizes))] * _ROUNDS:
         chunk = (start, start + tokens)

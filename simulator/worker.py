@@ -51,6 +51,8 @@ class WorkerSpec:
     kv_blocks: int
     block_size: int
     step_tokens: int = 512
+    chunk_tokens: int | None = None
+    """Of one prompt in a step; unset: as many."""
     max_batch: int = 256
     max_running: int | None = None
     kv_bytes_per_token: int = 131_072
@@ -94,6 +96,7 @@ class SimWorker:
             self.pool,
             block_size=spec.block_size,
             step_tokens=spec.step_tokens,
+            chunk_tokens=spec.chunk_tokens,
             max_batch=spec.max_batch,
             on_admitted=lambda sequence: sequence.leg.computed(sequence),
             max_running=spec.max_running,
@@ -401,7 +404,7 @@ class SimWorker:
         if prompts and self._prompts[0].known_tokens == self._prompts[0].context_tokens:
             begun = self._prompts[0].computed
             step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, begun)
-        fed, chunks = share_step(decodes, prompts, step_tokens, spec.max_batch)
+        fed, chunks = share_step(decodes, prompts, step_tokens, spec.max_batch, spec.chunk_tokens)
         if fed < decodes or not self._grow(self._steps):
             return None
         if prompts:

@@ -245,7 +245,7 @@ def _settings(case: Case, setup: Setup) -> Settings:
             tensor_parallel=case.model.tensor_parallel,
             closed_sessions=case.closed,
         ),
-        engine=EngineConfig(step_tokens=setup.step_tokens),
+        engine=_engine(setup),
         router=RouterConfig(),
         slo=case.slo,
         prefill_workers=prefill_workers,
@@ -253,6 +253,13 @@ def _settings(case: Case, setup: Setup) -> Settings:
         max_queued_tokens=PrefillConfig().max_queued_tokens,
         max_sequences=DecodeConfig().max_sequences,
     )
+
+
+def _engine(setup: Setup) -> EngineConfig:
+    """Colocated peers take as much of one prompt as fits into a step."""
+    if setup.prefill_workers:
+        return EngineConfig(step_tokens=setup.step_tokens)
+    return EngineConfig(step_tokens=setup.step_tokens, chunk_tokens=setup.step_tokens)
 
 
 def _cases(run: Run, size: Size, model: Model) -> list[Case]:

@@ -32,7 +32,7 @@ from core.messages import (
     WorkerToRouter,
 )
 from core.stages import Stage
-from core.step import StepBudget
+from core.step import StepBudget, usual_step_tokens
 from decode_worker.config import DecodeConfig
 from decode_worker.policy import pull_headroom_blocks
 from decode_worker.role import DecodeRole
@@ -104,7 +104,9 @@ class Worker:
         self._identity = identity
         self._clock = clock
         self._role, self._epoch = role, 1
-        self._step_tokens = settings.engine.step_tokens
+        self._step_tokens = usual_step_tokens(
+            settings.engine.chunk_tokens, settings.engine.step_tokens
+        )
         self._draining = False
         self._outlets: set[RouterOutlet] = set()
         self._next_event = 1
@@ -116,6 +118,7 @@ class Worker:
             self.pool,
             clock,
             step_tokens=settings.engine.step_tokens,
+            chunk_tokens=settings.engine.chunk_tokens,
             max_batch=settings.engine.max_batch,
             step_timeout_s=settings.engine.step_timeout_s,
             on_step_end=self._step_ended,

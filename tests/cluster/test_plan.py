@@ -95,7 +95,7 @@ def test_the_config_written_is_one_that_config_check_accepts(
     config = load_config(file)
     assert find_problems(config) == []
     assert (config.prefill.workers, config.decode.workers) == (2, 6)
-    assert config.engine.step_tokens == 2048
+    assert config.engine.step_tokens == config.engine.chunk_tokens == 2048
     assert build_spec(settings_of(config), 16, 0).gpus == 8
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 
@@ -70,12 +71,15 @@ async def test_a_router_hears_who_it_is_what_it_holds_and_its_load_first() -> No
 
 
 async def test_a_router_hears_what_a_step_takes() -> None:
-    settings = make_settings(step_tokens=8)
+    settings = make_settings(step_tokens=32)
+    engine = settings.engine.model_copy(update={"chunk_tokens": 8})
     hub = LoopbackHub()
-    async with served_worker("p", Role.PREFILL, hub, worker_settings=settings) as served:
+    async with served_worker(
+        "p", Role.PREFILL, hub, worker_settings=replace(settings, engine=engine)
+    ) as served:
         end = RouterEnd(served.worker)
         await end.first(WorkerHello)
-        assert end.of(WorkerHello)[0].step_tokens == 8
+        assert end.of(WorkerHello)[0].step_tokens == 16
 
 
 async def test_a_load_report_names_the_last_submit_it_holds() -> None:

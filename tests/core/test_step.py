@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.step import LEAST_CHUNK_TOKENS, StepBudget, chunk_within
+from core.step import LEAST_CHUNK_TOKENS, StepBudget, chunk_within, usual_step_tokens
 from tests.builders import QUICK
 
 MOST = 512
@@ -75,3 +75,8 @@ def test_of_many_steps_in_a_second_one_is_learned_from() -> None:
     for i in range(50):
         budget.saw([(0, 512)], 1, 3000, 9.0, 199.0 + i / 1000)
     assert budget.chunk_tokens(0, 1, 3000, MOST) == before
+
+
+def test_a_usual_step_lies_between_a_chunk_and_what_all_take() -> None:
+    assert usual_step_tokens(512, 2048) == 1024
+    assert usual_step_tokens(512, 512) == usual_step_tokens(2048, 512) == 512

@@ -37,6 +37,38 @@ def test_a_prompt_gets_on_however_many_decode() -> None:
     assert plan_step([1, 1, 1, 5], step_tokens=16, max_batch=3) == [1, 1, 0, 5]
 
 
+def test_prompts_that_end_with_the_step_share_it() -> None:
+    assert plan_step([40, 10, 1, 20], 64, 8, chunk_tokens=16) == [15, 10, 1, 0]
+    assert plan_step([16, 10, 16, 9, 30], 64, 8, chunk_tokens=16) == [16, 10, 16, 9, 0]
+    assert plan_step([16, 16, 16, 16, 16], 64, 8, chunk_tokens=16) == [16, 16, 16, 16, 0]
+
+
+def test_nobody_overtakes_a_prompt_that_does_not_end_with_the_step() -> None:
+    assert plan_step([16, 40, 3], 64, 8, chunk_tokens=16) == [16, 0, 0]
+    assert plan_step([6, 40, 3], 64, 8, chunk_tokens=16) == [6, 10, 3]
+
+
+def test_a_chunk_is_no_larger_than_the_step() -> None:
+    assert plan_step([100, 3], 16, 8, chunk_tokens=64) == plan_step([100, 3], 16, 8)
+
+
+@QUICK
+@given(PENDING, BUDGET, BATCH, BUDGET)
+def test_a_prompt_gets_one_chunk_and_those_behind_it_only_if_they_end(
+    pending: list[int], step_tokens: int, max_batch: int, chunk_tokens: int
+) -> None:
+    feed = plan_step(pending, step_tokens, max_batch, chunk_tokens)
+    decodes = sum(count for count, tokens in zip(feed, pending, strict=True) if tokens == 1)
+    prompts = [(n, tokens) for n, tokens in zip(feed, pending, strict=True) if tokens > 1]
+    assert sum(feed) <= max(step_tokens, decodes + 1)
+    assert all(count <= chunk_tokens for count, _ in prompts)
+    fed = [count > 0 for count, _ in prompts]
+    assert fed == sorted(fed, reverse=True), "in order"
+    partly = [count for count, tokens in prompts if 0 < count < tokens]
+    assert len(partly) <= 1
+    assert sum(partly) <= max(1, chunk_tokens - decodes)
+
+
 @QUICK
 @given(PENDING, BUDGET, BATCH)
 def test_never_over_budget_unless_decodes_alone_are(

@@ -83,6 +83,7 @@ def test_a_system_keeps_all_gpus_and_changes_its_keys_alone() -> None:
     changed = settings_of(SYSTEMS["colocated-prefix"], SETTINGS)
     assert sum(pool.workers for pool in changed.simulation.pools) == 2
     assert {pool.role for pool in changed.simulation.pools} == {"colocated"}
+    assert changed.engine.chunk_tokens == SETTINGS.engine.step_tokens > 512, "as its peers do"
     assert changed.router.prefill_policy == "prefix_affinity"
     assert settings_of(BATON, SETTINGS) == SETTINGS
 

@@ -112,6 +112,7 @@ def random_case(seed: int) -> tuple[list[Ask], WorkerSpec]:
         kv_blocks=random.choice([24, 40, 400]),
         block_size=size,
         step_tokens=random.choice([16, 64, 256]),
+        chunk_tokens=random.choice([None, 16, 64]),
         max_batch=random.choice([2, 4, 64]),
     )
     longest = spec.kv_blocks * size // 2
