@@ -19,7 +19,7 @@ class LeftOut(NamedTuple):
     """Workers a router sends nothing to, and why."""
 
     ejected: dict[str, str]
-    """failures or slow."""
+    """failures, slow or hung."""
     unreached: dict[str, str]
     """It has no stream to them, in its words."""
 

@@ -126,6 +126,7 @@ async def run_router(
                 router_id=router_id,
                 model_id=model.model_id,
                 silence_s=config.router.worker_silence_s,
+                hung_step_s=config.router.hung_step_s,
                 index_bytes=config.router.index_max_mb * 1024 * 1024,
             )
             metrics.watch_index(fleet.index)

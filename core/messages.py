@@ -266,6 +266,11 @@ class LoadReport:
     """Blocks free or evictable now."""
     total_blocks: int
     draining: bool = False
+    step_age_s: float = field(default=0.0, compare=False)
+    """How long the engine's step in flight has run; 0: none is. It grows by itself, so that alone
+    is no change."""
+    longest_step_s: float = 0.0
+    """Of its last steps, but for one outlier; 0: it is cold, or does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from core.errors import BatonError, DeadlineExceeded, InternalError
 from core.fit import PrefillCost
 from core.sampling import FinishReason
 from core.step import StepBudget
+from engine.longest import LongestStep
 from engine.pool import BlockPool
 from engine.scheduler import RunnerLoad, Scheduler
 from engine.sequence import Sequence, SequenceState
@@ -78,7 +79,14 @@ class Runner:
         self._wake = asyncio.Event()
         self.prefill_cost = PrefillCost(min(chunk_tokens or step_tokens, step_tokens))
         """What prefill takes here; learned from the steps that do nothing else."""
+        self.longest_step = LongestStep()
         self.steps = 0
+        self._step_began_s: float | None = None
+
+    @property
+    def step_age_s(self) -> float:
+        """How long the step in flight has run; 0 while there is none."""
+        return 0.0 if self._step_began_s is None else self._clock.now_s() - self._step_began_s
 
     @property
     def preemptions(self) -> int:
@@ -146,13 +154,16 @@ class Runner:
                     await self._rest()
                     continue
                 steps = [sequence.make_step(count) for sequence, count in batch]
-                began_s = self._clock.now_s()
+                began_s = self._step_began_s = self._clock.now_s()
                 step = loop.run_in_executor(thread, self._engine.step, steps)
                 try:
                     results = await self._in_time(step)
                 finally:
                     self._scheduler.step_ended()
-                self._learn(batch, self._clock.now_s() - began_s)
+                    self._step_began_s = None
+                took_s = self._clock.now_s() - began_s
+                self.longest_step.add(took_s)
+                self._learn(batch, took_s)
                 self.steps += 1
                 for (sequence, count), result in zip(batch, results, strict=True):
                     self._apply(sequence, count, result)

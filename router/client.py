@@ -80,8 +80,8 @@ class WorkerLink:
     """The stream to one incarnation of one worker. `run` is its only task.
 
     `on_change` is called when what `routable` answers, or whose view it is, has changed; `on_load`
-    with every load report. `before` is the link that was tried last; what kept it from the worker
-    is not told a second time.
+    with every load report, of this link. `before` is the link that was tried last; what kept it
+    from the worker is not told a second time.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class WorkerLink:
         *,
         index: PrefixIndex,
         on_change: Callable[[], None] = lambda: None,
-        on_load: Callable[[], None] = lambda: None,
+        on_load: "Callable[[WorkerLink], None]" = lambda link: None,
         before: "WorkerLink | None" = None,
     ) -> None:
         self.record = record
@@ -153,6 +153,11 @@ class WorkerLink:
     def finish(self, leg: Leg) -> None:
         """Forget a leg that has said its last word and holds nothing."""
         self._legs.pop(leg.number, None)
+
+    def give_up(self, reason: str) -> None:
+        """Nothing more will come of its legs: each has failed, and the worker is told."""
+        for leg in self._fail_legs(f"worker {self.record.worker_id} is given up: {reason}"):
+            self.send(Cancel(number=leg.number, reason=reason))
 
     def send(self, message: RouterToWorker) -> None:
         """Never waits; a worker that does not read its stream is lost."""
@@ -250,7 +255,7 @@ class WorkerLink:
                 view.reported(message)
                 if was_routable is message.draining:
                     self._on_change()
-                self._on_load()
+                self._on_load(self)
             case KvEvents():
                 if not view.apply_events(message):
                     self.send(SnapshotRequest())
@@ -290,13 +295,16 @@ class WorkerLink:
             self.view.holdings.leave()
             self.view = None
             self._on_change()
-        legs, self._legs = self._legs, {}
-        for leg in legs.values():
-            lost = f"worker {self.record.worker_id} was lost: {reason}"
-            leg.listener(
-                leg,
-                LegFailed(number=leg.number, code=WorkerLost.code, message=lost, stage=Stage.ROUTE),
-            )
+        self._fail_legs(f"worker {self.record.worker_id} was lost: {reason}")
+
+    def _fail_legs(self, why: str) -> list[Leg]:
+        """Those that were open."""
+        legs, self._legs = list(self._legs.values()), {}
+        for leg in legs:
+            number, code = leg.number, WorkerLost.code
+            failed = LegFailed(number=number, code=code, message=why, stage=Stage.ROUTE)
+            leg.listener(leg, failed)
+        return legs
 
     def _note_problem(self, reason: str) -> None:
         """It was not connected at all, and will be tried again and again; empty: nor tried."""

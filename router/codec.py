@@ -376,6 +376,8 @@ def load_to_wire(load: LoadReport) -> worker_pb2.LoadReport:
         free_blocks=load.free_blocks,
         total_blocks=load.total_blocks,
         draining=load.draining,
+        step_age_s=load.step_age_s,
+        longest_step_s=load.longest_step_s,
     )
 
 
@@ -391,6 +393,8 @@ def load_from_wire(load: worker_pb2.LoadReport) -> LoadReport:
         free_blocks=load.free_blocks,
         total_blocks=load.total_blocks,
         draining=load.draining,
+        step_age_s=load.step_age_s,
+        longest_step_s=load.longest_step_s,
     )
 
 

@@ -5,8 +5,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from core.ids import Incarnation, ModelId, Role, WorkerId
+from core.messages import LoadReport
 from core.registry import Registry, WorkerRecord
 from router.client import WorkerLink
+from router.hung import hangs
 from router.index import DEFAULT_MAX_BYTES, PrefixIndex
 from router.pool import Pool
 from router.types import ServingLimits
@@ -28,6 +30,7 @@ class Fleet:
         router_id: str,
         model_id: ModelId,
         silence_s: float,
+        hung_step_s: float = 0.0,
         index_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         self.index = PrefixIndex(index_bytes)
@@ -36,19 +39,24 @@ class Fleet:
         self._router_id = router_id
         self._model_id = model_id
         self._silence_s = silence_s
+        self._hung_step_s = hung_step_s
         self._links: dict[Incarnation, WorkerLink] = {}
         self._wanted: dict[Incarnation, WorkerRecord] = {}
         self._members: _Members | None = None
         self._context_tokens = 0
         self.on_load: Callable[[], None] = lambda: None
         """Called with every load report, and when a worker comes or goes."""
+        self.on_hung: Callable[[], None] = lambda: None
+        """Called when a worker's engine is found to hang."""
 
     def links(self) -> tuple[WorkerLink, ...]:
         """All links, connected or not."""
         return tuple(self._links.values())
 
     def pool(self, role: Role) -> Pool:
-        """Workers of this role that take requests now; the same object until one comes or goes."""
+        """Workers of this role that take requests now, those that hang only where all do; the same
+        object until one comes or goes.
+        """
         return self._now.pools[role]
 
     def link(self, role: Role, worker_id: WorkerId) -> WorkerLink:
@@ -76,10 +84,33 @@ class Fleet:
 
     def _changed(self) -> None:
         self._members = None
-        self._reported()
-
-    def _reported(self) -> None:
         self.on_load()
+
+    def _reported(self, link: WorkerLink) -> None:
+        if link.view is not None and link.view.load is not None:
+            self._judge(link, link.view, link.view.load)
+        self.on_load()
+
+    def _judge(self, link: WorkerLink, view: WorkerView, load: LoadReport) -> None:
+        """A worker that hangs keeps its legs while there is no other for them; asked again with
+        each of its reports.
+        """
+        hung = self._hangs(view, load)
+        if hung != view.hung:
+            view.hung, self._members = hung, None
+            event, age_s = "worker_hangs" if hung else "worker_goes_on", load.step_age_s
+            log.warning("%s worker_id=%s step_age_s=%.1f", event, link.record.worker_id, age_s)
+            if hung:
+                self.on_hung()
+        if hung and self._now.has_well:
+            link.give_up("its engine hangs")
+
+    def _hangs(self, view: WorkerView, load: LoadReport) -> bool:
+        if not 0 < self._hung_step_s < load.step_age_s:
+            return False
+        kin = (other.load for other in self.everyone.views.values() if other.kind == view.kind)
+        longest_s = max((one.longest_step_s for one in kin if one is not None), default=0.0)
+        return hangs(load.step_age_s, load.longest_step_s, longest_s, self._hung_step_s)
 
     async def run(self) -> None:
         """Follow the registry until cancelled."""
@@ -124,7 +155,7 @@ class Fleet:
 
 class _Members:
     """Who is there; of two lives of one worker, the later one. `context_tokens` is the limit while
-    nobody is.
+    nobody is. `has_well`: each role has a worker that does not hang.
     """
 
     def __init__(self, links: Sequence[WorkerLink], context_tokens: int) -> None:
@@ -140,6 +171,11 @@ class _Members:
         for worker_id, link in routable.items():
             if link.view is not None:
                 self.links[link.view.hello.role][worker_id] = link
+        self.has_well = True
+        for role, members in self.links.items():
+            well = {w: link for w, link in members.items() if link.view and not link.view.hung}
+            self.has_well = self.has_well and bool(well)
+            self.links[role] = well or members
         self.pools = {
             role: Pool({w: link.view for w, link in members.items() if link.view is not None})
             for role, members in self.links.items()

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from random import Random
 from typing import NamedTuple
@@ -47,7 +48,7 @@ from router.types import (
     TokenSink,
     WorkerStatus,
 )
-from router.watcher import FlowWatcher, Requeue, Unwatched
+from router.watcher import EjectReason, FlowWatcher, Requeue, Unwatched
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Flow:
         )
         self._pools_there = asyncio.Event()
         fleet.on_load = self._look
+        fleet.on_hung = partial(watcher.ejected, EjectReason.HUNG)
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:
@@ -259,6 +261,8 @@ class Flow:
 
     def _with_health(self, link: WorkerLink) -> WorkerStatus:
         reason = self._outliers.ejected_for(link.record.incarnation)
+        if link.view is not None and link.view.hung:
+            reason = EjectReason.HUNG
         return replace(_describe(link), ejected=reason is not None, ejected_for=reason or "")
 
 

@@ -115,7 +115,7 @@ class EdgeMetrics:
 
         left_out = Gauge(
             telemetry.WORKERS_LEFT_OUT,
-            "Workers this router leaves out of placement now, as they failed or were slow",
+            "Workers this router leaves out of placement now, as they failed, were slow or hang",
             ("role",),
             registry=self.registry,
         )

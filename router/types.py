@@ -111,9 +111,10 @@ class WorkerStatus:
     """Why it is not connected: refused, by it or by this router, or not reached."""
     draining: bool = False
     ejected: bool = False
-    """Left out of placement by this router, as it failed or was slow; probed from time to time."""
+    """Left out of placement by this router, as it failed or was slow, and probed from time to time;
+    or as its engine hangs."""
     ejected_for: str = ""
-    """failures or slow; empty while it is not ejected."""
+    """failures, slow or hung; empty while it is not ejected."""
     waiting: int = 0
     running: int = 0
     queued_tokens: int = 0

@@ -17,6 +17,8 @@ class WorkerView:
         self.domain = hello.network_domain or domain_of(hello.peer_address)
         """Within which KV moves best."""
         self.load: LoadReport | None = None
+        self.hung = False
+        """By the last report; whoever follows the fleet judges."""
         self.holdings = holdings
         self.unseen_tokens = 0
         """Tokens whose KV own submits will hold there that no report shows yet."""

@@ -21,6 +21,8 @@ class EjectReason(StrEnum):
 
     FAILURES = "failures"
     SLOW = "slow"
+    HUNG = "hung"
+    """Its engine is in a step that does not end: until it does."""
 
 
 class Requeue(StrEnum):

@@ -178,6 +178,11 @@ class StepGate:
     def allow(self, steps: int) -> None:
         self._permits.release(steps)
 
+    def close(self) -> None:
+        """Permits that no step has taken are void."""
+        while self._permits.acquire(blocking=False):
+            pass
+
     def open(self) -> None:
         self._opened.set()
 
@@ -511,7 +516,13 @@ async def running_cluster(
                 pools[role].append(served)
                 await registry.register(served.record, 3600.0)
         model_id = make_engine(1).info.model_id
-        fleet = Fleet(registry, router_id="test", model_id=model_id, silence_s=5.0)
+        fleet = Fleet(
+            registry,
+            router_id="test",
+            model_id=model_id,
+            silence_s=5.0,
+            hung_step_s=config.hung_step_s,
+        )
         policies = build_policies(config, slo)
         if decode_policy is not None:
             policies = replace(policies, decode=decode_policy)

@@ -302,7 +302,7 @@ class LegFailed(_message.Message):
     def __init__(self, number: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., stage: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("last_submit", "queued_tokens", "waiting", "running", "context_tokens", "free_blocks", "total_blocks", "draining", "decoding", "decoding_tokens")
+    __slots__ = ("last_submit", "queued_tokens", "waiting", "running", "context_tokens", "free_blocks", "total_blocks", "draining", "decoding", "decoding_tokens", "step_age_s", "longest_step_s")
     LAST_SUBMIT_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -313,6 +313,8 @@ class LoadReport(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     DECODING_FIELD_NUMBER: _ClassVar[int]
     DECODING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_STEP_S_FIELD_NUMBER: _ClassVar[int]
     last_submit: int
     queued_tokens: int
     waiting: int
@@ -323,7 +325,9 @@ class LoadReport(_message.Message):
     draining: bool
     decoding: int
     decoding_tokens: int
-    def __init__(self, last_submit: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., decoding: _Optional[int] = ..., decoding_tokens: _Optional[int] = ...) -> None: ...
+    step_age_s: float
+    longest_step_s: float
+    def __init__(self, last_submit: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., decoding: _Optional[int] = ..., decoding_tokens: _Optional[int] = ..., step_age_s: _Optional[float] = ..., longest_step_s: _Optional[float] = ...) -> None: ...
 
 class KvStored(_message.Message):
     __slots__ = ("parent", "hashes")

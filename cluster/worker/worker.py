@@ -344,6 +344,8 @@ class Worker:
             free_blocks=self.pool.available,
             total_blocks=self.pool.num_blocks,
             draining=self._draining,
+            step_age_s=self.runner.step_age_s,
+            longest_step_s=self.runner.longest_step.seconds,
         )
 
     def pool_counts(self) -> tuple[PoolCounts, str]:

@@ -10,6 +10,7 @@ import grpc
 from core.blocks import chain_hashes, root_hash
 from core.ids import Incarnation, LeaseId, RequestId, Role, SequenceId, WorkerId
 from core.messages import (
+    HEARTBEAT_S,
     PROTOCOL_MAJOR,
     Cancel,
     Handoff,
@@ -91,6 +92,23 @@ async def test_a_load_report_names_the_last_submit_it_holds() -> None:
         await end.until(lambda: any(m.last_submit == 6 for m in end.of(LoadReport)))
         report = next(m for m in end.of(LoadReport) if m.last_submit == 6)
         assert report.waiting + report.running <= 2
+
+
+async def test_a_worker_reports_at_its_heartbeat_while_a_step_hangs() -> None:
+    async with prefill_worker(gated=True) as served:
+        end = RouterEnd(served.worker)
+        served.worker.handle(end.outlet, prefill_submit(1, PROMPT))
+        await end.until(lambda: len(reported_ages(end)) >= 3)
+        ages, beats = reported_ages(end), len(end.of(LoadReport))
+        assert ages == sorted(ages)
+        assert ages[-1] - ages[-2] >= HEARTBEAT_S, "its age alone is no news"
+        assert beats <= len(ages) + 2
+        served.gate.open()
+        await end.until(lambda: end.of(LoadReport)[-1].step_age_s == 0)
+
+
+def reported_ages(end: RouterEnd) -> list[float]:
+    return [m.step_age_s for m in end.of(LoadReport) if m.step_age_s]
 
 
 async def test_each_router_hears_of_its_own_submits_only() -> None:

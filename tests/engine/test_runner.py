@@ -66,6 +66,19 @@ async def test_blocks_are_told_as_they_are_computed() -> None:
     assert heard.computed == [8, 16, 20]
 
 
+async def test_a_step_that_hangs_tells_its_age() -> None:
+    gate, clock = StepGate(), FakeClock()
+    async with running_engine_loop(make_engine(sleep=gate), clock) as parts:
+        assert parts.runner.step_age_s == 0
+        heard = parts.submit(make_sequence(make_prompt(6), max_tokens=1, deadline_at_s=1e9))
+        await until(gate.waiting.is_set, "a step")
+        clock.advance(7.0)
+        assert parts.runner.step_age_s == 7.0
+        gate.open()
+        await soon(heard.ended.wait())
+        await until(lambda: parts.runner.step_age_s == 0, "its end")
+
+
 async def test_a_cached_prefix_is_not_computed_again() -> None:
     prompt = make_prompt(22)
     async with running_engine_loop(make_engine()) as parts:

@@ -174,6 +174,8 @@ WORKER = {
         free_blocks=U32,
         total_blocks=U32,
         draining=st.booleans(),
+        step_age_s=SECONDS,
+        longest_step_s=SECONDS,
     ),
     KvEvents: st.builds(KvEvents, first_number=U64, events=st.lists(EVENT, max_size=4).map(tuple)),
     KvSnapshot: st.builds(KvSnapshot, next_number=U64, hashes=HASHES, last=st.booleans()),

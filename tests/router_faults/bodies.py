@@ -16,6 +16,7 @@ from engine import build
 from engine.timed import TimedEngine
 from engine.types import Sampled, SeqStep
 from router import flow
+from tests.faulty_worker import halt_on_signal
 
 LEASE_S = 1.0
 """Of a worker's place in the registry; 10 s outside tests. It is renewed three times as often."""
@@ -55,6 +56,12 @@ def run_frozen_worker(arguments: list[str]) -> int:
 def run_slow_worker(arguments: list[str]) -> int:
     """A worker that does all it is asked for, and says how it is, but takes its time."""
     vars(build).update(TimedEngine=SlowEngine)
+    return run_worker(arguments)
+
+
+def run_halting_worker(arguments: list[str]) -> int:
+    """After SIGUSR1 its engine does not end a step until SIGUSR2; its event loop goes on."""
+    halt_on_signal()
     return run_worker(arguments)
 
 
