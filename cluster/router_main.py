@@ -34,6 +34,7 @@ from core.ids import new_incarnation
 from core.registry import Registry
 from engine.build import describe_model
 from router.app import create_app
+from router.descriptors import room_for_clients
 from router.fleet import Fleet
 from router.flow import Flow
 from router.metrics import EdgeMetrics, FlowMetrics
@@ -153,6 +154,7 @@ async def run_router(
                     stop=stop,
                     grace_s=config.drain_timeout_s,
                     head_timeout_s=config.router.head_timeout_s,
+                    max_connections=room_for_clients(config.router.max_connections),
                 )
                 following.cancel()
 

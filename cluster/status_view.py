@@ -16,7 +16,11 @@ from cluster.status import WorkerControl, WorkerStats, WorkerStatus, collect
 from cluster.tables import new_table, print_table
 from core.errors import Unavailable
 
-_EJECTED = {"failures": "requests failed on it", "slow": "it was far slower than its peers"}
+_EJECTED = {
+    "failures": "requests failed on it",
+    "slow": "it was far slower than its peers",
+    "hung": "its engine is in a step that does not end",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,9 @@
      75 s   head_timeout_s  |  the request's own
                  upload_timeout_s (http_body.py)
 
+Of connections a server keeps a bounded number. One beyond it is taken and told why, as one left
+in the listener's queue would wait without a word, and its client would not try another router.
+
 A head is bounded in bytes, as the parser joins the pieces of a header anew with each that comes.
 While a response runs the connection is read on, as its end would not be seen otherwise; what comes
 is kept for later, and not parsed before the response is complete.
@@ -13,10 +16,18 @@ import asyncio
 import http
 from typing import Literal, cast
 
+from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from core.errors import BatonError, InvalidRequest
-from router.http_errors import HeadTooLarge, HeadTooSlow, error_body
+from router.http_errors import (
+    HeadTooLarge,
+    HeadTooSlow,
+    TooManyConnections,
+    error_body,
+    error_headers,
+)
 from router.http_line import ChunkedLine, PlainLine
 from router.http_reply import ABORT_EXTENSION, LINE_EXTENSION
 
@@ -28,6 +39,8 @@ MAX_AHEAD_BYTES = 64 * 1024
 on, so its end is not seen."""
 MAX_PIPELINED = 256
 """Requests that came in one piece; a client that sends more of them is dropped."""
+MAX_REFUSED = 256
+"""Connections beyond the bound that are being told so; further ones are dropped."""
 _LINGER_S = 2.0
 """To close at once would reset the connection, and a client still sending not see its answer."""
 _UNREAD_S = 30.0
@@ -35,7 +48,32 @@ _UNREAD_S = 30.0
 the connection closed."""
 
 
+class ConnectionBound:
+    """How many connections a server keeps; shared by all of them."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.refused = 0
+        """That many of those open now are being turned away."""
+        self.turned_away = 0
+        """Since the start."""
+
+
 class HttpConnection(HttpToolsProtocol):
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, object],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        bound: ConnectionBound,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._bound = bound
+        self._is_over = False
+        """Beyond the bound."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.attended: set[ChunkedLine] = set()
@@ -49,9 +87,22 @@ class HttpConnection(HttpToolsProtocol):
         self._failure: BatonError | None = None
         """What a callback of the parser found, which only knows that one failed."""
         self._refused = False
+        if len(self.connections) - self._bound.refused > self._bound.most:
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        bound, self._is_over = self._bound, True
+        bound.refused += 1
+        bound.turned_away += 1
+        if bound.refused <= MAX_REFUSED:
+            self._refuse(TooManyConnections(f"the router keeps {bound.most} connections at most"))
+        else:
+            self._refused = True
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._bound.refused -= self._is_over
         self._ahead.clear()
         for line in tuple(self.attended):
             line.lost()
@@ -173,9 +224,10 @@ class HttpConnection(HttpToolsProtocol):
         body, status = error_body(error), http.HTTPStatus(error.http_status)
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n"
         )
-        self.transport.write(head.encode() + body)
+        more = b"".join(b"%b: %b\r\n" % header for header in error_headers(error))
+        self.transport.write(head.encode() + more + b"\r\n" + body)
         if running:  # it would write behind an end, but not to what closes
             self.transport.close()
         else:

@@ -13,6 +13,7 @@ from core.errors import (
     NotAuthenticated,
     NoWorkers,
     Overloaded,
+    Unavailable,
     UserError,
 )
 
@@ -27,6 +28,13 @@ class ClientTooSlow(Cancelled):
     """The client left more unread than it may."""
 
     code = "client_too_slow"
+
+
+class TooManyConnections(Unavailable):
+    """The router keeps as many connections as it may."""
+
+    code = "too_many_connections"
+    retry_after_s = 1.0
 
 
 class HeadTooLarge(UserError):
@@ -66,7 +74,7 @@ def error_body(error: BatonError) -> bytes:
 
 def error_headers(error: BatonError) -> list[Header]:
     """Headers an error asks for, besides the content's."""
-    if isinstance(error, Overloaded | NoWorkers):
+    if isinstance(error, Overloaded | NoWorkers | TooManyConnections):
         return [(b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s)))]
     if isinstance(error, BodyTooSlow):
         return [(b"connection", b"close")]  # what remains of it is not waited for

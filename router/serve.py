@@ -8,14 +8,18 @@ await serve(app, listener, stop=event)    # until `stop` is set
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from core.errors import ConfigError
-from router.http_connection import KEEP_ALIVE_S, HttpConnection
+from router import descriptors
+from router.http_connection import KEEP_ALIVE_S, ConnectionBound, HttpConnection
 
 BACKLOG = 2048
 SEND_BUFFER_BYTES = 256 * 1024
@@ -24,6 +28,10 @@ tens of thousands of tokens behind before the stream's bound saw it.
 """
 _LEFTOVER_S = 5.0
 _EXPIRE_EVERY_S = 1.0
+_LOOK_EVERY_S = 1.0
+_WARN_EVERY_S = 30.0
+
+log = logging.getLogger(__name__)
 
 
 def bind_listener(host: str, port: int) -> socket.socket:
@@ -59,15 +67,18 @@ async def serve(
     stop: asyncio.Event,
     grace_s: float = 30.0,
     head_timeout_s: float = 15.0,
+    max_connections: int = 16_384,
 ) -> None:
     """Serve until `stop` is set; then no new connection, and running requests have `grace_s`.
 
     What runs longer is cancelled and answers with an error. Closes `listener`. When cancelled
-    itself it grants no grace. A client has `head_timeout_s` for the head of a request.
+    itself it grants no grace. A client has `head_timeout_s` for the head of a request. One that
+    finds `max_connections` open is answered 503.
     """
+    bound = ConnectionBound(max_connections)
     config = uvicorn.Config(
         app,
-        http=HttpConnection,
+        http=cast(type[asyncio.Protocol], partial(HttpConnection, bound=bound)),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -84,6 +95,7 @@ async def serve(
             beside = (
                 group.create_task(_request_exit(server, stop)),
                 group.create_task(_expire(server, head_timeout_s)),
+                group.create_task(_warn(bound)),
             )
             await server.serve(sockets=[listener])
             for task in beside:
@@ -105,6 +117,30 @@ async def _expire(server: uvicorn.Server, head_timeout_s: float) -> None:
         now_s = asyncio.get_running_loop().time()
         for connection in _connections(server):
             connection.expire(now_s, head_timeout_s)
+
+
+async def _warn(bound: ConnectionBound) -> None:
+    """Of clients that are turned away, now and then. Where no file can be opened the loop drops
+    them itself, without a word to anybody.
+    """
+    told = 0
+    while True:
+        if descriptors.are_exhausted():
+            log.warning(
+                "router_out_of_files: clients are dropped; raise the process's limit of open files"
+                " (ulimit -n, LimitNOFILE), or lower router.max_connections"
+            )
+        elif bound.turned_away > told:
+            log.warning(
+                "router_connections_full most=%d turned_away=%d: add a router, or raise"
+                " router.max_connections",
+                *(bound.most, bound.turned_away - told),
+            )
+        else:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            continue
+        told = bound.turned_away
+        await asyncio.sleep(_WARN_EVERY_S)
 
 
 def _connections(server: uvicorn.Server) -> list[HttpConnection]:

@@ -236,6 +236,7 @@ async def running(
                     stop=stop,
                     grace_s=grace_s,
                     head_timeout_s=config.head_timeout_s,
+                    max_connections=config.max_connections,
                 )
             )
             try:

@@ -12,6 +12,7 @@ from router.http_connection import (
     MAX_AHEAD_BYTES,
     MAX_HEAD_BYTES,
     MAX_PIPELINED,
+    ConnectionBound,
     HttpConnection,
 )
 from tests.router.http_builders import (
@@ -84,7 +85,8 @@ class App:
 
 def connected(app):
     config = uvicorn.Config(app, lifespan="off", log_config=None, ws="none")
-    connection, transport = HttpConnection(config, ServerState(), {}), Transport()
+    bound, transport = ConnectionBound(1), Transport()
+    connection = HttpConnection(config, ServerState(), {}, bound=bound)
     connection.connection_made(transport)
     return connection, transport, asyncio.get_running_loop().time()
 

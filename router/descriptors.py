@@ -1,0 +1,44 @@
+"""Open files of the router's process: as many as its connections need, and what is said if not."""
+
+import errno
+import logging
+import os
+import resource
+
+log = logging.getLogger(__name__)
+
+_OWN = 1024
+"""Kept for what is no client: a stream per worker, listeners, logs."""
+
+
+def clients_within(limit: int, wanted: int) -> int:
+    """Connections of clients where `limit` files may be open."""
+    return min(wanted, max(limit - _OWN, limit // 2))
+
+
+def room_for_clients(wanted: int) -> int:
+    """So many connections, or as many as the system allows; raises this process's own limit of
+    open files as far as it may and needs to.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted + _OWN if hard == resource.RLIM_INFINITY else min(hard, wanted + _OWN)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    room = wanted if soft == resource.RLIM_INFINITY else clients_within(soft, wanted)
+    if room < wanted:
+        log.warning(
+            "router_connections_limited connections=%d wanted=%d: raise the process's limit of open"
+            " files (ulimit -Hn, LimitNOFILE) to %d, or lower router.max_connections",
+            *(room, wanted, wanted + _OWN),
+        )
+    return room
+
+
+def are_exhausted() -> bool:
+    """No file can be opened now, nor a connection taken."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
