@@ -145,7 +145,8 @@ class Attempt:
     def _submit_local(self, placed: Placement) -> None:
         """One worker serves it alone. After its no, a prefill worker computes the prompt."""
         progress = self._progress
-        progress.prefill_worker = progress.decode_worker = placed.link.record.worker_id
+        progress.prefills_at(placed.link.record)
+        progress.decodes_at(placed.link.record)
         self._log_route("route_local", placed)
         progress.mark(Stage.PREFILL, progress.decode_worker)
         self._local = True
@@ -158,7 +159,7 @@ class Attempt:
             placed = self._chooser.place(considered, self._shut.failed)
         else:
             placed = self._chooser.for_prefill(self._context, request.cache_salt, self._shut)
-        progress.prefill_worker = placed.link.record.worker_id
+        progress.prefills_at(placed.link.record)
         self._log_route("route_prefill", placed)
         progress.mark(Stage.PREFILL, progress.prefill_worker)
         self._prefill = placed.link.submit(
@@ -401,7 +402,7 @@ class Attempt:
         placed = self._chooser.for_decode(
             len(self._context), self._total_tokens, self._shut.all, kv_address=address
         )
-        self._progress.decode_worker = placed.link.record.worker_id
+        self._progress.decodes_at(placed.link.record)
         self._log_route("route_decode", placed)
         self._decode = self._decode_leg(placed, self._handoff)
         self._answers.expect(self._decode, self._give_up)
@@ -483,6 +484,6 @@ class Attempt:
         move.moved = True
         self._decode = move.leg
         progress.migrations += 1
-        progress.decode_worker = move.leg.link.record.worker_id
+        progress.decodes_at(move.leg.link.record)
         progress.mark(Stage.DECODE, progress.decode_worker)
         return [tokens for early in move.early for tokens in self._take(move.leg, early)]

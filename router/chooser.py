@@ -459,10 +459,8 @@ class Chooser(Generic[L]):
         times = end.timings
         if end.outcome not in COMPLETE:
             return
-        for worker in (times.prefill_worker, times.decode_worker):
-            view = self._fleet.everyone.views.get(WorkerId(worker))
-            if view is not None:
-                self._outliers.completed(view.hello.incarnation)
+        for incarnation in end.served_by:
+            self._outliers.completed(incarnation)
         if times.attempts != 1:
             return
         began = next((mark.at_s for mark in end.marks if mark.stage is Stage.DECODE), None)

@@ -12,7 +12,9 @@ from typing import NamedTuple, Protocol, Self
 from core import telemetry
 from core.clock import Clock
 from core.errors import BatonError, Cancelled, InternalError
+from core.ids import Incarnation, Role
 from core.messages import LegTimes
+from core.registry import WorkerRecord
 from core.stages import Stage
 from router.types import Enough, GenerateRequest, Timings
 
@@ -50,6 +52,9 @@ class SequenceEnd:
     ended_at_s: float
     timings: Timings
     output_tokens: int
+    served_by: tuple[Incarnation, ...] = ()
+    """The lives of the two workers in `timings`, or of the one that was both; of those, since, one
+    may have ended, and another have begun under the same name."""
 
 
 class SequenceObserver(Protocol):
@@ -75,6 +80,7 @@ class Progress:
         """Of its time, what it has waited while a pool had no worker."""
         self.outcomes: list[str] = []
         self.prefill_worker = self.decode_worker = ""
+        self._lives: dict[Role, Incarnation] = {}
         self.prefill_times = self.decode_times = _NO_TIMES
         self.marks: list[Mark] = []
         self._final: Timings | None = None
@@ -88,6 +94,16 @@ class Progress:
     def cached_tokens(self) -> int:
         """Of the prompt; a continuation may find tokens of the answer cached as well."""
         return min(self.prefill_times.cached_tokens, len(self.request.prompt_tokens))
+
+    def prefills_at(self, worker: WorkerRecord) -> None:
+        """A leg is on its way there."""
+        self.prefill_worker = worker.worker_id
+        self._lives[Role.PREFILL] = worker.incarnation
+
+    def decodes_at(self, worker: WorkerRecord) -> None:
+        """Likewise."""
+        self.decode_worker = worker.worker_id
+        self._lives[Role.DECODE] = worker.incarnation
 
     def mark(self, stage: Stage, worker_id: str = "") -> None:
         """The stage begins now."""
@@ -159,6 +175,7 @@ class Progress:
             ended_at_s=self._clock.now_s(),
             timings=self.timings(),
             output_tokens=len(self.tokens),
+            served_by=tuple(dict.fromkeys(self._lives.values())),
         )
 
 

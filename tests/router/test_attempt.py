@@ -309,6 +309,15 @@ async def test_leaving_cancels_every_leg() -> None:
     assert s.prefill.ended and not isinstance(s.prefill.sent[-1], Cancel)
 
 
+async def test_the_lives_that_served_a_sequence_are_those_of_its_links() -> None:
+    with Scene() as s:
+        s.begin()
+        assert s.progress.end(None).served_by == ("p", "d0")
+        await s.offered()
+        s.source.say(Moved(number=0))
+        assert s.progress.end(None).served_by == ("p", "d1")
+
+
 async def test_leaving_after_a_move_cancels_only_the_leg_that_is_left() -> None:
     with Scene() as s:
         s.begin()

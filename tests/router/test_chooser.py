@@ -149,6 +149,21 @@ def test_nothing_is_learned_from_what_did_not_go_straight(how: dict[str, object]
     assert times(subject, fleet) == before
 
 
+@pytest.mark.parametrize(("life", "is_out"), [("decode-0", False), ("an earlier one", True)])
+def test_an_answer_clears_the_faults_of_the_life_that_gave_it_and_of_no_later_one(
+    life: str, is_out: bool
+) -> None:
+    fleet, now = Workers(decode=4), Incarnation("decode-0")
+    outliers = Outliers(OutlierRules(failures=2, eject_s=60.0), Unwatched())
+    subject = chooser(fleet, outliers=outliers)
+    peers = fleet.pool(Role.DECODE).incarnations
+    outliers.failed(now, peers, 0.0, fault=True)
+    outliers.answered(now, 0.5)  # as each of its answers begins well
+    subject.ended(replace(end(step_s=0.5), served_by=(Incarnation(life),)))
+    outliers.failed(now, peers, 1.0, fault=True)
+    assert outliers.is_ejected(now) is is_out
+
+
 def test_failed_workers_are_chosen_only_when_there_is_no_other() -> None:
     fleet = Workers(prefill=2, decode=2)
     subject = chooser(fleet)
