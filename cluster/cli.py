@@ -61,7 +61,7 @@ RunOption = Annotated[
 
 
 def main() -> None:
-    """The entry point of `baton`."""
+    """Run the command of `sys.argv`; see cluster/entry.py."""
     app()
 
 
