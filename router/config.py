@@ -51,9 +51,9 @@ class RouterConfig(Settings):
     worker_silence_s: float = Field(5.0, gt=2.0)
     """A worker that says nothing for so long is lost; it sends a heartbeat every second."""
     hung_step_s: float = Field(10.0, ge=0)
-    """A worker whose engine is in one step for longer, and for 20 times the longest step usual for
-    its kind, hangs: its sequences continue elsewhere. Ended by engine.step_timeout_s otherwise. 0
-    judges none; see router/hung.py."""
+    """A worker whose engine is in one step for longer, and for 20 times what the longest steps of
+    its kind took, hangs: its sequences continue elsewhere, and nothing goes there until the step
+    ends. 0: it keeps them until engine.step_timeout_s. See router/hung.py."""
     worker_wait_s: float = Field(15.0, ge=0)
     """A request waits for so long, in all, while a pool has no routable worker: a restart. That
     counts as no load."""

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import resource
+from contextlib import suppress
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,9 @@ def room_for_clients(wanted: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted + _OWN if hard == resource.RLIM_INFINITY else min(hard, wanted + _OWN)
     if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
+        with suppress(ValueError, OSError):  # the kernel may have a bound of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     room = wanted if soft == resource.RLIM_INFINITY else clients_within(soft, wanted)
     if room < wanted:
         log.warning(

@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import resource
 import subprocess
 import sys
 from contextlib import suppress
 
 import pytest
 
-from router import descriptors, http_connection
+from router import http_connection
 from router.descriptors import clients_within
 from tests.router.http_builders import (
     ScriptedGenerator,
@@ -169,11 +168,6 @@ def test_running_out_of_files_is_a_warning_and_the_server_goes_on():
     assert ran.stdout.split() == ["True", "True", "False", "True"], ran.stderr
     assert ran.stderr.count("router_out_of_files") == 1
     assert "ulimit -n" in ran.stderr
-
-
-def test_files_are_not_exhausted_here():
-    assert not descriptors.are_exhausted()
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0
 
 
 def python(program):
