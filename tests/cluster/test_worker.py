@@ -101,7 +101,7 @@ async def test_a_worker_reports_at_its_heartbeat_while_a_step_hangs() -> None:
         await end.until(lambda: len(reported_ages(end)) >= 3)
         ages, beats = reported_ages(end), len(end.of(LoadReport))
         assert ages == sorted(ages)
-        assert ages[-1] - ages[-2] >= HEARTBEAT_S, "its age alone is no news"
+        assert ages[-1] - ages[-2] >= 0.9 * HEARTBEAT_S, "its age alone is no news"
         assert beats <= len(ages) + 2
         served.gate.open()
         await end.until(lambda: end.of(LoadReport)[-1].step_age_s == 0)
