@@ -37,10 +37,11 @@ from typing import NamedTuple, Self
 from core.clock import Clock
 from core.errors import DeadlineExceeded, NoWorkers, Overloaded
 from core.ids import RequestId, WorkerId
-from router.chooser import Chooser, Considered, Outlook
+from router.chooser import Chooser
 from router.config import DecodeAdmission
 from router.decode_load import DecodeLoad
 from router.members import L
+from router.placement import Considered, Outlook
 from router.policies.base import Slo
 from router.progress import Progress
 from router.watcher import FlowWatcher, RejectReason

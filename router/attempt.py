@@ -49,9 +49,10 @@ from core.messages import (
 )
 from core.stages import Stage
 from router.backstops import Answers, Renewal
-from router.chooser import Chooser, Considered, Placement
+from router.chooser import Chooser
 from router.client import Leg, LegEvent
 from router.move import Move, handoff_to
+from router.placement import Considered, Placement
 from router.progress import Progress
 from router.queued import QueuedPrompt
 from router.types import (
@@ -238,7 +239,7 @@ class Attempt:
     def _blame(self, leg: Leg, *, fault: bool = False) -> None:
         record = leg.link.record
         self._shut.failed.add(record.incarnation)
-        self._chooser.failed(record.role, record.incarnation, fault=fault)
+        self._chooser.learning.failed(record.role, record.incarnation, fault=fault)
 
     def _expire(self) -> None:
         """Whoever the sequence still waited for, for the whole of its time, has failed."""
@@ -288,7 +289,7 @@ class Attempt:
         self._left_queue()
         self._progress.prefill_times = event.times or LegTimes()
         if self._prefill is not None and event.times is not None:
-            self._chooser.prefilled(self._prefill.link, len(self._context), event.times)
+            self._chooser.learning.prefilled(self._prefill.link, len(self._context), event.times)
         if event.finish is None:
             self._progress.mark(Stage.KV_TRANSFER, self._progress.decode_worker)
         ready = [event]
@@ -304,7 +305,7 @@ class Attempt:
         self._has_first = True
         self._progress.prefill_times = event.times or LegTimes()
         if self._decode is not None and event.times is not None:
-            self._chooser.prefilled(self._decode.link, len(self._context), event.times)
+            self._chooser.learning.prefilled(self._decode.link, len(self._context), event.times)
         return self._decoded(replace(event, times=LegTimes()))
 
     def _decoded(self, event: LegTokens) -> list[LegTokens]:
@@ -316,7 +317,7 @@ class Attempt:
             self._renewal.stop()
         if not self._decoding and self._decode is not None:
             self._decoding = True
-            self._chooser.decoding(self._decode.link)
+            self._chooser.learning.decoding(self._decode.link)
         if move is not None and move.moved:
             move.end("", pause_s=self._clock.now_s() - progress.last_at_s, times=event.times)
         elif event.times is not None:
@@ -365,7 +366,7 @@ class Attempt:
             self._blame(leg, fault=fault)
         if isinstance(error, TransferFailed) and self._handoff is not None:
             # Either end may be at fault; the one that is not has successes with others.
-            self._chooser.failed(Role.PREFILL, self._handoff.owner_incarnation)
+            self._chooser.learning.failed(Role.PREFILL, self._handoff.owner_incarnation)
         if isinstance(error, KvMismatch) and self._handoff is not None:
             # It may be wrong there already.
             self._shut.failed.add(self._handoff.owner_incarnation)

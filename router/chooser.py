@@ -1,21 +1,19 @@
 """Which of the fleet's workers an attempt goes to, from what is connected now."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from random import Random
-from typing import Generic, NamedTuple
+from typing import Generic
 
 from core.blocks import chain_hashes, root_hash
 from core.clock import Clock
 from core.errors import NoWorkers
 from core.ids import BlockHash, Incarnation, Role, WorkerId
-from core.messages import LegTimes, LoadReport, PrefixSource
-from core.stages import Stage
 from router.config import DecodeAdmission
 from router.curves import Curves
 from router.decode_load import DecodeLoad, Then
+from router.learning import Learning
 from router.local import (
     STAYS_CACHED,
     LocalOption,
@@ -27,13 +25,12 @@ from router.local import (
 from router.members import L, Members
 from router.outliers import NO_OUTLIERS, Outliers
 from router.place import Beside, DecodeCacheQuery, DecodePoolQuery, Knowledge, PrefillPoolQuery
+from router.placement import Considered, Explained, Local, Outlook, Placement
 from router.policies.base import Decision, Scored, sample
 from router.policies.build import Policies
 from router.pool import Pool
-from router.progress import COMPLETE, SequenceEnd
 from router.queued import QueuedPrompt, QueuedPrompts
 from router.types import Shut
-from router.view import WorkerView
 from router.watcher import Unwatched
 
 _LOCAL_HOLDERS = 2
@@ -41,88 +38,7 @@ _LOCAL_LOOKS = 2
 """Drawn beside those."""
 _DECODE_LOOKS = 8
 _STAY_LOOKS = 2
-_SMALL_SHARE = 0.1
-"""More of a prompt's time, taken for that of answers by a guess, would bend the prefill curve."""
 _ALL_HERE = Then(after_s=0.0, due_share=1.0)
-_FEW_TOKENS = 8
-"""Fewer steps tell too little of what a step takes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement(Generic[L]):
-    """The link chosen, why, and the load the leg will be to it: tokens whose KV it will hold, and
-    of these those that it will compute.
-
-    `source` is another worker that holds more of the prompt than the chosen one.
-    """
-
-    link: L
-    decision: Decision
-    load_tokens: int
-    prompt_tokens: int = 0
-    source: PrefixSource | None = None
-    queued: QueuedPrompt | None = None
-    """For whoever submits the prompt to note in `Chooser.queued`, and to discard."""
-
-
-class Outlook(NamedTuple):
-    """Seconds at one candidate: of what is before the prompt, and of its own uncached tokens."""
-
-    queue_s: float
-    work_s: float
-
-
-class Local(NamedTuple, Generic[L]):
-    """Whether one worker serves the prompt alone; then also which, what awaits the prompt there,
-    and how many decode workers such prompts may go to.
-    """
-
-    verdict: LocalVerdict
-    placement: Placement[L] | None = None
-    outlook: Outlook = Outlook(0.0, 0.0)
-    workers: int = 0
-
-
-class Explained(NamedTuple):
-    """Both legs of a prompt, which are one where `local` says LOCAL or STAYS."""
-
-    prefill: Decision
-    decode: Decision
-    local: LocalVerdict
-
-
-class Considered(NamedTuple, Generic[L]):
-    """A prefill worker chosen for a prompt, which was not submitted there yet. With a placement in
-    `local` one worker serves it alone: a decode worker, or this one.
-    """
-
-    query: PrefillPoolQuery
-    decision: Decision
-    local: Local[L] = Local(LocalVerdict.OFF)
-
-    @property
-    def places(self) -> int:
-        """Workers that prompts like it are computed on."""
-        return len(self.query.pool) + self.local.workers
-
-    @property
-    def worker_id(self) -> WorkerId:
-        """Where it would be computed."""
-        placement = self.local.placement
-        return (self.decision if placement is None else placement.decision).worker_id
-
-    def outlooks(self) -> Iterator[tuple[WorkerId, Outlook]]:
-        """At the worker that serves it alone, if one does; at the chosen worker, then at the other
-        candidates; of those only that are of a kind whose prefills were measured.
-        """
-        local, alone = self.local.placement, self.worker_id
-        if local is not None:
-            yield alone, self.local.outlook
-        query, chosen = self.query, self.decision.worker_id
-        others = (c.worker_id for c in self.decision.candidates if c.worker_id != chosen)
-        for worker in chain((chosen,), others):
-            if query.measured(worker) and (local is None or worker != alone):
-                yield worker, Outlook(*query.expected_s(worker))
 
 
 class Chooser(Generic[L]):
@@ -151,6 +67,7 @@ class Chooser(Generic[L]):
             local_decode=policies.local_decode,
             random=random,
         )
+        self.learning = Learning(fleet, self._known, self._outliers, clock)
         self.queued = QueuedPrompts(self._known.coming)
         """Prompts on their way, noted by whoever submits them."""
 
@@ -409,89 +326,6 @@ class Chooser(Generic[L]):
         query = self._decode_query(pool, len(tokens), total_tokens, address, closed)
         return Explained(prefill, self._policies.decode.choose(query), verdict)
 
-    # -- learning from answers ------------------------------------------------------------------
-
-    def prefilled(self, link: L, tokens: int, times: LegTimes) -> None:
-        """A prompt of so many tokens has its first token from there."""
-        view, now_s, curves = link.view, self._clock.now_s(), self._known.curves
-        if view is None:
-            return
-        incarnation = view.hello.incarnation
-        self._outliers.answered(incarnation, now_s)
-        if times.prefill_s <= 0:
-            return
-        speed, cached = curves.of(view.kind), times.cached_tokens
-        most = view.hello.step_tokens
-        predicted_s, decodes_s = speed.prefill.seconds(cached, tokens, most), 0.0
-        whole_chunks = True
-        if (load := view.load) is not None and load.decoding and self._has_shared_steps(view):
-            decode_s = speed.decode.seconds(load.decoding, load.decoding_tokens)
-            beside_s = speed.beside * decode_s
-            chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens, most)
-            steps = -(-(tokens - cached) // chunk)
-            whole_chunks = steps == -(-(tokens - cached) // most)
-            alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
-            decodes_s = steps * beside_s
-            predicted_s = alone_s + decodes_s
-            if not view.is_prefill:
-                curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
-        if view.is_prefill:
-            # Else the steps are more than the curve counts, or mostly the answers'.
-            if whole_chunks and decodes_s <= _SMALL_SHARE * times.prefill_s:
-                own_s = times.prefill_s - decodes_s
-                curves.saw_prefill(view.kind, cached, tokens, own_s, now_s, step_tokens=most)
-            peers = self._fleet.pool(Role.PREFILL).incarnations
-            self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
-
-    def decoding(self, link: L) -> None:
-        """A sequence has its first token of its decode from there."""
-        self._outliers.answered(link.record.incarnation, self._clock.now_s())
-
-    def failed(self, role: Role, incarnation: Incarnation, *, fault: bool = False) -> None:
-        """A leg failed there, or was not answered in time; `fault`: by an error of the worker
-        itself. A worker's no is no failure.
-        """
-        peers = self._fleet.pool(role).incarnations
-        self._outliers.failed(incarnation, peers, self._clock.now_s(), fault=fault)
-
-    def ended(self, end: SequenceEnd) -> None:
-        """Implements router.progress.SequenceObserver."""
-        times = end.timings
-        if end.outcome not in COMPLETE:
-            return
-        for incarnation in end.served_by:
-            self._outliers.completed(incarnation)
-        if times.attempts != 1:
-            return
-        began = next((mark.at_s for mark in end.marks if mark.stage is Stage.DECODE), None)
-        alone = began is not None and not times.migrations
-        decode_s = end.ended_at_s - began if began is not None and alone else None
-        self.answer_ended(WorkerId(times.decode_worker), end.output_tokens, decode_s)
-
-    def answer_ended(self, worker: WorkerId, output_tokens: int, decode_s: float | None) -> None:
-        """An answer is complete, at the first attempt. `decode_s`: since its second token, if all
-        of that passed on `worker`.
-        """
-        now_s, curves = self._clock.now_s(), self._known.curves
-        curves.saw_output(output_tokens)
-        view = self._fleet.everyone.views.get(worker)
-        steps = output_tokens - 2  # the prefill's token, and the one that began the decode
-        if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
-            return
-        if view.is_prefill and self._known.local_decode:
-            return  # its steps are the prompts', which come all the time
-        if view.load.running:
-            step_s, running = decode_s / steps, view.load.running
-            context_tokens = _running_tokens(view.load)
-            predicted_s = curves.of(view.kind).decode.seconds(running, context_tokens)
-            curves.saw_decode(view.kind, running, context_tokens, step_s, now_s)
-            peers = self._fleet.pool(Role.DECODE).incarnations
-            self._outliers.took(view.hello.incarnation, peers, step_s, predicted_s, now_s)
-
-    def _has_shared_steps(self, view: WorkerView) -> bool:
-        """Whether what answers add to its steps is told apart from what prompts take."""
-        return self._known.local_decode or not view.is_prefill
-
     # -- queries --------------------------------------------------------------------------------
 
     def _prefill_query(
@@ -580,13 +414,6 @@ def _remote_way(worker: WorkerId, there: Outlook) -> Scored:
     elsewhere_s = there.queue_s + there.work_s
     terms = (("elsewhere_s", elsewhere_s), ("queue_s", there.queue_s), ("work_s", there.work_s))
     return Scored(worker, elsewhere_s, terms)
-
-
-def _running_tokens(load: LoadReport) -> int:
-    """Context of those that run, if any do: reports count what is on its way there as well, which
-    no step reads.
-    """
-    return load.context_tokens * load.running // (load.running + load.waiting)
 
 
 def _first_token_s(beside: Beside) -> float:

@@ -23,12 +23,13 @@ from core.errors import InvalidRequest, Unavailable
 from core.ids import RequestId, Role, WorkerId
 from router.admission import Admission, QueueBounds, SloClass
 from router.attempt import Attempt
-from router.chooser import Chooser, Considered
+from router.chooser import Chooser
 from router.client import WorkerLink
 from router.config import RouterConfig
 from router.fleet import Fleet
 from router.local import LocalVerdict
 from router.outliers import OutlierRules, Outliers
+from router.placement import Considered
 from router.policies.base import Decision
 from router.policies.build import Policies
 from router.progress import Observed, Progress, SequenceObserver
@@ -80,7 +81,7 @@ class Flow:
         self._chooser = Chooser(fleet, policies, clock, random, self._outliers)
         self._config = config
         self._clock = clock
-        self._observers = (self._chooser, *observers)
+        self._observers = (self._chooser.learning, *observers)
         self._slo_class = SloClass(name="default", slo=policies.slo)
         self._admission = Admission(
             self._chooser,

@@ -17,8 +17,8 @@ from core.clock import Clock
 from core.errors import WorkerLost
 from core.ids import LeaseId
 from core.messages import Handoff, LegFailed, LegTimes, LegTokens, Offer, Offered, Rejected
-from router.chooser import Placement
 from router.client import Leg, LegEvent, WorkerLink
+from router.placement import Placement
 from router.types import MigrationReport
 
 log = logging.getLogger(__name__)

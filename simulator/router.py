@@ -32,8 +32,9 @@ from router.admission import (
     is_full,
     judge,
 )
-from router.chooser import Chooser, Considered, Placement
+from router.chooser import Chooser
 from router.outliers import OutlierRules, Outliers
+from router.placement import Considered, Placement
 from router.policies.build import Policies, build_policies
 from router.watcher import Requeue, Unwatched
 from simulator.balance import Balance
@@ -216,7 +217,7 @@ class SimRouter:
         """Its time is up. Whoever it still waited for, for the whole of it, has failed."""
         for leg in job.legs:
             if leg.sequence.known_tokens == leg.sequence.context_tokens:
-                self.chooser.failed(leg.link.record.role, leg.link.record.incarnation)
+                self.chooser.learning.failed(leg.link.record.role, leg.link.record.incarnation)
                 break
         self._give_up_legs(job)
         self._line = deque(waits for waits in self._line if waits[0] is not job)
@@ -403,7 +404,7 @@ class SimRouter:
             prefill_s=now_s - started_s,
             cached_tokens=sequence.cached_tokens,
         )
-        self.chooser.prefilled(leg.link, sequence.context_tokens, times)
+        self.chooser.learning.prefilled(leg.link, sequence.context_tokens, times)
         job.began_s = now_s
         if ended:
             for other in job.legs:
@@ -425,7 +426,7 @@ class SimRouter:
         job.began_s = now_s
         job.legs = job.generating()
         if job.decode is not None:
-            self.chooser.decoding(job.decode)
+            self.chooser.learning.decoding(job.decode)
         if self._balance is not None:
             self._balance.look_later()
 
@@ -467,8 +468,8 @@ class SimRouter:
     def _not_handed(self, job: Job, handoff: Handoff) -> None:
         """The KV did not arrive; either end may be at fault."""
         decode, prefill = handoff.target.record, handoff.source.record
-        self.chooser.failed(Role.DECODE, decode.incarnation)
-        self.chooser.failed(Role.PREFILL, prefill.incarnation)
+        self.chooser.learning.failed(Role.DECODE, decode.incarnation)
+        self.chooser.learning.failed(Role.PREFILL, prefill.incarnation)
         self._continue(job, handoff.target, TransferFailed("the KV did not arrive"))
 
     def finished(self, job: Job) -> None:
@@ -500,7 +501,7 @@ class SimRouter:
         if record.attempts == 1 and job.decode is not None:
             worker = WorkerId(record.decode_worker)
             decode_s = None if record.moves else now_s - job.began_s
-            self.chooser.answer_ended(worker, record.output_tokens, decode_s)
+            self.chooser.learning.answer_ended(worker, record.output_tokens, decode_s)
         if self._keeper is not None:
             workers = {record.prefill_worker, record.decode_worker} - {""}
             found = [self.fleet.find(WorkerId(worker)) for worker in sorted(workers)]

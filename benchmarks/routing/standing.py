@@ -95,12 +95,12 @@ def taught_chooser(fleet: StandingFleet, clock: FakeClock, random: Random) -> Ch
         clock.advance(1.0)
         tokens, there = random.randrange(100, 30_000), decode[i % len(decode)]
         link = fleet.link(Role.PREFILL, prefill[i % len(prefill)])
-        chooser.prefilled(link, tokens, LegTimes(prefill_s=_PREFILL.seconds(0, tokens)))
+        chooser.learning.prefilled(link, tokens, LegTimes(prefill_s=_PREFILL.seconds(0, tokens)))
         load = fleet.link(Role.DECODE, there).view.load
         if load is not None:
             steps = random.randrange(50, 2 * ANSWER_TOKENS)
             step_s = _DECODE.seconds(load.running, load.context_tokens)
-            chooser.answer_ended(there, steps + 2, steps * step_s)
+            chooser.learning.answer_ended(there, steps + 2, steps * step_s)
     return chooser
 
 

@@ -23,9 +23,10 @@ from router.admission import (
     decide_decode,
     patience_of,
 )
-from router.chooser import Chooser, Considered, Outlook
+from router.chooser import Chooser
 from router.config import DecodeAdmission, RouterConfig
 from router.decode_load import DecodeLoad
+from router.placement import Considered, Outlook
 from router.policies.base import Decision, Slo
 from router.policies.build import build_policies
 from router.progress import Progress
@@ -566,7 +567,7 @@ async def test_a_real_workers_report_lets_the_first_in() -> None:
         chooser = Chooser(cluster.fleet, build_policies(config), clock, Random(0))
         link = cluster.fleet.link(Role.PREFILL, WorkerId("prefill-0"))
         for _ in range(4):
-            chooser.prefilled(link, 100, LegTimes(prefill_s=10.0))
+            chooser.learning.prefilled(link, 100, LegTimes(prefill_s=10.0))
             clock.advance(1.0)
         assert link.view is not None
         link.submit(lambda number: prefill_submit(number, make_prompt(400, 1)), ignore, 400, 400)

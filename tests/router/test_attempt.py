@@ -32,12 +32,13 @@ from core.registry import WorkerRecord
 from core.sampling import FinishReason
 from core.stages import Stage
 from router.attempt import Attempt
-from router.chooser import Chooser, Local, Placement
+from router.chooser import Chooser
 from router.client import Leg, LegEvent, LegListener
 from router.config import RouterConfig
 from router.index import PrefixIndex
 from router.local import LocalVerdict
 from router.outliers import OutlierRules, Outliers
+from router.placement import Local, Placement
 from router.policies.base import Decision
 from router.policies.build import build_policies
 from router.pool import Pool

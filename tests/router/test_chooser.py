@@ -102,8 +102,8 @@ def test_what_prefill_and_decode_take_is_learned_from_answers(outcome: str) -> N
     fleet = Workers()
     subject = chooser(fleet)
     link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
-    subject.prefilled(link, 40, LegTimes(prefill_s=4.0))  # type: ignore[arg-type]
-    subject.ended(end(step_s=0.5, outcome=outcome))
+    subject.learning.prefilled(link, 40, LegTimes(prefill_s=4.0))  # type: ignore[arg-type]
+    subject.learning.ended(end(step_s=0.5, outcome=outcome))
     prefill_s, step_s = times(subject, fleet)
     assert prefill_s == pytest.approx(4.0, rel=0.2)
     assert step_s == pytest.approx(0.5, rel=0.2)
@@ -116,7 +116,7 @@ def test_a_step_is_learned_with_the_context_of_those_that_run_alone() -> None:
         context = 100 * (2 + waiting) // 2
         view.load = replace(IDLE, running=2, waiting=waiting, context_tokens=context)
         subject = chooser(fleet)
-        subject.ended(end(step_s=0.5, outcome="ok"))
+        subject.learning.ended(end(step_s=0.5, outcome="ok"))
         seen.append(times(subject, fleet)[1])
     assert seen[0] == seen[1]
 
@@ -128,7 +128,7 @@ def test_a_prompt_finds_the_least_loaded_decode_worker_unless_it_stays_or_nobody
     assert subject.decode_load(considered, "current") is None  # before a step was measured
     for _ in range(3):
         subject._clock.advance(1.0)  # type: ignore[attr-defined]
-        subject.ended(end(step_s=0.04, outcome="ok"))
+        subject.learning.ended(end(step_s=0.04, outcome="ok"))
     assert subject.decode_load(considered, "off") is None
     busy = fleet.everyone.views[WorkerId("decode-0")]
     both = subject.decode_load(considered, "current")
@@ -145,7 +145,7 @@ def test_nothing_is_learned_from_what_did_not_go_straight(how: dict[str, object]
     fleet = Workers()
     subject = chooser(fleet)
     before = times(subject, fleet)
-    subject.ended(end(0.5, **how))  # type: ignore[arg-type]
+    subject.learning.ended(end(0.5, **how))  # type: ignore[arg-type]
     assert times(subject, fleet) == before
 
 
@@ -159,7 +159,7 @@ def test_an_answer_clears_the_faults_of_the_life_that_gave_it_and_of_no_later_on
     peers = fleet.pool(Role.DECODE).incarnations
     outliers.failed(now, peers, 0.0, fault=True)
     outliers.answered(now, 0.5)  # as each of its answers begins well
-    subject.ended(replace(end(step_s=0.5), served_by=(Incarnation(life),)))
+    subject.learning.ended(replace(end(step_s=0.5), served_by=(Incarnation(life),)))
     outliers.failed(now, peers, 1.0, fault=True)
     assert outliers.is_ejected(now) is is_out
 
@@ -366,7 +366,7 @@ def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_repo
 def prefilled_at_decode(subject: Chooser, fleet: Workers, prefill_s: float) -> float:
     """What decodes add to a step with a chunk, as a share, once a prompt took so long there."""
     link = fleet.link(Role.DECODE, WorkerId("decode-0"))
-    subject.prefilled(link, 40, LegTimes(prefill_s=prefill_s))  # type: ignore[arg-type]
+    subject.learning.prefilled(link, 40, LegTimes(prefill_s=prefill_s))  # type: ignore[arg-type]
     return subject._known.curves.of(link.view.kind).beside
 
 
@@ -416,7 +416,7 @@ def staying(fleet: Workers, config: RouterConfig | None = None) -> Chooser:
     subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=1.0))
     for _ in range(4):
         subject._clock.advance(1.0)  # type: ignore[attr-defined]
-        subject.ended(end(step_s=0.5))
+        subject.learning.ended(end(step_s=0.5))
     fleet.everyone.views[WorkerId("prefill-0")].load = IDLE
     holding(fleet, "prefill-0")
     return subject
@@ -509,7 +509,7 @@ def test_what_a_prefill_takes_is_not_learned_where_it_is_mostly_the_answers_step
     view.load = replace(IDLE, running=3, decoding=2, decoding_tokens=100)
     before = times(subject, fleet)
     link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
-    subject.prefilled(link, 40, LegTimes(prefill_s=3.0))  # type: ignore[arg-type]
+    subject.learning.prefilled(link, 40, LegTimes(prefill_s=3.0))  # type: ignore[arg-type]
     assert times(subject, fleet) == before
 
 
@@ -527,7 +527,7 @@ def test_a_slow_prefill_worker_is_found_beside_answers_as_well() -> None:
         subject._clock.advance(1.0)  # type: ignore[attr-defined]
         for name, factor in (("prefill-0", 1.0), ("prefill-1", 1.0), ("prefill-2", 4.0)):
             link = fleet.link(Role.PREFILL, WorkerId(name))
-            subject.prefilled(link, 40, LegTimes(prefill_s=factor * predicted_s))  # type: ignore[arg-type]
+            subject.learning.prefilled(link, 40, LegTimes(prefill_s=factor * predicted_s))  # type: ignore[arg-type]
     assert times(subject, fleet) != before  # they add little, and the rest is learned from
     assert [w for w in fleet.pool(Role.PREFILL).incarnations if outliers.is_ejected(w)] == [
         "prefill-2"
@@ -540,6 +540,6 @@ def test_answers_at_a_prefill_worker_tell_their_length_and_nothing_of_a_decode_s
     before = times(subject, fleet)
     for _ in range(8):
         subject._clock.advance(1.0)  # type: ignore[attr-defined]
-        subject.answer_ended(WorkerId("prefill-0"), 12, 99.0)
+        subject.learning.answer_ended(WorkerId("prefill-0"), 12, 99.0)
     assert times(subject, fleet) == before
     assert subject._known.curves.residuals

@@ -15,8 +15,10 @@ import pytest
 from core.clock import SystemClock
 from core.ids import WorkerId
 from kv_transfer.leases import LeaseTable
-from router.chooser import Chooser, Considered, Placement
+from router.chooser import Chooser
 from router.config import RouterConfig
+from router.learning import Learning
+from router.placement import Considered, Placement
 from router.policies.base import Slo
 from router.types import Generated
 from router.view import WorkerView
@@ -33,12 +35,13 @@ from tests.simulator.clusters import WORKER, split
 CONFIG = RouterConfig(worker_wait_s=0, admission="off")
 SLO = Slo(ttft_s=5.0, tpot_s=1.0)
 TOLD = ("reported", "submitted", "ended", "apply_events", "apply_snapshot")
-ASKED = ("consider", "place", "place_locally", "for_decode", "prefilled", "decoding", "ended")
+ASKED = ("consider", "place", "place_locally", "for_decode")
+LEARNED = ("prefilled", "decoding", "ended")
 
 
 @dataclass
 class Call:
-    """Of a view (`worker` names it) or of the chooser."""
+    """Of a view (`worker` names it), of the chooser or of what it learns by."""
 
     name: str
     args: tuple[Any, ...]
@@ -58,6 +61,8 @@ class Recorder(SystemClock):
             self._patch(monkeypatch, WorkerView, name)
         for name in ASKED:
             self._patch(monkeypatch, Chooser, name)
+        for name in LEARNED:
+            self._patch(monkeypatch, Learning, name)
 
     def now_s(self) -> float:
         now_s = super().now_s()
@@ -155,7 +160,8 @@ def replay(calls: list[Call], router: SimRouter, clock: Told) -> list[tuple[Call
         elif call.name in ("prefilled", "decoding"):
             args[0] = links[args[0].record.worker_id]
         clock.times_s = list(call.times_s)
-        answer = getattr(router.chooser, call.name)(*args, **call.keys)
+        asked = router.chooser.learning if call.name in LEARNED else router.chooser
+        answer = getattr(asked, call.name)(*args, **call.keys)
         if call.name == "consider":
             considered[id(call.answer)] = answer
         answers.append((call, answer))
