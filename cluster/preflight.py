@@ -4,9 +4,10 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, TelemetryConfig
 from cluster.ray_pools import worker_ids
 from cluster.registries import registry_problems
 from core.errors import ConfigError
@@ -22,6 +23,7 @@ def find_problems(config: ClusterConfig) -> list[str]:
             *_checkpoint_problems(config),
             *_transfer_problems(config),
             *_gpu_problems(config),
+            *_telemetry_problems(config.telemetry, config.num_workers),
             *registry_problems(config.registry, worker_ids(config)),
         ]
 
@@ -66,6 +68,29 @@ def _transfer_problems(config: ClusterConfig) -> list[str]:
             " set it to nixl"
         ]
     return []
+
+
+def _telemetry_problems(config: TelemetryConfig, workers: int) -> list[str]:
+    """Of a cluster whose workers share this machine, as those of `baton up` do."""
+    problems = list[str]()
+    if config.worker_metrics_port and workers > 1:
+        problems.append(
+            f"telemetry.worker_metrics_port is {config.worker_metrics_port}, which one of the"
+            f" {workers} workers on this machine can have: set it to 0, and each takes a free one,"
+            " which its log names"
+        )
+    spans = config.spans_file
+    if spans is not None and not _can_be_file(spans):
+        problems.append(
+            f"telemetry.spans_file {spans} cannot be written: name a file in a folder of yours"
+        )
+    return problems
+
+
+def _can_be_file(path: Path) -> bool:
+    """As far as can be told without touching anything: missing folders are made when it is used."""
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    return (nearest != path) == nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def _gpu_problems(config: ClusterConfig) -> list[str]:

@@ -98,7 +98,8 @@ class JsonLinesExporter(SpanExporter):
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(
-                f"telemetry.spans_file {path} cannot be written: {error.strerror}"
+                f"telemetry.spans_file {path} cannot be written: {error.strerror};"
+                " name a file in a folder of yours"
             ) from error
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:

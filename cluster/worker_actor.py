@@ -8,7 +8,7 @@ import sys
 import threading
 from dataclasses import dataclass
 
-from cluster.failures import describe
+from cluster.failures import describe, first_error
 from cluster.telemetry import setup_logging
 from cluster.worker_spec import StopSignal, WorkerHost, WorkerSpec
 from core.errors import UserError
@@ -54,12 +54,13 @@ class WorkerActor:
         """Run the host to its end."""
         try:
             _load(self._host)(self._spec, self._stop, self._ready.set)
-        except UserError as error:
-            log.error("worker_failed reason=%s", error.message)
-            return WorkerEnd(reason=error.message, clear=True)
         except Exception as error:
+            reason = describe(error)
+            if isinstance(first_error(error), UserError):
+                log.error("worker_failed reason=%s", reason)
+                return WorkerEnd(reason=reason, clear=True)
             log.exception("worker_failed")
-            return WorkerEnd(reason=describe(error), clear=False)
+            return WorkerEnd(reason=reason, clear=False)
         reason = "" if self._stop.requested else "it ended by itself"
         return WorkerEnd(reason=reason, clear=False)
 

@@ -7,7 +7,6 @@ worker outside Ray (another machine, a test); `baton up` starts the same code in
 import argparse
 import asyncio
 import json
-import logging
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -18,9 +17,11 @@ import uvloop
 
 from cluster.config import ClusterConfig
 from cluster.config_file import load_config
+from cluster.failures import describe, first_error
 from cluster.redis_registry import RedisRegistry
 from cluster.registries import connect_registry
 from cluster.registry_client import RegistryClient
+from cluster.telemetry import setup_logging
 from cluster.worker.host import TransportsOf, WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
 from core.clock import SystemClock
@@ -33,18 +34,24 @@ from kv_transfer.transports import make_transports
 def main(transports_of: TransportsOf = make_transports) -> int:
     """Exit status: 0 after SIGTERM or SIGINT, 1 for a bad set-up, as Python's for a bug."""
     arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
+    worker_id = WorkerId(arguments.worker_id or arguments.role)
     try:
         config = load_config(arguments.config)
-        uvloop.run(_serve(config, arguments, transports_of))
-    except BatonError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        setup_logging(worker_id, config.telemetry, sys.stderr)
+        uvloop.run(_serve(config, worker_id, arguments, transports_of))
+    except Exception as error:
+        if not isinstance(first_error(error), BatonError):
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 async def _serve(
-    config: ClusterConfig, arguments: argparse.Namespace, transports_of: TransportsOf
+    config: ClusterConfig,
+    worker_id: WorkerId,
+    arguments: argparse.Namespace,
+    transports_of: TransportsOf,
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -54,7 +61,7 @@ async def _serve(
     if arguments.network_domain is not None:
         transfer = transfer.model_copy(update={"network_domain": arguments.network_domain})
     start = WorkerStart(
-        worker_id=WorkerId(arguments.worker_id or arguments.role),
+        worker_id=worker_id,
         role=Role(arguments.role),
         model_path=config.model.path,
         settings=WorkerSettings(

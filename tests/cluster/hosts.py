@@ -37,4 +37,5 @@ def slow_to_stop(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
 
 def misconfigured(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
     """A set-up the user must mend."""
-    raise ConfigError(f"{spec.worker_id} finds no weights in DIR")
+    # As a worker's parts raise it: from within their task groups.
+    raise ExceptionGroup("x", [ConfigError(f"{spec.worker_id} finds no weights in DIR")])

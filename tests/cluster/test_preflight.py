@@ -61,3 +61,28 @@ def test_a_port_in_use_is_told_and_a_free_one_is_not() -> None:
 def test_a_transport_within_one_process_is_refused() -> None:
     problems = find_problems(config(transfer={"backend": "loopback"}))
     assert any("set it to nixl" in problem for problem in problems)
+
+
+def test_one_metrics_port_for_several_workers_of_a_machine_is_refused() -> None:
+    def problems(port: int) -> list[str]:
+        return find_problems(config(telemetry={"worker_metrics_port": port}))
+
+    (problem,) = [text for text in problems(9100) if "metrics" in text]
+    assert "telemetry.worker_metrics_port is 9100, which one of the 4 workers" in problem
+    assert "set it to 0" in problem
+    assert not any("metrics" in text for text in problems(0))
+
+
+def test_a_spans_file_that_cannot_be_is_refused_and_one_that_can_is_not_made(
+    tmp_path: Path,
+) -> None:
+    def problems(file: Path) -> list[str]:
+        found = find_problems(config(telemetry={"spans_file": str(file)}))
+        return [text for text in found if "spans_file" in text]
+
+    (tmp_path / "there").write_text("")
+    assert problems(tmp_path / "there") == []
+    assert problems(tmp_path / "new" / "spans") == []
+    assert not (tmp_path / "new").exists()
+    assert len(problems(tmp_path)) == 1
+    assert len(problems(tmp_path / "there" / "spans")) == 1

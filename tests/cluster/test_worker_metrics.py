@@ -4,6 +4,9 @@ import asyncio
 import logging
 import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -15,6 +18,7 @@ from engine.pool import PoolCounts
 from kv_transfer.loopback import LoopbackHub
 from kv_transfer.metrics import PullStats
 from tests.builders import served_worker
+from tests.processes import write_config, write_model
 
 
 async def scrape(address: str) -> str:
@@ -57,6 +61,30 @@ async def test_a_port_in_use_is_named_with_the_setting() -> None:
                 serving_metrics(served.worker, "127.0.0.1", port),
             ):
                 await asyncio.sleep(0)
+
+
+@pytest.mark.processes
+def test_a_worker_by_hand_says_it_in_one_sentence(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        tree = {
+            "model": {"path": str(write_model(tmp_path))},
+            "engine": {"kind": "timed", "kv_memory_mb": 1},
+            "transfer": {"backend": "collective"},
+            "telemetry": {"worker_metrics_port": port, "log_level": "warning"},
+        }
+        config = write_config(tmp_path, tree)
+        command = [sys.executable, "-m", "cluster.worker", "--role", "decode"]
+        ended = subprocess.run(
+            [*command, "--config", str(config)],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()  # and its log is as loud as the config says
+    assert line.startswith(f"error: the worker's metrics cannot be served on 127.0.0.1:{port}")
 
 
 async def test_scrapes_of_a_worker_that_hangs_leave_nothing_to_be_done_later(
