@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -15,27 +17,38 @@ async def answers_ready(router_url: str) -> bool:
     return _is_200(await _get(router_url, "/ready"))
 
 
-class LeftOut(NamedTuple):
-    """Workers a router sends nothing to, and why."""
+class SeenWorker(NamedTuple):
+    """A worker as a router knows it."""
 
-    ejected: dict[str, str]
+    worker_id: str
+    role: str
+    address: str
+
+
+class RouterView(NamedTuple):
+    """The workers that a router knows, and those of them it sends nothing to, and why."""
+
+    workers: tuple[SeenWorker, ...] = ()
+    ejected: Mapping[str, str] = MappingProxyType({})
     """failures, slow or hung."""
-    unreached: dict[str, str]
+    unreached: Mapping[str, str] = MappingProxyType({})
     """It has no stream to them, in its words."""
 
 
-async def left_out_workers(router_url: str, api_key: str | None = None) -> LeftOut:
+async def view_of_router(router_url: str, api_key: str | None = None) -> RouterView:
     """As that router says; nobody where it does not. Never raises."""
     answer = await _get(router_url, "/control/workers", api_key)
     if not _is_200(answer):
-        return LeftOut({}, {})
+        return RouterView()
     try:
         seen = json.loads(answer.partition(b"\r\n\r\n")[2])
+        workers = [SeenWorker(str(w["worker_id"]), str(w["role"]), str(w["address"])) for w in seen]
         ejected = {str(w["worker_id"]): str(w["ejected_for"]) for w in seen if w["ejected"]}
         reasons = {str(w["worker_id"]): str(w["reason"]) for w in seen if not w["connected"]}
     except (ValueError, KeyError, TypeError):
-        return LeftOut({}, {})
-    return LeftOut(ejected, {worker: reason for worker, reason in reasons.items() if reason})
+        return RouterView()
+    unreached = {worker: reason for worker, reason in reasons.items() if reason}
+    return RouterView(tuple(workers), ejected, unreached)
 
 
 def _is_200(answer: bytes) -> bool:

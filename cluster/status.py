@@ -4,15 +4,22 @@ A worker that does not answer is a line of the answer, not an error.
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.config import ClusterConfig
+from cluster.probe import SeenWorker
 from cluster.ray_pools import worker_ids
 from core.errors import BatonError
 from core.registry import WorkerRecord
 
 ASK_TIMEOUT_S = 3.0
+
+_ABSENT = (
+    "not registered: it starts, is being replaced, or hangs; one that hangs is not replaced until"
+    " it is killed, and its pid is in {}.log"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,21 +120,21 @@ class WorkerControl(Protocol):
 
 
 async def collect(
-    config: ClusterConfig, records: tuple[WorkerRecord, ...], control: WorkerControl
+    config: ClusterConfig, known: Sequence[WorkerRecord | SeenWorker], control: WorkerControl
 ) -> tuple[WorkerStatus, ...]:
-    """Every worker the config asks for and every other one that is registered, by worker_id."""
+    """Every worker the config asks for and every other one that is known, by worker_id."""
     expected = {str(worker_id): str(role) for worker_id, role in worker_ids(config).items()}
-    known = {str(record.worker_id): record for record in records}
+    names = {str(each.worker_id) for each in known}
     absent = [
-        WorkerStatus(worker_id=worker_id, role=role, problem="not registered: it starts, or died")
+        WorkerStatus(worker_id=worker_id, role=role, problem=_ABSENT.format(worker_id))
         for worker_id, role in expected.items()
-        if worker_id not in known
+        if worker_id not in names
     ]
-    present = await asyncio.gather(*(_ask(record, control) for record in records))
+    present = await asyncio.gather(*(_ask(each, control) for each in known))
     return tuple(sorted([*absent, *present], key=lambda status: status.worker_id))
 
 
-async def _ask(record: WorkerRecord, control: WorkerControl) -> WorkerStatus:
+async def _ask(record: WorkerRecord | SeenWorker, control: WorkerControl) -> WorkerStatus:
     worker_id, role, address = str(record.worker_id), str(record.role), record.address
     try:
         stats = await control.stats(address, ASK_TIMEOUT_S)

@@ -9,12 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.config import ClusterConfig
-from cluster.probe import answers_ready, left_out_workers
+from cluster.probe import RouterView, SeenWorker, answers_ready, view_of_router
 from cluster.registries import connect_registry
 from cluster.run_dir import RunDir
 from cluster.status import WorkerControl, WorkerStats, WorkerStatus, collect
 from cluster.tables import new_table, print_table
 from core.errors import Unavailable
+from core.registry import WorkerRecord
 
 _EJECTED = {
     "failures": "requests failed on it",
@@ -40,22 +41,35 @@ class ClusterStatus:
     """Workers the router leaves out of placement for a while, and why: failures or slow."""
     unreached: dict[str, str] = field(default_factory=dict)
     """Workers the router has no stream to, and why: refused, by them or by it, or not there."""
+    registry_problem: str = ""
+    """Why the registry does not answer: then `workers` are those that the router knows."""
 
 
 async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
-    """Ask router, registry and workers. Raises Unavailable when the run is still starting."""
+    """Ask router, registry and workers. Raises Unavailable when the run is still starting.
+
+    Where the registry does not answer the workers are those that the router knows.
+    """
     try:
         info = run.info()
         config = ClusterConfig.model_validate_json((run.path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise Unavailable(f"cluster {run.run_id} is starting or ending; try again") from error
+    known: Sequence[WorkerRecord | SeenWorker] = ()
+    registry_problem = ""
     try:
         async with connect_registry(config.registry, info.registry_address) as registry:
-            records = await registry.workers()
+            known = await registry.workers()
     except Unavailable as error:
-        raise Unavailable(f"cluster {run.run_id} is starting or ending: {error.message}") from error
-    api_key = next(iter(config.router.api_keys), None)
-    left_out = await left_out_workers(info.router_url, api_key)
+        registry_problem = error.message
+    embedded = config.registry.url is None
+    view = RouterView()
+    if not (registry_problem and embedded):  # which comes and goes with the cluster
+        view = await view_of_router(info.router_url, next(iter(config.router.api_keys), None))
+    if registry_problem:
+        known = view.workers
+        if not known:
+            raise Unavailable(f"cluster {run.run_id} is starting or ending: {registry_problem}")
     return ClusterStatus(
         run_id=info.run_id,
         pid=info.pid,
@@ -63,9 +77,10 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
         url=info.router_url,
         ready=await answers_ready(info.router_url),
         logs=str(run.logs),
-        workers=await collect(config, records, control),
-        ejected=left_out.ejected,
-        unreached=left_out.unreached,
+        workers=await collect(config, known, control),
+        ejected=dict(view.ejected),
+        unreached=dict(view.unreached),
+        registry_problem=registry_problem,
     )
 
 
@@ -86,21 +101,31 @@ def show_status(
         highlight=False,
     )
     print_table(console, _worker_table(status))
+    if status.registry_problem:
+        _say(
+            console,
+            "[red]the registry[/]",
+            f"{status.registry_problem}; shown are the workers that the router knows: they serve"
+            " on, but none that starts now is found until the registry is back",
+        )
     for worker_id, reason in sorted(status.ejected.items()):
         text = f"the router sends it nothing for now: {_EJECTED.get(reason, reason)}"
-        console.print(f"[yellow]{worker_id}[/]: {text}", highlight=False)
+        _say(console, f"[yellow]{worker_id}[/]", text)
     for worker_id, reason in sorted(status.unreached.items()):
-        text = f"the router sends it nothing, as they are not connected: {escape(reason)}"
-        console.print(f"[yellow]{worker_id}[/]: {text}", highlight=False)
+        text = f"the router sends it nothing, as they are not connected: {reason}"
+        _say(console, f"[yellow]{worker_id}[/]", text)
     for worker in status.workers:
-        if worker.problem:
-            console.print(f"[red]{worker.worker_id}[/]: {worker.problem}", highlight=False)
-        elif worker.stats is not None and worker.stats.pool_error:
-            console.print(f"[red]{worker.worker_id}[/]: {worker.stats.pool_error}", highlight=False)
+        problem = worker.problem or (worker.stats.pool_error if worker.stats is not None else "")
+        if problem:
+            _say(console, f"[red]{worker.worker_id}[/]", problem)
     if leases:
         print_table(console, _lease_table(status.workers))
     if transfers:
         print_table(console, _transfer_table(status.workers))
+
+
+def _say(console: Console, who: str, text: str) -> None:
+    console.print(f"{who}: {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _worker_table(status: ClusterStatus) -> Table:

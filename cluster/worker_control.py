@@ -19,7 +19,7 @@ class GrpcWorkerControl:
             try:
                 reply = await stub.Stats(worker_pb2.StatsRequest(), timeout=timeout_s)
             except grpc.aio.AioRpcError as error:
-                raise _unavailable(address, error) from error
+                raise _unavailable(address, error, timeout_s) from error
         return _stats(reply)
 
 
@@ -90,5 +90,11 @@ def _role(role: common_pb2.Role) -> str:
         return "unknown"
 
 
-def _unavailable(address: str, error: grpc.aio.AioRpcError) -> Unavailable:
-    return Unavailable(f"the worker at {address} does not answer: {error.code().name.lower()}")
+def _unavailable(address: str, error: grpc.aio.AioRpcError, timeout_s: float) -> Unavailable:
+    code = error.code()
+    reasons = {
+        grpc.StatusCode.DEADLINE_EXCEEDED: f"nothing came within {timeout_s:g} s",
+        grpc.StatusCode.UNAVAILABLE: "no connection",
+    }
+    reason = reasons.get(code, code.name.lower())
+    return Unavailable(f"the worker at {address} does not answer: {reason}")

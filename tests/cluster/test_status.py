@@ -5,18 +5,22 @@ import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
 from rich.console import Console
 
 from cluster.config import ClusterConfig
+from cluster.run_dir import RunDir
 from cluster.status import BlockCounts, WorkerStats, WorkerStatus, collect
-from cluster.status_view import ClusterStatus, show_status, status_json
+from cluster.status_view import ClusterStatus, read_status, show_status, status_json
 from cluster.worker_control import GrpcWorkerControl
 from core.errors import Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.registry import WorkerRecord
+from router.types import WorkerStatus as RoutersWorker
+from tests.router.http_builders import ScriptedGenerator, model_directory, running, saying
 from wire import common_pb2, worker_pb2, worker_pb2_grpc
 
 CONFIG = ClusterConfig.model_validate(
@@ -75,10 +79,20 @@ class OneReply(worker_pb2_grpc.WorkerServicer):
         return REPLY
 
 
+class Silent(worker_pb2_grpc.WorkerServicer):
+    async def Stats(  # noqa: N802
+        self, request: object, context: object
+    ) -> worker_pb2.StatsReply:
+        await asyncio.sleep(60)
+        return REPLY
+
+
 @asynccontextmanager
-async def worker_door() -> AsyncIterator[str]:
+async def worker_door(
+    servicer: worker_pb2_grpc.WorkerServicer | None = None,
+) -> AsyncIterator[str]:
     server = grpc.aio.server()
-    worker_pb2_grpc.add_WorkerServicer_to_server(OneReply(), server)
+    worker_pb2_grpc.add_WorkerServicer_to_server(servicer or OneReply(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"
@@ -162,6 +176,54 @@ def test_workers_that_are_absent_or_silent_are_lines_not_errors() -> None:
     assert answering.stats is not None
     assert silent.worker_id == "spare"
     assert "does not answer" in silent.problem
+
+
+def test_a_worker_that_may_hang_is_said_with_what_to_do() -> None:
+    (absent, _) = asyncio.run(collect(CONFIG, (), GrpcWorkerControl()))
+    assert "one that hangs is not replaced until it is killed" in absent.problem
+    assert absent.problem.endswith("its pid is in decode-0.log")
+
+
+def test_a_worker_that_does_not_answer_in_time_is_said_in_words() -> None:
+    async def read() -> None:
+        async with worker_door(Silent()) as address:
+            await GrpcWorkerControl().stats(address, timeout_s=0.2)
+
+    with pytest.raises(Unavailable, match=r"does not answer: nothing came within 0\.2 s"):
+        asyncio.run(read())
+
+
+def test_while_redis_is_away_the_workers_are_those_that_the_router_knows(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    registry = {"kind": "redis", "url": "redis://127.0.0.1:9/0"}
+    config = CONFIG.model_dump(mode="json") | {"registry": registry}
+    run = RunDir.create(tmp_path, "tiny")
+    run.write_config(json.dumps(config))
+
+    async def read() -> ClusterStatus:
+        async with worker_door() as address:
+            view = RoutersWorker(
+                worker_id="prefill-0", role="prefill", address=address, connected=True
+            )
+            generator = ScriptedGenerator(saying("a"), views=(view,))
+            async with running(generator, model_directory(tmp_path / "model")) as router:
+                run.update(router_url=router.url)
+                return await read_status(run, GrpcWorkerControl())
+
+    try:
+        status = asyncio.run(read())
+        with pytest.raises(Unavailable, match="is starting or ending: Redis at"):
+            asyncio.run(read_status(run, GrpcWorkerControl()))  # the router is gone as well
+    finally:
+        run.remove()
+    absent, answering = status.workers
+    assert answering.stats is not None
+    assert absent.worker_id == "decode-0"
+    assert status.registry_problem.startswith("Redis at redis://127.0.0.1:9/0 does not answer")
+    stream = io.StringIO()
+    show_status(status, Console(file=stream, width=40), leases=False)
+    (line,) = [line for line in stream.getvalue().splitlines() if "the registry:" in line]
+    assert "none that starts now is found until the registry is back" in line
 
 
 def cluster_status(**left_out: dict[str, str]) -> ClusterStatus:

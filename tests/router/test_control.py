@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from cluster.probe import left_out_workers
+from cluster.probe import view_of_router
 from core.errors import InvalidRequest
 from core.ids import RequestId, WorkerId
 from router.types import MigrationReport, WorkerStatus
@@ -123,14 +123,16 @@ async def test_workers_are_listed_as_the_router_sees_them(tmp_path):
     generator = ScriptedGenerator(saying("a"), views=(slow, fine, other))
     async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
         listed = await http.get(f"{server.url}/control/workers")
-        left_out = await left_out_workers(server.url)
+        view = await view_of_router(server.url)
     assert [(w["worker_id"], w["ejected_for"]) for w in listed.json()] == [
         ("p0", "slow"),
         ("p1", ""),
         ("p2", ""),
     ]
-    assert left_out == ({"p0": "slow"}, {"p2": "it serves model a, not b"})
+    assert view.workers == tuple((name, "prefill", "x") for name in ("p0", "p1", "p2"))
+    assert view.ejected == {"p0": "slow"}
+    assert view.unreached == {"p2": "it serves model a, not b"}
 
 
-async def test_a_router_that_is_gone_has_left_out_nobody():
-    assert await left_out_workers("http://127.0.0.1:9") == ({}, {})
+async def test_a_router_that_is_gone_knows_and_has_left_out_nobody():
+    assert await view_of_router("http://127.0.0.1:9") == ((), {}, {})

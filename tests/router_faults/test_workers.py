@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster.probe import left_out_workers
+from cluster.probe import view_of_router
 from core import telemetry
 from core.clock import SystemClock
 from tests.forks import Forked
@@ -128,7 +128,7 @@ async def test_a_worker_far_slower_than_its_peers_is_left_out(
     await fleet.connected()
     async with under_load(fleet, only=strict) as load:
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
-            while (await left_out_workers(strict.url)).ejected.get(name) != "slow":
+            while (await view_of_router(strict.url)).ejected.get(name) != "slow":
                 await asyncio.sleep(0.05)
         served = load.prefilled_by if name.startswith("p") else load.decoded_by
         before = served[name]
