@@ -97,7 +97,11 @@ class RouterProcess:
             self._started = await answers_ready(url_of(self._socket))
 
     async def stop(self, drain_s: float) -> None:
-        """SIGTERM; SIGKILL when requests in flight take longer than `drain_s` to finish."""
+        """SIGTERM; SIGKILL when requests in flight take longer than `drain_s` to finish.
+
+        New clients are refused from here on, instead of waiting for a router that will not come.
+        """
+        self._socket.close()
         process = self._process
         if process is None or process.returncode is not None:
             return

@@ -1,4 +1,7 @@
-"""A router process that only answers /ready, for tests of what keeps it running."""
+"""A router process that only answers /ready, for tests of what keeps it running.
+
+Told to stop it closes its port, and stays as long as there is a file `drains` in the run's folder.
+"""
 
 import argparse
 import http.server
@@ -6,6 +9,8 @@ import os
 import signal
 import socket
 import sys
+import time
+from pathlib import Path
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -19,10 +24,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--listen-fd", type=int, required=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    arguments = parser.parse_args()
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
     server.socket.close()
-    server.socket = socket.socket(fileno=parser.parse_args().listen_fd)
+    server.socket = socket.socket(fileno=arguments.listen_fd)
+
+    def stop(*_: object) -> None:
+        server.socket.close()
+        while (Path(arguments.run_dir) / "drains").exists():
+            time.sleep(0.01)
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
     server.serve_forever()
 
 

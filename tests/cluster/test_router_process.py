@@ -6,6 +6,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -13,7 +14,7 @@ from cluster.config import ClusterConfig, ModelConfig
 from cluster.events import Event, RouterDied
 from cluster.probe import answers_ready
 from cluster.router_process import RouterFailed, RouterProcess, url_of
-from cluster.run_dir import RunDir
+from cluster.run_dir import RunDir, all_runs
 from router.serve import bind_listener
 
 HERE = Path(__file__).parent
@@ -81,6 +82,33 @@ def test_a_router_that_cannot_start_fails_with_its_status_and_log(tmp_path: Path
         assert "No module named no_such_router" in caught.value.message
 
     with_router(tmp_path, test, module="no_such_router")
+
+
+def test_while_a_router_drains_new_clients_are_refused(tmp_path: Path) -> None:
+    async def test(router: RouterProcess, url: str, events: list[Event]) -> None:
+        watching = asyncio.create_task(router.supervise())
+        await router.wait_ready()
+        watching.cancel()
+        await asyncio.wait([watching])
+        (run,) = all_runs(tmp_path)
+        (run.path / "drains").touch()
+        stopping = asyncio.create_task(router.stop(drain_s=60))
+        while await takes_clients(url):
+            await asyncio.sleep(0.01)
+        assert not stopping.done()
+        (run.path / "drains").unlink()
+        await stopping
+
+    with_router(tmp_path, test)
+
+
+async def takes_clients(url: str) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", urlsplit(url).port)
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
 
 
 def test_a_frozen_router_is_killed_after_its_drain_time(tmp_path: Path) -> None:
