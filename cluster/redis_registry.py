@@ -221,7 +221,7 @@ class RedisRegistry:
         except (ResponseError, AuthenticationError) as error:
             raise Unavailable(f"Redis at {self._place} refuses: {error}") from error
         except (RedisError, OSError, TimeoutError) as error:
-            reason = str(error) or f"nothing came within {limit_s:g} s"
+            reason = str(error).rstrip(".") or f"nothing came within {limit_s:g} s"
             raise Unavailable(f"Redis at {self._place} does not answer: {reason}") from error
 
     def _of(self, worker_id: str) -> list[str]:

@@ -7,7 +7,7 @@ A log line is one event with fields:
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -18,18 +18,25 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from cluster.config import TelemetryConfig
+from core import telemetry
 from core.errors import ConfigError
 
 _FLUSH_MS = 5_000
+_LINES_AT_ONCE = 200
+_LINES_PER_S = 10
+_MOST_KINDS = 1_000
 
 
 def setup_logging(process: str, config: TelemetryConfig, stream: TextIO) -> None:
     """Send this process's logs to `stream`; `process` is its worker_id, `router`, `controller`.
 
-    Libraries speak from warning up only.
+    Libraries speak from warning up only. Of one kind of event no more than 200 lines come at once
+    and 10 per second after that; the next one says how many were left out. A request's own line,
+    `request_done`, is always there.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines(process))
+    handler.addFilter(LineLimit(time.monotonic))
     # What no line shows is not looked up: it takes half of a line's time.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     vars(logging)["_srcfile"] = None
@@ -49,6 +56,49 @@ _ROOMS = (
     "router",
     "cluster",
 )
+
+
+class LineLimit(logging.Filter):
+    """What a stranger at a port, or a worker that ends with all its sequences, makes a process say.
+
+    An event's kind is its logger, its level and its first word. `now_s` is a monotonic clock.
+    """
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        super().__init__()
+        self._now_s = now_s
+        self._kinds = dict[tuple[str, int, str], _Kind]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        event = text.partition(" ")[0]
+        if event == telemetry.REQUEST_DONE:
+            return True
+        key, now_s = (record.name, record.levelno, event), self._now_s()
+        kind = self._kinds.get(key)
+        if kind is None:
+            if len(self._kinds) >= _MOST_KINDS:
+                self._kinds.clear()
+            kind = self._kinds[key] = _Kind(now_s)
+        kind.room = min(_LINES_AT_ONCE, kind.room + (now_s - kind.at_s) * _LINES_PER_S)
+        kind.at_s = now_s
+        if kind.room < 1:
+            kind.left_out += 1
+            return False
+        kind.room -= 1
+        if kind.left_out:
+            record.msg, record.args = f"{text} lines_left_out={kind.left_out}", None
+            kind.left_out = 0
+        return True
+
+
+class _Kind:
+    __slots__ = ("at_s", "left_out", "room")
+
+    def __init__(self, now_s: float) -> None:
+        self.room = float(_LINES_AT_ONCE)
+        self.at_s = now_s
+        self.left_out = 0
 
 
 class _Lines(logging.Formatter):

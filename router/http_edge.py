@@ -208,7 +208,7 @@ class Exchange:
         _log.log(
             logging.WARNING if status >= 500 else logging.INFO,
             telemetry.log_line(
-                "request_done",
+                telemetry.REQUEST_DONE,
                 request_id=self._request_id,
                 endpoint=endpoint,
                 status=status,

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _REGISTER_TTL_S = 10.0
 _REGISTER_TIMEOUT_S = 3.0
+_FAILURES_PER_LINE = 18
 _STOP_GRACE_S = 0.5
 
 
@@ -142,15 +143,34 @@ async def _serve(
 
 
 async def _stay_registered(registry: Registry | None, record: WorkerRecord) -> None:
-    """Register and renew for ever; a registry that is away is only logged."""
+    """Register and renew for ever; a registry that is away is only logged, about once a minute."""
+    failures = 0
     while True:
         if registry is not None:
             try:
                 async with asyncio.timeout(_REGISTER_TIMEOUT_S):
                     await registry.register(record, _REGISTER_TTL_S)
             except (Unavailable, TimeoutError) as error:
-                log.warning("registry_unreachable error=%s", error)
+                if failures % _FAILURES_PER_LINE == 0:
+                    log.warning(
+                        "registry_unreachable worker_id=%s failures=%d reason=%r: it serves on, but"
+                        " routers that start now do not find it",
+                        record.worker_id,
+                        failures + 1,
+                        _reason(error),
+                    )
+                failures += 1
+            else:
+                if failures:
+                    log.warning(
+                        "registry_back worker_id=%s failures=%d", record.worker_id, failures
+                    )
+                failures = 0
         await asyncio.sleep(_REGISTER_TTL_S / 3)
+
+
+def _reason(error: Unavailable | TimeoutError) -> str:
+    return str(error) or f"nothing came within {_REGISTER_TIMEOUT_S:g} s"
 
 
 async def _deregister(registry: Registry, record: WorkerRecord) -> None:
@@ -158,7 +178,7 @@ async def _deregister(registry: Registry, record: WorkerRecord) -> None:
         async with asyncio.timeout(_REGISTER_TIMEOUT_S):
             await registry.deregister(record.worker_id, record.incarnation)
     except (Unavailable, TimeoutError) as error:
-        log.info("registry_unreachable_at_exit error=%s", error)
+        log.info("registry_unreachable_at_exit reason=%r", _reason(error))
 
 
 def _bind(server: grpc.aio.Server, start: WorkerStart) -> int:

@@ -1,9 +1,12 @@
 """Log lines and exported spans, each in a process of its own: both are set up once per process."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+
+from cluster.telemetry import LineLimit
 
 LOGGING = """
 import logging, sys
@@ -19,6 +22,8 @@ logging.getLogger("transformers").warning("a library warns")
 TRACING = """
 import sys
 from pathlib import Path
+
+from cluster.telemetry import LineLimit
 from opentelemetry import trace
 from cluster.config import TelemetryConfig
 from cluster.telemetry import tracing
@@ -53,6 +58,33 @@ def test_libraries_speak_from_warning_up_only() -> None:
         "router.flow",
         "transformers",
     ]
+
+
+def test_of_one_kind_of_event_not_all_lines_are_written_and_how_many_is_said() -> None:
+    now_s = 0.0
+    limit = LineLimit(lambda: now_s)
+
+    def says(text: str, level: int = logging.INFO, name: str = "cluster.door") -> str | None:
+        record = logging.LogRecord(name, level, "", 0, "%s", (text,), None)
+        return record.getMessage() if limit.filter(record) else None
+
+    written = [says(f"stream_ended number={i}") for i in range(1000)]
+    assert [text for text in written if text] == [f"stream_ended number={i}" for i in range(200)]
+    assert says("stream_ended", logging.WARNING) is not None
+    assert says("stream_ended", name="router") is not None
+    assert says("another") is not None
+    now_s = 0.1
+    assert says("stream_ended number=1000") == "stream_ended number=1000 lines_left_out=800"
+    assert says("stream_ended number=1001") is None
+    now_s = 60.0
+    assert says("stream_ended number=1002") == "stream_ended number=1002 lines_left_out=1"
+    assert says("stream_ended number=1003") == "stream_ended number=1003"
+
+
+def test_every_request_has_its_line() -> None:
+    limit = LineLimit(lambda: 0.0)
+    line = logging.LogRecord("router", logging.INFO, "", 0, "request_done id=1", None, None)
+    assert all(limit.filter(line) for _ in range(1000))
 
 
 def test_spans_are_one_json_object_per_line_appended_to_the_file(tmp_path: Path) -> None:
