@@ -67,6 +67,8 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         self._parse = parse
         self._connected = connected
         self._transport: asyncio.Transport
+        self.other_end = ""
+        """Host and port of who is there, for log lines."""
         self._unread = bytearray()
         self._paused = False
         self._ended = False
@@ -142,6 +144,7 @@ class MessageStream(asyncio.Protocol, Generic[In]):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by type
+        self.other_end = _place(transport.get_extra_info("peername"))
         if self._connected is not None:
             self._connected(self)
 
@@ -280,8 +283,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address_of(listener: socket.socket) -> str:
     """As `dial` takes it."""
-    host, port, *_ = listener.getsockname()
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return _place(listener.getsockname())
 
 
 @asynccontextmanager
@@ -323,6 +325,13 @@ async def accepting(
             server.close()
             for stream in open_streams:
                 stream.abort()
+
+
+def _place(name: tuple[str, int] | tuple[str, int, int, int] | None) -> str:
+    if name is None:  # gone before it was looked at
+        return "unknown"
+    host, port = name[0], name[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _set_options(sock: socket.socket, options: Sequence[tuple[int, int, int]]) -> None:

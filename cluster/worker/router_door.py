@@ -52,9 +52,10 @@ class RouterDoor:
         try:
             await self._serve(stream)
         except* (NotServed, StreamBroken, TimeoutError) as errors:
-            log.info("router_stream_ended reason=%s", describe_break(errors))
+            reason = describe_break(errors)
+            log.info("router_stream_ended from=%s reason=%r", stream.other_end, reason)
         except* Exception:  # the root of a stream's task
-            log.exception("router_stream_bug")
+            log.exception("router_stream_bug from=%s", stream.other_end)
         heed_cancel()
 
     async def _serve(self, stream: Stream) -> None:

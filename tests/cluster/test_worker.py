@@ -1,11 +1,13 @@
 """One worker as its routers see it: roles, drains, reports, cache events; then two of them."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import grpc
+import pytest
 
 from core.blocks import chain_hashes, root_hash
 from core.ids import Incarnation, LeaseId, RequestId, Role, SequenceId, WorkerId
@@ -277,14 +279,19 @@ async def test_a_stream_without_a_hello_is_refused() -> None:
         assert "a hello must come first" in await refusal(stream)
 
 
-async def test_what_is_no_router_stream_ends_only_itself() -> None:
+async def test_what_is_no_router_stream_ends_only_itself_and_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
     async with prefill_worker() as served, router_stream(served) as stream:
         host, _, port = served.record.router_address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
+        stranger, its_port = writer.get_extra_info("sockname")
         writer.write(b"\x00\x00\x00\x02\xff\xff")
         assert await soon(reader.read()) == b""
         writer.close()
         await read_until(stream, "load")
+    assert f"router_stream_ended from={stranger}:{its_port} reason=" in caplog.text
 
 
 async def test_a_broken_stream_ends_its_legs_at_once() -> None:

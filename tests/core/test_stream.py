@@ -216,6 +216,9 @@ class Noted:
     def get_write_buffer_size(self) -> int:
         return 0
 
+    def get_extra_info(self, name: str) -> None:
+        return None
+
     def close(self) -> None:
         self.closed = True
 
