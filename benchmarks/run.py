@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from benchmarks.processes import Pairs
 from benchmarks.types import PEERS, Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
 from benchmarks.zygote import Zygote
+from cluster.long_work import can_be_file, write_result
 from cluster.plot import draw_plot
 from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
@@ -75,6 +77,7 @@ def run_bench(name: str, options: Options) -> None:
     logging.getLogger().addHandler(logging.NullHandler())  # what fails is raised
     bench = find_bench(name)
     parts = choose_parts(bench, options.parts, {PEERS} if options.peers else ())
+    _check_files(bench, parts, options)
     machine = describe_machine()
     device = arena_device(machine)
     started_s = time.monotonic()
@@ -83,8 +86,10 @@ def run_bench(name: str, options: Options) -> None:
     result["seconds"] = round(time.monotonic() - started_s, 1)
     if not options.only_json:
         _show(Console(), bench, findings, machine)
-    _write(bench, findings, result, options)
-    print(json.dumps(result), flush=True)
+    try:
+        _write(bench, findings, result, options)
+    finally:
+        print(json.dumps(result), flush=True)
 
 
 def choose_parts(bench: Bench, names: Sequence[str], options: Container[str] = ()) -> list[Part]:
@@ -103,6 +108,28 @@ def choose_parts(bench: Bench, names: Sequence[str], options: Container[str] = (
     if names:
         return [part for part in bench.parts if part.name in names]
     return [part for part in bench.parts if part.option is None or part.option in options]
+
+
+def _check_files(bench: Bench, parts: Sequence[Part], options: Options) -> None:
+    """Raises InvalidRequest for what would fail, or not be looked at, after minutes of work."""
+    if options.traces and not bench.takes_traces:
+        raise InvalidRequest(f"bench {bench.name} replays no --trace")
+    if options.profiles is not None and not bench.takes_profiles:
+        raise InvalidRequest(f"bench {bench.name} reads no --profiles")
+    for part in parts:
+        if part.needs_trace and not options.traces:
+            raise InvalidRequest(
+                f"bench {bench.name}, part {part.name} replays traces: give one with --trace FILE"
+            )
+    for trace in options.traces:
+        if not os.access(trace, os.R_OK):
+            raise InvalidRequest(f"--trace: there is no file {trace} that can be read")
+    if options.profiles is not None and not options.profiles.is_dir():
+        raise InvalidRequest(f"--profiles: there is no folder {options.profiles}")
+    if options.plot is not None and not can_be_file(options.plot):
+        raise InvalidRequest(f"--plot: {options.plot} cannot be written")
+    if options.out is not None and not can_be_file(options.out / f"{bench.name}.json"):
+        raise InvalidRequest(f"--out: nothing can be written in {options.out}")
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -218,9 +245,8 @@ def _write(
     bench: Bench, findings: Mapping[str, Finding], result: dict[str, Json], options: Options
 ) -> None:
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         file = options.out / f"{bench.name}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(file, json.dumps(result, indent=1) + "\n", "--out")
         print(f"wrote {file}", file=sys.stderr)
     if options.plot is not None:
         plot = options.plot

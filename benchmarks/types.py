@@ -103,11 +103,15 @@ class Part:
     run: Callable[[Run], Finding]
     option: str | None = None
     otherwise: Mapping[str, Json] = field(default_factory=dict)
+    needs_trace: bool = False
+    """It can do nothing without `traces`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """Parts, run in order."""
+    """Parts, run in order. Which files of a user it reads is known before it starts."""
 
     name: str
     parts: tuple[Part, ...]
+    takes_traces: bool = False
+    takes_profiles: bool = False

@@ -171,7 +171,8 @@ def main(number: int) -> None:
     gc.collect()
     gc.freeze()
     with socket.socket(fileno=number) as commands:
-        commands.send(b"ready")
+        with suppress(BrokenPipeError):  # given up before it was ready: then nothing comes
+            commands.send(b"ready")
         while True:
             text, descriptors, _, _ = socket.recv_fds(commands, _MESSAGE_BYTES, _MOST_DESCRIPTORS)
             if not text:

@@ -143,7 +143,8 @@ def bench(
     trace: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A trace of prompts (routing, router); may be given again.", dir_okay=False
+            help="A trace to replay (routing, router, reproduce, validate); may be given again.",
+            dir_okay=False,
         ),
     ] = None,
     peers: Annotated[

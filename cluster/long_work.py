@@ -62,9 +62,18 @@ def check_writable(path: Path, option: str) -> None:
         raise InvalidRequest(f"{option}: {path} cannot be written: permission denied")
 
 
+def can_be_file(path: Path) -> bool:
+    """As far as can be told without touching anything, where missing folders will be made."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return (nearest != path) == nearest.is_dir() and os.access(nearest, os.W_OK)
+
+
 def write_result(path: Path, text: str, option: str) -> None:
-    """Replaces the file. Raises InvalidRequest where the system refuses."""
+    """Replaces the file, in a folder that need not be there. Raises InvalidRequest where the system
+    refuses.
+    """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidRequest(f"{option}: {path} cannot be written: {error}") from error

@@ -4,10 +4,10 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluster.config import ClusterConfig, TelemetryConfig
+from cluster.long_work import can_be_file
 from cluster.ray_pools import worker_ids
 from cluster.registries import registry_problems
 from core.errors import ConfigError
@@ -80,17 +80,11 @@ def _telemetry_problems(config: TelemetryConfig, workers: int) -> list[str]:
             " which its log names"
         )
     spans = config.spans_file
-    if spans is not None and not _can_be_file(spans):
+    if spans is not None and not can_be_file(spans):
         problems.append(
             f"telemetry.spans_file {spans} cannot be written: name a file in a folder of yours"
         )
     return problems
-
-
-def _can_be_file(path: Path) -> bool:
-    """As far as can be told without touching anything: missing folders are made when it is used."""
-    nearest = next(place for place in (path, *path.parents) if place.exists())
-    return (nearest != path) == nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
 def _gpu_problems(config: ClusterConfig) -> list[str]:

@@ -18,6 +18,7 @@ from benchmarks.types import Bench
 
 BENCH = Bench(
     name="reproduce",
+    takes_traces=True,
     parts=(
         row_02_placement.PART,
         row_04_mooncake.PART,

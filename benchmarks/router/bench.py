@@ -7,6 +7,7 @@ from benchmarks.types import Bench
 
 BENCH = Bench(
     name="router",
+    takes_traces=True,
     parts=(
         tokens.PART,
         closed.PART,

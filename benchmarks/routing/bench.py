@@ -3,4 +3,4 @@
 from benchmarks.routing import decision, quality
 from benchmarks.types import Bench
 
-BENCH = Bench(name="routing", parts=(decision.PART, quality.PART))
+BENCH = Bench(name="routing", parts=(decision.PART, quality.PART), takes_traces=True)

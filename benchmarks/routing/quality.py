@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from benchmarks.routing.replay import World
 from benchmarks.routing.study import OURS, TARGETS, Comparison, Standing, Study, verdict
 from benchmarks.routing.traces import Prompt, Trace, load_trace
-from benchmarks.types import BenchFailed, Finding, Json, Part, ResultTable, Run, Target
+from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +26,6 @@ _SHOWN = 6
 
 def run(run: Run) -> Finding:
     """Raises BenchFailed without a trace."""
-    if not run.traces:
-        raise BenchFailed("bench routing replays traces: give one with --trace FILE")
     compared: list[Comparison] = []
     for path in run.traces:
         trace = load_trace(path)
@@ -180,4 +178,5 @@ PART = Part(
     what="policies on replayed traces",
     keys=("quality",),
     run=run,
+    needs_trace=True,
 )

@@ -86,7 +86,9 @@ def load_trace(path: Path, max_tokens: int = CUT_TOKENS) -> Trace:
     """Prompts are cut to `max_tokens`. Raises BenchFailed when the file is not a trace."""
     try:
         lines = tuple(_lines(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise BenchFailed(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise BenchFailed(f"{path} is not a trace of prompts: {error!r}") from error
     if not lines:
         raise BenchFailed(f"{path} holds no prompts")

@@ -5,6 +5,8 @@ from benchmarks.validate import curves, determinism, distserve, headline, queuei
 
 BENCH = Bench(
     name="validate",
+    takes_traces=True,
+    takes_profiles=True,
     parts=(
         queueing.PART,
         vllm_run.PART,

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +52,27 @@ def test_an_unknown_part_is_one_sentence_that_names_those_there_are() -> None:
     assert result.stderr.startswith("error: bench transfer has no part 'speed'; it has: path, ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["routing"], "bench routing, part quality replays traces: give one with --trace FILE"),
+        (["routing", "--trace", "no.jsonl"], "--trace: there is no file no.jsonl that can be read"),
+        (["transfer", "--trace", __file__], "bench transfer replays no --trace"),
+        (["router", "--profiles", "."], "bench router reads no --profiles"),
+        (["validate", "--profiles", "no"], "--profiles: there is no folder no"),
+        (["transfer", "--plot", f"{__file__}/p.png"], f"--plot: {__file__}/p.png cannot be"),
+        (["transfer", "--out", f"{__file__}/d"], f"--out: nothing can be written in {__file__}/d"),
+    ],
+)
+def test_files_that_will_not_do_are_refused_before_anything_is_measured(
+    arguments: list[str], said: str
+) -> None:
+    result = baton_bench(*arguments)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
 def test_every_part_of_the_transfer_bench_says_which_keys_it_adds() -> None:
     keys = [key for part in find_bench("transfer").parts for key in part.keys]
     assert len(keys) == len(set(keys))
@@ -91,6 +113,17 @@ def test_an_interrupted_bench_leaves_no_process() -> None:
     assert out == ""
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
+
+
+@pytest.mark.processes
+def test_a_zygote_given_up_before_it_is_ready_ends_without_a_word() -> None:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with its:
+        command = [sys.executable, "-m", "benchmarks.zygote", str(its.fileno())]
+        started = subprocess.Popen(command, pass_fds=[its.fileno()], stderr=subprocess.PIPE)
+    ours.close()
+    _, said = started.communicate(timeout=60)
+    assert (started.returncode, said) == (0, b"")
 
 
 def test_without_matplotlib_the_plot_is_left_out_with_a_hint(
