@@ -277,6 +277,9 @@ def profile(
     url: Annotated[str, typer.Option(help="The router: http://HOST:PORT.")],
     out: Annotated[Path, typer.Option(help="The profile, a JSON file.", dir_okay=False)],
     *,
+    api_key: Annotated[
+        str | None, typer.Option(help="One of router.api_keys.", envvar="BATON_API_KEY")
+    ] = None,
     prompt: Annotated[
         list[int] | None, typer.Option(help="A prompt length; may be given again.", min=1)
     ] = None,
@@ -307,6 +310,7 @@ def profile(
     run_profile(
         ProfileOptions(
             url=url,
+            api_key=api_key,
             out=out,
             prompts=tuple(prompt or (64, 256, 1024, 2048)),
             batches=tuple(batch or (1, 4, 16)),

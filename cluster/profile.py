@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -40,6 +40,7 @@ class ProfileOptions:
     """What is measured. Token ids are drawn below `vocab`, which the model must have."""
 
     url: str
+    api_key: str | None = None
     out: Path
     prompts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -112,7 +113,8 @@ def _check_enough(options: ProfileOptions) -> None:
 
 async def _measure(options: ProfileOptions) -> OwnProfile:
     host, port = parse_url(options.url)
-    endpoint = Endpoint(host, port, await served_model(host, port, options.timeout_s))
+    nameless = Endpoint(host, port, options.api_key)
+    endpoint = replace(nameless, model=await served_model(nameless, options.timeout_s))
     random = Random(0)
 
     def prompt(tokens: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -28,11 +29,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A router's address, and the model it serves."""
+    """A router's address, the key it asks for, and the model it serves, once that is known."""
 
     host: str
     port: int
-    model: str
+    api_key: str | None = None
+    model: str = ""
+
+    @property
+    def headers(self) -> str:
+        """Of every request; the connection ends with its answer."""
+        key = "" if self.api_key is None else f"authorization: Bearer {self.api_key}\r\n"
+        return f"host: {self.host}\r\nconnection: close\r\n{key}"
 
 
 def parse_url(url: str) -> tuple[str, int]:
@@ -47,30 +55,39 @@ def parse_url(url: str) -> tuple[str, int]:
     return host, port or 80
 
 
-async def served_model(host: str, port: int, timeout_s: float) -> str:
-    """The first model of /v1/models. Raises Unavailable when nobody answers."""
+async def served_model(endpoint: Endpoint, timeout_s: float) -> str:
+    """The first model of /v1/models. Raises Unavailable when it does not tell."""
+    place = f"{endpoint.host}:{endpoint.port}"
     try:
-        models = await _get(host, port, "/v1/models", timeout_s)
+        models = await _get(endpoint, "/v1/models", timeout_s)
+    except (OSError, TimeoutError) as error:
+        raise Unavailable(f"no router answers at {place}: {_why(error, timeout_s)}") from error
+    try:
         return str(json.loads(models)["data"][0]["id"])
-    except (OSError, TimeoutError, ValueError, LookupError, TypeError) as error:
-        raise Unavailable(f"no router answers at {host}:{port}: {error!r}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise Unavailable(f"what answers at {place} names no model: is it a router?") from error
 
 
 async def kv_blocks(endpoint: Endpoint, timeout_s: float) -> int | None:
     """The KV blocks of a decode worker, of the smallest one; None where the server does not say."""
     try:
-        body = await _get(endpoint.host, endpoint.port, "/control/workers", timeout_s)
+        body = await _get(endpoint, "/control/workers", timeout_s)
         totals = [int(w["total_blocks"]) for w in json.loads(body) if w["role"] == "decode"]
-    except (OSError, TimeoutError, ValueError, LookupError, TypeError):
+    except (OSError, TimeoutError, ValueError, LookupError, TypeError, Unavailable):
         return None
     return min((total for total in totals if total > 0), default=None)
 
 
-async def _get(host: str, port: int, path: str, timeout_s: float) -> bytes:
-    request = f"GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
-    async with asyncio.timeout(timeout_s), _connection(host, port) as (reader, writer):
+async def _get(endpoint: Endpoint, path: str, timeout_s: float) -> bytes:
+    request = f"GET {path} HTTP/1.1\r\n{endpoint.headers}\r\n"
+    async with (
+        asyncio.timeout(timeout_s),
+        _connection(endpoint.host, endpoint.port) as (reader, writer),
+    ):
         writer.write(request.encode())
         raw = await reader.read()
+    if b" 200 " not in raw.partition(b"\r\n")[0]:
+        raise Unavailable(f"the router refuses {path}: {_said(raw)}")
     return raw.partition(b"\r\n\r\n")[2]
 
 
@@ -81,7 +98,7 @@ async def complete(
     fields = {"model": endpoint.model, "prompt": list(prompt), "max_tokens": tokens}
     body = json.dumps({**fields, "stream": True, "ignore_eos": True}).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: {endpoint.host}\r\nconnection: close\r\n"
+        f"POST /v1/completions HTTP/1.1\r\n{endpoint.headers}"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     try:
@@ -93,10 +110,26 @@ async def complete(
             writer.write(head.encode() + body)
             times = await _read_events(reader)
     except (OSError, TimeoutError) as error:
-        raise Unavailable(f"the router did not answer a prompt: {error!r}") from error
+        why = _why(error, timeout_s)
+        raise Unavailable(f"the router did not answer a prompt: {why}") from error
     if not times:
         raise Unavailable("the router sent an answer without tokens")
     return Answer(asked_at_s, tuple(times[:tokens]))
+
+
+def _why(error: OSError | TimeoutError, timeout_s: float) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    return str(error) or f"nothing came within {timeout_s:g} s"
+
+
+def _said(raw: bytes) -> str:
+    """What a refusal says of itself, or else its status."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return head.partition(b"\r\n")[0].decode(errors="replace") or "it closed the connection"
 
 
 @asynccontextmanager
@@ -113,8 +146,7 @@ async def _connection(
 async def _read_events(reader: asyncio.StreamReader) -> list[float]:
     status = await reader.readline()
     if b" 200 " not in status:
-        rest = await reader.read(2000)
-        raise Unavailable(f"the router refused a prompt: {rest.partition(b'{')[2][:200]!r}")
+        raise Unavailable(f"the router refused a prompt: {_said(status + await reader.read())}")
     times = list[float]()
     while line := await reader.readline():
         if line.startswith(_DONE):

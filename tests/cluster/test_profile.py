@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +80,12 @@ SIZES += [*("--batch", "1", "--batch", "2", "--context", "8", "--context", "16")
 
 
 class Router:
-    """Answers each prompt with a token per millisecond; from prompt `refuses_from` on with 429."""
+    """Answers each prompt with a token per millisecond; from prompt `refuses_from` on with 429.
+
+    Once `key` is set, whoever does not send it gets 401.
+    """
+
+    key = b""
 
     def __init__(self, refuses_from: int, workers: object) -> None:
         self._refuses_from = refuses_from
@@ -88,7 +94,9 @@ class Router:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        if head.startswith(b"GET"):
+        if self.key and b"authorization: bearer " + self.key not in head.lower():
+            writer.write(b'HTTP/1.1 401 No\r\n\r\n{"error": {"message": "wrong API key"}}')
+        elif head.startswith(b"GET"):
             models = {"data": [{"id": "fake"}]}
             body = self._workers if b"/control/workers" in head else models
             writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(body).encode())
@@ -103,7 +111,7 @@ class Router:
         asked = json.loads(await reader.readexactly(size))
         self.asked += 1
         if self.asked >= self._refuses_from:
-            writer.write(b'HTTP/1.1 429 Too Many\r\n\r\n{"error": "busy"}')
+            writer.write(b'HTTP/1.1 429 Too Many\r\n\r\n{"error": {"message": "busy"}}')
             return
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         for _ in range(asked["max_tokens"]):
@@ -158,8 +166,44 @@ def test_a_refusal_is_a_sentence_alone_or_in_a_batch(refuses_from: int, tmp_path
     with router(refuses_from) as (url, _):
         done = measure(url, tmp_path / "p.json")
     assert done.exit_code == 1
-    assert done.stderr.startswith("error: the router refused a prompt")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr == "error: the router refused a prompt: busy\n"
+
+
+def test_a_router_with_keys_is_measured_with_one_of_them(tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    with router() as (url, one):
+        one.key = b"secret"
+        without, wrong = measure(url, out), measure(url, out, "--api-key", "guess")
+        done = measure(url, out, "--api-key", "secret")
+    for refused in (without, wrong):
+        assert refused.stderr == "error: the router refuses /v1/models: wrong API key\n"
+    assert done.exit_code == 0, done.output
+    assert read_own(out).kv_tokens == 3200
+
+
+def test_nobody_at_the_url_is_said_without_python(tmp_path: Path) -> None:
+    done = measure("http://127.0.0.1:9", tmp_path / "p.json")
+    assert done.stderr == "error: no router answers at 127.0.0.1:9: Connection refused\n"
+    with server_that_says(b"HTTP/1.1 200 OK\r\n\r\n<html>") as url:
+        done = measure(url, tmp_path / "p.json")
+    assert done.exit_code == 1
+    assert done.stderr.endswith("names no model: is it a router?\n")
+
+
+@contextmanager
+def server_that_says(answer: bytes) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join()
 
 
 @pytest.mark.parametrize(
