@@ -202,7 +202,9 @@ def simulate(
     trace: TraceOption,
     *,
     config: ConfigOption = None,
-    rate_scale: Annotated[float, typer.Option(help="Times the trace's rate.", min=1e-6)] = 1.0,
+    rate_scale: Annotated[
+        float, typer.Option(help="Times the trace's rate.", min=1e-6, max=1e6)
+    ] = 1.0,
     requests: RequestsOption = None,
     max_prompt_tokens: MostPromptOption = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
@@ -242,7 +244,8 @@ def goodput(
         float, typer.Option(help="Of the requests, to keep both targets.", min=0.01, max=1)
     ] = 0.9,
     rate_scale: Annotated[
-        float, typer.Option(help="Times the trace's rate, where the search begins.", min=1e-6)
+        float,
+        typer.Option(help="Times the trace's rate, where the search begins.", min=1e-6, max=1e6),
     ] = 1.0,
     processes: Annotated[int, typer.Option(help="0: one per core.", min=0)] = 0,
     as_json: JsonOption = False,

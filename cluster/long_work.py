@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, plain
 
 _INTERRUPTED = 130
 
@@ -76,4 +76,4 @@ def write_result(path: Path, text: str, option: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InvalidRequest(f"{option}: {path} cannot be written: {error}") from error
+        raise InvalidRequest(f"{option}: {path} cannot be written: {plain(error)}") from error

@@ -245,3 +245,11 @@ _BY_CODE: dict[str, type[BatonError]] = {
 def from_code(code: str, message: str) -> BatonError:
     """The error a peer sent by code; a code from a newer peer becomes a retryable Unavailable."""
     return _BY_CODE.get(code, Unavailable)(message)
+
+
+def plain(error: BaseException) -> str:
+    """What went wrong, for a sentence: of an OSError only what the system says."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error) or type(error).__name__

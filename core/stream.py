@@ -23,7 +23,7 @@ from typing import Generic, Protocol, TypeVar, cast
 
 from google.protobuf.message import DecodeError
 
-from core.errors import ConfigError
+from core.errors import ConfigError, plain
 
 _LENGTH = struct.Struct(">I")
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -131,7 +131,7 @@ class MessageStream(asyncio.Protocol, Generic[In]):
         if self._aborted:
             raise StreamBroken(self._aborted)
         if self._error is not None:
-            raise StreamBroken(_text(self._error))
+            raise StreamBroken(plain(self._error))
         if self._unread:
             raise StreamBroken("it ended within a message")
 
@@ -259,7 +259,7 @@ async def dial(address: str, parse: Callable[[bytes], In]) -> AsyncIterator[Mess
             lambda: MessageStream(parse), host.strip("[]"), int(port)
         )
     except OSError as error:
-        raise StreamBroken(f"{address}: {_text(error)}") from None
+        raise StreamBroken(f"{address}: {plain(error)}") from None
     _set_options(transport.get_extra_info("socket"), _DEAD_MACHINE)
     try:
         yield stream
@@ -273,7 +273,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {_text(error)}") from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {plain(error)}") from error
     # Connections inherit it. asyncio does not set it on those of a listener made like this, and
     # then a message waits 40 ms for the acknowledgement of the one before.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -337,8 +337,3 @@ def _place(name: tuple[str, int] | tuple[str, int, int, int] | None) -> str:
 def _set_options(sock: socket.socket, options: Sequence[tuple[int, int, int]]) -> None:
     for level, name, value in options:
         sock.setsockopt(level, name, value)
-
-
-def _text(error: BaseException) -> str:
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return strerror or str(error) or type(error).__name__

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.types import BenchFailed
+from core.errors import plain
 from core.ids import BlockHash
 
 CUT_TOKENS = 20_480
@@ -87,7 +88,7 @@ def load_trace(path: Path, max_tokens: int = CUT_TOKENS) -> Trace:
     try:
         lines = tuple(_lines(path))
     except OSError as error:
-        raise BenchFailed(f"cannot read {path}: {error.strerror or error}") from error
+        raise BenchFailed(f"cannot read {path}: {plain(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise BenchFailed(f"{path} is not a trace of prompts: {error!r}") from error
     if not lines:

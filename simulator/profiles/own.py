@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.config import Settings
+from core.errors import plain
 from simulator.profiles.types import BadProfile, DecodePoint, Measured, PrefillPoint
 
 FORMAT = "baton-profile-1"
@@ -66,11 +67,12 @@ def read_own(file: Path) -> OwnProfile:
     try:
         profile = OwnProfile.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise BadProfile(f"cannot read {file}: {error}") from error
+        raise BadProfile(f"cannot read {file}: {plain(error)}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise BadProfile(f"{file} is no profile: {place}: {first['msg']}") from error
+        where = f"{place}: " if place else ""
+        raise BadProfile(f"{file} is no profile: {where}{first['msg']}") from error
     if profile.format != FORMAT:
         raise BadProfile(f"{file} is of format {profile.format!r}; this version reads {FORMAT!r}")
     return profile

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from core.errors import plain
 from simulator.profiles.types import BadProfile
 
 
@@ -58,7 +59,7 @@ def read_rows(file: Path) -> list[Row]:
         reader = csv.DictReader(io.StringIO(text.decode()))
         rows = [Row(file, reader.line_num, cells) for cells in reader]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise BadProfile(f"cannot read {file}: {error}") from error
+        raise BadProfile(f"cannot read {file}: {plain(error)}") from error
     if not rows:
         raise BadProfile(f"{file} holds no rows")
     return rows

@@ -22,6 +22,14 @@ from simulator.workload.records import BadTrace, Record, Recorded, check_count
 BLOCK_SIZE = 512
 _ALWAYS = {"prompt": 1000.0, "output": 200.0, "spread": 0.0, "shared": 0.0, "requests": 1000.0}
 
+_MOST_TOKENS = 1e7
+_MOST = {
+    **dict.fromkeys(("rate", "from", "to"), 1e6),
+    **dict.fromkeys(("prompt", "output", "shared"), _MOST_TOKENS),
+    "spread": 10.0,
+}
+"""A run takes as long as its requests, whatever its clock says: beyond these it would not end."""
+
 Numbers = Mapping[str, float]
 
 
@@ -49,6 +57,11 @@ _KINDS: dict[str, tuple[Numbers, Callable[[Numbers], Rate]]] = {
 def is_generated(source: str) -> bool:
     """Whether a name is that of a generator, not of a file."""
     return source.partition(":")[0] in _KINDS
+
+
+def generators() -> str:
+    """Their names, for a message."""
+    return ", ".join(_KINDS)
 
 
 def generate(source: str, *, seed: int, requests: int | None = None) -> Recorded:
@@ -90,8 +103,15 @@ def _parse(kind: str, text: str, known: set[str]) -> dict[str, float]:
         lowest = 0.0 if key in {"spread", "shared", "amplitude", "cv"} else 1e-9
         if not lowest <= given[key] < math.inf:
             raise BadTrace(f"{key} of {kind} cannot be {value}")
+        if given[key] > (most := _MOST.get(key, math.inf)):
+            raise BadTrace(f"{key} of {kind} is {value}, but at most {most:g} is simulated")
     return given
 
 
 def _length(median: float, spread: float, random: Random) -> int:
-    return max(1, round(median * math.exp(random.gauss(0.0, spread)) if spread else median))
+    drawn = median * math.exp(random.gauss(0.0, spread)) if spread else median
+    if drawn > _MOST_TOKENS:
+        raise BadTrace(
+            f"a spread of {spread:g} around {median:g} tokens draws more than {_MOST_TOKENS:g}"
+        )
+    return max(1, round(drawn))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simulator.workload.build import Shaping, build_workload
 from simulator.workload.csv_traces import is_csv_trace, read_csv_trace
-from simulator.workload.generated import generate, is_generated
+from simulator.workload.generated import generate, generators, is_generated
 from simulator.workload.json_traces import read_json_trace
 from simulator.workload.records import (
     BadTrace,
@@ -43,7 +43,10 @@ def load_workload(source: str | Path, shaping: Shaping | None = None) -> Loaded:
         recorded = generate(source, seed=shaping.seed, requests=shaping.requests)
         name = source.partition(":")[0]
     else:
-        recorded, name = read_trace(Path(source), shaping), trace_name(Path(source))
+        file = Path(source)
+        if not file.exists():
+            raise BadTrace(f"there is no trace file {file}, and no such generator: {generators()}")
+        recorded, name = read_trace(file, shaping), trace_name(file)
     workload = build_workload(name, recorded, shaping)
     return Loaded(workload, tuple(_notes(recorded)))
 

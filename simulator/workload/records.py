@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import InvalidRequest
+from core.errors import InvalidRequest, plain
 
 MOST_REQUESTS = 2_000_000
 
@@ -75,7 +75,7 @@ def read_lines(file: Path) -> Iterator[Line]:
             for number, text in enumerate(stream, start=1):
                 yield Line(file, number, text.rstrip("\r\n"))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise BadTrace(f"cannot read {file}: {error}") from error
+        raise BadTrace(f"cannot read {file}: {plain(error)}") from error
 
 
 def trace_name(file: Path) -> str:

@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import grpc
 import pytest
 
 from core import errors
-from core.errors import BatonError, UserError, from_code
+from core.errors import BatonError, UserError, from_code, plain
 
 
 def tree(root: type[BatonError] = BatonError) -> list[type[BatonError]]:
@@ -46,3 +48,14 @@ def test_each_error_leaves_the_process_as_its_page_says(
 
 def test_overload_says_when_to_come_back() -> None:
     assert errors.Overloaded("full", retry_after_s=2.5).retry_after_s == 2.5
+
+
+def test_what_the_system_says_is_told_without_python(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as missing:
+        (tmp_path / "none").read_text()
+    assert plain(missing.value) == "No such file or directory"
+    with pytest.raises(UnicodeDecodeError) as binary:
+        b"\xff".decode()
+    assert plain(binary.value) == "it is no text in UTF-8"
+    assert plain(ValueError("odd")) == "odd"
+    assert plain(TimeoutError()) == "TimeoutError"

@@ -180,8 +180,29 @@ def test_a_broken_trace_is_a_sentence_with_its_line(
 
 
 def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BadTrace, match="cannot read"):
+    with pytest.raises(
+        BadTrace, match=r"^there is no trace file .*none\.csv, and no such generator"
+    ):
         load_workload(tmp_path / "none.csv")
+    with pytest.raises(BadTrace, match=r"generator: poisson, gamma, ramp, sine, step$"):
+        load_workload("poison:rate=4")
+    with pytest.raises(BadTrace, match=r"^cannot read .*: Is a directory$"):
+        load_workload(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("poisson:rate=1e200", "rate of poisson is 1e200, but at most 1e\\+06"),
+        ("ramp:from=1,to=1e7", "to of ramp is 1e7, but"),
+        ("poisson:prompt=1e12", "prompt of poisson is 1e12, but at most 1e\\+07"),
+        ("poisson:spread=1000", "spread of poisson is 1000, but at most 10"),
+        ("poisson:spread=10", "a spread of 10 around 1000 tokens draws more than 1e\\+07"),
+    ],
+)
+def test_a_generator_of_what_no_run_would_end_is_refused(source: str, said: str) -> None:
+    with pytest.raises(BadTrace, match=said):
+        load_workload(source)
 
 
 def test_a_vllm_bench_skips_what_has_no_tokens(tmp_path: Path) -> None:
