@@ -1,8 +1,10 @@
 """The command line `baton`. Heavy parts are imported by the command that needs them."""
 
 import asyncio
+import errno
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +17,13 @@ from cluster.config import ClusterConfig
 from cluster.config_file import load_config
 from core.errors import BatonError, ConfigError
 
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
 
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """An error of ours is its message and status 1, never a traceback; an interrupt that no
-        command has more to say of is one word and status 130.
+        """An error of ours is its message and status 1, never a traceback, and so is a full disk;
+        an interrupt that no command has more to say of is one word and status 130.
         """
         try:
             return super().invoke(ctx)
@@ -28,6 +32,12 @@ class _Group(TyperGroup):
                 prefix = "" if line.startswith(" ") else "error: "
                 print(f"{prefix}{line}", file=sys.stderr)
             raise typer.Exit(1) from error
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            place = error.filename or "the output"
+            print(f"error: {place} cannot be written: {error.strerror}", file=sys.stderr)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -35,7 +45,6 @@ class _Group(TyperGroup):
 
 app = typer.Typer(
     cls=_Group,
-    help="Serve a large language model with prefill and decode on separate pools of workers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,6 +72,24 @@ RunOption = Annotated[
 def main() -> None:
     """Run the command of `sys.argv`; see cluster/entry.py."""
     app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"baton {version('baton')}")
+        raise typer.Exit
+
+
+@app.callback()
+def baton(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and end.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Serve a large language model with prefill and decode on separate pools of workers."""
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """The command line: what it prints where, and with which status."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -199,3 +200,25 @@ def test_an_interrupt_before_the_work_has_begun_is_said(monkeypatch: pytest.Monk
     monkeypatch.setattr("cluster.simulate.load_workload", interrupted)
     done = baton("simulate", "--trace", "poisson:rate=1")
     assert (done.exit_code, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_the_version_is_told() -> None:
+    result = baton("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"baton \d+\.\d+\.\d+\n", result.stdout)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from cluster.cli import main; main()", "config", "schema"],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the output cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr
