@@ -29,7 +29,7 @@ class LeaseStatus:
     lease_id: int
     sequence_id: str
     reader: str
-    """Incarnation of the decode worker that reads; empty while nobody is bound."""
+    """worker_id/incarnation#connection of the worker that reads; empty while nobody is bound."""
     blocks: int
     age_s: float
     expires_in_s: float | None

@@ -1,7 +1,7 @@
 """`baton status`: gathers what the processes of a run say, and shows it as tables or as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
@@ -179,7 +179,7 @@ def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
                 worker.worker_id,
                 str(lease.lease_id),
                 lease.sequence_id,
-                readers.get(lease.reader, lease.reader) or "nobody yet",
+                _reader_name(lease.reader, readers),
                 str(lease.blocks),
                 f"{lease.age_s:.1f} s",
                 expires,
@@ -187,6 +187,12 @@ def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
     if not table.row_count:
         table.add_row("none")
     return table
+
+
+def _reader_name(reader: str, workers: Mapping[str, str]) -> str:
+    """`reader` is worker_id/incarnation#connection; of a worker that is here its name will do."""
+    incarnation = reader.rpartition("#")[0].rpartition("/")[2]
+    return workers.get(incarnation, reader) or "nobody yet"
 
 
 def _transfer_table(workers: Sequence[WorkerStatus]) -> Table:

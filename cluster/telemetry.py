@@ -31,8 +31,8 @@ def setup_logging(process: str, config: TelemetryConfig, stream: TextIO) -> None
     """Send this process's logs to `stream`; `process` is its worker_id, `router`, `controller`.
 
     Libraries speak from warning up only. Of one kind of event no more than 200 lines come at once
-    and 10 per second after that; the next one says how many were left out. A request's own line,
-    `request_done`, is always there.
+    and 10 per second after that; the next one says how many were left out. The line `request_done`
+    of a request that was served, or that failed for want of it (5xx), is always there.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines(process))
@@ -59,7 +59,8 @@ _ROOMS = (
 
 
 class LineLimit(logging.Filter):
-    """What a stranger at a port, or a worker that ends with all its sequences, makes a process say.
+    """Bounds what strangers at a port, requests that are refused, or a worker that ends with all
+    its sequences make a process write.
 
     An event's kind is its logger, its level and its first word. `now_s` is a monotonic clock.
     """
@@ -70,10 +71,10 @@ class LineLimit(logging.Filter):
         self._kinds = dict[tuple[str, int, str], _Kind]()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if any(hasattr(record, name) for name in telemetry.KEEP_LINE):
+            return True
         text = record.getMessage()
         event = text.partition(" ")[0]
-        if event == telemetry.REQUEST_DONE:
-            return True
         key, now_s = (record.name, record.levelno, event), self._now_s()
         kind = self._kinds.get(key)
         if kind is None:

@@ -59,8 +59,8 @@ WORKERS_LEFT_OUT = "baton_workers_left_out"
 INDEX_BLOCKS = "baton_index_blocks"
 INDEX_NOT_TAKEN = "baton_index_blocks_not_taken"
 
-REQUEST_DONE = "request_done"
-"""The log line that every request has."""
+KEEP_LINE = {"keep_line": True}
+"""The `extra` of a log line that is written however many there are of its kind."""
 
 SPAN_REQUEST = "request"
 STAGE_SPANS: dict[Stage, str] = {stage: stage.label for stage in Stage if stage is not Stage.DONE}

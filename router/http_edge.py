@@ -208,7 +208,7 @@ class Exchange:
         _log.log(
             logging.WARNING if status >= 500 else logging.INFO,
             telemetry.log_line(
-                telemetry.REQUEST_DONE,
+                "request_done",
                 request_id=self._request_id,
                 endpoint=endpoint,
                 status=status,
@@ -221,6 +221,7 @@ class Exchange:
                 ttft_ms=1e3 * min(a.ttft_s for a in spoken) if spoken else None,
                 e2e_ms=1e3 * (now_s - self._started_s),
             ),
+            extra=None if 400 <= status < 500 else telemetry.KEEP_LINE,
         )
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from cluster.telemetry import LineLimit
+from core.telemetry import KEEP_LINE
 
 LOGGING = """
 import logging, sys
@@ -24,6 +25,7 @@ import sys
 from pathlib import Path
 
 from cluster.telemetry import LineLimit
+from core.telemetry import KEEP_LINE
 from opentelemetry import trace
 from cluster.config import TelemetryConfig
 from cluster.telemetry import tracing
@@ -81,9 +83,11 @@ def test_of_one_kind_of_event_not_all_lines_are_written_and_how_many_is_said() -
     assert says("stream_ended number=1003") == "stream_ended number=1003"
 
 
-def test_every_request_has_its_line() -> None:
+def test_a_line_to_be_kept_is_kept() -> None:
     limit = LineLimit(lambda: 0.0)
     line = logging.LogRecord("router", logging.INFO, "", 0, "request_done id=1", None, None)
+    assert sum(limit.filter(line) for _ in range(1000)) == 200
+    vars(line).update(KEEP_LINE)
     assert all(limit.filter(line) for _ in range(1000))
 
 

@@ -40,7 +40,7 @@ REPLY = worker_pb2.StatsReply(
         worker_pb2.Lease(
             lease_id=9,
             sequence_id=common_pb2.SequenceId(request_id="req-1", choice=1, attempt=2),
-            reader="reading",
+            reader="decode-0/one#3",
             blocks=4,
             age_s=1.5,
             expires_in_s=8.5,
@@ -145,7 +145,7 @@ def test_every_number_of_a_worker_arrives_where_it_belongs() -> None:
 
 def test_a_lease_tells_its_sequence_reader_and_times() -> None:
     bound, running = read_stats().leases
-    assert (bound.lease_id, bound.reader, bound.blocks) == (9, "reading", 4)
+    assert (bound.lease_id, bound.reader, bound.blocks) == (9, "decode-0/one#3", 4)
     assert bound.sequence_id == "req-1/1.2"
     assert (bound.age_s, bound.expires_in_s) == (1.5, 8.5)
     assert running.expires_in_s is None
@@ -267,7 +267,7 @@ def test_the_table_shows_load_blocks_problems_and_absence() -> None:
 def test_leases_show_who_holds_which_blocks_for_how_long() -> None:
     text = shown(leases=True)
     (line,) = [line for line in text.splitlines() if "req-1/1.2" in line]
-    assert line.split() == ["prefill-0", "9", "req-1/1.2", "reading", "4", "1.5", "s", "8.5", "s"]
+    assert line.split() == ["prefill-0", "9", "req-1/1.2", "prefill-0", "4", "1.5", "s", "8.5", "s"]
     (line,) = [line for line in text.splitlines() if "nobody yet" in line]
     assert line.split()[-1] == "-"
 

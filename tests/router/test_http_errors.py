@@ -361,6 +361,19 @@ async def test_request_id_is_echoed_and_unusable_ones_are_replaced(tmp_path, cap
 
 
 @in_loop
+async def test_only_the_lines_of_refused_requests_may_be_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="router.http_edge")
+    generator = ScriptedGenerator(saying("a"))
+    async with running(generator, model_directory(tmp_path)) as server, httpx.AsyncClient() as http:
+        url = f"{server.url}/v1/chat/completions"
+        await http.post(url, json=GOOD)
+        await http.post(url, json={**GOOD, "model": "other"})
+    served, refused = caplog.records
+    assert " status=200 " in served.getMessage() and hasattr(served, "keep_line")
+    assert " status=404 " in refused.getMessage() and not hasattr(refused, "keep_line")
+
+
+@in_loop
 async def test_metrics_count_requests_tokens_and_errors(tmp_path):
     generator = ScriptedGenerator(saying("a fox", cached_tokens=4))
     async with running(generator, model_directory(tmp_path)) as server, server.client() as client:
