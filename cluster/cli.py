@@ -112,10 +112,13 @@ def down(
     every: Annotated[bool, typer.Option("--all", help="Stop all clusters of this user.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds for an orderly stop.", min=0)] = 60.0,
 ) -> None:
-    """Stop a running cluster and wait until nothing of it is left."""
+    """Stop a running cluster and wait until nothing of it is left, nor of killed ones."""
     from cluster.run_dir import live_runs, runs_root  # noqa: PLC0415
     from cluster.runs import choose_run, stop_run  # noqa: PLC0415
+    from cluster.sweep import sweep_dead_runs  # noqa: PLC0415
 
+    for run_id in sweep_dead_runs(runs_root()):
+        print(f"removed what run {run_id} had left behind")
     living = live_runs(runs_root())
     if not living and run is None:
         print("no cluster is running")

@@ -188,6 +188,21 @@ def test_down_kills_a_cluster_that_does_not_stop(
     assert not (root / run_id).exists()
 
 
+def test_down_removes_what_a_killed_cluster_has_left(
+    root: Path, controllers: list[subprocess.Popen[str]]
+) -> None:
+    killed = start_controller(root, controllers)
+    living = start_controller(root, controllers)
+    controllers[0].kill()
+    controllers[0].wait()
+    result = baton("down", "--run", living)
+    assert result.stdout.splitlines() == [
+        f"removed what run {killed} had left behind",
+        f"cluster {living} stopped",
+    ]
+    assert not root.exists()
+
+
 def test_help_names_every_command() -> None:
     text = baton("--help").stdout
     assert all(command in text for command in ("up", "down", "status", "demo", "config"))
