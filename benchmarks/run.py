@@ -246,7 +246,7 @@ def _write(
 ) -> None:
     if options.out is not None:
         file = options.out / f"{bench.name}.json"
-        write_result(file, json.dumps(result, indent=1) + "\n", "--out")
+        write_result(file, json.dumps(result, indent=1) + "\n", "--out", makes_folder=True)
         print(f"wrote {file}", file=sys.stderr)
     if options.plot is not None:
         plot = options.plot

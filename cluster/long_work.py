@@ -68,12 +68,11 @@ def can_be_file(path: Path) -> bool:
     return (nearest != path) == nearest.is_dir() and os.access(nearest, os.W_OK)
 
 
-def write_result(path: Path, text: str, option: str) -> None:
-    """Replaces the file, in a folder that need not be there. Raises InvalidRequest where the system
-    refuses.
-    """
+def write_result(path: Path, text: str, option: str, *, makes_folder: bool = False) -> None:
+    """Replaces the file. Raises InvalidRequest where the system refuses."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if makes_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidRequest(f"{option}: {path} cannot be written: {plain(error)}") from error
