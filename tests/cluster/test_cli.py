@@ -237,22 +237,3 @@ def test_a_full_disk_is_one_sentence() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: the output cannot be written: No space left on device\n")
     assert "Traceback" not in done.stderr
-
-
-def test_an_interrupt_amid_the_imports_is_one_word() -> None:
-    program = """
-import sys
-
-class Interrupting:
-    def find_spec(self, name, *_):
-        if name == "cluster.config":
-            raise KeyboardInterrupt
-
-sys.meta_path.insert(0, Interrupting())
-from cluster.entry import main
-main()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

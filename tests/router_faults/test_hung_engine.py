@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.probe import left_out_workers
+from cluster.probe import view_of_router
 from core import telemetry
 from tests.cluster.test_router_main import bare_directory
 from tests.router_faults.bodies import run_halting_worker
@@ -53,7 +53,7 @@ async def ejected(fleet: RunningFleet, router: RunningRouter, reason: str) -> fl
 
 async def until_left_out(router: RunningRouter, names: dict[str, str]) -> None:
     async with asyncio.timeout(REQUEST_TIMEOUT_S):
-        while (await left_out_workers(router.url)).ejected != names:
+        while (await view_of_router(router.url)).ejected != names:
             await asyncio.sleep(0.05)
 
 
