@@ -127,10 +127,4 @@ class Connections:
         excess = max(len(over.intersection(idle)), len(self._known) - _KEEP_KNOWN)
         for life in idle[:excess]:
             for shard in self._known.pop(life).shards:  # a task each: all begin before a new stream
-                self._start(self._disconnect(shard))
-
-    async def _disconnect(self, shard: ShardId) -> None:
-        try:
-            await self._transports.disconnect(shard)
-        except TransferFailed as error:
-            log.warning("peer_not_forgotten shard=%s error=%s", shard, error.message)
+                self._start(self._transports.disconnect(shard))

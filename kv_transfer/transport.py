@@ -53,7 +53,8 @@ class Transport(Protocol):
     can arrive: with ReadStats, or with TransferFailed. It is never cancelled: whoever stops waiting
     for it says so by `give_up` and keeps the target blocks out of use until it is done. A read from
     a dead or silent peer ends by the transport's own bound. `close` ends all reads and frees what
-    was registered.
+    was registered. Only `connect` raises, TransferFailed; what another call raises is a bug, which
+    Transports contains.
     """
 
     @property

@@ -22,6 +22,8 @@ from kv_transfer.transport import ReadStats, Sealed, Transport
 log = logging.getLogger(__name__)
 
 _AUTO = ("nixl", "collective")
+CLOSE_TIMEOUT_S = 6.0
+"""Of a way that does not close; the worker ends without it."""
 
 # What starting a transport raises where its package is absent, or cannot work on this machine.
 _NO_START = (ImportError, OSError, RuntimeError, InternalError)
@@ -55,8 +57,11 @@ class Transports:
         return tuple(self._ways)
 
     def memories(self) -> tuple[Memory, ...]:
-        """What peers must know to read from here by each way, best first."""
-        return tuple(way.memory() for way in self._ways.values())
+        """What peers must know to read from here by each way, best first. A way that cannot tell
+        is left out.
+        """
+        told = (self._memory(way) for way in self._ways.values())
+        return tuple(memory for memory in told if memory is not None)
 
     async def connect(self, peer: ShardId, memories: Sequence[Memory]) -> str:
         """Make ready to read from a shard that offers `memories`; answers the way's name.
@@ -91,10 +96,18 @@ class Transports:
             return _failed(error)
 
     async def disconnect(self, peer: ShardId) -> None:
-        """After the last read from that shard; may repeat."""
+        """After the last read from that shard; may repeat. Raises nothing: whatever the way says,
+        the peer is not read by it any more.
+        """
         way = self._routes.pop(peer, None)
-        if way is not None:
+        if way is None:
+            return
+        try:
             await way.disconnect(peer)
+        except TransferFailed as error:
+            log.warning("peer_not_forgotten shard=%s error=%s", peer, error.message)
+        except Exception:  # a bug of that way, which is not to end its caller
+            log.exception("transport_bug name=%s", way.name)
 
     async def failed(self) -> Exception:
         """Wait until the last way has failed; mostly for ever.
@@ -102,7 +115,7 @@ class Transports:
         A way that fails while another is left is only logged and no more offered: its peers
         connect anew by the other one.
         """
-        watches = {asyncio.create_task(way.failed()): way for way in self._ways.values()}
+        watches = {asyncio.create_task(_failure_of(way)): way for way in self._ways.values()}
         try:
             while True:
                 done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
@@ -117,14 +130,21 @@ class Transports:
                 watch.cancel()
 
     async def close(self) -> None:
-        """End all reads, free what was registered."""
-        await asyncio.gather(*(way.close() for way in self._ways.values()))
+        """End all reads, free what was registered. Raises nothing, and is bounded."""
+        await asyncio.gather(*(_close(way) for way in self._ways.values()))
 
     async def _drop(self, way: Transport) -> None:
         del self._ways[way.name]
         for peer in [peer for peer, known in self._routes.items() if known is way]:
             del self._routes[peer]
-        await way.close()
+        await _close(way)
+
+    def _memory(self, way: Transport) -> Memory | None:
+        try:
+            return way.memory()
+        except Exception:  # a bug of that way; others may do
+            log.exception("transport_bug name=%s", way.name)
+            return None
 
 
 def make_transports(
@@ -191,3 +211,21 @@ def _failed(error: Exception) -> "asyncio.Future[ReadStats]":
     read: asyncio.Future[ReadStats] = asyncio.get_running_loop().create_future()
     read.set_exception(error)
     return read
+
+
+async def _failure_of(way: Transport) -> Exception:
+    try:
+        return await way.failed()
+    except Exception as error:  # a bug of that way, which nobody watches any more: it has failed
+        log.exception("transport_bug name=%s", way.name)
+        return error
+
+
+async def _close(way: Transport) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await way.close()
+    except TimeoutError:
+        log.error("transport_not_closed name=%s timeout_s=%g", way.name, CLOSE_TIMEOUT_S)
+    except Exception:  # a bug of that way; the rest of the worker is to be closed as well
+        log.exception("transport_bug name=%s", way.name)

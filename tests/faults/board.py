@@ -26,6 +26,7 @@ class Board:
         self._each: dict[Fault, int | None] = {}
         self._of: defaultdict[Fault, Counter[LeaseId]] = defaultdict(Counter)
         self._held: defaultdict[Fault, list[Callable[[], None]]] = defaultdict(list)
+        self._news = asyncio.Event()
 
     def arm(self, fault: Fault, times: int, each: int | None = None) -> None:
         """It happens the next `times` times that it can, but to no lease more than `each` times."""
@@ -33,6 +34,13 @@ class Board:
             self._armed[fault] = times
             self._each[fault] = each
             self._of[fault].clear()
+        self._news.set()
+
+    async def comes(self, fault: Fault) -> None:
+        """Wait until it is armed; it has happened then."""
+        while not self.take(fault):
+            self._news.clear()
+            await self._news.wait()
 
     def armed(self, fault: Fault) -> bool:
         """Whether it would happen now."""

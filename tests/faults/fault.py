@@ -35,13 +35,24 @@ class Fault(StrEnum):
     IN_STEP = "in_step"
     """The engine's thread is inside a step."""
 
-    # -- the reader's transport
+    # -- the transport
+    MEMORY_RAISES = "memory_raises"
+    """Of the calls marked so, none may raise by the transport's contract."""
     CONNECT_FAILS = "connect_fails"
     READ_RAISES = "read_raises"
-    """`start_read` itself raises, which its contract does not allow."""
+    """As MEMORY_RAISES."""
     READ_FAILS_AT_ONCE = "read_fails_at_once"
     READ_FAILS_LATER = "read_fails_later"
     DISCONNECT_FAILS = "disconnect_fails"
+    DISCONNECT_RAISES = "disconnect_raises"
+    """As MEMORY_RAISES: it fails otherwise than by TransferFailed."""
+    TRANSPORT_FAILS = "transport_fails"
+    """`failed` answers."""
+    FAILED_RAISES = "failed_raises"
+    """As MEMORY_RAISES."""
+    CLOSE_RAISES = "close_raises"
+    """As MEMORY_RAISES."""
+    CLOSE_HANGS = "close_hangs"
     BYTE_FLIPPED = "byte_flipped"
 
     # -- what the owner says, and hears

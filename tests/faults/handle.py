@@ -106,6 +106,10 @@ class WorkerHandle:
         """Wait until the fault has happened so often since it was armed."""
         await self._until(lambda: self.hits[fault] >= times, WAIT_S, f"have {fault} {times} times")
 
+    def stop_serving(self) -> None:
+        """It is told to stop, and has nothing more to be told; it drains and ends."""
+        self._control.shutdown(socket.SHUT_WR)
+
     async def collect(self) -> None:
         """Let Python free what is in cycles: sockets of closed channels among it."""
         await self._command({"collect": True})
@@ -122,6 +126,14 @@ class WorkerHandle:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         async with asyncio.timeout(WAIT_S):
             await self.ended.wait()
+
+    async def ends(self, within_s: float) -> None:
+        """Wait until it has ended by itself."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self.ended.wait()
+        except TimeoutError:
+            raise AssertionError(f"{self.name} lives on after {within_s} s:{self.tail()}") from None
 
     def stop(self) -> None:
         """SIGSTOP: it hangs, its sockets and memory stay."""

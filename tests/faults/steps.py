@@ -1,5 +1,6 @@
 """An engine that stands still inside a step when told to."""
 
+import logging
 from collections.abc import Sequence
 
 from core.errors import BatonError
@@ -7,6 +8,8 @@ from engine.arena import Arena
 from engine.types import Engine, EngineInfo, Sampled, SeqStep
 from tests.faults.board import Board
 from tests.faults.fault import Fault
+
+log = logging.getLogger(__name__)
 
 
 class FaultyEngine:
@@ -30,3 +33,4 @@ class FaultyEngine:
 
     def close(self) -> None:
         self._inner.close()
+        log.info("engine_closed")

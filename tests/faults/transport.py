@@ -31,6 +31,8 @@ class FaultyTransport:
         return self._inner.name
 
     def memory(self) -> Memory:
+        if self._board.take(Fault.MEMORY_RAISES):
+            raise _bug()
         return self._inner.memory()
 
     async def connect(self, peer: ShardId, memory: Memory) -> None:
@@ -56,12 +58,35 @@ class FaultyTransport:
         await self._inner.disconnect(peer)
         if self._board.take(Fault.DISCONNECT_FAILS):
             raise _injected()
+        if self._board.take(Fault.DISCONNECT_RAISES):
+            raise _bug()
 
     async def failed(self) -> Exception:
-        return await self._inner.failed()
+        """As the inner one, or when the board says so."""
+        watches = [
+            asyncio.create_task(self._inner.failed()),
+            asyncio.create_task(self._told(Fault.TRANSPORT_FAILS)),
+            asyncio.create_task(self._told(Fault.FAILED_RAISES)),
+        ]
+        try:
+            (first, *_), _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            if first is watches[-1]:
+                raise first.result()
+            return first.result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def _told(self, fault: Fault) -> Exception:
+        await self._board.comes(fault)
+        return _bug()
 
     async def close(self) -> None:
         await self._inner.close()
+        if self._board.take(Fault.CLOSE_RAISES):
+            raise _bug()
+        if self._board.take(Fault.CLOSE_HANGS):
+            await asyncio.get_running_loop().create_future()
         if self._reads:
             await asyncio.wait(self._reads)
 
@@ -120,3 +145,7 @@ def _halves(plan: ReadPlan) -> tuple[ReadPlan, ReadPlan]:
 
 def _injected() -> TransferFailed:
     return TransferFailed("injected by a test", cause=TransferCause.READ_FAILED)
+
+
+def _bug() -> RuntimeError:
+    return RuntimeError("injected by a test")

@@ -11,6 +11,7 @@ import pytest
 from core.errors import ConfigError, TransferCause, TransferFailed
 from core.ids import ShardId, new_incarnation
 from engine.arena import Arena
+from kv_transfer import transports as transports_module
 from kv_transfer.config import TransferConfig
 from kv_transfer.loopback import LoopbackHub, LoopbackTransport
 from kv_transfer.transports import Transports, common_way, make_transports
@@ -58,6 +59,14 @@ class Worker:
 
     async def read(self, peer: ShardId) -> None:
         await soon(self.transports.start_read(peer, ONE_BLOCK))
+
+
+def a_bug() -> None:
+    raise RuntimeError("a bug")
+
+
+async def raising() -> None:
+    a_bug()
 
 
 # -- the choice ---------------------------------------------------------------------------------
@@ -159,6 +168,44 @@ async def test_close_closes_every_way() -> None:
     assert [way.closed for way in worker.ways.values()] == [True, True]
 
 
+async def test_a_way_that_cannot_tell_its_memory_is_not_offered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Worker(LoopbackHub(), pigeon=0, raven=0)
+    monkeypatch.setattr(worker.ways["pigeon"], "memory", a_bug)
+    assert [m.transport for m in worker.transports.memories()] == ["raven"]
+    assert "transport_bug name=pigeon" in caplog.text
+
+
+@pytest.mark.parametrize("error", [TransferFailed("injected"), ValueError("a bug")])
+async def test_a_peer_is_forgotten_though_its_way_raises(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def disconnect(_peer: ShardId) -> None:
+        raise error
+
+    hub = LoopbackHub()
+    reader = Worker(hub, pigeon=0)
+    await reader.connect(PEER, Worker(hub, pigeon=1))
+    monkeypatch.setattr(reader.ways["pigeon"], "disconnect", disconnect)
+    await reader.transports.disconnect(PEER)
+    with pytest.raises(TransferFailed, match="not connected"):
+        await reader.read(PEER)
+
+
+async def test_a_way_that_does_not_close_leaves_none_of_the_others_open(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Worker(LoopbackHub(), pigeon=0, owl=0, raven=0)
+    monkeypatch.setattr(worker.ways["pigeon"], "close", raising)
+    monkeypatch.setattr(worker.ways["owl"], "close", asyncio.Event().wait)
+    monkeypatch.setattr(transports_module, "CLOSE_TIMEOUT_S", 0.05)
+    await worker.transports.close()
+    assert worker.ways["raven"].closed
+    assert "transport_bug name=pigeon" in caplog.text
+    assert "transport_not_closed name=owl" in caplog.text
+
+
 # -- a way fails --------------------------------------------------------------------------------
 
 
@@ -190,6 +237,19 @@ async def test_a_failed_way_is_dropped_and_its_peers_connect_by_the_other(
         assert worker.ways["raven"].holds == 2
         assert not watch.done()
     assert "transport_failed name=pigeon error=shot down" in caplog.text
+
+
+async def test_a_way_whose_watch_raises_or_that_does_not_close_is_dropped_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = Worker(LoopbackHub(), pigeon=0, owl=0, raven=0)
+    monkeypatch.setattr(worker.ways["pigeon"], "close", raising)
+    async with watched(worker) as watch:
+        worker.ways["pigeon"].broken.set_exception(RuntimeError("a bug"))
+        worker.ways["owl"].broken.set_result(RuntimeError("shot down"))
+        await until(lambda: worker.transports.names == ("raven",), "both are dropped")
+        await until(lambda: worker.ways["owl"].closed, "the failed way is closed")
+        assert not watch.done()
 
 
 async def test_the_failure_of_the_last_way_is_the_workers() -> None:
