@@ -74,6 +74,17 @@ class PeerStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderStatus:
+    """What became of the leases that one worker, as an owner, gave one reader. An empty
+    `reader_id`: nobody was bound to them.
+    """
+
+    reader_id: str
+    leases: dict[str, int]
+    """By how they ended: closed, aborted, expired, withdrawn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStats:
     """What a worker says of itself."""
 
@@ -93,6 +104,8 @@ class WorkerStats:
     leases_closed: int
     leases_aborted: int
     leases_expired: int
+    leases_withdrawn: int
+    readers: tuple[ReaderStatus, ...]
     transports: tuple[str, ...]
     """Ways to move blocks that it offers its peers, best first."""
     transfer_bytes: int

@@ -1,7 +1,7 @@
 """`baton status`: gathers what the processes of a run say, and shows it as tables or as JSON."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
@@ -16,6 +16,8 @@ from cluster.status import WorkerControl, WorkerStats, WorkerStatus, collect
 from cluster.tables import new_table, print_table
 from core.errors import Unavailable
 from core.registry import WorkerRecord
+from kv_transfer.leases import worker_of
+from kv_transfer.metrics import LeaseEnd
 
 _EJECTED = {
     "failures": "requests failed on it",
@@ -122,6 +124,7 @@ def show_status(
         print_table(console, _lease_table(status.workers))
     if transfers:
         print_table(console, _transfer_table(status.workers))
+        print_table(console, _ended_table(status.workers))
 
 
 def _say(console: Console, who: str, text: str) -> None:
@@ -166,7 +169,6 @@ def _state_of(worker_id: str, stats: WorkerStats, status: ClusterStatus) -> str:
 
 
 def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
-    readers = {worker.stats.incarnation: worker.worker_id for worker in workers if worker.stats}
     table = new_table(
         ["owner", "lease", "sequence", "reader"],
         ["blocks", "held for", "expires in"],
@@ -179,7 +181,7 @@ def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
                 worker.worker_id,
                 str(lease.lease_id),
                 lease.sequence_id,
-                _reader_name(lease.reader, readers),
+                worker_of(lease.reader) or "nobody yet",
                 str(lease.blocks),
                 f"{lease.age_s:.1f} s",
                 expires,
@@ -187,12 +189,6 @@ def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
     if not table.row_count:
         table.add_row("none")
     return table
-
-
-def _reader_name(reader: str, workers: Mapping[str, str]) -> str:
-    """`reader` is worker_id/incarnation#connection; of a worker that is here its name will do."""
-    incarnation = reader.rpartition("#")[0].rpartition("/")[2]
-    return workers.get(incarnation, reader) or "nobody yet"
 
 
 def _transfer_table(workers: Sequence[WorkerStatus]) -> Table:
@@ -217,6 +213,17 @@ def _transfer_table(workers: Sequence[WorkerStatus]) -> Table:
                 f"{100 * peer.hidden_s / peer.seconds:.0f} %" if busy else "-",
                 failures or "0",
             )
+    if not table.row_count:
+        table.add_row("none")
+    return table
+
+
+def _ended_table(workers: Sequence[WorkerStatus]) -> Table:
+    table = new_table(["owner", "reader"], list(LeaseEnd), title="KV leases that ended")
+    for worker in workers:
+        for reader in worker.stats.readers if worker.stats else ():
+            counts = (str(reader.leases.get(how, 0)) for how in LeaseEnd)
+            table.add_row(worker.worker_id, reader.reader_id or "nobody", *counts)
     if not table.row_count:
         table.add_row("none")
     return table

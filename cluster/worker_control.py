@@ -3,7 +3,7 @@
 import grpc
 
 from cluster.registry_codec import UnknownRole, role_from_wire
-from cluster.status import BlockCounts, LeaseStatus, PeerStatus, WorkerStats
+from cluster.status import BlockCounts, LeaseStatus, PeerStatus, ReaderStatus, WorkerStats
 from core.channel import CHANNEL_OPTIONS
 from core.errors import Unavailable
 from kv_transfer.codec import sequence_id_from_wire
@@ -47,6 +47,11 @@ def _stats(reply: worker_pb2.StatsReply) -> WorkerStats:
         leases_closed=reply.leases_closed,
         leases_aborted=reply.leases_aborted,
         leases_expired=reply.leases_expired,
+        leases_withdrawn=reply.leases_withdrawn,
+        readers=tuple(
+            ReaderStatus(reader_id=reader.reader_id, leases=dict(reader.ended))
+            for reader in reply.readers
+        ),
         transports=tuple(reply.transports),
         transfer_bytes=sum(peer.nbytes for peer in reply.peers),
         transfer_blocks=sum(peer.blocks for peer in reply.peers),

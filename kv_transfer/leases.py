@@ -14,12 +14,29 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from core.clock import Clock
-from core.ids import BlockHash, BlockId, LeaseId, SequenceId
+from core.ids import BlockHash, BlockId, Incarnation, LeaseId, SequenceId, WorkerId
 from engine.pool import BlockPool
 from kv_transfer.messages import LeaseOutcome, Seal
+from kv_transfer.metrics import LeaseCounters, LeaseEnd
 from kv_transfer.seals import Seals
 
 NEVER_S = float("inf")
+_ENDS = {
+    LeaseOutcome.HELD: LeaseEnd.CLOSED,
+    LeaseOutcome.ABORTED: LeaseEnd.ABORTED,
+    LeaseOutcome.EXPIRED: LeaseEnd.EXPIRED,
+    LeaseOutcome.WITHDRAWN: LeaseEnd.WITHDRAWN,
+}
+
+
+def reader_name(worker_id: WorkerId, incarnation: Incarnation, number: int) -> str:
+    """What leases are bound under by one stream of a reader."""
+    return f"{worker_id}/{incarnation}#{number}"
+
+
+def worker_of(reader: str | None) -> WorkerId:
+    """The worker of a reader's name; empty where there is none."""
+    return WorkerId((reader or "").rpartition("/")[0])
 
 
 class LeaseListener(Protocol):
@@ -62,16 +79,6 @@ class _Ended:
     outcome: LeaseOutcome
     reader: str | None
     unread: Lease | None
-
-
-@dataclass(slots=True)
-class LeaseCounters:
-    """Outcomes since the process started; opened = closed + aborted + expired + open."""
-
-    opened: int = 0
-    closed: int = 0
-    aborted: int = 0
-    expired: int = 0
 
 
 class LeaseTable:
@@ -147,7 +154,6 @@ class LeaseTable:
     def finish_unread(self, lease: Lease) -> None:
         """The prefill has ended, and the answer with it: there is nothing to hand off."""
         if lease.lease_id in self._open:
-            self.counters.closed += 1
             self._end(lease, LeaseOutcome.ABORTED, unread=lease)
 
     def ended_unread(self, lease_id: LeaseId) -> Lease | None:
@@ -177,11 +183,8 @@ class LeaseTable:
         lease = self._open.get(lease_id)
         outcome = self._outcome(lease_id, lease, reader)
         tell(outcome)
-        if lease is not None and outcome is LeaseOutcome.EXPIRED:
-            self._expire(lease)
-        elif lease is not None and outcome is LeaseOutcome.HELD:
-            self.counters.closed += 1
-            self._end(lease, LeaseOutcome.HELD)
+        if lease is not None and outcome in (LeaseOutcome.EXPIRED, LeaseOutcome.HELD):
+            self._end(lease, outcome)
         return outcome
 
     def _outcome(self, lease_id: LeaseId, lease: Lease | None, reader: str) -> LeaseOutcome:
@@ -198,10 +201,9 @@ class LeaseTable:
     def abort(
         self, lease_id: LeaseId, outcome: LeaseOutcome = LeaseOutcome.ABORTED
     ) -> Lease | None:
-        """End a lease early; answers it if it was open. WITHDRAWN is counted as ABORTED is."""
+        """End a lease early; answers it if it was open."""
         lease = self._open.get(lease_id)
         if lease is not None:
-            self.counters.aborted += 1
             self._end(lease, outcome)
         return lease
 
@@ -215,13 +217,9 @@ class LeaseTable:
         now_s = self._clock.now_s()
         expired = [lease for lease in self._open.values() if lease.expires_at_s <= now_s]
         for lease in expired:
-            self._expire(lease)
+            self._end(lease, LeaseOutcome.EXPIRED)
         self._forget()
         return expired
-
-    def _expire(self, lease: Lease) -> None:
-        self.counters.expired += 1
-        self._end(lease, LeaseOutcome.EXPIRED)
 
     def _forget(self) -> None:
         now_s = self._clock.now_s()
@@ -240,6 +238,8 @@ class LeaseTable:
             lease.seal = None
         forget_at_s = self._clock.now_s() + 2 * self.lease_s
         self._ended[lease.lease_id] = _Ended(forget_at_s, outcome, lease.reader, unread)
+        how = LeaseEnd.CLOSED if unread is not None else _ENDS[outcome]
+        self.counters.end(worker_of(lease.reader), how)
         blocks, lease.blocks = lease.blocks, []
         self._pool.unlease(blocks)
         if lease.listener is not None:

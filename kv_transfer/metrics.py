@@ -1,7 +1,10 @@
-"""What a worker has brought from each of its peers, and why some of it failed."""
+"""What a worker has brought from each of its peers and why some of it failed, and what became of
+the leases that it gave them.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from core.errors import BatonError, DeadlineExceeded, TransferCause, TransferFailed
 from core.fit import LinearFit
@@ -10,6 +13,9 @@ from kv_transfer.traffic import Traffic
 
 _PRIOR_BASE_S = 0.002
 _PRIOR_BYTES_PER_S = 4e9  # hopeful, so that a first fetch is tried and the fit learns
+
+_KEEP = 4096
+"""Peers, of which most are long gone."""
 
 
 def transfer_cost() -> LinearFit:
@@ -65,7 +71,7 @@ class TransferMetrics:
     the reads asked for and not ended bring, from all of them.
     """
 
-    def __init__(self, keep: int = 4096) -> None:
+    def __init__(self, keep: int = _KEEP) -> None:
         self._keep = keep
         self.pairs: dict[WorkerId, PairMetrics] = {}
         self.traffic = Traffic()
@@ -79,6 +85,37 @@ class TransferMetrics:
     def failed(self, owner_id: WorkerId, error: BaseException) -> None:
         """A hand-off that brought nothing usable."""
         self.pair(owner_id).failures[_cause(error)] += 1
+
+
+class LeaseEnd(StrEnum):
+    """How a lease ended, as its owner counts it. CLOSED: its reader has the blocks, or there was
+    nothing to hand off.
+    """
+
+    CLOSED = "closed"
+    ABORTED = "aborted"
+    EXPIRED = "expired"
+    WITHDRAWN = "withdrawn"
+
+
+@dataclass(slots=True)
+class LeaseCounters:
+    """Leases since the process started: `opened` is what `ended` adds up to and those still open.
+    `by_reader` has the worker that was bound, "" where none was; readers that are gone stay, as
+    `keep` bounds how many.
+    """
+
+    opened: int = 0
+    ended: Counter[LeaseEnd] = field(default_factory=Counter)
+    by_reader: dict[WorkerId, Counter[LeaseEnd]] = field(default_factory=dict)
+    keep: int = _KEEP
+
+    def end(self, reader: WorkerId, how: LeaseEnd) -> None:
+        """The oldest pair makes room for a new one."""
+        self.ended[how] += 1
+        if reader not in self.by_reader and len(self.by_reader) >= self.keep:
+            del self.by_reader[next(iter(self.by_reader))]
+        self.by_reader.setdefault(reader, Counter())[how] += 1
 
 
 def _cause(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from core.ids import BlockId, LeaseId, SequenceId
-from kv_transfer.leases import Lease, LeaseListener, LeaseTable
+from kv_transfer.leases import Lease, LeaseListener, LeaseTable, reader_name
 from kv_transfer.messages import (
     Abort,
     Announce,
@@ -97,7 +97,7 @@ class Owner:
 
     def attach(self, hello: PeerHello, send: Send) -> str:
         """A reader's stream; answers the name its leases will be bound under."""
-        reader = f"{hello.worker_id}/{hello.incarnation}#{next(self._numbers)}"
+        reader = reader_name(hello.worker_id, hello.incarnation, next(self._numbers))
         self._readers[reader] = send
         return reader
 

@@ -1,6 +1,7 @@
 """A simulated cluster: built from its spec, run over requests, answering a record per request."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from random import Random
 from core.fit import PrefillCost
 from core.ids import WorkerId
 from core.messages import KvRemoved, KvStored
-from kv_transfer.leases import LeaseCounters, LeaseTable
+from kv_transfer.leases import LeaseTable
+from kv_transfer.metrics import LeaseCounters, LeaseEnd
 from router.index import PrefixIndex
 from simulator.clients import Clients, OpenClients, make_clients
 from simulator.events import Events
@@ -326,9 +328,7 @@ def _sum_leases(tables: Sequence[LeaseTable]) -> LeaseCounters:
     counters = [table.counters for table in tables]
     return LeaseCounters(
         opened=sum(each.opened for each in counters),
-        closed=sum(each.closed for each in counters),
-        aborted=sum(each.aborted for each in counters),
-        expired=sum(each.expired for each in counters),
+        ended=sum((each.ended for each in counters), Counter[LeaseEnd]()),
     )
 
 

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from cluster.worker.worker import Worker
 from core import telemetry
 from core.errors import ConfigError
+from kv_transfer.metrics import LeaseEnd
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +66,18 @@ def _leases(worker: Worker) -> Iterator[Metric]:
     ended = CounterMetricFamily(
         telemetry.LEASES_ENDED, "Leases that ended, by how", labels=["outcome"]
     )
-    ended.add_metric(["closed"], counters.closed)
-    ended.add_metric(["aborted"], counters.aborted)
-    ended.add_metric(["expired"], counters.expired)
+    for how in LeaseEnd:
+        ended.add_metric([how], counters.ended[how])
     yield ended
+    by_reader = CounterMetricFamily(
+        telemetry.PAIR_LEASES_ENDED,
+        "Leases that ended, by the worker bound to them (empty: none was) and how",
+        labels=["reader", "outcome"],
+    )
+    for reader, pair in counters.by_reader.items():
+        for how, count in pair.items():
+            by_reader.add_metric([reader, how], count)
+    yield by_reader
     yield GaugeMetricFamily(
         telemetry.LEASES_OPEN, "Leases open now", value=len(worker.leases.all())
     )

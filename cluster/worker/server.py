@@ -9,7 +9,7 @@ from core.clock import Clock
 from core.ids import WorkerId
 from kv_transfer.codec import sequence_id_to_wire
 from kv_transfer.leases import NEVER_S, Lease
-from kv_transfer.metrics import PairMetrics
+from kv_transfer.metrics import LeaseEnd, PairMetrics
 from prefill_worker.prefix import FetchCounters
 from router.codec import hello_to_wire, load_to_wire
 from wire import worker_pb2, worker_pb2_grpc
@@ -48,9 +48,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             pool_error=problem,
             leases=[self._lease(lease) for lease in worker.leases.all()],
             leases_opened=leases.opened,
-            leases_closed=leases.closed,
-            leases_aborted=leases.aborted,
-            leases_expired=leases.expired,
+            leases_closed=leases.ended[LeaseEnd.CLOSED],
+            leases_aborted=leases.ended[LeaseEnd.ABORTED],
+            leases_expired=leases.ended[LeaseEnd.EXPIRED],
+            leases_withdrawn=leases.ended[LeaseEnd.WITHDRAWN],
+            readers=[
+                worker_pb2.ReaderLeases(
+                    reader_id=reader_id, ended={how.value: count for how, count in ended.items()}
+                )
+                for reader_id, ended in leases.by_reader.items()
+            ],
             pid=os.getpid(),
             open_legs=worker.open_legs,
             transports=worker.transports.names,

@@ -51,6 +51,11 @@ REPLY = worker_pb2.StatsReply(
     leases_closed=5,
     leases_aborted=1,
     leases_expired=0,
+    leases_withdrawn=2,
+    readers=[
+        worker_pb2.ReaderLeases(reader_id="decode-0", ended={"closed": 5, "aborted": 1}),
+        worker_pb2.ReaderLeases(reader_id="", ended={"withdrawn": 2}),
+    ],
     pid=77,
     transports=["nixl", "collective"],
     peers=[
@@ -130,6 +135,11 @@ def test_every_number_of_a_worker_arrives_where_it_belongs() -> None:
     )
     assert stats.blocks.total == 21
     assert (stats.leases_opened, stats.leases_closed, stats.leases_aborted) == (8, 5, 1)
+    assert stats.leases_withdrawn == 2
+    assert [(r.reader_id, r.leases) for r in stats.readers] == [
+        ("decode-0", {"closed": 5, "aborted": 1}),
+        ("", {"withdrawn": 2}),
+    ]
     assert (stats.transfer_bytes, stats.transfer_blocks, stats.transfer_failures) == (4096, 2, 1)
     (peer,) = stats.peers
     assert (peer.owner_id, peer.transport) == ("prefill-0", "nixl")
@@ -253,6 +263,13 @@ def test_transfers_show_who_read_how_much_from_whom_and_why_some_failed() -> Non
     assert "KV transfers" in text
     assert "1 expired" in text
     assert "50 %" in text
+
+
+def test_transfers_show_what_became_of_each_readers_leases() -> None:
+    ended = shown(leases=False, transfers=True).partition("KV leases that ended")[2]
+    rows = [line.split() for line in ended.splitlines()]
+    assert ["prefill-0", "decode-0", "5", "1", "0", "0"] in rows
+    assert ["prefill-0", "nobody", "0", "0", "0", "2"] in rows
 
 
 def test_the_table_shows_load_blocks_problems_and_absence() -> None:

@@ -26,6 +26,7 @@ from core.messages import (
 )
 from core.stream import MessageStream, dial
 from kv_transfer.loopback import LoopbackHub
+from kv_transfer.metrics import LeaseEnd
 from router.codec import from_worker, to_worker
 from tests.builders import (
     BLOCK_SIZE,
@@ -334,7 +335,8 @@ async def test_a_hand_off_between_two_workers_end_to_end() -> None:
         await pair.to_prefill.until(lambda: bool(pair.to_prefill.tokens(1)))
         assert pair.to_prefill.tokens(1) + rest == expected_tokens(PROMPT, 20)
         await pair.idle()
-        assert pair.prefill.worker.leases.counters.closed == 1
+        ended = pair.prefill.worker.leases.counters.by_reader
+        assert ended == {pair.decode.record.worker_id: {LeaseEnd.CLOSED: 1}}
 
 
 async def test_the_decode_worker_answers_the_first_token_to_nobody() -> None:

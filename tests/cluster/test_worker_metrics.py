@@ -16,7 +16,7 @@ from core.errors import ConfigError, TransferCause, TransferFailed
 from core.ids import Role, WorkerId
 from engine.pool import PoolCounts
 from kv_transfer.loopback import LoopbackHub
-from kv_transfer.metrics import PullStats
+from kv_transfer.metrics import LeaseEnd, PullStats
 from tests.builders import served_worker
 from tests.processes import write_config, write_model
 
@@ -39,6 +39,7 @@ async def test_leases_blocks_and_pairs_are_served(caplog: pytest.LogCaptureFixtu
         )
         expired = TransferFailed("late", cause=TransferCause.EXPIRED)
         worker.reader.metrics.failed(WorkerId("p"), expired)
+        worker.leases.counters.end(WorkerId("d1"), LeaseEnd.WITHDRAWN)
         with serving_metrics(worker, "127.0.0.1", 0):
             (address,) = re.findall(r"worker_metrics address=(\S+)", caplog.text)
             text = await scrape(address)
@@ -47,6 +48,8 @@ async def test_leases_blocks_and_pairs_are_served(caplog: pytest.LogCaptureFixtu
         assert 'baton_kv_pair_sealed_handoffs_total{owner="p",transport="nixl"} 1.0' in text
         assert 'baton_kv_pair_failures_total{cause="expired",owner="p"} 1.0' in text
         assert 'baton_kv_leases_ended_total{outcome="expired"} 0.0' in text
+        assert 'baton_kv_leases_ended_total{outcome="withdrawn"} 1.0' in text
+        assert 'baton_kv_pair_leases_ended_total{outcome="withdrawn",reader="d1"} 1.0' in text
         assert f'baton_kv_blocks{{state="free"}} {worker.pool.num_blocks}.0' in text
         with pytest.raises(httpx.ConnectError):
             await scrape(address)

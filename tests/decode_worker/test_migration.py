@@ -35,6 +35,7 @@ from kv_transfer.messages import (
     LeaseOutcome,
     Ready,
 )
+from kv_transfer.metrics import LeaseEnd
 from tests.builders import (
     BLOCK_SIZE,
     RouterEnd,
@@ -504,7 +505,7 @@ async def test_a_new_offer_replaces_one_that_was_given_up() -> None:
         head = await source.give_away(number, second.lease_id)
         tail = await destination.router.answered(number)
         assert head + tail == expected_tokens(PROMPT, MAX_TOKENS)[1:]
-        assert source.served.worker.leases.counters.aborted == 1
+        assert source.served.worker.leases.counters.ended[LeaseEnd.ABORTED] == 1
         await t.idle()
 
 

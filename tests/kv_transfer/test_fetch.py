@@ -6,6 +6,7 @@ import pytest
 
 from core.errors import DeadlineExceeded, TransferCause, TransferFailed
 from kv_transfer.messages import Abort, Fetched
+from kv_transfer.metrics import LeaseEnd
 from tests.builders import until
 from tests.kv_transfer.halves import LAYOUT, LEASE_S, NUM_BLOCKS, cache, pair
 
@@ -18,7 +19,7 @@ async def test_a_cached_prefix_is_read_and_its_lease_closed() -> None:
         assert fetched.stats.nbytes == 6 * LAYOUT.block_bytes
         p.assert_arrived(fetched, blocks)
         await p.owner_holds_nothing()
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
         assert p.owner.pool.counts().cached == 6
 
 

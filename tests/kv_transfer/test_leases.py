@@ -4,10 +4,11 @@ import pytest
 
 from core.clock import FakeClock
 from core.errors import InternalError
-from core.ids import BlockId, LeaseId, RequestId, SequenceId
+from core.ids import BlockId, Incarnation, LeaseId, RequestId, SequenceId, WorkerId
 from engine.pool import BlockPool
-from kv_transfer.leases import Lease, LeaseTable
+from kv_transfer.leases import Lease, LeaseTable, reader_name
 from kv_transfer.messages import LeaseOutcome
+from kv_transfer.metrics import LeaseCounters, LeaseEnd
 
 LEASE_S = 10.0
 READER, OTHER = "reader", "other"
@@ -126,7 +127,7 @@ def test_close_may_be_asked_again() -> None:
     lease = t.open()
     answers = [t.table.close(lease.lease_id, READER) for _ in range(3)]
     assert answers == [LeaseOutcome.HELD] * 3
-    assert t.table.counters.closed == 1
+    assert t.table.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 def test_an_ended_lease_is_forgotten_after_twice_its_length() -> None:
@@ -180,7 +181,7 @@ def test_an_unread_lease_counts_as_closed_and_its_reader_gets_no_held() -> None:
     t.table.finish_unread(lease)
     assert t.held() == 0
     assert t.table.close(lease.lease_id, READER) is LeaseOutcome.ABORTED
-    assert t.table.counters.closed == 1
+    assert t.table.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 def test_counters_add_up() -> None:
@@ -188,14 +189,35 @@ def test_counters_add_up() -> None:
     for end in (
         lambda lease: t.table.close(lease.lease_id, READER),
         lambda lease: t.table.abort(lease.lease_id),
+        lambda lease: t.table.abort(lease.lease_id, LeaseOutcome.WITHDRAWN),
         lambda lease: t.clock.advance(LEASE_S),
         lambda lease: None,
     ):
         end(t.open(1))
         t.table.sweep()
     c = t.table.counters
-    assert (c.opened, c.closed, c.aborted, c.expired) == (4, 1, 1, 1)
+    assert (c.opened, c.ended) == (5, dict.fromkeys(LeaseEnd, 1))
     assert len(t.table.all()) == 1
+
+
+def test_ends_are_counted_by_the_worker_that_was_bound() -> None:
+    t = Table()
+    for number in (1, 2):  # two streams of one worker's two lives
+        name = reader_name(WorkerId("rack/1"), Incarnation(f"life{number}"), number)
+        t.table.close(t.open(1, reader=name).lease_id, name)
+    t.table.abort(t.open(1, reader=None).lease_id, LeaseOutcome.WITHDRAWN)
+    assert t.table.counters.by_reader == {
+        "rack/1": {LeaseEnd.CLOSED: 2},
+        "": {LeaseEnd.WITHDRAWN: 1},
+    }
+
+
+def test_the_oldest_reader_counted_makes_room() -> None:
+    counters = LeaseCounters(keep=2)
+    for reader in ("a", "b", "a", "c"):
+        counters.end(WorkerId(reader), LeaseEnd.CLOSED)
+    assert list(counters.by_reader) == ["b", "c"]
+    assert counters.ended == {LeaseEnd.CLOSED: 4}
 
 
 def test_check_finds_a_lease_the_pool_does_not_know() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from kv_transfer.messages import Announce, Bind, Close, Closed, FromOwner, FromReader
+from kv_transfer.metrics import LeaseEnd
 from tests.builders import soon, until
 from tests.kv_transfer.halves import LAST, NUM_BLOCKS, Pair, pair
 
@@ -85,7 +86,7 @@ async def test_a_lost_closing_question_or_answer_is_asked_again(lost: type[objec
         p.owner.owner.hears = lose_first(lost, lambda _: True)
         p.owner.owner.says = lose_first(lost, lambda _: True)
         await hand_off(p)
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
         asked: list[FromReader] = [m for m in p.owner.owner.heard if isinstance(m, Close)]
         assert len(asked) == 2
 

@@ -17,6 +17,7 @@ from kv_transfer.bound import BoundLease
 from kv_transfer.client import PeerConnection
 from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.messages import Bind, LeaseOutcome
+from kv_transfer.metrics import LeaseEnd
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Pulled
 from kv_transfer.transport import QueuedRead, ReadStats, Sealed
@@ -67,7 +68,7 @@ async def test_blocks_are_read_while_later_chunks_still_run() -> None:
         assert pulled.stats.nbytes == 5 * LAYOUT.block_bytes
         p.assert_arrived(pulled, blocks)
         await p.owner_holds_nothing()
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 async def test_blocks_the_reader_has_already_are_not_read() -> None:
@@ -84,7 +85,7 @@ async def test_a_reader_that_has_everything_reads_nothing_and_still_asks() -> No
         lease, _ = p.owner.whole(4)
         pulled = await p.pull(lease, 4, cached=4)
         assert (pulled.cached_blocks, pulled.stats.nbytes, pulled.tokens) == (4, 0, (77,))
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 async def test_binding_before_the_wanted_blocks_exist_waits_for_them() -> None:
@@ -168,7 +169,7 @@ async def test_an_abort_by_the_owner_fails_the_pull_and_frees_the_blocks() -> No
 
 
 async def test_an_expired_lease_discards_what_was_read() -> None:
-    async with pair(seals=False) as p, asyncio.TaskGroup() as group:
+    async with pair() as p, asyncio.TaskGroup() as group:
         lease, _ = p.owner.whole(3)
         p.half.transport.holds = True
         pulling = group.create_task(failure(p.pull(lease, 3)))
@@ -177,7 +178,7 @@ async def test_an_expired_lease_discards_what_was_read() -> None:
         p.half.transport.let_go()
         assert "the lease expired" in await pulling
         p.assert_reader_holds_nothing()
-        assert p.owner.table.counters.expired == 1
+        assert p.owner.table.counters.ended[LeaseEnd.EXPIRED] == 1
 
 
 async def test_a_read_that_does_not_end_quarantines_its_blocks_until_it_does() -> None:
@@ -286,7 +287,7 @@ async def test_a_lost_reader_frees_the_owners_blocks_at_once() -> None:
         await until(lambda: p.half.transport.waiting == 1)
         p.stream().cancel()
         await p.owner_holds_nothing()
-        assert p.owner.table.counters.aborted == 1
+        assert p.owner.table.counters.ended[LeaseEnd.ABORTED] == 1
         await pulling
         assert p.half.pool.counts().quarantined == 3
         p.half.transport.let_go()

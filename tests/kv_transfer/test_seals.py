@@ -9,6 +9,7 @@ from core.ids import RequestId, SequenceId
 from engine.pool import BlockPool
 from kv_transfer.leases import LeaseTable
 from kv_transfer.messages import Abort, Close, Closed, FromOwner, FromReader, Seal
+from kv_transfer.metrics import LeaseEnd
 from kv_transfer.seals import Seals
 from tests.builders import soon, until
 from tests.kv_transfer.halves import LAST, LEASE_S, Pair, cache, pair
@@ -123,7 +124,7 @@ async def test_blocks_are_usable_though_the_owner_does_not_answer() -> None:
         assert pulled.stats.sealed
         p.assert_arrived(pulled, blocks)
         await p.owner_holds_nothing()
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
         assert p.reader.metrics.pair(p.owner.hello.worker_id).sealed == 1
 
 
@@ -136,7 +137,7 @@ async def test_an_owner_that_has_not_heard_so_is_told_again() -> None:
         assert p.owner.pool.counts().held == 3
         deaf.lasts = False
         await p.owner_holds_nothing()
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 async def test_where_the_seal_is_broken_the_question_decides() -> None:
@@ -180,7 +181,7 @@ async def test_an_announcement_that_comes_late_is_no_answer() -> None:
         await until(lambda: deaf.missed >= 2, "asked again")
         deaf.lasts = False
         await p.owner_holds_nothing()
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 async def test_an_abort_that_was_heard_counts_more_than_a_seal_that_was_whole() -> None:

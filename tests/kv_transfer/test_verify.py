@@ -16,6 +16,7 @@ from kv_transfer import checksum, server
 from kv_transfer.checksum import VerifyMode, checksum_blocks, pick_blocks
 from kv_transfer.client import PeerConnection
 from kv_transfer.messages import Close, Closed, FromOwner, Renew
+from kv_transfer.metrics import LeaseEnd
 from kv_transfer.plan import ReadPlan
 from kv_transfer.transport import ReadStats, Sealed
 from tests.builders import until
@@ -62,7 +63,7 @@ async def test_blocks_that_arrived_well_pass(mode: VerifyMode) -> None:
     async with pair(verify=mode) as p:
         lease, blocks = p.owner.whole(5)
         p.assert_arrived(await p.pull(lease, 5, cached=2), blocks[2:])
-        assert p.owner.table.counters.closed == 1
+        assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 async def test_a_lost_answer_with_checksums_is_no_confirmation_and_no_damage() -> None:

@@ -152,7 +152,8 @@ class WatchedTable(LeaseTable):
     def check_counters(self) -> None:
         """Every lease is counted once."""
         c, still_open = self.counters, len(self.all())
-        assert c.opened == c.closed + c.aborted + c.expired + still_open, c
+        assert c.opened == c.ended.total() + still_open, c
+        assert sum(c.by_reader.values(), Counter()) == c.ended, c
         assert np.count_nonzero(self.seals.words) == sum(
             lease.seal is not None for lease in self.all()
         )

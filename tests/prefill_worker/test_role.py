@@ -10,6 +10,7 @@ from core.messages import Cancel, LegFailed, Rejected, RenewLeases, Withdraw, Wi
 from core.sampling import FinishReason
 from core.stages import Stage
 from kv_transfer.loopback import LoopbackHub
+from kv_transfer.metrics import LeaseEnd
 from tests.builders import (
     RouterEnd,
     WorkerPair,
@@ -80,7 +81,7 @@ async def test_an_answer_of_one_token_leaves_no_lease() -> None:
         assert await pair.to_prefill.answered(1) == expected_tokens(PROMPT, 1)
         assert pair.to_prefill.entries(1)[0].finish is FinishReason.LENGTH
         await until_idle(pair.prefill.worker)
-        assert pair.prefill.worker.leases.counters.closed == 1
+        assert pair.prefill.worker.leases.counters.ended[LeaseEnd.CLOSED] == 1
 
 
 async def test_a_stop_token_as_first_token_leaves_no_lease() -> None:
@@ -156,7 +157,7 @@ async def test_a_cancel_after_the_first_token_ends_the_lease() -> None:
         assert pair.prefill.worker.pool.counts().held == 6
         cancel(pair, 1)
         await until_idle(pair.prefill.worker)
-        assert pair.prefill.worker.leases.counters.aborted == 1
+        assert pair.prefill.worker.leases.counters.ended[LeaseEnd.ABORTED] == 1
 
 
 async def test_cancelling_a_leg_that_is_not_there_does_nothing() -> None:
@@ -173,7 +174,7 @@ async def test_a_lease_nobody_takes_expires() -> None:
         await pair.to_prefill.until(lambda: bool(pair.to_prefill.entries(1)))
         clock.advance(10.0)
         await until_idle(pair.prefill.worker)
-        assert pair.prefill.worker.leases.counters.expired == 1
+        assert pair.prefill.worker.leases.counters.ended[LeaseEnd.EXPIRED] == 1
 
 
 async def test_the_router_keeps_a_lease_nobody_took_yet() -> None:
@@ -242,6 +243,8 @@ async def test_the_decode_worker_of_a_withdrawn_prompt_counts_no_fault_of_the_ow
         assert "the router withdrew it" in failed.message
         (transfers,) = pair.decode.worker.reader.metrics.pairs.values()
         assert transfers.failures == {"withdrawn": 1}
+        ended = pair.prefill.worker.leases.counters.by_reader[pair.decode.record.worker_id]
+        assert ended == {LeaseEnd.WITHDRAWN: 1}
         cancel(pair, 1)
         pair.prefill.gate.open()
         await pair.idle()

@@ -25,6 +25,7 @@ from core.errors import (
 from core.ids import Incarnation, Role, WorkerId
 from core.sampling import FinishReason
 from engine.types import SeqStep
+from kv_transfer.metrics import LeaseEnd
 from router.attempt import Attempt
 from router.config import RouterConfig
 from router.policies.base import Decision, DecodeQuery, Slo, Stateless
@@ -601,7 +602,7 @@ async def test_a_decode_workers_no_costs_another_choice_and_not_an_attempt() -> 
         assert timings is not None
         assert (timings.attempts, timings.decode_worker) == (1, "decode-1")
         leases = [served.worker.leases.counters for served in cluster.prefill]
-        assert sum(c.opened for c in leases) == sum(c.closed for c in leases) == 2
+        assert sum(c.opened for c in leases) == sum(c.ended[LeaseEnd.CLOSED] for c in leases) == 2
         await until_idle(*cluster.workers)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kv_transfer.config import TransferConfig
+from kv_transfer.metrics import LeaseEnd
 from router.config import RouterConfig
 from simulator.cluster import Cluster, Outcome
 from simulator.spec import Cut, Failure, SimSpec
@@ -31,7 +32,8 @@ def finished(spec: SimSpec, count: int = 1) -> Outcome:
 
 def counts(outcome: Outcome) -> tuple[int, int, int, int]:
     leases = outcome.leases
-    return leases.opened, leases.closed, leases.aborted, leases.expired
+    ended = (leases.ended[how] for how in (LeaseEnd.CLOSED, LeaseEnd.ABORTED, LeaseEnd.EXPIRED))
+    return leases.opened, *ended
 
 
 def test_a_lease_that_is_read_is_closed_however_long_that_takes() -> None:
@@ -43,8 +45,8 @@ def test_a_lease_that_is_read_is_closed_however_long_that_takes() -> None:
 def test_an_answer_that_ends_with_its_first_token_leaves_no_lease_to_read() -> None:
     cluster = Cluster(spec_of())
     outcome = cluster.run([replace(ask(), output_tokens=1)])
-    assert outcome.leases.expired == 0
-    assert outcome.leases.opened == outcome.leases.closed + outcome.leases.aborted
+    assert outcome.leases.ended[LeaseEnd.EXPIRED] == 0
+    assert outcome.leases.opened == outcome.leases.ended.total()
     check_idle(cluster)
 
 
@@ -79,7 +81,7 @@ def test_a_cut_longer_than_a_lease_costs_the_hand_off_and_not_the_answer(
     outcome = finished(replace(spec_of(), cuts=(cut,)))
     (record,) = outcome.records
     assert record.outcome == "ok"
-    assert outcome.leases.expired == expired
+    assert outcome.leases.ended[LeaseEnd.EXPIRED] == expired
     assert record.attempts == 1 + expired
 
 
@@ -90,6 +92,6 @@ def test_blocks_of_an_expired_lease_serve_those_that_wait_for_memory() -> None:
     pools = (replace(spec.pools[0], worker=few), spec.pools[1])
     outcome = finished(replace(spec, pools=pools), count=2)
     assert [record.outcome for record in outcome.records] == ["ok", "ok"]
-    assert outcome.leases.expired >= 1
+    assert outcome.leases.ended[LeaseEnd.EXPIRED] >= 1
     second = max(outcome.records, key=lambda record: record.first_s)
     assert 2.0 <= second.first_s < 3.0  # when the first one's lease had expired
