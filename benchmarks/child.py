@@ -1,5 +1,6 @@
 """One process of a Pair: takes jobs from the bench until that closes its end."""
 
+import gc
 import sys
 import traceback
 from multiprocessing.connection import Connection
@@ -20,7 +21,9 @@ def main() -> None:
             job = bench.recv()
         except EOFError:
             return
-        bench.send(_do(job, side))
+        done = _do(job, side)
+        gc.collect()  # an arena in a cycle would stay, and the next one cost the kernel new pages
+        bench.send(done)
 
 
 def _do(job: Job, side: ChildSide) -> Done | Failed:

@@ -46,6 +46,30 @@ async def exit_at_once(side: Side, status: int) -> None:
     os._exit(status)
 
 
+class Cycle:
+    """Something only the collector frees. `alive` counts those in this process."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        self.itself = self
+        Cycle.alive += 1
+
+    def __del__(self) -> None:
+        Cycle.alive -= 1
+
+
+async def no_work(side: Side, task: object) -> None:
+    pass
+
+
+async def count_cycles(side: Side, task: object) -> int:
+    """Those left by jobs before; leaves one."""
+    alive = Cycle.alive
+    Cycle()
+    return alive
+
+
 @pytest.fixture(autouse=True)
 def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Every process a test forks; none outlives it."""
@@ -65,6 +89,15 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def quiet(text: str, done: int, total: int) -> None:
     """Progress nobody looks at."""
+
+
+def test_what_a_job_leaves_in_cycles_is_freed_before_the_next() -> None:
+    with Zygote() as zygote, Pair(zygote) as pair:
+        left = [
+            pair.run(no_work, count_cycles, None, progress=quiet, timeout_s=TIMEOUT_S)
+            for _ in range(3)
+        ]
+    assert left == [0, 0, 0]
 
 
 def test_the_sides_speak_to_each_other_and_the_reader_answers_every_job() -> None:
