@@ -160,7 +160,7 @@ class Landing:
 
     def all_posted(self) -> None:
         """Nothing is left to read: the closing question is asked as soon as the last read has
-        ended well, before any task is woken for it.
+        ended well, before any task is woken for it; or after that, see `_close_sealed`.
         """
         self._all_posted = True
         self._ask_if_all_here()
@@ -170,9 +170,18 @@ class Landing:
             return
         if all(read.exception() is None for read in self.reads):
             self._verified = self._to_verify()
-            self._connection.ask_close(self._lease, self._verified_blocks())
             if self._vouched:
-                self._lease.sealed()
+                self._close_sealed()
+            else:
+                self._connection.ask_close(self._lease, self._verified_blocks())
+
+    def _close_sealed(self) -> None:
+        """Whoever waits for the blocks goes before the question, of which only the owner needs the
+        answer: to write and send it takes a quarter of the time from the read's end until then.
+        """
+        self._lease.asked = True
+        self._lease.sealed()
+        asyncio.get_running_loop().call_soon(self._connection.ask_close, self._lease, ())
 
     def _verified_blocks(self) -> tuple[BlockId, ...]:
         return tuple(self._remote[place] for place in self._verified)

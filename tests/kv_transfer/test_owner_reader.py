@@ -169,7 +169,7 @@ async def test_an_abort_by_the_owner_fails_the_pull_and_frees_the_blocks() -> No
 
 
 async def test_an_expired_lease_discards_what_was_read() -> None:
-    async with pair() as p, asyncio.TaskGroup() as group:
+    async with pair(seals=False) as p, asyncio.TaskGroup() as group:
         lease, _ = p.owner.whole(3)
         p.half.transport.holds = True
         pulling = group.create_task(failure(p.pull(lease, 3)))
@@ -260,7 +260,7 @@ async def test_a_cancelled_pull_ends_the_lease_and_quarantines_what_is_read(
 async def test_the_question_leaves_with_the_end_of_the_last_read_and_not_before(
     questions: list[LeaseId],
 ) -> None:
-    async with pair() as p, asyncio.TaskGroup() as group:
+    async with pair(seals=False) as p, asyncio.TaskGroup() as group:
         p.half.transport.holds = True
         lease, blocks = p.owner.open(4)
         pulling = group.create_task(p.pull(lease, 4))

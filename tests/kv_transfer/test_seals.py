@@ -5,8 +5,10 @@ import pytest
 
 from core.clock import FakeClock
 from core.errors import TransferFailed
-from core.ids import RequestId, SequenceId
+from core.ids import BlockId, RequestId, SequenceId
 from engine.pool import BlockPool
+from kv_transfer.bound import BoundLease
+from kv_transfer.client import PeerConnection
 from kv_transfer.leases import LeaseTable
 from kv_transfer.messages import Abort, Close, Closed, FromOwner, FromReader, Seal
 from kv_transfer.metrics import LeaseEnd
@@ -126,6 +128,28 @@ async def test_blocks_are_usable_though_the_owner_does_not_answer() -> None:
         await p.owner_holds_nothing()
         assert p.owner.table.counters.ended[LeaseEnd.CLOSED] == 1
         assert p.reader.metrics.pair(p.owner.hello.worker_id).sealed == 1
+
+
+async def test_whoever_waits_has_the_blocks_before_the_question_is_even_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[bool] = []
+    ask = PeerConnection.ask_close
+
+    def note(self: PeerConnection, lease: BoundLease, verify: tuple[BlockId, ...]) -> None:
+        done.append(pulling.done())
+        ask(self, lease, verify)
+
+    monkeypatch.setattr(PeerConnection, "ask_close", note)
+    async with pair() as p:
+        p.half.transport.holds = True
+        lease, blocks = p.owner.whole(3)
+        pulling = p.pull_soon(lease, 3)
+        await until(lambda: p.half.transport.waiting == 1)
+        p.half.transport.let_go()
+        p.assert_arrived(await soon(pulling), blocks)
+        await p.owner_holds_nothing()
+    assert done == [True]
 
 
 async def test_an_owner_that_has_not_heard_so_is_told_again() -> None:
