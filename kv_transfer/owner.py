@@ -7,6 +7,7 @@ nobody will use what they bring.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import count
 
 from core.ids import BlockId, LeaseId, SequenceId
@@ -104,11 +105,12 @@ class Owner:
     def detach(self, reader: str) -> None:
         """The stream ended."""
         del self._readers[reader]
-        for lease in self.table.all():
-            if lease.reader == reader:
-                self.table.abort(lease.lease_id)
-                log.info("lease_reader_lost lease_id=%s reader=%s", lease.lease_id, reader)
-        self._on_freed()
+        with ExitStack() as all_of_them:  # also when a listener of one raises
+            all_of_them.callback(self._on_freed)
+            for lease in self.table.all():
+                if lease.reader == reader:
+                    log.info("lease_reader_lost lease_id=%s reader=%s", lease.lease_id, reader)
+                    all_of_them.callback(self.table.abort, lease.lease_id)
 
     def handle(self, reader: str, message: FromReader) -> None:
         """One message of a bound reader's stream."""

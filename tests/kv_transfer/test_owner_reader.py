@@ -16,6 +16,7 @@ from core.stream import MessageStream, dial
 from kv_transfer.bound import BoundLease
 from kv_transfer.client import PeerConnection
 from kv_transfer.codec import from_reader_to_wire
+from kv_transfer.leases import Lease
 from kv_transfer.messages import Bind, LeaseOutcome
 from kv_transfer.metrics import LeaseEnd
 from kv_transfer.plan import ReadPlan
@@ -277,6 +278,29 @@ async def test_the_question_leaves_with_the_end_of_the_last_read_and_not_before(
         assert questions == [lease.lease_id]
         p.assert_arrived(await pulling, blocks)
     assert questions == [lease.lease_id]
+
+
+class Buggy:
+    """Whoever opened a lease, and cannot bear its end."""
+
+    def on_ready(self, lease: Lease) -> None:
+        """Asked of running sequences only."""
+
+    def on_ended(self, lease: Lease, outcome: LeaseOutcome) -> None:
+        raise RuntimeError("a bug")
+
+
+async def test_a_bug_at_the_end_of_one_lease_keeps_no_other_of_a_lost_reader() -> None:
+    async with pair() as p, asyncio.TaskGroup() as group:
+        p.half.transport.holds = True
+        for waiting in (1, 2):
+            lease, blocks = p.owner.open(2, Buggy())
+            p.owner.owner.finish(lease, blocks, LAST, ended=False)
+            group.create_task(failure(p.pull(lease, 2)))
+            await until(lambda n=waiting: p.half.transport.waiting == n)
+        p.stream().cancel()
+        await p.owner_holds_nothing()
+        p.half.transport.let_go()
 
 
 async def test_a_lost_reader_frees_the_owners_blocks_at_once() -> None:
