@@ -179,7 +179,7 @@ class PrefillCost:
         """One step that fed positions [start, end) of each chunk, and nothing else."""
         tokens = sum(end - start for start, end in chunks)
         if tokens > 0:
-            pairs = sum(_pairs(start, end) for start, end in chunks)
+            pairs = sum(pairs_of(start, end) for start, end in chunks)
             self._fit.add((1.0, tokens, pairs), seconds)
 
     def predict_s(self, start: int, end: int) -> float:
@@ -187,9 +187,9 @@ class PrefillCost:
         if end <= start:
             return 0.0
         steps = -(-(end - start) // self._step_tokens)
-        return self._fit.predict((steps, end - start, _pairs(start, end)))
+        return self._fit.predict((steps, end - start, pairs_of(start, end)))
 
 
-def _pairs(start: int, end: int) -> float:
-    """The token at position i looks at i + 1 positions."""
+def pairs_of(start: int, end: int) -> float:
+    """Of positions [start, end): the token at position i looks at i + 1 positions."""
     return (end - start) * (start + end + 1) / 2

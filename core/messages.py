@@ -23,7 +23,7 @@ from core.ids import BlockHash, Incarnation, LeaseId, ModelId, Role, SequenceId,
 from core.kv import KvLayout
 from core.sampling import FinishReason, SamplingParams
 from core.stages import Stage
-from core.step import STEP_TOKENS
+from core.step import NO_WORK, STEP_TOKENS, StepWork
 
 PROTOCOL_MAJOR = 2
 PROTOCOL_MINOR = 0
@@ -145,7 +145,9 @@ class WorkerHello:
     network_domain: str = ""
     """Empty: the host of `peer_address`."""
     step_tokens: int = STEP_TOKENS
-    """What its steps are reckoned to take of prompts; see core.step.usual_step_tokens."""
+    """Of a step, at most."""
+    chunk_tokens: int = STEP_TOKENS
+    """Of one prompt in a step, at most."""
     protocol_major: int = PROTOCOL_MAJOR
     protocol_minor: int = PROTOCOL_MINOR
 
@@ -205,6 +207,8 @@ class LegTimes:
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    work: StepWork = NO_WORK
+    """Of all prompts in the steps that took `prefill_s`; no steps: not told."""
     transfer_s: float = 0.0
     transfer_bytes: int = 0
     transfer_blocks: int = 0

@@ -8,8 +8,9 @@ much that will be: both ask `chunk_within`.
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import NamedTuple
 
-from core.fit import CostFit
+from core.fit import CostFit, pairs_of
 
 STEP_TOKENS = 512
 """What a step takes, of a worker that does not say."""
@@ -34,12 +35,32 @@ def chunk_within(room_s: float, start: int, token_s: float, pair_s: float, most:
     return max(least, int(min(most, 2 * room_s / divisor))) if divisor > 0 else most
 
 
-def usual_step_tokens(chunk_tokens: int, step_tokens: int) -> int:
-    """What steps are reckoned to take of prompts: between the `chunk_tokens` of a long one and the
-    `step_tokens` that short ones share. Of both ends and the middle only this lost on none of four
-    traces (docs/simulation.md).
-    """
-    return round(sqrt(min(chunk_tokens, step_tokens) * step_tokens))
+class StepWork(NamedTuple):
+    """What steps computed of prompts. `pairs` are of a token with itself or one before it."""
+
+    steps: int = 0
+    tokens: int = 0
+    pairs: float = 0.0
+
+    def plus(self, chunks: Sequence[tuple[int, int]], steps: int = 1) -> "StepWork":
+        """And of so many more, with positions [start, end) of each chunk."""
+        tokens = sum(end - start for start, end in chunks)
+        pairs = sum(pairs_of(start, end) for start, end in chunks)
+        return StepWork(self.steps + steps, self.tokens + tokens, self.pairs + pairs)
+
+    def since(self, before: "StepWork") -> "StepWork":
+        """Of this total, what was not in that one."""
+        steps, tokens = self.steps - before.steps, self.tokens - before.tokens
+        return StepWork(steps, tokens, self.pairs - before.pairs)
+
+
+NO_WORK = StepWork()
+
+
+def work_alone(start: int, end: int, step_tokens: int = STEP_TOKENS) -> StepWork:
+    """Of positions [start, end) of a prompt that has its steps for itself."""
+    tokens = max(0, end - start)
+    return StepWork(-(-tokens // step_tokens), tokens, pairs_of(start, end) if tokens else 0.0)
 
 
 class StepBudget:
@@ -84,6 +105,6 @@ class StepBudget:
             return
         self._learned_at_s = now_s
         tokens = sum(end - start for start, end in chunks)
-        pairs = sum((end - start) * (start + end + 1) / 2 for start, end in chunks)
+        pairs = sum(pairs_of(start, end) for start, end in chunks)
         self._fit.add((1.0, tokens, pairs, sequences, context_tokens), seconds)
         self._coefficients = self._fit.coefficients

@@ -240,6 +240,7 @@ class DecodeRole:
         return LegTimes(
             queue_s=started_s - sequence.arrived_at_s,
             prefill_s=self._clock.now_s() - started_s,
+            work=self._runner.work_of(sequence),
             cached_tokens=sequence.cached_tokens,
         )
 

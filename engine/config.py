@@ -51,7 +51,7 @@ class EngineConfig(Settings):
     """Token budget of one engine step: decodes first, then a prefill chunk, then prompts that end
     with the step."""
     chunk_tokens: int = Field(512, ge=1)
-    """Of one prompt in a step, at most."""
+    """Of one prompt in a step, at most; step_tokens bounds it as well."""
     max_batch: int = Field(256, ge=1)
     """Sequences in one engine step, at most."""
     step_timeout_s: float = Field(120.0, gt=0)

@@ -14,7 +14,7 @@ from core.clock import Clock
 from core.errors import BatonError, DeadlineExceeded, InternalError
 from core.fit import PrefillCost
 from core.sampling import FinishReason
-from core.step import StepBudget
+from core.step import StepBudget, StepWork
 from engine.longest import LongestStep
 from engine.pool import BlockPool
 from engine.scheduler import RunnerLoad, Scheduler
@@ -126,6 +126,10 @@ class Runner:
             self._scheduler.resume(sequence)
             self._wake.set()
 
+    def work_of(self, sequence: Sequence) -> StepWork:
+        """Of all prompts, in the steps since its first one began."""
+        return self._scheduler.work.since(sequence.work_before)
+
     def wake(self) -> None:
         """Blocks were freed elsewhere: a waiting sequence may start now."""
         self._wake.set()
@@ -163,7 +167,9 @@ class Runner:
                     self._step_began_s = None
                 took_s = self._clock.now_s() - began_s
                 self.longest_step.add(took_s)
-                self._learn(batch, took_s)
+                chunks = _chunks_of(batch)
+                self._scheduler.did(chunks)
+                self._learn(batch, chunks, took_s)
                 self.steps += 1
                 for (sequence, count), result in zip(batch, results, strict=True):
                     self._apply(sequence, count, result)
@@ -189,7 +195,12 @@ class Runner:
             if not step.done():
                 await asyncio.wait([step], timeout=_STEP_GRACE_S)
 
-    def _learn(self, batch: list[tuple[Sequence, int]], seconds: float) -> None:
+    def _learn(
+        self,
+        batch: list[tuple[Sequence, int]],
+        chunks: list[tuple[int, int]],
+        seconds: float,
+    ) -> None:
         """A step of prefill and decode mixed says nothing about either part, but about others."""
         if all(s.computed < s.context_tokens for s, _ in batch):
             self.prefill_cost.add([(s.computed, s.computed + n) for s, n in batch], seconds)
@@ -197,7 +208,6 @@ class Runner:
         now_s, budget = self._clock.now_s(), self._scheduler.budget
         if not budget.learns(now_s):
             return
-        chunks = [(s.computed, s.computed + n) for s, n in batch if s.pending_tokens > 1]
         contexts = [s.known_tokens for s, _ in batch if s.pending_tokens == 1]
         if chunks and contexts:
             budget.saw(chunks, len(contexts), sum(contexts), seconds, now_s)
@@ -248,3 +258,8 @@ class Runner:
     def _finish(self, sequence: Sequence) -> None:
         del self._listeners[id(sequence)]
         self._scheduler.finish(sequence)
+
+
+def _chunks_of(batch: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
+    """Of prompts, before the step's results are taken."""
+    return [(s.computed, s.computed + n) for s, n in batch if s.pending_tokens > 1]

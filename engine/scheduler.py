@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from core.errors import InternalError
 from core.ids import BlockHash, BlockId
-from core.step import StepBudget
+from core.step import StepBudget, StepWork
 from engine.planner import plan_step
 from engine.pool import BlockPool
 from engine.sequence import SequenceState
@@ -34,6 +34,7 @@ class Schedulable(Protocol):
     state: SequenceState
     arrived_at_s: float
     started_at_s: float | None
+    work_before: StepWork
     context_tokens: int
     computed: int
     cached_tokens: int
@@ -101,6 +102,8 @@ class Scheduler(Generic[S]):
         self._late_release: list[list[BlockId]] = []
         self._stuck_since_s: float | None = None
         self.preemptions = 0
+        self.work = StepWork()
+        """Of all steps that have ended."""
 
     # -- coming and going -----------------------------------------------------------------------
 
@@ -195,8 +198,16 @@ class Scheduler(Generic[S]):
         self._in_flight = {id(sequence) for sequence, _ in batch}
         for sequence in begun:
             if sequence.state is _RUNNING:
-                sequence.started_at_s = now_s
+                self.began(sequence, now_s)
         return batch
+
+    def began(self, sequence: S, now_s: float) -> None:
+        """Its first step begins."""
+        sequence.started_at_s, sequence.work_before = now_s, self.work
+
+    def did(self, chunks: Sequence[tuple[int, int]], steps: int = 1) -> None:
+        """So many steps have ended, which computed positions [start, end) of each chunk."""
+        self.work = self.work.plus(chunks, steps)
 
     def step_tokens(self, decodes: int, context_tokens: int, start: int) -> int:
         """Of a step in which so many sequences decode and a prompt goes on from `start`."""

@@ -8,6 +8,7 @@ from core.blocks import chain_hashes, root_hash
 from core.ids import BlockHash, BlockId, ModelId, SequenceId
 from core.messages import DecodeSubmit, PrefillSubmit
 from core.sampling import FinishReason, SamplingParams
+from core.step import StepWork
 from engine.pool import BlockPool
 from engine.types import Sampled, SeqStep
 
@@ -47,6 +48,8 @@ class Sequence:
         self.deadline_at_s = deadline_at_s
         self.arrived_at_s = arrived_at_s
         self.started_at_s: float | None = None
+        self.work_before = StepWork()
+        """Of the steps before its first one."""
         self.state = SequenceState.WAITING
         self.computed = 0
         self.cached_tokens = 0

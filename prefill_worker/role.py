@@ -240,6 +240,7 @@ class PrefillRole:
         return LegTimes(
             queue_s=started_s - sequence.arrived_at_s - brought.seconds,
             prefill_s=self._clock.now_s() - started_s,
+            work=self._runner.work_of(sequence),
             transfer_s=brought.seconds,
             transfer_bytes=brought.stats.nbytes,
             transfer_blocks=brought.stats.blocks,

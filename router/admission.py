@@ -48,6 +48,8 @@ from router.watcher import FlowWatcher, RejectReason
 
 _DRAIN_DOUBT = 0.5
 """Part of a predicted queue that may be gone sooner: legs are cancelled, prompts found cached."""
+_AIM = 0.8
+"""Of the TTFT target: one prediction in ten is a fifth too short."""
 _LEAST_RETRY_S = 1.0
 _MOST_RETRY_S = 60.0
 
@@ -183,7 +185,7 @@ def is_full(requests: int, waiting_tokens: int, prompt_tokens: int, bounds: Queu
 
 def patience_of(work_s: float, slo: Slo) -> float:
     """How long a prompt that takes `work_s` itself may wait, here and at its worker."""
-    return max(slo.ttft_s - work_s, slo.ttft_s / 2, work_s)
+    return max(_AIM * slo.ttft_s - work_s, slo.ttft_s / 2, work_s)
 
 
 class _Asking:

@@ -289,7 +289,7 @@ class Attempt:
         self._left_queue()
         self._progress.prefill_times = event.times or LegTimes()
         if self._prefill is not None and event.times is not None:
-            self._chooser.learning.prefilled(self._prefill.link, len(self._context), event.times)
+            self._chooser.learning.prefilled(self._prefill.link, event.times)
         if event.finish is None:
             self._progress.mark(Stage.KV_TRANSFER, self._progress.decode_worker)
         ready = [event]
@@ -305,7 +305,7 @@ class Attempt:
         self._has_first = True
         self._progress.prefill_times = event.times or LegTimes()
         if self._decode is not None and event.times is not None:
-            self._chooser.learning.prefilled(self._decode.link, len(self._context), event.times)
+            self._chooser.learning.prefilled(self._decode.link, event.times)
         return self._decoded(replace(event, times=LegTimes()))
 
     def _decoded(self, event: LegTokens) -> list[LegTokens]:

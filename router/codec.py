@@ -33,7 +33,7 @@ from core.messages import (
 )
 from core.sampling import FinishReason, SamplingParams
 from core.stages import Stage
-from core.step import STEP_TOKENS
+from core.step import STEP_TOKENS, StepWork
 from kv_transfer.codec import (
     UnknownMessage,
     hashes_from_wire,
@@ -339,6 +339,7 @@ def hello_to_wire(hello: WorkerHello) -> worker_pb2.WorkerHello:
         peer_address=hello.peer_address,
         network_domain=hello.network_domain,
         step_tokens=hello.step_tokens,
+        chunk_tokens=hello.chunk_tokens,
         protocol=common_pb2.Protocol(major=hello.protocol_major, minor=hello.protocol_minor),
     )
 
@@ -359,6 +360,7 @@ def hello_from_wire(hello: worker_pb2.WorkerHello) -> WorkerHello:
         peer_address=hello.peer_address,
         network_domain=hello.network_domain,
         step_tokens=hello.step_tokens or STEP_TOKENS,
+        chunk_tokens=hello.chunk_tokens or STEP_TOKENS,
         protocol_major=hello.protocol.major,
         protocol_minor=hello.protocol.minor,
     )
@@ -411,6 +413,9 @@ def _entry_to_wire(entry: LegTokens) -> worker_pb2.LegTokens:
             transfer_hidden_s=entry.times.transfer_hidden_s,
             cached_tokens=entry.times.cached_tokens,
             fetched_tokens=entry.times.fetched_tokens,
+            steps=entry.times.work.steps,
+            step_tokens=entry.times.work.tokens,
+            step_pairs=entry.times.work.pairs,
         )
     return worker_pb2.LegTokens(
         number=entry.number,
@@ -428,6 +433,7 @@ def entry_from_wire(entry: worker_pb2.LegTokens) -> LegTokens:
         times = LegTimes(
             queue_s=entry.times.queue_s,
             prefill_s=entry.times.prefill_s,
+            work=StepWork(entry.times.steps, entry.times.step_tokens, entry.times.step_pairs),
             transfer_s=entry.times.transfer_s,
             transfer_bytes=entry.times.transfer_bytes,
             transfer_blocks=entry.times.transfer_blocks,

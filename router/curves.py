@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from core.fit import CostFit
 from core.messages import WorkerHello
-from core.step import STEP_TOKENS, chunk_within
+from core.step import STEP_TOKENS, StepWork, chunk_within
 
 _QUEUE_PROMPT_TOKENS = 4096
 """A queue of tokens is priced as prompts of this length."""
@@ -67,6 +67,10 @@ class PrefillCurve:
         if tokens <= 0:
             return 0.0
         return -(-tokens // step_tokens) * self.step_s + self.work_s(start, end)
+
+    def of(self, work: StepWork) -> float:
+        """Seconds of such steps, nothing else in them."""
+        return work.steps * self.step_s + work.tokens * self.token_s + work.pairs * self.pair_s
 
     def work_s(self, start: int, end: int) -> float:
         """Of these, all but what every step takes."""
@@ -166,27 +170,17 @@ class Curves:
     def saw_prefill(
         self,
         kind: WorkerKind,
-        cached_tokens: int,
-        tokens: int,
+        work: StepWork,
         seconds: float,
         now_s: float,
-        *,
-        step_tokens: int = STEP_TOKENS,
     ) -> None:
-        """One prompt took `seconds` from its first chunk to its first token, in such steps.
-
-        Prompts are computed in order, so at most the first and last step were shared with others.
-        """
+        """Steps with that work, of one prompt or of several, took `seconds`."""
         known = self.of(kind)
         is_early = now_s - known.prefill_at_s < _LEARN_EVERY_S and self.measured(kind)
-        if is_early or cached_tokens >= tokens:
+        if is_early or not work.tokens:
             return
         self._learning(kind).prefill_at_s = now_s
-        computed = tokens - cached_tokens
-        pairs = (
-            computed * (cached_tokens + tokens + 1) / 2
-        )  # of a token and itself or one before it
-        known.prefill_fit.add((-(-computed // step_tokens), computed, pairs), seconds)
+        known.prefill_fit.add(work, seconds)
         step_s, token_s, pair_s = known.prefill_fit.coefficients
         self.set_prefill(kind, PrefillCurve(step_s, token_s, pair_s))
 

@@ -29,37 +29,30 @@ class Learning(Generic[L]):
         self._outliers = outliers
         self._clock = clock
 
-    def prefilled(self, link: L, tokens: int, times: LegTimes) -> None:
-        """A prompt of so many tokens has its first token from there."""
+    def prefilled(self, link: L, times: LegTimes) -> None:
+        """A prompt has its first token from there. By a worker that does not tell of its steps
+        nothing is learned: what else was in them may be most of it.
+        """
         view, now_s, curves = link.view, self._clock.now_s(), self._known.curves
         if view is None:
             return
         incarnation = view.hello.incarnation
         self._outliers.answered(incarnation, now_s)
-        if times.prefill_s <= 0:
+        seconds, work = times.prefill_s, times.work
+        if seconds <= 0 or not work.steps:
             return
-        speed, cached = curves.of(view.kind), times.cached_tokens
-        most = view.hello.step_tokens
-        predicted_s, decodes_s = speed.prefill.seconds(cached, tokens, most), 0.0
-        whole_chunks = True
+        speed = curves.of(view.kind)
+        alone_s, decodes_s = speed.prefill.of(work), 0.0
         if (load := view.load) is not None and load.decoding and self._has_shared_steps(view):
-            decode_s = speed.decode.seconds(load.decoding, load.decoding_tokens)
-            beside_s = speed.beside * decode_s
-            chunk = speed.prefill.chunk_tokens(self._known.step_s, beside_s, cached, tokens, most)
-            steps = -(-(tokens - cached) // chunk)
-            whole_chunks = steps == -(-(tokens - cached) // most)
-            alone_s = speed.prefill.work_s(cached, tokens) + steps * speed.prefill.step_s
-            decodes_s = steps * beside_s
-            predicted_s = alone_s + decodes_s
+            decode_s = work.steps * speed.decode.seconds(load.decoding, load.decoding_tokens)
+            decodes_s = speed.beside * decode_s
             if not view.is_prefill:
-                curves.saw_beside(view.kind, steps * decode_s, times.prefill_s - alone_s)
+                curves.saw_beside(view.kind, decode_s, seconds - alone_s)
         if view.is_prefill:
-            # Else the steps are more than the curve counts, or mostly the answers'.
-            if whole_chunks and decodes_s <= _SMALL_SHARE * times.prefill_s:
-                own_s = times.prefill_s - decodes_s
-                curves.saw_prefill(view.kind, cached, tokens, own_s, now_s, step_tokens=most)
+            if decodes_s <= _SMALL_SHARE * seconds:
+                curves.saw_prefill(view.kind, work, seconds - decodes_s, now_s)
             peers = self._fleet.pool(Role.PREFILL).incarnations
-            self._outliers.took(incarnation, peers, times.prefill_s, predicted_s, now_s)
+            self._outliers.took(incarnation, peers, seconds, alone_s + decodes_s, now_s)
 
     def decoding(self, link: L) -> None:
         """A sequence has its first token of its decode from there."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -135,9 +136,9 @@ class PrefillPoolQuery(PoolQuery):
         if view.load is not None and view.load.decoding and self._known.local_decode:
             there = self._beside(view, cached)
             return there.queue_s, there.work_s
-        speed, step_tokens = self._known.curves.of(view.kind), view.hello.step_tokens
-        work_s = speed.prefill.seconds(cached, self.tokens, step_tokens)
-        token_s = speed.queue_work_s + speed.prefill.step_s / step_tokens
+        speed = self._known.curves.of(view.kind)
+        work_s = speed.prefill.seconds(cached, self.tokens, view.hello.chunk_tokens)
+        token_s = speed.queue_work_s + speed.prefill.step_s / view.queue_step_tokens
         return view.queued_tokens * token_s, work_s
 
     def beside(self, worker: WorkerId) -> "Beside":
@@ -149,10 +150,9 @@ class PrefillPoolQuery(PoolQuery):
         curve = speed.prefill
         queued, decode_s = self._before(view, speed)
         beside_s = speed.beside * decode_s
-        chunk = curve.chunk_tokens(
-            self._known.step_s, beside_s, cached, self.tokens, view.hello.step_tokens
-        )
-        steps, queued_steps = -(-(self.tokens - cached) // chunk), queued / chunk
+        within = partial(curve.chunk_tokens, self._known.step_s, beside_s, cached, self.tokens)
+        steps = -(-(self.tokens - cached) // within(view.hello.chunk_tokens))
+        queued_steps = queued / within(view.queue_step_tokens) if queued else 0.0
         step_s = beside_s + curve.step_s
         work_s = curve.work_s(cached, self.tokens) + steps * step_s
         queue_s = queued * speed.queue_work_s + queued_steps * step_s

@@ -52,6 +52,16 @@ class WorkerView:
             self.ended(number)
 
     @property
+    def queue_step_tokens(self) -> int:
+        """What a step takes of the prompts that wait: short ones share it."""
+        hello, load = self.hello, self.load
+        if load is None:
+            return hello.chunk_tokens
+        prompts = load.waiting + load.running - load.decoding + len(self._own)
+        is_short = self.queued_tokens <= prompts * hello.chunk_tokens
+        return hello.step_tokens if is_short else hello.chunk_tokens
+
+    @property
     def is_prefill(self) -> bool:
         return self.hello.role is Role.PREFILL
 

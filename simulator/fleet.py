@@ -7,7 +7,6 @@ from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
 from core.messages import KvRemoved, KvStored, LoadReport, WorkerHello
 from core.registry import WorkerRecord
-from core.step import usual_step_tokens
 from kv_transfer.leases import LeaseTable
 from router.index import Holdings, PrefixIndex
 from router.pool import Pool
@@ -158,7 +157,8 @@ def make_hello(name: str, role: PoolRole, worker: SimWorker, domain: int, life: 
         num_blocks=spec.kv_blocks,
         context_tokens=spec.kv_blocks * spec.block_size,
         peer_address=f"domain{domain}:{name}",
-        step_tokens=usual_step_tokens(spec.chunk_tokens or spec.step_tokens, spec.step_tokens),
+        step_tokens=spec.step_tokens,
+        chunk_tokens=min(spec.chunk_tokens or spec.step_tokens, spec.step_tokens),
     )
 
 

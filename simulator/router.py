@@ -402,9 +402,10 @@ class SimRouter:
         times = LegTimes(
             queue_s=started_s - sequence.arrived_at_s,
             prefill_s=now_s - started_s,
+            work=leg.link.member.worker.work_of(sequence),
             cached_tokens=sequence.cached_tokens,
         )
-        self.chooser.learning.prefilled(leg.link, sequence.context_tokens, times)
+        self.chooser.learning.prefilled(leg.link, times)
         job.began_s = now_s
         if ended:
             for other in job.legs:

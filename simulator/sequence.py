@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from core.ids import BlockHash, BlockId, RequestId, SequenceId
+from core.step import StepWork
 from engine.pool import BlockPool
 from engine.sequence import SequenceState
 
@@ -58,6 +59,7 @@ class SimSequence:
         "started_at_s",
         "state",
         "turn",
+        "work_before",
     )
 
     def __init__(
@@ -79,6 +81,7 @@ class SimSequence:
         self._hashes = hashes
         self.arrived_at_s = arrived_at_s
         self.started_at_s: float | None = None
+        self.work_before = StepWork()
         self.state = SequenceState.WAITING
         self.computed = 0
         self.cached_tokens = 0

@@ -19,7 +19,7 @@ from typing import Literal
 from core.errors import InternalError
 from core.ids import BlockHash, BlockId, WorkerId
 from core.messages import KvRemoved, KvStored, LoadReport
-from core.step import StepBudget
+from core.step import StepBudget, StepWork
 from decode_worker.headroom import (
     Held,
     PastLengths,
@@ -271,6 +271,10 @@ class SimWorker:
         self._fetching_tokens += tokens
         self._report = None
 
+    def work_of(self, sequence: SimSequence) -> StepWork:
+        """As engine.runner.Runner.work_of."""
+        return self.scheduler.work.since(sequence.work_before)
+
     def tell_kv(self) -> None:
         """Whoever follows this worker's cache hears what has changed."""
         events = self.pool.take_events()
@@ -373,7 +377,7 @@ class SimWorker:
             self._queued_tokens += _queued(sequence) - sequence.queued_tokens
             self._fresh.append(sequence)
             if sequence.pending_tokens == 1 and sequence.started_at_s is None:
-                sequence.started_at_s = now_s
+                scheduler.began(sequence, now_s)
 
     def _sort_fresh(self) -> None:
         """All that run are decodes, or prompts in order."""
@@ -427,7 +431,7 @@ class SimWorker:
             if count and sequence.started_at_s is None:
                 before = sequence.pending_tokens
                 self.scheduler.reuse(sequence)
-                sequence.started_at_s = now_s
+                self.scheduler.began(sequence, now_s)
                 self._queued_tokens -= before - _queued(sequence)
                 if sequence.pending_tokens == 1:
                     self._prompts.remove(sequence)
@@ -501,8 +505,13 @@ class SimWorker:
             return  # it was cut short, and ended then
         self._settling = True
         self._busy_s += run.ends_s - run.began_s
-        if (run.chunks or run.batch) and self.scheduler.budget.learns(run.ends_s):
-            self._learn(self._shape(run), run.ends_s - run.began_s)
+        if run.chunks or run.batch:
+            shape = self._shape(run)
+            self.scheduler.did(shape.prefill)
+            if self.scheduler.budget.learns(run.ends_s):
+                self._learn(shape, run.ends_s - run.began_s)
+        else:
+            self.scheduler.did((), run.steps)
         if run.batch is not None:
             self._apply(run.batch)
         else:

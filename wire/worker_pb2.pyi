@@ -194,7 +194,7 @@ class SnapshotRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol", "network_domain", "step_tokens")
+    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol", "network_domain", "step_tokens", "chunk_tokens")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +207,7 @@ class WorkerHello(_message.Message):
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     NETWORK_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: _common_pb2.Role
@@ -219,7 +220,8 @@ class WorkerHello(_message.Message):
     protocol: _common_pb2.Protocol
     network_domain: str
     step_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., network_domain: _Optional[str] = ..., step_tokens: _Optional[int] = ...) -> None: ...
+    chunk_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., network_domain: _Optional[str] = ..., step_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
 
 class RouterRefused(_message.Message):
     __slots__ = ("reason",)
@@ -248,7 +250,7 @@ class Rejected(_message.Message):
     def __init__(self, number: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class LegTimes(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transfer_blocks", "cached_tokens", "transfer_descriptors", "transfer_hidden_s", "fetched_tokens")
+    __slots__ = ("queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transfer_blocks", "cached_tokens", "transfer_descriptors", "transfer_hidden_s", "fetched_tokens", "steps", "step_tokens", "step_pairs")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +260,9 @@ class LegTimes(_message.Message):
     TRANSFER_DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_HIDDEN_S_FIELD_NUMBER: _ClassVar[int]
     FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_PAIRS_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     transfer_s: float
@@ -267,7 +272,10 @@ class LegTimes(_message.Message):
     transfer_descriptors: int
     transfer_hidden_s: float
     fetched_tokens: int
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transfer_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transfer_descriptors: _Optional[int] = ..., transfer_hidden_s: _Optional[float] = ..., fetched_tokens: _Optional[int] = ...) -> None: ...
+    steps: int
+    step_tokens: int
+    step_pairs: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., transfer_blocks: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transfer_descriptors: _Optional[int] = ..., transfer_hidden_s: _Optional[float] = ..., fetched_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., step_pairs: _Optional[float] = ...) -> None: ...
 
 class LegTokens(_message.Message):
     __slots__ = ("number", "tokens", "finish", "times", "logits")

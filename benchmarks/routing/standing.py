@@ -10,6 +10,7 @@ from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.kv import KvLayout
 from core.messages import KvSnapshot, LegTimes, LoadReport, WorkerHello
 from core.registry import WorkerRecord
+from core.step import work_alone
 from router.chooser import Chooser
 from router.config import RouterConfig
 from router.curves import DecodeCurve, PrefillCurve
@@ -95,7 +96,9 @@ def taught_chooser(fleet: StandingFleet, clock: FakeClock, random: Random) -> Ch
         clock.advance(1.0)
         tokens, there = random.randrange(100, 30_000), decode[i % len(decode)]
         link = fleet.link(Role.PREFILL, prefill[i % len(prefill)])
-        chooser.learning.prefilled(link, tokens, LegTimes(prefill_s=_PREFILL.seconds(0, tokens)))
+        work = work_alone(0, tokens)
+        times = LegTimes(prefill_s=_PREFILL.of(work), work=work)
+        chooser.learning.prefilled(link, times)
         load = fleet.link(Role.DECODE, there).view.load
         if load is not None:
             steps = random.randrange(50, 2 * ANSWER_TOKENS)

@@ -32,7 +32,7 @@ from core.messages import (
     WorkerToRouter,
 )
 from core.stages import Stage
-from core.step import StepBudget, usual_step_tokens
+from core.step import StepBudget
 from decode_worker.config import DecodeConfig
 from decode_worker.policy import pull_headroom_blocks
 from decode_worker.role import DecodeRole
@@ -104,9 +104,7 @@ class Worker:
         self._identity = identity
         self._clock = clock
         self._role, self._epoch = role, 1
-        self._step_tokens = usual_step_tokens(
-            settings.engine.chunk_tokens, settings.engine.step_tokens
-        )
+        self._config = settings.engine
         self._draining = False
         self._outlets: set[RouterOutlet] = set()
         self._next_event = 1
@@ -328,7 +326,8 @@ class Worker:
             context_tokens=info.context_tokens,
             peer_address=self._identity.peer_address,
             network_domain=self._identity.network_domain,
-            step_tokens=self._step_tokens,
+            step_tokens=self._config.step_tokens,
+            chunk_tokens=min(self._config.chunk_tokens, self._config.step_tokens),
         )
 
     def load(self, last_submit: int = 0) -> LoadReport:

@@ -83,7 +83,8 @@ async def test_a_router_hears_what_a_step_takes() -> None:
     ) as served:
         end = RouterEnd(served.worker)
         await end.first(WorkerHello)
-        assert end.of(WorkerHello)[0].step_tokens == 16
+        hello = end.of(WorkerHello)[0]
+        assert (hello.step_tokens, hello.chunk_tokens) == (32, 8)
 
 
 async def test_a_load_report_names_the_last_submit_it_holds() -> None:

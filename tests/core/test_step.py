@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.step import LEAST_CHUNK_TOKENS, StepBudget, chunk_within, usual_step_tokens
+from core.step import LEAST_CHUNK_TOKENS, StepBudget, StepWork, chunk_within, work_alone
 from tests.builders import QUICK
 
 MOST = 512
@@ -77,6 +77,9 @@ def test_of_many_steps_in_a_second_one_is_learned_from() -> None:
     assert budget.chunk_tokens(0, 1, 3000, MOST) == before
 
 
-def test_a_usual_step_lies_between_a_chunk_and_what_all_take() -> None:
-    assert usual_step_tokens(512, 2048) == 1024
-    assert usual_step_tokens(512, 512) == usual_step_tokens(2048, 512) == 512
+def test_work_of_steps_adds_up() -> None:
+    total = StepWork().plus([(0, 4), (2, 5)]).plus([], steps=3)
+    assert total == (4, 7, (1 + 2 + 3 + 4) + (3 + 4 + 5))
+    assert total.since(StepWork().plus([(0, 4)])) == (3, 3, 3 + 4 + 5)
+    assert work_alone(3, 11, step_tokens=4) == (2, 8, sum(range(4, 12)))
+    assert work_alone(5, 5) == (0, 0, 0)

@@ -31,6 +31,7 @@ from core.messages import (
 from core.registry import WorkerRecord
 from core.sampling import FinishReason
 from core.stages import Stage
+from core.step import work_alone
 from router.attempt import Attempt
 from router.chooser import Chooser
 from router.client import Leg, LegEvent, LegListener
@@ -414,7 +415,8 @@ async def test_what_it_took_there_is_learned_from() -> None:
     with s.attempt:
         s.start_at_decode()
         s.source.say(Accepted(number=0))
-        s.source.say(replace(tokens(0), times=LegTimes(prefill_s=0.5)))
+        took = LegTimes(prefill_s=0.5, work=work_alone(0, len(PROMPT)))
+        s.source.say(replace(tokens(0), times=took))
     assert s.chooser._known.curves.of(s.source.view.kind).beside > beside
 
 

@@ -12,8 +12,10 @@ from core.errors import NoWorkers
 from core.ids import Incarnation, Role, WorkerId
 from core.messages import KvSnapshot, LegTimes
 from core.stages import Stage
+from core.step import StepWork, work_alone
 from router.chooser import Chooser
 from router.config import RouterConfig
+from router.curves import PrefillCurve
 from router.index import PrefixIndex
 from router.local import LocalVerdict
 from router.outliers import OutlierRules, Outliers
@@ -97,16 +99,45 @@ def times(subject: Chooser, fleet: Workers) -> tuple[float, float]:
     return curves.of(kind).prefill.seconds(0, 40), curves.of(kind).decode.seconds(2, 100)
 
 
+def took(prefill_s: float) -> LegTimes:
+    """A prompt of 40 tokens, alone in its step."""
+    return LegTimes(prefill_s=prefill_s, work=work_alone(0, 40))
+
+
 @pytest.mark.parametrize("outcome", ["ok", "enough"], ids=["finish", "stop string"])
 def test_what_prefill_and_decode_take_is_learned_from_answers(outcome: str) -> None:
     fleet = Workers()
     subject = chooser(fleet)
     link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
-    subject.learning.prefilled(link, 40, LegTimes(prefill_s=4.0))  # type: ignore[arg-type]
+    subject.learning.prefilled(link, took(4.0))  # type: ignore[arg-type]
     subject.learning.ended(end(step_s=0.5, outcome=outcome))
     prefill_s, step_s = times(subject, fleet)
     assert prefill_s == pytest.approx(4.0, rel=0.2)
     assert step_s == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_prompt_in_a_step_with_others_teaches_what_all_of_it_takes() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
+    kind = fleet.everyone.views[WorkerId("prefill-0")].kind
+    true = PrefillCurve(0.008, 2e-5, 1e-9)
+    for i in range(64):
+        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        work = StepWork().plus([(0, 40)] * (1 + i % 50))
+        subject.learning.prefilled(link, LegTimes(prefill_s=true.of(work), work=work))  # type: ignore[arg-type]
+    learned = subject._known.curves.of(kind).prefill
+    assert learned.seconds(0, 40) == pytest.approx(true.seconds(0, 40), rel=0.1)
+    assert learned.queue_token_s(1024) == pytest.approx(true.queue_token_s(1024), rel=0.1)
+
+
+def test_of_a_worker_that_does_not_tell_of_its_steps_no_curve_is_learned() -> None:
+    fleet = Workers()
+    subject = chooser(fleet)
+    before = times(subject, fleet)
+    link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
+    subject.learning.prefilled(link, LegTimes(prefill_s=4.0))  # type: ignore[arg-type]
+    assert times(subject, fleet) == before
 
 
 def test_a_step_is_learned_with_the_context_of_those_that_run_alone() -> None:
@@ -214,7 +245,7 @@ def measured(subject: Chooser, fleet: Workers) -> None:
     """Prefills were, and no target stands in the way."""
     kind = fleet.everyone.views[WorkerId("prefill-0")].kind
     for i in range(8):
-        subject._known.curves.saw_prefill(kind, 0, 40, 4.0, float(i))
+        subject._known.curves.saw_prefill(kind, work_alone(0, 40), 4.0, float(i))
     subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=1e9))
 
 
@@ -354,6 +385,8 @@ def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_repo
     subject = chooser(fleet)
     measured(subject, fleet)
     subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5))
+    busy = fleet.everyone.views[WorkerId("prefill-0")]
+    busy.load = replace(IDLE, queued_tokens=400)
     view = fleet.everyone.views[WorkerId("decode-0")]
     view.submitted(1, 40, 0)  # hand-offs are none
     assert local_of(subject) is LocalVerdict.LOCAL
@@ -366,7 +399,7 @@ def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_repo
 def prefilled_at_decode(subject: Chooser, fleet: Workers, prefill_s: float) -> float:
     """What decodes add to a step with a chunk, as a share, once a prompt took so long there."""
     link = fleet.link(Role.DECODE, WorkerId("decode-0"))
-    subject.learning.prefilled(link, 40, LegTimes(prefill_s=prefill_s))  # type: ignore[arg-type]
+    subject.learning.prefilled(link, took(prefill_s))  # type: ignore[arg-type]
     return subject._known.curves.of(link.view.kind).beside
 
 
@@ -509,7 +542,7 @@ def test_what_a_prefill_takes_is_not_learned_where_it_is_mostly_the_answers_step
     view.load = replace(IDLE, running=3, decoding=2, decoding_tokens=100)
     before = times(subject, fleet)
     link = fleet.link(Role.PREFILL, WorkerId("prefill-0"))
-    subject.learning.prefilled(link, 40, LegTimes(prefill_s=3.0))  # type: ignore[arg-type]
+    subject.learning.prefilled(link, took(3.0))  # type: ignore[arg-type]
     assert times(subject, fleet) == before
 
 
@@ -527,7 +560,7 @@ def test_a_slow_prefill_worker_is_found_beside_answers_as_well() -> None:
         subject._clock.advance(1.0)  # type: ignore[attr-defined]
         for name, factor in (("prefill-0", 1.0), ("prefill-1", 1.0), ("prefill-2", 4.0)):
             link = fleet.link(Role.PREFILL, WorkerId(name))
-            subject.learning.prefilled(link, 40, LegTimes(prefill_s=factor * predicted_s))  # type: ignore[arg-type]
+            subject.learning.prefilled(link, took(factor * predicted_s))  # type: ignore[arg-type]
     assert times(subject, fleet) != before  # they add little, and the rest is learned from
     assert [w for w in fleet.pool(Role.PREFILL).incarnations if outliers.is_ejected(w)] == [
         "prefill-2"

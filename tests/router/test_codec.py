@@ -40,6 +40,7 @@ from core.messages import (
 )
 from core.sampling import FinishReason, SamplingParams
 from core.stages import Stage
+from core.step import StepWork
 from kv_transfer.codec import UnknownMessage
 from router.codec import from_router, from_worker, to_router, to_worker
 from tests.builders import NEWER_FIELD, NEWER_MESSAGE, QUICK
@@ -107,6 +108,7 @@ TIMES = st.builds(
     LegTimes,
     queue_s=SECONDS,
     prefill_s=SECONDS,
+    work=st.builds(StepWork, U32, U64, SECONDS),
     transfer_s=SECONDS,
     transfer_bytes=U64,
     transfer_blocks=U32,
@@ -140,6 +142,7 @@ WORKER = {
         peer_address=TEXT,
         network_domain=TEXT,
         step_tokens=st.integers(1, 2**32 - 1),
+        chunk_tokens=st.integers(1, 2**32 - 1),
         protocol_major=U32,
         protocol_minor=U32,
     ),

@@ -3,6 +3,7 @@ from random import Random
 
 import pytest
 
+from core.step import work_alone
 from router.curves import Curves, PrefillCurve, WorkerKind, kind_of, peak_tokens, residual_quantiles
 from tests.router.views import HELLO
 
@@ -20,7 +21,8 @@ def test_the_prefill_curve_is_learned_from_prompts() -> None:
     for second in range(100):
         tokens = random.randrange(100, 9000)
         cached = random.randrange(tokens)
-        curves.saw_prefill(KIND, cached, tokens, true.seconds(cached, tokens), float(second))
+        work = work_alone(cached, tokens)
+        curves.saw_prefill(KIND, work, true.of(work), float(second))
     learned = curves.of(KIND).prefill
     for start, end in ((0, 500), (0, 6000), (4000, 6000)):
         assert learned.seconds(start, end) == pytest.approx(true.seconds(start, end), rel=0.1)
@@ -31,8 +33,9 @@ def test_steps_of_any_size_are_learned_from() -> None:
     curves, true, random = Curves(), PrefillCurve(0.02, 3e-5, 1e-9), Random(0)
     for second in range(100):
         tokens, most = random.randrange(100, 9000), random.choice((256, 2048))
-        seconds = true.seconds(0, tokens, most)
-        curves.saw_prefill(KIND, 0, tokens, seconds, float(second), step_tokens=most)
+        work = work_alone(0, tokens, most)
+        assert true.of(work) == pytest.approx(true.seconds(0, tokens, most))
+        curves.saw_prefill(KIND, work, true.of(work), float(second))
     learned = curves.of(KIND).prefill
     for most in (256, 1024, 2048):
         assert learned.seconds(0, 6000, most) == pytest.approx(true.seconds(0, 6000, most), rel=0.1)
@@ -54,12 +57,12 @@ def test_a_flood_of_observations_is_rationed_once_there_is_something_to_predict_
     curves = Curves()
     for i in range(3):
         assert not curves.measured(KIND)
-        curves.saw_prefill(KIND, 0, 1000, 1.0, i * 0.001)
+        curves.saw_prefill(KIND, work_alone(0, 1000), 1.0, i * 0.001)
     assert curves.measured(KIND)
     before = curves.of(KIND).prefill
-    curves.saw_prefill(KIND, 0, 1000, 9.0, 0.1)
+    curves.saw_prefill(KIND, work_alone(0, 1000), 9.0, 0.1)
     assert curves.of(KIND).prefill == before
-    curves.saw_prefill(KIND, 0, 1000, 9.0, 0.3)
+    curves.saw_prefill(KIND, work_alone(0, 1000), 9.0, 0.3)
     assert curves.of(KIND).prefill != before
 
 
@@ -99,7 +102,7 @@ def test_kinds_that_restarts_leave_behind_are_forgotten_and_those_in_use_are_not
     curves = Curves()
     for second in range(2000):
         curves.of(WorkerKind(f"restart {second}", 100))
-        curves.saw_prefill(KIND, 0, 1000, 0.5, float(second))
+        curves.saw_prefill(KIND, work_alone(0, 1000), 0.5, float(second))
     assert len(curves._kinds) == 256
     assert curves.measured(KIND)
     assert curves.of(KIND).prefill.seconds(0, 1000) == pytest.approx(0.5, rel=0.1)
@@ -110,7 +113,7 @@ def test_arenas_sized_by_what_memory_was_free_are_equally_fast_and_other_gpus_ar
     for size in (30_000, 60_000):
         for second in range(4):
             kind = kind_of(replace(HELLO, num_blocks=size))
-            curves.saw_prefill(kind, 0, 1000, size / 1e5, float(second))
+            curves.saw_prefill(kind, work_alone(0, 1000), size / 1e5, float(second))
 
     def seconds(num_blocks: int) -> float:
         return curves.of(kind_of(replace(HELLO, num_blocks=num_blocks))).prefill.seconds(0, 1000)
@@ -120,6 +123,6 @@ def test_arenas_sized_by_what_memory_was_free_are_equally_fast_and_other_gpus_ar
     assert seconds(30_000) == pytest.approx(0.3, rel=0.1)
     assert seconds(60_000) == pytest.approx(0.6, rel=0.1)
     assert seconds(45_000) == Curves().of(kind_of(HELLO)).prefill.seconds(0, 1000)
-    curves.saw_prefill(kind_of(replace(HELLO, num_blocks=30_041)), 0, 1000, 0.5, 9.0)
+    curves.saw_prefill(kind_of(replace(HELLO, num_blocks=30_041)), work_alone(0, 1000), 0.5, 9.0)
     assert seconds(30_000) > 0.31, "they learn together"
     assert len({kind_of(replace(HELLO, num_blocks=size)) for size in range(28_000, 32_000)}) < 50

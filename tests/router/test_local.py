@@ -17,7 +17,7 @@ THERE = Beside(
     delay_s=0.3,
     chunk_steps=4,
 )
-GOOD = LocalOption(measured=True, fits=lambda: True, beside=THERE, steps_to_go=0, elsewhere_s=0.6)
+GOOD = LocalOption(measured=True, fits=lambda: True, beside=THERE, steps_to_go=0, elsewhere_s=0.9)
 
 
 def there(**change: float) -> LocalOption:
@@ -59,8 +59,12 @@ def test_answers_that_end_before_the_prompt_does_have_a_chunk_in_every_step() ->
 
 
 def test_within_the_time_of_a_token_it_saves_the_hand_off() -> None:
-    soon = there(queue_s=0.0, work_s=0.09)._replace(elsewhere_s=0.01)
+    soon = there(queue_s=0.0, work_s=0.06)._replace(elsewhere_s=0.01)
     assert judge_local(soon, SLO) is LocalVerdict.LOCAL
+
+
+def test_to_be_a_little_sooner_is_not_worth_slowing_answers() -> None:
+    assert judge_local(GOOD._replace(elsewhere_s=0.7), SLO) is LocalVerdict.SLOWER
 
 
 STAY = StayOption(

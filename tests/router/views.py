@@ -77,6 +77,7 @@ class Workers:
             peer_address=f"{host}:1",
             network_domain=domain,
             step_tokens=step_tokens,
+            chunk_tokens=step_tokens,
         )
         view = WorkerView(hello, self.known.index.join(worker_id))
         view.load = replace(
