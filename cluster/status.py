@@ -16,10 +16,9 @@ from core.registry import WorkerRecord
 
 ASK_TIMEOUT_S = 3.0
 
-_ABSENT = (
-    "not registered: it starts, is being replaced, or hangs; one that hangs is not replaced until"
-    " it is killed, and its pid is in {}.log"
-)
+_ABSENT = "not registered: it starts, is being replaced, or hangs; one that hangs is "
+_REPLACED = "killed and started again after {timeout_s:g} s without an answer (hang_timeout_s)"
+_KEPT = "not replaced until it is killed, as hang_timeout_s is 0, and its pid is in {worker_id}.log"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +138,17 @@ async def collect(
     expected = {str(worker_id): str(role) for worker_id, role in worker_ids(config).items()}
     names = {str(each.worker_id) for each in known}
     absent = [
-        WorkerStatus(worker_id=worker_id, role=role, problem=_ABSENT.format(worker_id))
+        WorkerStatus(worker_id=worker_id, role=role, problem=_absent(worker_id, config))
         for worker_id, role in expected.items()
         if worker_id not in names
     ]
     present = await asyncio.gather(*(_ask(each, control) for each in known))
     return tuple(sorted([*absent, *present], key=lambda status: status.worker_id))
+
+
+def _absent(worker_id: str, config: ClusterConfig) -> str:
+    hanging = _REPLACED if config.hang_timeout_s else _KEPT
+    return _ABSENT + hanging.format(worker_id=worker_id, timeout_s=config.hang_timeout_s)
 
 
 async def _ask(record: WorkerRecord | SeenWorker, control: WorkerControl) -> WorkerStatus:

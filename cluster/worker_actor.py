@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cluster.failures import describe, first_error
 from cluster.telemetry import setup_logging
-from cluster.worker_spec import StopSignal, WorkerHost, WorkerSpec
+from cluster.worker_spec import Pulse, RunSoon, StopSignal, WorkerHost, WorkerSpec
 from core.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ class WorkerEnd:
 class WorkerActor:
     """One worker process. `ping` answers at once; `serve` lasts as long as the worker.
 
-    The driver calls `serve` once per life, beside it `ready`, and `stop` at the end. After `serve`
-    has returned the process is of no more use.
+    The driver calls `serve` once per life, beside it `ready`, then `pulse` now and then, and `stop`
+    at the end. After `serve` has returned the process is of no more use.
     """
 
     def __init__(self, spec: WorkerSpec, host: str) -> None:
@@ -40,6 +40,7 @@ class WorkerActor:
         self._host = host
         self._stop = StopSignal()
         self._ready = threading.Event()
+        self._pulse = Pulse()
         _redirect_output(spec)
         if not spec.config.resources.gpus:
             # Workers without a GPU of their own must not meet on the first one they see.
@@ -53,7 +54,7 @@ class WorkerActor:
     def serve(self) -> WorkerEnd:
         """Run the host to its end."""
         try:
-            _load(self._host)(self._spec, self._stop, self._ready.set)
+            _load(self._host)(self._spec, self._stop, self._serves)
         except Exception as error:
             reason = describe(error)
             if isinstance(first_error(error), UserError):
@@ -68,9 +69,17 @@ class WorkerActor:
         """Wait until the worker serves; False when `timeout_s` passed first."""
         return self._ready.wait(timeout_s)
 
+    def pulse(self) -> int:
+        """Answers at once; more than last time: the host's event loop has turned since."""
+        return self._pulse.ask()
+
     def stop(self) -> None:
         """Ask the host to end; `serve` then returns."""
         self._stop.request()
+
+    def _serves(self, run_soon: RunSoon) -> None:
+        self._pulse.of(run_soon)
+        self._ready.set()
 
 
 def _redirect_output(spec: WorkerSpec) -> None:

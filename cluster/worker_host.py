@@ -8,17 +8,17 @@ import uvloop
 from cluster.registries import connect_registry
 from cluster.worker.host import WorkerStart, serve_worker
 from cluster.worker.worker import WorkerSettings
-from cluster.worker_spec import StopSignal, WorkerSpec
+from cluster.worker_spec import RunSoon, StopSignal, WorkerSpec
 from core.clock import SystemClock
 from kv_transfer.transports import make_transports
 
 
-def host_worker(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
+def host_worker(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], None]) -> None:
     """A WorkerHost."""
     uvloop.run(_serve(spec, stop, ready))
 
 
-async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None:
+async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], None]) -> None:
     config = spec.config
     start = WorkerStart(
         worker_id=spec.worker_id,
@@ -47,6 +47,6 @@ async def _serve(spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) 
                 registry=registry,
                 clock=SystemClock(),
                 stop=stopped,
-                on_ready=lambda _record: ready(),
+                on_ready=lambda _record: ready(loop.call_soon_threadsafe),
                 transports_of=make_transports,
             )

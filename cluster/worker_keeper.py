@@ -4,6 +4,9 @@ create --> ping: a process --> serve ... ready: WorkerReady
               ^                  |
               |                  | "" after a stop, a reason, or the process is gone
               +--- WorkerDied ---+---> before the first ready: WorkerFailed ends the start
+
+A process that is ready and then hangs is killed (watchdog.py), and so one that is gone. One that
+starts is not judged; start_timeout_s bounds that.
 """
 
 import asyncio
@@ -11,11 +14,15 @@ import logging
 import time
 from typing import Any
 
+import psutil
+
 from cluster.events import Report, WorkerDied, WorkerReady
 from cluster.last_words import last_words, tail
 from cluster.ray_runtime import RayRuntime, import_ray
+from cluster.watchdog import Silence, until_it_hangs
 from cluster.worker_actor import LIFE_BEGINS, WorkerActor, WorkerEnd
 from cluster.worker_spec import WorkerSpec
+from core.clock import SystemClock
 from core.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -24,7 +31,8 @@ _BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STEADY_S = 60.0
 _PROCESS_START_S = 120.0
 _PING_S = 0.1
-_ACTOR_THREADS = 4  # serve and ready hold one each for long; ping and stop must always get one
+_KILLED_S = 10.0
+_ACTOR_THREADS = 4  # serve and ready hold one each for long; all others end at once
 
 
 class WorkerFailed(Unavailable):
@@ -41,8 +49,13 @@ class WorkerKeeper:
         self._report = report
         self._actor: Any = None
         self._serving: asyncio.Future[WorkerEnd] | None = None
-        self._pid = 0
+        self._process: psutil.Process | None = None
+        self._hung = ""
         self._started = False
+
+    @property
+    def _pid(self) -> int:
+        return 0 if self._process is None else self._process.pid
 
     async def keep(self) -> None:
         """Start the worker and restart it whenever it ends, for ever. Raises WorkerFailed."""
@@ -82,24 +95,37 @@ class WorkerKeeper:
 
     async def _new_process(self) -> None:
         """Wait for a process other than the last one."""
-        lost = import_ray().exceptions.RayActorError
         try:
             async with asyncio.timeout(_PROCESS_START_S):
-                while True:
-                    try:
-                        pid = await self._actor.ping.remote()
-                    except lost as error:
-                        log.info("worker_not_up worker_id=%s: %s", self._spec.worker_id, error)
-                        pid = self._pid
-                    if pid != self._pid:
-                        self._pid = pid
-                        return
-                    await asyncio.sleep(_PING_S)
+                self._process = await self._process_after(self._process)
         except TimeoutError as error:
             raise WorkerFailed(
                 f"Ray did not start a process for {self._spec.worker_id} in"
                 f" {_PROCESS_START_S:g} s; is the machine short of memory or processes?"
             ) from error
+
+    async def _process_after(self, last: psutil.Process | None) -> psutil.Process:
+        while True:
+            process = await self._process_now()
+            if process is not None and process != last:
+                return process
+            await asyncio.sleep(_PING_S)
+
+    async def _process_now(self) -> psutil.Process | None:
+        """The actor's process, None while there is none.
+
+        It answers once more after it was looked up, so what was found is no later process of its
+        pid; and psutil signals none of a later start.
+        """
+        try:
+            pid: int = await self._actor.ping.remote()
+            process = psutil.Process(pid)
+            return process if await self._actor.ping.remote() == pid else None
+        except import_ray().exceptions.RayActorError as error:
+            log.info("worker_not_up worker_id=%s: %s", self._spec.worker_id, error)
+        except psutil.Error as error:
+            log.info("worker_gone worker_id=%s: %s", self._spec.worker_id, error)
+        return None
 
     async def _live(self, began_s: float) -> WorkerEnd:
         """From `serve` to the end of the process."""
@@ -118,13 +144,53 @@ class WorkerKeeper:
             await self._end_process()
             timeout_s = self._spec.config.start_timeout_s
             return WorkerEnd(reason=f"it was not ready within {timeout_s:g} s", clear=False)
+        self._hung = ""
+        watching = asyncio.ensure_future(self._end_if_it_hangs())
         try:
             # Shielded: when supervision is cancelled the worker serves on, for `stop` to end.
             end: WorkerEnd = await asyncio.shield(serving)
         except import_ray().exceptions.RayActorError:
-            return WorkerEnd(reason=last_words(self._spec.log, *self._life()), clear=False)
+            reason = self._hung or last_words(self._spec.log, *self._life())
+            return WorkerEnd(reason=reason, clear=False)
+        finally:
+            watching.cancel()
         await self._end_process()
         return end
+
+    async def _end_if_it_hangs(self) -> None:
+        """Kill the process if it hangs; its end is heard in `_live`, as any other."""
+        timeout_s = self._spec.config.hang_timeout_s
+        if not timeout_s:
+            return
+        try:
+            silence = Silence(timeout_s, SystemClock())
+            await until_it_hangs(lambda: _ask(self._actor.pulse.remote()), silence)
+            worker_id, pid = self._spec.worker_id, self._pid
+            log.warning(
+                "worker_hangs worker_id=%s pid=%d silent_s=%.1f questions=%d: it is killed and"
+                " started again",
+                *(worker_id, pid, silence.silent_s, silence.missed),
+            )
+            self._hung = (
+                f"it hung: nothing came within {silence.silent_s:.0f} s (hang_timeout_s), so it was"
+                " killed"
+            )
+            self._kill()
+            await asyncio.sleep(_KILLED_S)
+            log.warning(
+                "worker_outlives_kill worker_id=%s pid=%d: the kernel keeps it, in a driver"
+                " perhaps; another takes its place once it is gone",
+                *(worker_id, pid),
+            )
+        except Exception:
+            log.exception("watchdog_failed worker_id=%s", self._spec.worker_id)
+
+    def _kill(self) -> None:
+        try:
+            if self._process is not None:
+                self._process.kill()
+        except psutil.Error as error:
+            log.info("worker_not_killed worker_id=%s: %s", self._spec.worker_id, error)
 
     async def _becomes_ready(self, serving: "asyncio.Future[WorkerEnd]") -> bool:
         timeout_s = self._spec.config.start_timeout_s

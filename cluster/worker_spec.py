@@ -59,6 +59,31 @@ class StopSignal:
                 self._callbacks.remove(callback)
 
 
+RunSoon = Callable[[Callable[[], None]], object]
+"""Runs a function on a host's event loop, soon and from any thread; returns at once."""
+
+
+class Pulse:
+    """Whether a host's event loop turns. Asked from any thread, and never waits for the loop."""
+
+    def __init__(self) -> None:
+        self._run_soon: RunSoon | None = None
+        self._beats = 0
+
+    def of(self, run_soon: RunSoon) -> None:
+        """From here on the host serves."""
+        self._run_soon = run_soon
+
+    def ask(self) -> int:
+        """How many earlier questions the loop has answered; this one is its next."""
+        if self._run_soon is not None:
+            self._run_soon(self._beat)
+        return self._beats
+
+    def _beat(self) -> None:
+        self._beats += 1
+
+
 class WorkerHost(Protocol):
     """Runs one worker on the calling thread.
 
@@ -66,4 +91,6 @@ class WorkerHost(Protocol):
     worker otherwise, a BatonError when it is the user's to mend.
     """
 
-    def __call__(self, spec: WorkerSpec, stop: StopSignal, ready: Callable[[], None]) -> None: ...
+    def __call__(
+        self, spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], None]
+    ) -> None: ...

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class Served:
     env: dict[str, str]
     process: subprocess.Popen[str]
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.env["TMPDIR"])
+
     def client(self, **options: Any) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120, **options
@@ -60,8 +65,8 @@ class Served:
         return workers
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+@contextmanager
+def serving(**settings: Any) -> Iterator[Served]:
     # Short, because the sockets of Ray lie inside.
     folder = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
     config = write_config(
@@ -70,6 +75,7 @@ def served() -> Iterator[Served]:
             "model": {"path": str(CHECKPOINT), "served_name": "timed"},
             "engine": {"kind": "timed", "kv_memory_mb": 16},
             "router": {"port": 0, "admission": "off"},  # a crowd, all of it to be answered
+            **settings,
         },
     )
     env = {**os.environ, "TMPDIR": str(folder)}
@@ -93,6 +99,12 @@ def served() -> Iterator[Served]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving() as served:
+        yield served
+
+
 def _endpoint(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None and process.stderr is not None
     for line in process.stdout:
@@ -114,6 +126,18 @@ async def assert_nothing_held(served: Served) -> None:
     assert all(stat["pool_error"] == "" and not stat["leases"] for stat in stats)
 
 
+async def assert_replaced(served: Served, victim: dict[str, Any]) -> None:
+    """It comes back under its name, as another process."""
+    for _ in range(60):
+        now = {w["worker_id"]: w for w in await asyncio.to_thread(served.status)}
+        stats = now.get(victim["worker_id"], {}).get("stats")
+        if stats and stats["pid"] != victim["stats"]["pid"]:
+            assert stats["incarnation"] != victim["stats"]["incarnation"]
+            return
+        await asyncio.sleep(0.5)
+    raise AssertionError(f"{victim['worker_id']} did not come back")
+
+
 def ids(i: int) -> list[int]:
     """A prompt of token ids; half of it is shared with every fifth."""
     length = (5, 50, 200, 500, 1500)[i % 5]
@@ -121,11 +145,18 @@ def ids(i: int) -> list[int]:
     return shared + [6 + (i * 37 + j * j) % 3000 for j in range(length - length // 2)]
 
 
-async def stream_text(client: openai.AsyncOpenAI, i: int, max_tokens: int) -> str:
+async def stream_text(
+    client: openai.AsyncOpenAI, i: int, max_tokens: int, begun: asyncio.Event | None = None
+) -> str:
     stream = await client.completions.create(
         model="timed", prompt=ids(i), max_tokens=max_tokens, stream=True
     )
-    return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+    text = ""
+    async for chunk in stream:
+        text += chunk.choices[0].text if chunk.choices else ""
+        if begun is not None:
+            begun.set()
+    return text
 
 
 async def plain_text(client: openai.AsyncOpenAI, i: int, max_tokens: int) -> str:
@@ -155,15 +186,7 @@ async def test_kill_minus_nine_in_mid_stream_changes_no_text(served: Served) -> 
         victim = (await asyncio.to_thread(served.status))[0]
         os.kill(int(victim["stats"]["pid"]), signal.SIGKILL)
         assert await running == before
-        # The one killed comes back under its name, with another pid.
-        for _ in range(60):
-            now = {w["worker_id"]: w for w in await asyncio.to_thread(served.status)}
-            stats = now.get(victim["worker_id"], {}).get("stats")
-            if stats and stats["pid"] != victim["stats"]["pid"]:
-                break
-            await asyncio.sleep(0.5)
-        else:
-            raise AssertionError(f"{victim['worker_id']} did not come back")
+        await assert_replaced(served, victim)
     await assert_nothing_held(served)
 
 
@@ -219,3 +242,34 @@ def test_a_profile_of_it_takes_no_less_than_the_model_it_sleeps_by(
     for step in profile.measured.decode:
         assert step.seconds >= model.step_s(StepShape([], 1, 64))
     assert profile.latency.step_s(StepShape([(0, 480)])) > 0
+
+
+async def test_a_stopped_worker_is_replaced_and_one_in_a_long_step_is_not() -> None:
+    hang_s, timed = 2.0, {"prefill_per_token_ms": 6.0}
+    assert FittedLatency.of(TimedConfig(**timed)).step_s(StepShape([(0, 500)])) > hang_s
+    engine = {"kind": "timed", "kv_memory_mb": 16, "timed": timed}
+    with serving(engine=engine, hang_timeout_s=hang_s) as served:
+        async with served.client() as client:
+            assert await plain_text(client, 3, 2)  # its prompt of 500 tokens is one step
+            before = await asyncio.gather(*(stream_text(client, i, 300) for i in (0, 5, 10, 15)))
+            workers = await asyncio.to_thread(served.status)
+            (controller_log,) = served.folder.glob("baton-*/*/logs/controller.log")
+            assert "worker_hangs" not in controller_log.read_text()
+
+            victim = workers[0]
+            begun = asyncio.Event()
+            running = [
+                asyncio.ensure_future(stream_text(client, i, 300, begun)) for i in (0, 5, 10, 15)
+            ]
+            await begun.wait()
+            os.kill(victim["stats"]["pid"], signal.SIGSTOP)
+            assert await asyncio.gather(*running) == before
+            await assert_replaced(served, victim)
+            assert await stream_text(client, 0, 300) == before[0]
+        log = controller_log.read_text()
+        line = f"worker_hangs worker_id={victim['worker_id']} pid={victim['stats']['pid']} "
+        assert log.count(line) == log.count("worker_hangs") == 1
+        now = {w["worker_id"]: w["stats"] for w in await asyncio.to_thread(served.status)}
+        for worker in workers[1:]:
+            assert now[worker["worker_id"]]["pid"] == worker["stats"]["pid"]
+        await assert_nothing_held(served)

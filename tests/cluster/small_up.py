@@ -1,4 +1,4 @@
-"""`baton up --json` with one worker of each role and small parts: `small_up.py HOST [PORT]`."""
+"""`baton up --json` with small parts, a worker of each role: `small_up.py HOST [KEY=VALUE ...]`."""
 
 import sys
 from pathlib import Path
@@ -15,8 +15,9 @@ if __name__ == "__main__":
             "model.path": Path("/nowhere/tiny"),
             "prefill.workers": 1,
             "decode.workers": 1,
-            "router.port": int(sys.argv[2]) if len(sys.argv) > 2 else 0,
+            "router.port": 0,
             "drain_timeout_s": 1.0,
+            **dict(argument.split("=") for argument in sys.argv[2:]),
         },
     )
     parts = Parts(worker_host=f"hosts:{sys.argv[1]}", router_module="stub_router", checks=False)

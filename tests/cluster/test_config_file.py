@@ -95,6 +95,7 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(
             "router: {port: 70000}",
             "router.port is 70000, but should be less than or equal to 65535",
         ),
+        ("hang_timeout_s: 0.5", "hang_timeout_s is 0.5, but should be 0 for never, or at least 1"),
         ("engine: {kind: x}", "engine.kind is 'x', but should be 'transformers' or 'timed'"),
     ],
 )

@@ -190,6 +190,11 @@ def test_workers_that_are_absent_or_silent_are_lines_not_errors() -> None:
 
 def test_a_worker_that_may_hang_is_said_with_what_to_do() -> None:
     (absent, _) = asyncio.run(collect(CONFIG, (), GrpcWorkerControl()))
+    assert absent.problem.endswith(
+        "one that hangs is killed and started again after 60 s without an answer (hang_timeout_s)"
+    )
+    never = CONFIG.model_copy(update={"hang_timeout_s": 0.0})
+    (absent, _) = asyncio.run(collect(never, (), GrpcWorkerControl()))
     assert "one that hangs is not replaced until it is killed" in absent.problem
     assert absent.problem.endswith("its pid is in decode-0.log")
 

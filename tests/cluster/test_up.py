@@ -66,9 +66,10 @@ class Up:
 def small_up(host: str, *arguments: str, terminal: int | None = None) -> Iterator[Up]:
     # Short, because the sockets of Ray lie inside.
     temporary = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
+    path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, str(HERE / "small_up.py"), host, *arguments],
-        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(HERE)},
+        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(path)},
         stdin=terminal,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -122,6 +123,31 @@ def test_dead_processes_are_told_replaced_and_all_is_gone_after_ctrl_c() -> None
 
         os.killpg(up.process.pid, signal.SIGINT)
         up.until("Stopping", reason="SIGINT")
+        assert up.ended_clean(run) == 0
+
+
+def test_a_worker_that_was_stopped_or_whose_loop_is_stuck_is_killed_and_replaced() -> None:
+    with small_up("stuck", "hang_timeout_s=2") as up:
+        old = up.until("WorkerReady", worker_id="prefill-0")
+        up.until("ClusterReady")
+        run = up.run
+        process = psutil.Process(int(str(old["pid"])))
+        process.suspend()
+        died = up.until("WorkerDied", worker_id="prefill-0", pid=old["pid"])
+        assert str(died["reason"]).startswith("it hung: nothing came within 2 s (hang_timeout_s)")
+        assert not process.is_running()
+        assert up.until("WorkerReady", worker_id="prefill-0")["pid"] != old["pid"]
+
+        (run.path / "stick").touch()
+        died = up.until("WorkerDied", worker_id="decode-0")
+        assert str(died["reason"]).startswith("it hung")
+        assert up.until("WorkerReady", worker_id="decode-0")["pid"] != died["pid"]
+        log = run.log_path("controller").read_text()
+        assert [log.count(f"worker_hangs worker_id={w}") for w in ("prefill-0", "decode-0")] == [
+            1,
+            1,
+        ]
+        up.process.send_signal(signal.SIGTERM)
         assert up.ended_clean(run) == 0
 
 
