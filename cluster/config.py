@@ -123,8 +123,9 @@ class TelemetryConfig(Settings):
     spans_file: ConfigPath | None = None
     """Append OpenTelemetry spans here, one JSON object per line; unset makes none."""
     worker_metrics_port: int | None = Field(None, ge=0, le=65535)
-    """Every worker serves Prometheus metrics on this port; 0 takes a free one, named in its log,
-    for several workers on one machine. Unset serves none. The router's are at its /metrics."""
+    """Every worker serves Prometheus metrics on this port; 0 takes a free one, for several
+    workers on one machine: `baton status --json` tells its metrics_address. Unset serves none. The
+    router's are at its /metrics."""
 
 
 class ClusterConfig(Settings):

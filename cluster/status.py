@@ -112,6 +112,8 @@ class WorkerStats:
     transfer_failures: int
     peers: tuple[PeerStatus, ...]
     preemptions: int
+    metrics_address: str
+    """host:port of its /metrics, empty where it serves none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,6 +58,7 @@ def _stats(reply: worker_pb2.StatsReply) -> WorkerStats:
         transfer_failures=sum(sum(peer.failures.values()) for peer in reply.peers),
         peers=tuple(_peer(peer) for peer in reply.peers),
         preemptions=reply.preemptions,
+        metrics_address=reply.metrics_address,
     )
 
 

@@ -354,7 +354,7 @@ async def served_worker(
         settings=chosen,
         clock=real_clock,
     )
-    add_worker_service(server, worker, real_clock)
+    add_worker_service(server, worker, real_clock, "")
     record = WorkerRecord(
         worker_id=WorkerId(name),
         incarnation=incarnation,

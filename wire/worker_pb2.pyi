@@ -398,7 +398,7 @@ class Lease(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., sequence_id: _Optional[_Union[_common_pb2.SequenceId, _Mapping]] = ..., reader: _Optional[str] = ..., blocks: _Optional[int] = ..., age_s: _Optional[float] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("who", "load", "blocks_free", "blocks_cached", "blocks_in_use", "blocks_receiving", "blocks_quarantined", "blocks_held", "pool_error", "leases", "leases_opened", "leases_closed", "leases_aborted", "leases_expired", "pid", "open_legs", "transports", "peers", "preemptions", "prefix_fetches", "leases_withdrawn", "readers")
+    __slots__ = ("who", "load", "blocks_free", "blocks_cached", "blocks_in_use", "blocks_receiving", "blocks_quarantined", "blocks_held", "pool_error", "leases", "leases_opened", "leases_closed", "leases_aborted", "leases_expired", "pid", "open_legs", "transports", "peers", "preemptions", "prefix_fetches", "leases_withdrawn", "readers", "metrics_address")
     WHO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -421,6 +421,7 @@ class StatsReply(_message.Message):
     PREFIX_FETCHES_FIELD_NUMBER: _ClassVar[int]
     LEASES_WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
     READERS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     who: WorkerHello
     load: LoadReport
     blocks_free: int
@@ -443,7 +444,8 @@ class StatsReply(_message.Message):
     prefix_fetches: PrefixFetches
     leases_withdrawn: int
     readers: _containers.RepeatedCompositeFieldContainer[ReaderLeases]
-    def __init__(self, who: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_receiving: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., blocks_held: _Optional[int] = ..., pool_error: _Optional[str] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., leases_opened: _Optional[int] = ..., leases_closed: _Optional[int] = ..., leases_aborted: _Optional[int] = ..., leases_expired: _Optional[int] = ..., pid: _Optional[int] = ..., open_legs: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., peers: _Optional[_Iterable[_Union[PeerTransfers, _Mapping]]] = ..., preemptions: _Optional[int] = ..., prefix_fetches: _Optional[_Union[PrefixFetches, _Mapping]] = ..., leases_withdrawn: _Optional[int] = ..., readers: _Optional[_Iterable[_Union[ReaderLeases, _Mapping]]] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, who: _Optional[_Union[WorkerHello, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_in_use: _Optional[int] = ..., blocks_receiving: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., blocks_held: _Optional[int] = ..., pool_error: _Optional[str] = ..., leases: _Optional[_Iterable[_Union[Lease, _Mapping]]] = ..., leases_opened: _Optional[int] = ..., leases_closed: _Optional[int] = ..., leases_aborted: _Optional[int] = ..., leases_expired: _Optional[int] = ..., pid: _Optional[int] = ..., open_legs: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., peers: _Optional[_Iterable[_Union[PeerTransfers, _Mapping]]] = ..., preemptions: _Optional[int] = ..., prefix_fetches: _Optional[_Union[PrefixFetches, _Mapping]] = ..., leases_withdrawn: _Optional[int] = ..., readers: _Optional[_Iterable[_Union[ReaderLeases, _Mapping]]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class PrefixFetches(_message.Message):
     __slots__ = ("tried", "won", "tokens", "shared", "failed", "skipped")

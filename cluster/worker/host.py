@@ -90,7 +90,6 @@ async def serve_worker(
         settings=start.settings,
         clock=clock,
     )
-    add_worker_service(server, worker, clock)
     record = WorkerRecord(
         worker_id=start.worker_id,
         incarnation=incarnation,
@@ -107,16 +106,17 @@ async def serve_worker(
         serving_peers(peers, worker.owner, worker.peer_hello, worker.arena),
         serving_routers(routers, worker),
     ):
-        await server.start()
-        try:
-            with serving_metrics(worker, start.host, start.metrics_port):
+        with serving_metrics(worker, start.host, start.metrics_port) as metrics_address:
+            add_worker_service(server, worker, clock, metrics_address)
+            await server.start()
+            try:
                 log.info("worker_ready worker_id=%s address=%s", start.worker_id, identity.address)
                 on_ready(record)
                 await _serve(registry, record, stop, engine_loop)
                 left = await worker.drain(start.drain_s)
-            log.info("worker_drained legs_left=%d", left)
-        finally:
-            await server.stop(_STOP_GRACE_S)
+                log.info("worker_drained legs_left=%d", left)
+            finally:
+                await server.stop(_STOP_GRACE_S)
 
 
 async def _serve(

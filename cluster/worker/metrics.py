@@ -159,10 +159,10 @@ def _bugs(worker: Worker) -> Iterator[Metric]:
 
 
 @contextmanager
-def serving_metrics(worker: Worker, host: str, port: int | None) -> Iterator[None]:
-    """Inside the block `http://host:port/metrics` answers; None serves nothing."""
+def serving_metrics(worker: Worker, host: str, port: int | None) -> Iterator[str]:
+    """Inside the block /metrics answers at the host:port given; None serves nothing, at ""."""
     if port is None:
-        yield
+        yield ""
         return
     registry = CollectorRegistry()
     registry.register(WorkerCollector(worker, asyncio.get_running_loop()))
@@ -173,9 +173,10 @@ def serving_metrics(worker: Worker, host: str, port: int | None) -> Iterator[Non
             f"the worker's metrics cannot be served on {host}:{port}: {error.strerror}; "
             "set telemetry.worker_metrics_port to a free port, or leave it out"
         ) from error
-    log.info("worker_metrics address=%s:%d", host, server.server_port)
+    address = f"{host}:{server.server_port}"
+    log.info("worker_metrics address=%s", address)
     try:
-        yield
+        yield address
     finally:
         server.shutdown()
         server.server_close()

@@ -20,9 +20,10 @@ Context = grpc.aio.ServicerContext[object, object]
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Translates; all decisions are the Worker's."""
 
-    def __init__(self, worker: Worker, clock: Clock) -> None:
+    def __init__(self, worker: Worker, clock: Clock, metrics_address: str) -> None:
         self._worker = worker
         self._clock = clock
+        self._metrics_address = metrics_address
 
     async def Drain(  # noqa: N802
         self, request: worker_pb2.DrainRequest, _context: Context
@@ -67,6 +68,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             ],
             preemptions=worker.runner.preemptions,
             prefix_fetches=_fetches_to_wire(worker.prefill.fetches),
+            metrics_address=self._metrics_address,
         )
 
     def _lease(self, lease: Lease) -> worker_pb2.Lease:
@@ -109,6 +111,9 @@ def _fetches_to_wire(counters: FetchCounters) -> worker_pb2.PrefixFetches:
     )
 
 
-def add_worker_service(server: grpc.aio.Server, worker: Worker, clock: Clock) -> None:
-    """Serve the Worker service on `server`."""
-    worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(worker, clock), server)
+def add_worker_service(
+    server: grpc.aio.Server, worker: Worker, clock: Clock, metrics_address: str
+) -> None:
+    """Serve the Worker service on `server`; `metrics_address` is told to who asks."""
+    service = WorkerService(worker, clock, metrics_address)
+    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)

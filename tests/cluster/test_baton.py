@@ -98,7 +98,7 @@ def test_a_cluster_serves_tells_its_status_keeps_its_port_and_goes_down(shell: S
         "prefill: {workers: 1}\n"
         "decode: {workers: 1}\n"
         "engine: {kind: timed}\n"
-        "telemetry: {spans_file: spans.jsonl}\n"
+        "telemetry: {spans_file: spans.jsonl, worker_metrics_port: 0, log_level: warning}\n"
     )
     up = shell.start("up", "--config", str(config), "--json")
     try:
@@ -126,6 +126,10 @@ def test_a_cluster_serves_tells_its_status_keeps_its_port_and_goes_down(shell: S
         assert decode["transfer_bytes"] > 0
         assert prefill["leases_closed"] == prefill["leases_opened"] == 1
         assert decode["blocks"]["held"] == prefill["blocks"]["held"] == 0
+        with httpx.Client(trust_env=False) as scraper:
+            address = prefill["metrics_address"]
+            metrics = scraper.get(f"http://{address}/metrics").text
+        assert 'baton_kv_leases_ended_total{outcome="closed"} 1.0' in metrics
         assert "serving" in shell.run("status", "--leases").stdout
 
         port = ready["url"].rpartition(":")[2]

@@ -74,6 +74,7 @@ REPLY = worker_pb2.StatsReply(
         )
     ],
     preemptions=6,
+    metrics_address="127.0.0.1:9101",
 )
 
 
@@ -129,6 +130,7 @@ def test_every_number_of_a_worker_arrives_where_it_belongs() -> None:
     stats = read_stats()
     assert (stats.role, stats.pid, stats.preemptions) == ("prefill", 77, 6)
     assert stats.transports == ("nixl", "collective")
+    assert stats.metrics_address == "127.0.0.1:9101"
     assert (stats.waiting, stats.running, stats.queued_tokens, stats.context_tokens) == (1, 2, 3, 4)
     assert stats.blocks == BlockCounts(
         free=10, cached=5, in_use=3, receiving=2, quarantined=1, held=4

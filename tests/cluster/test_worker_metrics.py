@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 import socket
 import subprocess
 import sys
@@ -40,8 +39,8 @@ async def test_leases_blocks_and_pairs_are_served(caplog: pytest.LogCaptureFixtu
         expired = TransferFailed("late", cause=TransferCause.EXPIRED)
         worker.reader.metrics.failed(WorkerId("p"), expired)
         worker.leases.counters.end(WorkerId("d1"), LeaseEnd.WITHDRAWN)
-        with serving_metrics(worker, "127.0.0.1", 0):
-            (address,) = re.findall(r"worker_metrics address=(\S+)", caplog.text)
+        with serving_metrics(worker, "127.0.0.1", 0) as address:
+            assert f"worker_metrics address={address}" in caplog.text
             text = await scrape(address)
         assert 'baton_kv_pair_bytes_total{owner="p",transport="nixl"} 640.0' in text
         assert 'baton_kv_pair_hidden_seconds_total{owner="p",transport="nixl"} 0.4' in text
