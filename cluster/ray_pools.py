@@ -3,11 +3,13 @@
 import asyncio
 
 from cluster.config import ClusterConfig
-from cluster.events import Event, Report, WorkerReady
+from cluster.deaths import DeathBook
+from cluster.events import Event, Report, WorkerDied, WorkerReady
 from cluster.ray_runtime import RayRuntime
 from cluster.run_dir import RunDir
 from cluster.worker_keeper import WorkerKeeper
 from cluster.worker_spec import WorkerSpec
+from core.clock import SystemClock
 from core.ids import Role, WorkerId
 
 REAL_HOST = "cluster.worker_host:host_worker"
@@ -30,6 +32,7 @@ class RayPools:
         host: str = REAL_HOST,
     ) -> None:
         self._report = report
+        self._deaths = DeathBook(run, SystemClock())
         self._waiting_for = set(worker_ids(config))
         self._all_ready = asyncio.Event()
         self._keepers = [
@@ -70,6 +73,8 @@ class RayPools:
             self._waiting_for.discard(event.worker_id)
             if not self._waiting_for:
                 self._all_ready.set()
+        if isinstance(event, WorkerDied):
+            self._deaths.note(event)
         self._report(event)
 
 

@@ -3,6 +3,7 @@
     <tmp>/baton-<user>/<run_id>/     0700, removed at exit
         run.json                     who runs: pid and start time of the controller, addresses
         config.json                  the settings of this run, as the router reads them
+        deaths.json                  how often each worker died, and why the last time
         logs/<process>.log           one per worker, router and controller
         ray/                         Ray's own session
         ray_token                    Ray's password for this run
@@ -101,6 +102,11 @@ class RunDir:
         return self.path / "ray_token"
 
     @property
+    def deaths(self) -> Path:
+        """Not there before a worker died."""
+        return self.path / "deaths.json"
+
+    @property
     def registry_address(self) -> str:
         """A socket in the folder: nobody but the user can register or watch workers."""
         return f"unix:{self.path / 'registry.sock'}"
@@ -132,6 +138,10 @@ class RunDir:
     def write_config(self, config_json: str) -> None:
         """Keep the settings of this run; they may hold API keys, so only the user reads them."""
         _write(self.path / "config.json", config_json)
+
+    def write_deaths(self, deaths_json: str) -> None:
+        """What deaths.py keeps."""
+        _write(self.deaths, deaths_json)
 
     def is_alive(self) -> bool:
         """The controller that made the folder still runs."""

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cluster.config import ClusterConfig
+from cluster.deaths import Deaths, read_deaths
 from cluster.probe import RouterView, SeenWorker, answers_ready, view_of_router
 from cluster.registries import connect_registry
 from cluster.run_dir import RunDir
@@ -43,6 +45,8 @@ class ClusterStatus:
     """Workers the router leaves out of placement for a while, and why: failures or slow."""
     unreached: dict[str, str] = field(default_factory=dict)
     """Workers the router has no stream to, and why: refused, by them or by it, or not there."""
+    deaths: dict[str, Deaths] = field(default_factory=dict)
+    """Workers that died in this run, each time to be started again; not those that never did."""
     registry_problem: str = ""
     """Why the registry does not answer: then `workers` are those that the router knows."""
 
@@ -55,6 +59,7 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
     try:
         info = run.info()
         config = ClusterConfig.model_validate_json((run.path / "config.json").read_text())
+        deaths = read_deaths(run)
     except (OSError, ValueError) as error:
         raise Unavailable(f"cluster {run.run_id} is starting or ending; try again") from error
     known: Sequence[WorkerRecord | SeenWorker] = ()
@@ -82,6 +87,7 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
         workers=await collect(config, known, control),
         ejected=dict(view.ejected),
         unreached=dict(view.unreached),
+        deaths=deaths,
         registry_problem=registry_problem,
     )
 
@@ -120,11 +126,19 @@ def show_status(
         problem = worker.problem or (worker.stats.pool_error if worker.stats is not None else "")
         if problem:
             _say(console, f"[red]{worker.worker_id}[/]", problem)
+    for worker_id, deaths in sorted(status.deaths.items()):
+        _say(console, f"[dim]{worker_id}[/]", _deaths_text(deaths))
     if leases:
         print_table(console, _lease_table(status.workers))
     if transfers:
         print_table(console, _transfer_table(status.workers))
         print_table(console, _ended_table(status.workers))
+
+
+def _deaths_text(deaths: Deaths) -> str:
+    at = datetime.fromtimestamp(deaths.last_s, UTC).astimezone().isoformat(" ", "seconds")
+    times = "once" if deaths.count == 1 else f"{deaths.count} times, last"
+    return f"died {times} at {at} (pid {deaths.last_pid}): {deaths.last_reason}"
 
 
 def _say(console: Console, who: str, text: str) -> None:

@@ -53,6 +53,10 @@ class Served:
 
     def status(self) -> list[dict[str, Any]]:
         """The workers as `baton status --json` tells them."""
+        workers: list[dict[str, Any]] = self.whole_status()["workers"]
+        return workers
+
+    def whole_status(self) -> dict[str, Any]:
         done = subprocess.run(
             [*BATON, "status", "--json", "--leases"],
             env=self.env,
@@ -61,8 +65,8 @@ class Served:
             timeout=60,
             check=True,
         )
-        workers: list[dict[str, Any]] = json.loads(done.stdout)["workers"]
-        return workers
+        status: dict[str, Any] = json.loads(done.stdout)
+        return status
 
 
 @contextmanager
@@ -269,7 +273,11 @@ async def test_a_stopped_worker_is_replaced_and_one_in_a_long_step_is_not() -> N
         log = controller_log.read_text()
         line = f"worker_hangs worker_id={victim['worker_id']} pid={victim['stats']['pid']} "
         assert log.count(line) == log.count("worker_hangs") == 1
-        now = {w["worker_id"]: w["stats"] for w in await asyncio.to_thread(served.status)}
+        status = await asyncio.to_thread(served.whole_status)
+        (deaths,) = status["deaths"].values()
+        assert (deaths["count"], deaths["last_pid"]) == (1, victim["stats"]["pid"])
+        assert deaths["last_reason"].startswith("it hung")
+        now = {w["worker_id"]: w["stats"] for w in status["workers"]}
         for worker in workers[1:]:
             assert now[worker["worker_id"]]["pid"] == worker["stats"]["pid"]
         await assert_nothing_held(served)

@@ -6,16 +6,20 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from rich.console import Console
 
 from cluster.config import ClusterConfig
+from cluster.deaths import DeathBook, Deaths, read_deaths
+from cluster.events import WorkerDied
 from cluster.run_dir import RunDir
 from cluster.status import BlockCounts, WorkerStats, WorkerStatus, collect
 from cluster.status_view import ClusterStatus, read_status, show_status, status_json
 from cluster.worker_control import GrpcWorkerControl
+from core.clock import FakeClock
 from core.errors import Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.registry import WorkerRecord
@@ -243,7 +247,7 @@ def test_while_redis_is_away_the_workers_are_those_that_the_router_knows(tmp_pat
     assert "none that starts now is found until the registry is back" in line
 
 
-def cluster_status(**left_out: dict[str, str]) -> ClusterStatus:
+def cluster_status(**left_out: Any) -> ClusterStatus:
     reader = WorkerStatus(worker_id="decode-0", role="decode", problem="not registered")
     owner = WorkerStatus(worker_id="prefill-0", role="prefill", stats=read_stats())
     return ClusterStatus(
@@ -258,7 +262,7 @@ def cluster_status(**left_out: dict[str, str]) -> ClusterStatus:
     )
 
 
-def shown(*, leases: bool, transfers: bool = False, **left_out: dict[str, str]) -> str:
+def shown(*, leases: bool, transfers: bool = False, **left_out: Any) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=140)
     show_status(cluster_status(**left_out), console, leases=leases, transfers=transfers)
@@ -313,3 +317,35 @@ def test_a_worker_that_the_router_does_not_reach_is_shown_with_the_reason() -> N
     text = shown(leases=False, unreached={"prefill-0": "it serves model a, not b"})
     assert "not connected" in text
     assert "prefill-0: the router sends it nothing, as they are not connected: it serves" in text
+
+
+def test_deaths_are_counted_with_the_last_reason_and_shown(tmp_path: Path) -> None:
+    run, clock = RunDir.create(tmp_path, "tiny"), FakeClock(1000.0)
+    try:
+        assert read_deaths(run) == {}
+        book = DeathBook(run, clock)
+        for pid, reason in ((7, "it crashed: SIGSEGV"), (8, "it hung: nothing came")):
+            clock.advance(10.0)
+            book.note(
+                WorkerDied(
+                    worker_id=WorkerId("decode-0"),
+                    pid=pid,
+                    reason=reason,
+                    log=run.log_path("decode-0"),
+                    restart_in_s=0.0,
+                )
+            )
+        deaths = read_deaths(run)
+        run.deaths.write_text('{"decode-0": {"of": "another version"}}')
+        with pytest.raises(ValueError, match=r"deaths\.json is of another version"):
+            read_deaths(run)
+    finally:
+        run.remove()
+    last = Deaths(count=2, last_pid=8, last_reason="it hung: nothing came", last_s=1020.0)
+    assert deaths == {"decode-0": last}
+    assert (
+        json.loads(status_json(cluster_status(deaths=deaths)))["deaths"]["decode-0"]["count"] == 2
+    )
+    (line,) = [line for line in shown(leases=False, deaths=deaths).splitlines() if "died" in line]
+    assert line.startswith("decode-0: died 2 times, last at ")
+    assert line.endswith(" (pid 8): it hung: nothing came")
