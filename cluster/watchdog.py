@@ -3,8 +3,8 @@
 A worker that serves is asked every few seconds whether its event loop turns, and hangs when it has
 left enough questions in a row unanswered. Each question has a deadline of its own, measured from
 when it was asked; wall time since the last answer says nothing. So a controller that itself stood
-still, alone or with its machine, kills nobody when it goes on: it has one question open per worker,
-and one whose deadline it overslept by far counts for nothing. A late answer is an answer.
+still, alone or with its machine, kills nobody when it goes on: it slept through the deadline of one
+question per worker, and one overslept by far counts for nothing. A late answer is an answer.
 
 An engine in a long step is not meant: it computes beside the event loop, and router/hung.py and
 engine.step_timeout_s are for it.
