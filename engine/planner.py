@@ -7,7 +7,7 @@ each step reads the weights, and short prompts share that. Long ones would save 
 chunks, and hold up whoever is behind and beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 
 
@@ -26,34 +26,38 @@ def plan_step(
     decodes, chunks = share_step(
         len(pending) - len(prompts), prompts, step_tokens, max_batch, chunk_tokens
     )
-    chunk, decode = iter(chunks), chain(repeat(1, decodes), repeat(0))
+    chunk, decode = chain(chunks, repeat(0)), chain(repeat(1, decodes), repeat(0))
     return [next(chunk if tokens > 1 else decode) for tokens in pending]
 
 
 def share_step(
     decodes: int,
-    prompts: Sequence[int],
+    prompts: Iterable[int],
     step_tokens: int,
     max_batch: int,
     chunk_tokens: int | None = None,
 ) -> tuple[int, list[int]]:
-    """How many of the sequences with one pending token go, and what each of the others is fed.
+    """How many of the sequences with one pending token go, and what the first of the others are
+    fed; those behind get nothing, and are not looked at.
 
     `plan_step` for those who need not know who decodes, only how many do. Unset, and at most,
     `chunk_tokens` is `step_tokens`.
     """
     chunk_tokens = min(chunk_tokens or step_tokens, step_tokens)
-    kept = 1 if max_batch > 1 and prompts else 0
+    coming = iter(prompts)
+    tokens = next(coming, None)
+    kept = 1 if max_batch > 1 and tokens is not None else 0
     fed = min(decodes, max_batch - kept)
     left, room, whole = max_batch - fed, chunk_tokens - fed, step_tokens - fed
     chunks: list[int] = []
-    for tokens in prompts:
-        count = 0
-        if left > 0 and tokens <= min(chunk_tokens, whole):
+    while tokens is not None and left > 0:
+        if tokens <= min(chunk_tokens, whole):
             count = tokens
-        elif left > 0 and (room > 0 or kept):
+        elif room > 0 or kept:
             count = min(tokens, max(room, 1))
+        else:
+            break  # nobody overtakes
         chunks.append(count)
-        left = left - 1 if count else 0  # nobody overtakes
-        room, whole, kept = room - count, whole - count, 0
+        left, room, whole, kept = left - 1, room - count, whole - count, 0
+        tokens = next(coming, None)
     return fed, chunks

@@ -403,16 +403,16 @@ class SimWorker:
     def _plan(self) -> _Run | None:
         """The next run, where all decodes go on and their blocks suffice; else None."""
         spec, now_s, decodes = self.spec, self._events.now_s(), self._decodes
-        step_tokens = spec.step_tokens
-        prompts = _first_pending(self._prompts, step_tokens)
-        if prompts and self._prompts[0].known_tokens == self._prompts[0].context_tokens:
-            begun = self._prompts[0].computed
+        step_tokens, prompts = spec.step_tokens, self._prompts
+        if prompts and prompts[0].known_tokens == prompts[0].context_tokens:
+            begun = prompts[0].computed
             step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, begun)
-        fed, chunks = share_step(decodes, prompts, step_tokens, spec.max_batch, spec.chunk_tokens)
+        pending = (sequence.known_tokens - sequence.computed for sequence in prompts)
+        fed, chunks = share_step(decodes, pending, step_tokens, spec.max_batch, spec.chunk_tokens)
         if fed < decodes or not self._grow(self._steps):
             return None
         if prompts:
-            planned = list(zip(self._prompts, chunks, strict=False))  # those behind get nothing
+            planned = list(zip(prompts, chunks, strict=False))  # those behind get nothing
             fed_prompts = self._first_chunks(planned, now_s)
             return _Run(now_s, 1, self._decodes, fed_prompts)
         while self._ends[0][2].turn != self._ends[0][1]:
@@ -651,17 +651,6 @@ class SimWorker:
             sequence.queued_tokens = sequence.pending_tokens - sequence.cached_tokens
         prompts = [n for s in running if (n := s.known_tokens - s.computed) > 1]
         self._queued_tokens = sum(s.queued_tokens for s in waiting) + sum(prompts)
-
-
-def _first_pending(prompts: Sequence[SimSequence], step_tokens: int) -> list[int]:
-    """Pending tokens of the first prompts, as many as fill a step of that size."""
-    pending: list[int] = []
-    for sequence in prompts:
-        pending.append(sequence.known_tokens - sequence.computed)
-        step_tokens -= pending[-1]
-        if step_tokens <= 0:
-            break
-    return pending
 
 
 def _shape_of(batch: Sequence[tuple[SimSequence, int]]) -> StepShape:

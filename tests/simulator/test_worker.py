@@ -156,6 +156,19 @@ def test_jumping_and_stepping_give_the_same_times_and_decisions() -> None:
     assert preempted > 30
 
 
+def test_short_prompts_share_the_step_of_a_long_one_however_long_it_is() -> None:
+    spec = WorkerSpec(
+        latency=LATENCY, kv_blocks=400, block_size=16, step_tokens=64, chunk_tokens=16
+    )
+    asks = [Ask(0.0, prompt, 2, family) for family, prompt in enumerate((500, 10, 12, 14, 8))]
+    jumped, worker = play(asks, spec)
+    stepped, oracle = play(asks, spec, stepwise=True)
+    assert rounded(jumped) == rounded(stepped)
+    assert worker.busy_s == pytest.approx(oracle.busy_s)
+    long, *short = ({what: at for what, at, _ in diary.heard} for diary in jumped)
+    assert all(one["ended"] < long["first"] / 4 for one in short)
+
+
 def test_in_the_middle_of_steps_jumping_and_stepping_report_the_same_load() -> None:
     busy = 0
     for seed in range(60):
