@@ -73,7 +73,10 @@ class LineLimit(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if any(hasattr(record, name) for name in telemetry.KEEP_LINE):
             return True
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, LookupError):
+            return True  # a line that cannot be written; the handler says so, and raises nothing
         event = text.partition(" ")[0]
         key, now_s = (record.name, record.levelno, event), self._now_s()
         kind = self._kinds.get(key)

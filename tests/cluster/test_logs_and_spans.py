@@ -1,10 +1,12 @@
 """Log lines and exported spans, each in a process of its own: both are set up once per process."""
 
+import io
 import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from cluster.telemetry import LineLimit
 from core.telemetry import KEEP_LINE
@@ -23,9 +25,6 @@ logging.getLogger("transformers").warning("a library warns")
 TRACING = """
 import sys
 from pathlib import Path
-
-from cluster.telemetry import LineLimit
-from core.telemetry import KEEP_LINE
 from opentelemetry import trace
 from cluster.config import TelemetryConfig
 from cluster.telemetry import tracing
@@ -81,6 +80,20 @@ def test_of_one_kind_of_event_not_all_lines_are_written_and_how_many_is_said() -
     now_s = 60.0
     assert says("stream_ended number=1002") == "stream_ended number=1002 lines_left_out=1"
     assert says("stream_ended number=1003") == "stream_ended number=1003"
+
+
+def test_a_line_that_cannot_be_written_raises_nothing_where_it_is_said() -> None:
+    told: list[logging.LogRecord] = []
+
+    class Told(logging.StreamHandler[TextIO]):
+        def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+            told.append(record)
+
+    handler, log = Told(io.StringIO()), logging.Logger("a library")
+    handler.addFilter(LineLimit(lambda: 0.0))
+    log.addHandler(handler)
+    log.warning("number %d", "one")
+    assert len(told) == 1
 
 
 def test_a_line_to_be_kept_is_kept() -> None:
