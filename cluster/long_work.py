@@ -64,8 +64,11 @@ def check_writable(path: Path, option: str) -> None:
 
 def can_be_file(path: Path) -> bool:
     """As far as can be told without touching anything, where missing folders will be made."""
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return (nearest != path) == nearest.is_dir() and os.access(nearest, os.W_OK)
+    try:
+        nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+        return (nearest != path) == nearest.is_dir() and os.access(nearest, os.W_OK)
+    except OSError:  # a name too long, or a folder that may not be looked into
+        return False
 
 
 def write_result(path: Path, text: str, option: str, *, makes_folder: bool = False) -> None:

@@ -1,6 +1,7 @@
 """A workload from a file of any known format, told by its content, or from a generator's name."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -44,8 +45,10 @@ def load_workload(source: str | Path, shaping: Shaping | None = None) -> Loaded:
         name = source.partition(":")[0]
     else:
         file = Path(source)
-        if not file.exists():
-            raise BadTrace(f"there is no trace file {file}, and no such generator: {generators()}")
+        with suppress(OSError):  # what else is amiss reading it says
+            if not file.exists():
+                known = generators()
+                raise BadTrace(f"there is no trace file {file}, and no such generator: {known}")
         recorded, name = read_trace(file, shaping), trace_name(file)
     workload = build_workload(name, recorded, shaping)
     return Loaded(workload, tuple(_notes(recorded)))

@@ -62,6 +62,7 @@ def test_an_unknown_part_is_one_sentence_that_names_those_there_are() -> None:
         (["validate", "--profiles", "no"], "--profiles: there is no folder no"),
         (["transfer", "--plot", f"{__file__}/p.png"], f"--plot: {__file__}/p.png cannot be"),
         (["transfer", "--out", f"{__file__}/d"], f"--out: nothing can be written in {__file__}/d"),
+        (["transfer", "--out", "d" * 300], "--out: nothing can be written in ddd"),
     ],
 )
 def test_files_that_will_not_do_are_refused_before_anything_is_measured(

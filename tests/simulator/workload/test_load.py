@@ -188,6 +188,8 @@ def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
         load_workload("poison:rate=4")
     with pytest.raises(BadTrace, match=r"^cannot read .*: Is a directory$"):
         load_workload(tmp_path)
+    with pytest.raises(BadTrace, match=r"^cannot read .*: File name too long$"):
+        load_workload("poison:" + "x" * 300)
 
 
 @pytest.mark.parametrize(
