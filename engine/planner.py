@@ -10,6 +10,9 @@ chunks, and hold up whoever is behind and beside them.
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 
+_LEAST_SHARE = 8
+"""However many decode, where the step has room a long prompt gets an eighth of a chunk."""
+
 
 def plan_step(
     pending: Sequence[int], step_tokens: int, max_batch: int, chunk_tokens: int | None = None
@@ -48,7 +51,8 @@ def share_step(
     tokens = next(coming, None)
     kept = 1 if max_batch > 1 and tokens is not None else 0
     fed = min(decodes, max_batch - kept)
-    left, room, whole = max_batch - fed, chunk_tokens - fed, step_tokens - fed
+    left, whole = max_batch - fed, step_tokens - fed
+    room = max(chunk_tokens - fed, min(chunk_tokens // _LEAST_SHARE, whole))
     chunks: list[int] = []
     while tokens is not None and left > 0:
         if tokens <= min(chunk_tokens, whole):

@@ -48,6 +48,11 @@ def test_nobody_overtakes_a_prompt_that_does_not_end_with_the_step() -> None:
     assert plan_step([6, 40, 3], 64, 8, chunk_tokens=16) == [6, 10, 3]
 
 
+def test_decodes_as_many_as_a_chunk_leave_a_long_prompt_what_the_step_has_room_for() -> None:
+    for decodes, fed in ((10, 54), (60, 8), (100, 8), (252, 4), (256, 1)):
+        assert plan_step([1] * decodes + [900], 256, 400, chunk_tokens=64)[-1] == fed
+
+
 def test_a_chunk_is_no_larger_than_the_step() -> None:
     assert plan_step([100, 3], 16, 8, chunk_tokens=64) == plan_step([100, 3], 16, 8)
 
@@ -66,7 +71,7 @@ def test_a_prompt_gets_one_chunk_and_those_behind_it_only_if_they_end(
     assert fed == sorted(fed, reverse=True), "in order"
     partly = [count for count, tokens in prompts if 0 < count < tokens]
     assert len(partly) <= 1
-    assert sum(partly) <= max(1, chunk_tokens - decodes)
+    assert sum(partly) <= max(1, chunk_tokens - decodes, chunk_tokens // 8)
 
 
 @QUICK
