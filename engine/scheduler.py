@@ -209,21 +209,24 @@ class Scheduler(Generic[S]):
         """So many steps have ended, which computed positions [start, end) of each chunk."""
         self.work = self.work.plus(chunks, steps)
 
-    def step_tokens(self, decodes: int, context_tokens: int, start: int) -> int:
-        """Of a step in which so many sequences decode and a prompt goes on from `start`."""
+    def step_tokens(self, decodes: int, context_tokens: int, prompt: S) -> int:
+        """Of a step in which so many sequences decode and `prompt` is the first that does not."""
         most = self._step_tokens
-        chunk = self.budget.chunk_tokens(start, decodes, context_tokens, most)
+        if self.budget.step_s is not None and prompt.known_tokens > prompt.context_tokens:
+            # It was preempted and its client waits for the next token: not slowed. But those behind
+            # it, which would be, share no step that is longer than its chunk.
+            return min(most, decodes + (self._chunk_tokens or most))
+        chunk = self.budget.chunk_tokens(prompt.computed, decodes, context_tokens, most)
         return min(most, decodes + chunk)
 
     def _tokens_now(self, pending: Sequence[int]) -> int:
         first = next((i for i, tokens in enumerate(pending) if tokens > 1), None)
         prompt = None if first is None else self.running[first]
-        # One that was preempted holds blocks, and its client waits for the next token: not slowed.
-        if prompt is None or prompt.known_tokens > prompt.context_tokens or not self.budget.step_s:
+        if prompt is None or not self.budget.step_s:
             return self._step_tokens
         decoding = zip(self.running, pending, strict=True)
         contexts = [s.known_tokens for s, tokens in decoding if tokens == 1]
-        return self.step_tokens(len(contexts), sum(contexts), prompt.computed)
+        return self.step_tokens(len(contexts), sum(contexts), prompt)
 
     def step_ended(self) -> None:
         """The step reads and writes no more."""

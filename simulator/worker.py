@@ -404,9 +404,8 @@ class SimWorker:
         """The next run, where all decodes go on and their blocks suffice; else None."""
         spec, now_s, decodes = self.spec, self._events.now_s(), self._decodes
         step_tokens, prompts = spec.step_tokens, self._prompts
-        if prompts and prompts[0].known_tokens == prompts[0].context_tokens:
-            begun = prompts[0].computed
-            step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, begun)
+        if prompts:
+            step_tokens = self.scheduler.step_tokens(decodes, self._context_tokens, prompts[0])
         pending = (sequence.known_tokens - sequence.computed for sequence in prompts)
         fed, chunks = share_step(decodes, pending, step_tokens, spec.max_batch, spec.chunk_tokens)
         if fed < decodes or not self._grow(self._steps):

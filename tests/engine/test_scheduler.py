@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+import pytest
+
 from core.ids import BlockId
+from core.step import StepBudget
 from engine.pool import BlockPool
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
@@ -96,3 +99,31 @@ def test_who_keeps_nothing_waits_for_those_who_read_what_others_leased() -> None
     crowd.scheduler.enqueue(second)
     crowd.scheduler.admit(0.0)
     assert {first.state, second.state} == {SequenceState.WAITING}
+
+
+@pytest.mark.parametrize(("answered", "fed"), [(0, [64]), (10, [127])], ids=["new", "preempted"])
+def test_prompts_behind_a_preempted_one_are_held_to_the_target_of_a_step_as_behind_any(
+    answered: int, fed: list[int]
+) -> None:
+    budget = StepBudget(1e-3)  # less than anything takes: of prompts the least
+    for second in range(4):
+        budget.saw([(0, 64)], 1, 9, 1.0, float(second))
+    scheduler = Scheduler[Sequence](
+        BlockPool(400),
+        block_size=SIZE,
+        step_tokens=1024,
+        chunk_tokens=128,
+        max_batch=8,
+        on_admitted=lambda sequence: None,
+        budget=budget,
+    )
+    answering = make_sequence(make_prompt(9, seed=0), name="answering")
+    answering.computed = 8
+    scheduler.join(answering, 0.0)
+    first = make_sequence(make_prompt(200, seed=1), name="first")
+    first.context_tokens -= answered
+    scheduler.enqueue(first)
+    for seed in range(2, 6):
+        scheduler.enqueue(make_sequence(make_prompt(100, seed), name=str(seed)))
+    batch = scheduler.next_batch(1.0)
+    assert [count for sequence, count in batch if sequence is not answering] == fed
