@@ -12,8 +12,9 @@ While a step is in flight nothing it reads or writes is freed: a sequence finish
 its blocks back when the step has ended.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Generic, Protocol, TypeVar
 
 from core.errors import InternalError
@@ -181,6 +182,7 @@ class Scheduler(Generic[S]):
         feed = plan_step(pending, step_tokens, self._max_batch, self._chunk_tokens)
         batch: list[tuple[S, int]] = []
         begun: list[S] = []
+        coming: set[BlockHash] = set()
         for sequence, most in zip(list(self.running), feed, strict=True):
             if not most or sequence.state is not _RUNNING:
                 continue
@@ -188,10 +190,14 @@ class Scheduler(Generic[S]):
             if sequence.started_at_s is None:
                 self.reuse(sequence)
                 count = min(most, sequence.pending_tokens)
+                if self.begins_later(sequence, count, coming):
+                    continue
                 begun.append(sequence)
             end = sequence.computed + count
             if end <= len(sequence.blocks) * size or self._grow(sequence, end):
                 batch.append((sequence, count))
+                if count > 1:
+                    coming.update(self.blocks_of(sequence, count))
         batch = [fed for fed in batch if fed[0].state is _RUNNING]
         if len(self.running) > self._max_batch:
             self.running = self.running[self._max_batch :] + self.running[: self._max_batch]
@@ -303,6 +309,20 @@ class Scheduler(Generic[S]):
         sequence.published = end
         sequence.computed = sequence.cached_tokens = end * self._block_size
         self._on_admitted(sequence)
+
+    def blocks_of(self, sequence: S, count: int) -> Sequence[BlockHash]:
+        """What so many more tokens of it will leave in the cache."""
+        full = (sequence.computed + count) // self._block_size
+        return sequence.block_hashes(full, self._block_size)[sequence.published :]
+
+    def begins_later(self, sequence: S, count: int, coming: Container[BlockHash]) -> bool:
+        """Whether half or more of what it would be fed are blocks that others fill in this very
+        step: it finds them in the cache in the next one.
+        """
+        full = (sequence.known_tokens - 1) // self._block_size
+        hashes = sequence.block_hashes(full, self._block_size)[sequence.published :]
+        shared = sum(1 for _ in takewhile(lambda block: block in coming, hashes))
+        return 0 < count <= 2 * shared * self._block_size
 
     def _lookup(self, sequence: S) -> list[BlockId]:
         """Cached blocks of its known tokens, but for the last one, which must be fed."""

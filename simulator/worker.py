@@ -426,18 +426,24 @@ class SimWorker:
         one of which only a token is left by that decodes.
         """
         fed: list[tuple[SimSequence, int]] = []
-        for sequence, count in planned:
-            if count and sequence.started_at_s is None:
+        coming: set[BlockHash] = set()
+        for sequence, most in planned:
+            count = most
+            if sequence.started_at_s is None:
                 before = sequence.pending_tokens
                 self.scheduler.reuse(sequence)
-                self.scheduler.began(sequence, now_s)
                 self._queued_tokens -= before - _queued(sequence)
+                count = min(most, sequence.pending_tokens)
+                if self.scheduler.begins_later(sequence, count, coming):
+                    continue
+                self.scheduler.began(sequence, now_s)
                 if sequence.pending_tokens == 1:
                     self._prompts.remove(sequence)
                     self._decode(sequence)
                     continue
-            if count:
-                fed.append((sequence, min(count, sequence.pending_tokens)))
+            fed.append((sequence, count))
+            if count > 1:
+                coming.update(self.scheduler.blocks_of(sequence, count))
         return fed
 
     def _steps_with_room(self, steps: int) -> int:

@@ -127,3 +127,34 @@ def test_prompts_behind_a_preempted_one_are_held_to_the_target_of_a_step_as_behi
         scheduler.enqueue(make_sequence(make_prompt(100, seed), name=str(seed)))
     batch = scheduler.next_batch(1.0)
     assert [count for sequence, count in batch if sequence is not answering] == fed
+
+
+@pytest.mark.parametrize(
+    ("common", "fed"), [(24, [32, 30]), (8, [32, 32, 30])], ids=["most of it", "little of it"]
+)
+def test_a_prompt_whose_prefix_this_very_step_computes_begins_with_the_next_one(
+    common: int, fed: list[int]
+) -> None:
+    scheduler = Scheduler[Sequence](
+        BlockPool(400),
+        block_size=SIZE,
+        step_tokens=256,
+        chunk_tokens=64,
+        max_batch=8,
+        on_admitted=lambda sequence: None,
+    )
+    prefix = make_prompt(common, seed=0)
+    prompts = [(*prefix, *make_prompt(32 - common, seed)) for seed in (1, 2)]
+    first, second = (make_sequence(prompt, name=f"{prompt[-1]}") for prompt in prompts)
+    other = make_sequence(make_prompt(30, seed=3), name="other")
+    for sequence in (first, second, other):
+        scheduler.enqueue(sequence)
+    batch = scheduler.next_batch(1.0)
+    assert [count for _, count in batch] == fed
+    for sequence, count in batch:
+        sequence.computed += count
+        sequence.publish(scheduler._pool, SIZE)
+        scheduler.finish(sequence)
+    scheduler.step_ended()
+    later = scheduler.next_batch(2.0)
+    assert later == ([] if second.done else [(second, 32 - common)])

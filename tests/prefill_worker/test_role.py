@@ -258,8 +258,8 @@ async def test_a_prompt_finds_what_the_one_before_it_has_computed_meanwhile() ->
         await pair.to_prefill.until(lambda: bool(pair.to_prefill.entries(2)))
         (entry,) = pair.to_prefill.entries(2)
         assert entry.times is not None
-        # It begins beside the last chunk of the first one, with all before that.
-        assert entry.times.cached_tokens == 16
+        # It does not begin beside the last chunk of the first one, of which it needs all.
+        assert entry.times.cached_tokens == 20
         assert pair.to_prefill.tokens(2) == expected_tokens(PROMPT, 1)
         for number in (1, 2):
             cancel(pair, number)
