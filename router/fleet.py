@@ -48,6 +48,8 @@ class Fleet:
         """Called with every load report, and when a worker comes or goes."""
         self.on_hung: Callable[[], None] = lambda: None
         """Called when a worker's engine is found to hang."""
+        self.on_well: Callable[[], None] = lambda: None
+        """Called when its step has ended after all."""
 
     def links(self) -> tuple[WorkerLink, ...]:
         """All links, connected or not."""
@@ -102,6 +104,8 @@ class Fleet:
             log.warning("%s worker_id=%s step_age_s=%.1f", event, link.record.worker_id, age_s)
             if hung:
                 self.on_hung()
+            else:
+                self.on_well()
         if hung and self._now.has_well:
             link.give_up("its engine hangs")
 
@@ -109,7 +113,7 @@ class Fleet:
         if not 0 < self._hung_step_s < load.step_age_s:
             return False
         kin = (other.load for other in self.everyone.views.values() if other.kind == view.kind)
-        longest_s = max((one.longest_step_s for one in kin if one is not None), default=0.0)
+        longest_s = [one.longest_step_s for one in kin if one is not None and one.longest_step_s]
         return hangs(load.step_age_s, load.longest_step_s, longest_s, self._hung_step_s)
 
     async def run(self) -> None:

@@ -102,6 +102,7 @@ class Flow:
         self._pools_there = asyncio.Event()
         fleet.on_load = self._look
         fleet.on_hung = partial(watcher.ejected, EjectReason.HUNG)
+        fleet.on_well = watcher.readmitted
         self._running: dict[tuple[RequestId, int], Attempt] = {}
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Generated, None]:

@@ -5,7 +5,7 @@ the engine's thread alone is stuck (a device that does not answer, a deadlock in
 its stream and goes on reporting, and would keep what it runs until engine.step_timeout_s ends it.
 So its reports tell for how long the step in flight has run, by its own clock: a pause of the router
 makes no step older. It hangs while that is longer than a floor and than many times the longest step
-that workers of its kind have told of.
+that it and most workers of its kind have told of.
 
 The first steps of an engine's life may take minutes, to compile or to load kernels. They are not
 misjudged: a worker tells of no longest step before it has ended some of them, which count for
@@ -16,13 +16,21 @@ engines whose every step is long. If one is misjudged all the same, its sequence
 with the same text, and it takes new ones as soon as its step has ended.
 """
 
+from collections.abc import Collection
+from statistics import median_low
+
 _MULTIPLE = 20.0
 
 
-def hangs(step_age_s: float, own_longest_s: float, longest_s: float, floor_s: float) -> bool:
+def hangs(
+    step_age_s: float, own_longest_s: float, longest_s: Collection[float], floor_s: float
+) -> bool:
     """Whether a step of that age hangs at a worker whose own longest took `own_longest_s` (0: it is
-    cold), and that of all of its kind `longest_s`. A floor of 0 judges none.
+    cold), and those of the warm ones of its kind, itself among them, `longest_s`. Of these the
+    median counts: one that has hung before makes no hang of another look usual. A floor of 0
+    judges none.
     """
     if not floor_s or not own_longest_s:
         return False
-    return step_age_s > max(floor_s, _MULTIPLE * max(own_longest_s, longest_s))
+    usual_s = max(own_longest_s, median_low(longest_s) if longest_s else 0.0)
+    return step_age_s > max(floor_s, _MULTIPLE * usual_s)

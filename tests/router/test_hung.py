@@ -40,18 +40,32 @@ STEP_TOKENS = 8
 @pytest.mark.parametrize(
     ("age_s", "own_s", "kind_s", "hung"),
     [
-        (9.9, 0.01, 0.01, False),
-        (10.1, 0.01, 0.01, True),
-        (10.1, 0.01, 1.0, False),
-        (_MULTIPLE + 0.1, 0.01, 1.0, True),
-        (_MULTIPLE + 0.1, 2.0, 1.0, False),
-        (119.0, 0.0, 0.01, False),
-        (0.0, 0.01, 0.01, False),
+        (9.9, 0.01, [0.01], False),
+        (10.1, 0.01, [0.01], True),
+        (10.1, 0.01, [0.01, 1.0, 1.0], False),
+        (_MULTIPLE + 0.1, 0.01, [0.01, 1.0, 1.0], True),
+        (10.1, 0.01, [0.01, 0.01, 30.0], True),
+        (10.1, 0.01, [0.01, 30.0], True),
+        (_MULTIPLE + 0.1, 2.0, [2.0, 1.0, 1.0], False),
+        (119.0, 0.0, [0.01], False),
+        (119.0, 0.01, [], True),
+        (0.0, 0.01, [0.01], False),
     ],
-    ids=["below", "above", "its kin are slow", "slower", "it is slow", "it is cold", "no step"],
+    ids=[
+        "below",
+        "above",
+        "its kin are slow",
+        "slower",
+        "one of three has hung before",
+        "one of two has",
+        "it is slow",
+        "it is cold",
+        "nobody is known",
+        "no step",
+    ],
 )
 def test_a_step_hangs_that_is_longer_than_the_floor_and_than_many_usual_ones(
-    age_s: float, own_s: float, kind_s: float, hung: bool
+    age_s: float, own_s: float, kind_s: list[float], hung: bool
 ) -> None:
     assert hangs(age_s, own_s, kind_s, 10.0) is hung
 
