@@ -14,7 +14,7 @@ from benchmarks.reproduce.row_06_rejection import (
     serve_users,
 )
 
-TIGHT = replace(CASES[1], speed=3.0)
+TIGHT = replace(CASES[1], speed=4.0)
 
 
 def test_refusals_after_the_prefill_waste_it_and_early_ones_waste_less() -> None:
