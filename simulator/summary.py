@@ -1,9 +1,10 @@
 """What a run says, in numbers: latencies, attainment, goodput, use."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from core.estimate import percentile
+from kv_transfer.metrics import LeaseEnd
 from router.policies.base import Slo
 from simulator.cluster import Outcome
 from simulator.job import Record
@@ -54,7 +55,7 @@ def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) ->
     per_s = 1 / span_s if span_s > 0 else 0.0
     until_s = max([1e-9, *(r.end_s - records[0].at_s for r in complete)])
     count = max(1, len(records))
-    prompt_tokens = sum(r.prompt_tokens for r in complete)
+    prompt_tokens, leases = sum(r.prompt_tokens for r in complete), outcome.leases
     return Summary(
         requests=len(records),
         outcomes=dict(Counter(r.outcome for r in records)),
@@ -68,7 +69,7 @@ def summarise(outcome: Outcome, slo: Slo, gpus: int, *, warm_up: float = 0.0) ->
         output_tokens_per_s=sum(r.output_tokens for r in complete) / until_s,
         hit_rate=sum(r.cached_tokens for r in complete) / max(1, prompt_tokens),
         transfer_s=_at_shares([r.transfer_s for r in complete if _was_handed(r)]),
-        leases=asdict(outcome.leases),
+        leases={"opened": leases.opened} | {str(how): leases.ended[how] for how in LeaseEnd},
         prompts_moved=outcome.prompts_moved,
         prefixes_fetched=outcome.prefixes_fetched,
         fetched_tokens=outcome.fetched_tokens,

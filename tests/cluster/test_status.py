@@ -295,7 +295,7 @@ def test_the_table_shows_load_blocks_problems_and_absence() -> None:
 def test_leases_show_who_holds_which_blocks_for_how_long() -> None:
     text = shown(leases=True)
     (line,) = [line for line in text.splitlines() if "req-1/1.2" in line]
-    assert line.split() == ["prefill-0", "9", "req-1/1.2", "prefill-0", "4", "1.5", "s", "8.5", "s"]
+    assert line.split() == ["prefill-0", "9", "req-1/1.2", "decode-0", "4", "1.5", "s", "8.5", "s"]
     (line,) = [line for line in text.splitlines() if "nobody yet" in line]
     assert line.split()[-1] == "-"
 
