@@ -257,6 +257,7 @@ async def running_engine_loop(
     clock: Clock | None = None,
     *,
     step_tokens: int = 16,
+    chunk_tokens: int | None = None,
     max_batch: int = 8,
     budget: StepBudget | None = None,
 ) -> AsyncIterator[RunnerParts]:
@@ -267,6 +268,7 @@ async def running_engine_loop(
         pool,
         clock or SystemClock(),
         step_tokens=step_tokens,
+        chunk_tokens=chunk_tokens,
         max_batch=max_batch,
         step_timeout_s=30.0,
         on_step_end=pool.check,

@@ -9,7 +9,7 @@ import pytest
 from core.clock import FakeClock
 from core.errors import DeadlineExceeded, InternalError, KvMismatch
 from core.sampling import FinishReason
-from core.step import StepBudget
+from core.step import StepBudget, StepWork
 from engine.pool import PoolCounts
 from engine.runner import Runner
 from engine.sequence import Sequence
@@ -373,6 +373,20 @@ async def test_what_prefill_costs_is_learned_from_steps_that_only_prefill() -> N
         heard = parts.submit(make_sequence(make_prompt(40)))
         await soon(heard.ended.wait())
         assert parts.runner.prefill_cost.observed_steps == 3
+
+
+async def test_the_work_of_a_prompt_is_all_that_was_in_its_steps() -> None:
+    async with running_engine_loop(make_engine(), step_tokens=32, chunk_tokens=16) as parts:
+        prompts = [make_prompt(length, seed=length) for length in (40, 10, 5)]
+        sequences = [make_sequence(p, name=str(len(p)), max_tokens=1) for p in prompts]
+        heard = [parts.submit(sequence) for sequence in sequences]
+        for each in heard:
+            await soon(each.ended.wait())
+        work = [parts.runner.work_of(sequence) for sequence in sequences]
+    assert work[0].tokens == 55, "in 3 steps of 16 + 8 for the long one, the others in one of these"
+    assert work[0].steps == 3
+    alone = StepWork().plus([(0, 40), (0, 10), (0, 5)], steps=3)
+    assert work[0] == alone
 
 
 async def test_what_a_step_takes_of_a_prompt_beside_an_answer_is_learned_from_such_steps() -> None:

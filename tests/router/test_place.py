@@ -184,6 +184,22 @@ def test_prompts_at_one_decode_worker_add_up_before_a_report_shows_them() -> Non
         view.submitted(number + 1, 20, 20)
 
 
+@pytest.mark.parametrize(
+    ("queued", "waiting", "step"),
+    [(30, 3, 40), (31, 3, 10), (400, 0, 10)],
+    ids=["short prompts", "one is long", "nobody knows how many"],
+)
+def test_short_prompts_that_wait_share_steps_and_long_ones_take_their_chunks(
+    queued: int, waiting: int, step: int
+) -> None:
+    workers = Workers(Role.DECODE)
+    view = workers.add("a", queued=queued, waiting=waiting, running=0)
+    view.hello = replace(view.hello, step_tokens=40, chunk_tokens=10)
+    assert view.queue_step_tokens == step
+    view.load = None
+    assert view.queue_step_tokens == 10
+
+
 def test_a_step_with_a_chunk_takes_what_decodes_were_seen_to_add_to_one() -> None:
     workers = Workers(Role.DECODE)
     view = workers.add("a", running=1)
