@@ -261,7 +261,8 @@ def search(system: System, settings: Settings, question: Question, seed: int) ->
     for _ in range(question.refine if low and not at_least else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if keeps(middle) else (low, middle)
-    rate = next((p.rate_per_gpu_s for p in points if p.scale == low), 0.0)
+    kept = (p.rate_per_gpu_s for p in points if p.attainment >= question.share)
+    rate = max(kept, default=0.0)  # with closed sessions more of them may be served slower
     return Found(system.name, seed, rate, tuple(sorted(points, key=lambda p: p.scale)), at_least)
 
 

@@ -148,3 +148,18 @@ def test_a_system_that_keeps_the_share_at_the_last_rate_tried_serves_at_least_th
 def test_one_seed_ties_nobody_but_the_best() -> None:
     best, other = rank([Found("a", 0, 2.0, ()), Found("b", 0, 1.0, ())])
     assert (best.is_tied, other.is_tied) == (True, False)
+
+
+def test_of_closed_sessions_the_highest_rate_counts_not_the_most_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond some number, more sessions that keep the share are served slower."""
+
+    def crowded(settings: Settings, question: Question, seed: int, scale: float) -> Point:
+        return Point(scale, min(scale, 20 - scale), 0.95 if scale < 17 else 0.5)
+
+    monkeypatch.setattr(goodput, "run_once", crowded)
+    question = Question(trace="", requests=1, first_scale=1.0, growth=2.0, refine=3)
+    found = search(BATON, SETTINGS, question, 0)
+    assert max(p.scale for p in found.points if p.attainment >= question.share) == 16.0
+    assert found.rate_per_gpu_s == 8.0
