@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -150,9 +149,13 @@ class PrefillPoolQuery(PoolQuery):
         curve = speed.prefill
         queued, decode_s = self._before(view, speed)
         beside_s = speed.beside * decode_s
-        within = partial(curve.chunk_tokens, self._known.step_s, beside_s, cached, self.tokens)
-        steps = -(-(self.tokens - cached) // within(view.hello.chunk_tokens))
-        queued_steps = queued / within(view.queue_step_tokens) if queued else 0.0
+        bound_s, tokens, most = self._known.step_s, self.tokens, view.hello.chunk_tokens
+        chunk = curve.chunk_tokens(bound_s, beside_s, cached, tokens, most)
+        steps, queued_steps = -(-(tokens - cached) // chunk), 0.0
+        if queued:
+            if (shared := view.queue_step_tokens) != most:
+                chunk = curve.chunk_tokens(bound_s, beside_s, cached, tokens, shared)
+            queued_steps = queued / chunk
         step_s = beside_s + curve.step_s
         work_s = curve.work_s(cached, self.tokens) + steps * step_s
         queue_s = queued * speed.queue_work_s + queued_steps * step_s
