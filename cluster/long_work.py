@@ -58,8 +58,8 @@ def check_writable(path: Path, option: str) -> None:
     """
     if not path.parent.is_dir():
         raise InvalidRequest(f"{option}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InvalidRequest(f"{option}: {path} cannot be written: permission denied")
+    if not can_be_file(path):
+        raise InvalidRequest(f"{option}: {path} cannot be written: a folder, or permission denied")
 
 
 def can_be_file(path: Path) -> bool:

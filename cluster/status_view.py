@@ -76,7 +76,10 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
     if registry_problem:
         known = view.workers
         if not known:
-            raise Unavailable(f"cluster {run.run_id} is starting or ending: {registry_problem}")
+            raise Unavailable(
+                f"neither the registry nor the router of cluster {run.run_id} answers; it may be"
+                f" starting or ending: {registry_problem}"
+            )
     return ClusterStatus(
         run_id=info.run_id,
         pid=info.pid,

@@ -167,13 +167,7 @@ class Curves:
         """Whether the prefill curve rests on prompts of such workers, not on a guess."""
         return self.of(kind).prefill_fit.observed >= _ENOUGH_PREFILLS
 
-    def saw_prefill(
-        self,
-        kind: WorkerKind,
-        work: StepWork,
-        seconds: float,
-        now_s: float,
-    ) -> None:
+    def saw_prefill(self, kind: WorkerKind, work: StepWork, seconds: float, now_s: float) -> None:
         """Steps with that work, of one prompt or of several, took `seconds`."""
         known = self.of(kind)
         is_early = now_s - known.prefill_at_s < _LEARN_EVERY_S and self.measured(kind)

@@ -26,8 +26,8 @@ STAYS_CACHED = 0.9
 """Share of a prompt."""
 _SOONER = 1.6
 """So many times sooner than at the prefill worker the first token must come: a prompt that is
-computed beside answers makes them slower, and keep their memory for longer. Of 1, 1.3, 1.6, 2 and
-2.5 the one that lost on none of four traces (docs/simulation.md).
+computed beside answers makes them slower, and keep their memory for longer. With 1 two of four
+traces lose, 1.6 and 2 are level (docs/simulation.md).
 """
 
 

@@ -233,7 +233,7 @@ def test_while_redis_is_away_the_workers_are_those_that_the_router_knows(tmp_pat
 
     try:
         status = asyncio.run(read())
-        with pytest.raises(Unavailable, match="is starting or ending: Redis at"):
+        with pytest.raises(Unavailable, match="starting or ending: Redis at"):
             asyncio.run(read_status(run, GrpcWorkerControl()))  # the router is gone as well
     finally:
         run.remove()
