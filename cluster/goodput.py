@@ -26,7 +26,7 @@ from cluster.tables import new_table, print_table
 from core.errors import InvalidRequest
 from simulator.attainment import LOADS, AttainmentCurve, Level, attainment_curves, kept_scale
 from simulator.build import Settings, build_spec, describe_kv, describe_workers
-from simulator.goodput import Question, Standing, System, choose_systems, compare
+from simulator.goodput import LEAST_TARGETS, Question, Standing, System, choose_systems, compare
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
 
@@ -126,22 +126,21 @@ def _short_windows(
 ) -> Iterator[str]:
     """Systems whose runs offer a burst and not a rate; closed sessions have no windows."""
     stay_s = settings.slo.ttft_s + settings.slo.tpot_s * outputs
+    least_s = max(_STAYS * stay_s, LEAST_TARGETS * settings.slo.ttft_s)
     rates = {s.system: s.goodput.mean * build_spec(settings, 1, 0).gpus for s in standings}
     short = [
         f"{system} {question.requests / rate:.3g} s"
         for system, rate in rates.items()
-        if rate > 0 and question.requests / rate < _STAYS * stay_s
+        if rate > 0 and question.requests / rate < least_s
     ]
     if short and not settings.simulation.closed_sessions:
         yield (
-            f"a request that just keeps its targets stays {stay_s:.3g} s, and a run lasts:"
-            f" {', '.join(short)}. That is a burst and not a rate, which is served too well;"
-            f" ask for {_STAYS} stays at least: --requests {_needed(rates, stay_s)}"
+            f"a request that just keeps its targets stays {stay_s:.3g} s, its first token comes in"
+            f" {settings.slo.ttft_s:.3g} s, and a run lasts: {', '.join(short)}. That is a burst"
+            f" and not a rate, which is served too well; ask for {_STAYS} stays and"
+            f" {LEAST_TARGETS} TTFT targets at least:"
+            f" --requests {int(least_s * max(rates.values())) + 1}"
         )
-
-
-def _needed(rates: dict[str, float], stay_s: float) -> int:
-    return int(_STAYS * stay_s * max(rates.values())) + 1
 
 
 def _bounds(standings: Sequence[Standing]) -> Iterator[str]:

@@ -28,6 +28,10 @@ from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
 from simulator.workload.types import Workload
 
+LEAST_TARGETS = 20
+"""TTFT targets that a run of open arrivals should last: what nobody serves in it may wait for one,
+so that a run of 20 finds a twentieth too much at most, one of 2 half as much again.
+"""
 _WIDEST = 2.0**10
 _WARM_UP = 0.1
 _MOST_TURNS = 50
@@ -171,6 +175,15 @@ def settings_of(system: System, settings: Settings) -> Settings:
     simulation = settings.simulation.model_copy(update={"pools": merged})
     engine = settings.engine.model_copy(update={"chunk_tokens": settings.engine.step_tokens})
     return replace(settings, router=router, simulation=simulation, engine=engine)
+
+
+def recorded_rate_per_s(question: Question, seed: int) -> float:
+    """Of open arrivals at a scale of 1. Raises InvalidRequest where all come at once."""
+    requests = _asked(question, seed, 1.0).requests
+    span_s = requests[-1].at_s - requests[0].at_s
+    if not span_s:
+        raise InvalidRequest(f"{question.trace}: all requests come at once, which is no rate")
+    return (len(requests) - 1) / span_s
 
 
 def run_once(settings: Settings, question: Question, seed: int, scale: float) -> Point:

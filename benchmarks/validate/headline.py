@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import starmap
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,7 +25,17 @@ from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.build import Settings
 from simulator.config import SimulationConfig
-from simulator.goodput import SYSTEMS, Found, Question, Standing, System, rank, search
+from simulator.goodput import (
+    LEAST_TARGETS,
+    SYSTEMS,
+    Found,
+    Question,
+    Standing,
+    System,
+    rank,
+    recorded_rate_per_s,
+    search,
+)
 from simulator.processes import run_all
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload, read_trace
@@ -51,12 +61,14 @@ _QUICK = "poisson:rate=8,prompt=3000,output=200,spread=0.8"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is asked. Prompts decide how many requests a window has: short ones are served by
-    the hundred per second, and a window must last for longer than an answer.
+    """How much is asked. Prompts decide how many requests a window has at least: short ones are
+    served by the hundred per second.
     """
 
     long_requests: int
     chat_requests: int
+    most_requests: int
+    """Of a window that would not last long enough (`fit_window`)."""
     closed_requests: int
     """Judged of closed sessions; several times as many pass before, while these get under way."""
     tuning: float
@@ -72,6 +84,7 @@ class Size:
 FULL = Size(
     long_requests=3000,
     chat_requests=8000,
+    most_requests=64_000,
     closed_requests=3000,
     tuning=0.3,
     splits=(2, 3, 4, 5, 6),
@@ -84,6 +97,7 @@ FULL_LARGE = replace(FULL, long_requests=1000, chat_requests=3000, tuning=0.5)
 QUICK = Size(
     long_requests=300,
     chat_requests=200,
+    most_requests=200,
     closed_requests=200,
     tuning=1.0,
     splits=(4, 6),
@@ -138,10 +152,13 @@ OURS = Setup(_SPLIT, _STEP_TOKENS)
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """All systems on one trace, best first, and how each was set up."""
+    """All systems on one trace, best first, how each was set up, and the requests of each seed's
+    window.
+    """
 
     standings: list[Standing]
     setups: dict[str, Setup]
+    requests: list[int]
 
 
 def judge_case(case: Case, size: Size, processes: int, progress: Progress) -> Judged:
@@ -153,14 +170,43 @@ def judge_case(case: Case, size: Size, processes: int, progress: Progress) -> Ju
         for setup in _setups(peer, size)
     ]
     told = _Told(progress, case.name, 1 + len(trials) + size.seeds * len(SYSTEMS))
-    setups, scale = _tune(case, size, trials, processes, told)
-    question = _question(case, size, scale)
+    setups, load = _tune(case, size, trials, processes, told)
+    fits = [(case, size, _question(case, size, load, seed), seed) for seed in range(size.seeds)]
+    fitted = list(told.each("judged", run_all(fit_window, fits, processes)))
     tasks = [
-        (system, _settings(case, setups[system.name]), question, seed)
-        for seed in range(size.seeds)
+        (system, _settings(case, setups[system.name]), fit.question, fit.found.seed)
+        for fit in fitted
         for system in SYSTEMS.values()
+        if system.name != DEFAULT
     ]
-    return Judged(rank(told.each("judged", run_all(search, tasks, processes))), setups)
+    peers = told.each("judged", run_all(search, tasks, processes))
+    found = [*(fit.found for fit in fitted), *peers]
+    return Judged(rank(found), setups, [fit.question.requests for fit in fitted])
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What all systems of a seed are asked, and what Baton reaches there."""
+
+    question: Question
+    found: Found
+
+
+def fit_window(case: Case, size: Size, question: Question, seed: int) -> Fitted:
+    """As many requests as last `LEAST_TARGETS` TTFT targets at the rate that Baton reaches with
+    them, at most `most_requests`. Closed sessions go on until enough of them are judged.
+    """
+    settings = _settings(case, OURS)
+    least_s = LEAST_TARGETS * case.slo.ttft_s
+    gpus = WORKERS * case.model.tensor_parallel
+    while True:
+        found = search(SYSTEMS[DEFAULT], settings, question, seed)
+        needed = min(ceil(found.rate_per_gpu_s * gpus * least_s), size.most_requests)
+        if case.closed or needed <= question.requests:
+            return Fitted(question, found)
+        question = replace(question, requests=needed)
+        scale = found.rate_per_gpu_s * gpus / recorded_rate_per_s(question, seed)
+        question = replace(question, first_scale=scale)
 
 
 @dataclass(slots=True)
@@ -188,11 +234,12 @@ def _tune(
     processes: int,
     told: _Told,
 ) -> tuple[dict[str, Setup], float]:
-    """How each system is set up, and the rate scale Baton reaches."""
+    """How each system is set up, and where Baton ends: at so many sessions, or requests/s."""
     question = Question(trace=case.trace, requests=int(case.requests * size.tuning), refine=1)
-    task = (SYSTEMS[DEFAULT], _settings(case, OURS), question, _TUNING_SEED)
-    (first,) = told.each("tuning", starmap(search, [task]))
-    scale = _scale_of(first, question.share) or question.first_scale
+    task = (case, size, question, _TUNING_SEED)
+    (first,) = told.each("tuning", [fit_window(*task)])
+    question = first.question
+    scale = _scale_of(first.found, question.share) or question.first_scale
     question = replace(question, first_scale=scale / 2, growth=1.25)
     tasks = [(setup, peer, case, question) for setup, peer in trials]
     tried: dict[str, list[tuple[float, float, int, int]]] = {}
@@ -200,6 +247,8 @@ def _tune(
         key = one.rate_per_gpu_s, _kept(one), setup.prefill_workers, setup.step_tokens
         tried.setdefault(one.system, []).append(key)
     setups = {name: Setup(*max(keys)[2:]) for name, keys in tried.items()}
+    if not case.closed:
+        scale *= recorded_rate_per_s(first.question, _TUNING_SEED)
     return {DEFAULT: OURS} | setups, scale
 
 
@@ -226,14 +275,14 @@ def _scale_of(found: Found, share: float) -> float:
     return max((p.scale for p in found.points if p.attainment >= share), default=0)
 
 
-def _question(case: Case, size: Size, scale: float) -> Question:
-    return Question(
-        trace=case.trace,
-        requests=case.requests,
-        refine=size.refine,
-        first_scale=scale,
-        growth=1.25,
+def _question(case: Case, size: Size, load: float, seed: int) -> Question:
+    """Of one seed, begun at so many sessions, or requests/s."""
+    question = Question(
+        trace=case.trace, requests=case.requests, refine=size.refine, first_scale=load, growth=1.25
     )
+    if case.closed:
+        return question
+    return replace(question, first_scale=load / recorded_rate_per_s(question, seed))
 
 
 def _settings(case: Case, setup: Setup) -> Settings:
@@ -315,7 +364,8 @@ def _run(run: Run, model: Model, full: Size, key: str) -> Finding:
             key: {
                 name: {s.system: _json(s, judged.setups[s.system]) for s in judged.standings}
                 for name, judged in found.items()
-            }
+            },
+            f"{key}_requests": {name: [*judged.requests] for name, judged in found.items()},
         },
         draw=lambda axes: _draw(axes, found, model),
     )
@@ -334,8 +384,8 @@ def _json(standing: Standing, setup: Setup) -> dict[str, Json]:
 def _table(case: Case, judged: Judged) -> ResultTable:
     slo = case.slo
     return ResultTable(
-        title=f"goodput on {case.name} (simulated), {case.model.name}, {case.requests} requests,"
-        f" {slo.ttft_s:g} s and {slo.tpot_s * 1e3:g} ms",
+        title=f"goodput on {case.name} (simulated), {case.model.name},"
+        f" {_span(judged.requests)} requests, {slo.ttft_s:g} s and {slo.tpot_s * 1e3:g} ms",
         columns=("system", "set up", "requests/s per GPU", "+-", "behind", "+-"),
         texts=2,
         rows=tuple(
@@ -350,6 +400,11 @@ def _table(case: Case, judged: Judged) -> ResultTable:
             for standing in judged.standings
         ),
     )
+
+
+def _span(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _target(name: str, rows: Sequence[Standing]) -> Target:
@@ -384,13 +439,13 @@ def _draw(axes: Axes, found: dict[str, Judged], model: Model) -> None:
 PART = Part(
     name="headline",
     what="goodput of the default against the peers' ways to serve, at equal GPUs",
-    keys=("goodput",),
+    keys=("goodput", "goodput_requests"),
     run=lambda run: _run(run, SMALL, FULL, "goodput"),
 )
 PART_LARGE = Part(
     name="headline_70b",
     what="the same with Llama-3-70B on four GPUs per worker",
-    keys=("goodput_70b",),
+    keys=("goodput_70b", "goodput_70b_requests"),
     run=lambda run: _run(run, LARGE, FULL_LARGE, "goodput_70b"),
     option="headline_70b",
 )

@@ -70,8 +70,8 @@ def test_a_search_that_found_no_rate_too_high_is_at_least_that(
     assert any("too high for baton: at least" in note for note in result["notes"])
 
 
-@pytest.mark.parametrize(("rate", "is_short"), [(100.0, True), (0.5, False)])
-def test_a_run_shorter_than_three_stays_is_warned_of(
+@pytest.mark.parametrize(("rate", "is_short"), [(100.0, True), (0.05, False)])
+def test_a_run_shorter_than_stays_and_targets_is_warned_of(
     rate: float, *, is_short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer_with(monkeypatch, *(found("baton", seed, rate) for seed in range(2)))

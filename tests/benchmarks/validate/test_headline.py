@@ -14,9 +14,10 @@ from benchmarks.validate.headline import (
     _settings,
     _table,
     _target,
+    fit_window,
     judge_case,
 )
-from simulator.goodput import SYSTEMS
+from simulator.goodput import LEAST_TARGETS, SYSTEMS, Question, recorded_rate_per_s
 
 TRACE = "poisson:rate=8,prompt=2000,output=50,spread=0.5"
 SIZE = replace(QUICK, chat_requests=60, splits=(4,), step_tokens=(256, 1024))
@@ -54,6 +55,17 @@ def test_a_larger_model_takes_more_gpus_per_worker_and_the_tuned_step_reaches_th
     assert (settings.simulation.model, settings.simulation.tensor_parallel) == ("llama-3-70b", 4)
     assert settings.engine.step_tokens == 1024
     assert settings.prefill_workers + settings.decode_workers == 8
+
+
+def test_a_window_is_lengthened_until_it_is_no_burst_or_has_as_many_requests_as_allowed() -> None:
+    trace = "poisson:rate=40,prompt=12000,output=5,spread=0.3"
+    case = _case(trace, "short", SIZE, prompt_tokens=3000)
+    question = Question(trace=trace, requests=60, refine=0)
+    fit = fit_window(case, replace(SIZE, most_requests=2000), question, 0)
+    assert fit.question.requests > 120
+    assert fit.question.requests / (8 * fit.found.rate_per_gpu_s) >= LEAST_TARGETS * case.slo.ttft_s
+    assert recorded_rate_per_s(fit.question, 0) == pytest.approx(40, rel=0.2)
+    assert fit_window(case, replace(SIZE, most_requests=90), question, 0).question.requests == 90
 
 
 def test_long_prompts_get_the_longer_target_and_the_smaller_window() -> None:
