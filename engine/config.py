@@ -50,7 +50,7 @@ class EngineConfig(Settings):
     step_tokens: int = Field(2048, ge=1)
     """Token budget of one engine step: decodes first, then a prefill chunk, then prompts that end
     with the step."""
-    chunk_tokens: int = Field(512, ge=1)
+    chunk_tokens: int = Field(1024, ge=1)
     """Of one prompt in a step, at most; step_tokens bounds it as well."""
     max_batch: int = Field(256, ge=1)
     """Sequences in one engine step, at most."""

@@ -84,7 +84,7 @@ class Size:
 FULL = Size(
     long_requests=3000,
     chat_requests=8000,
-    most_requests=64_000,
+    most_requests=48_000,
     closed_requests=3000,
     tuning=0.3,
     splits=(2, 3, 4, 5, 6),
@@ -192,16 +192,18 @@ class Fitted:
     found: Found
 
 
-def fit_window(case: Case, size: Size, question: Question, seed: int) -> Fitted:
+def fit_window(case: Case, size: Size, question: Question, seed: int, part: float = 1.0) -> Fitted:
     """As many requests as last `LEAST_TARGETS` TTFT targets at the rate that Baton reaches with
-    them, at most `most_requests`. Closed sessions go on until enough of them are judged.
+    them, at most `most_requests`, or a `part` of both. Closed sessions go on until enough of them
+    are judged.
     """
     settings = _settings(case, OURS)
-    least_s = LEAST_TARGETS * case.slo.ttft_s
+    least_s = part * LEAST_TARGETS * case.slo.ttft_s
+    most = int(part * size.most_requests)
     gpus = WORKERS * case.model.tensor_parallel
     while True:
         found = search(SYSTEMS[DEFAULT], settings, question, seed)
-        needed = min(ceil(found.rate_per_gpu_s * gpus * least_s), size.most_requests)
+        needed = min(ceil(found.rate_per_gpu_s * gpus * least_s), most)
         if case.closed or needed <= question.requests:
             return Fitted(question, found)
         question = replace(question, requests=needed)
@@ -236,8 +238,7 @@ def _tune(
 ) -> tuple[dict[str, Setup], float]:
     """How each system is set up, and where Baton ends: at so many sessions, or requests/s."""
     question = Question(trace=case.trace, requests=int(case.requests * size.tuning), refine=1)
-    task = (case, size, question, _TUNING_SEED)
-    (first,) = told.each("tuning", [fit_window(*task)])
+    (first,) = told.each("tuning", [fit_window(case, size, question, _TUNING_SEED, size.tuning)])
     question = first.question
     scale = _scale_of(first.found, question.share) or question.first_scale
     question = replace(question, first_scale=scale / 2, growth=1.25)
