@@ -15,12 +15,13 @@ import queue
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from core.errors import InternalError, TransferCause
+from core.errors import InternalError, TransferCause, plain
 from core.ids import Incarnation, ShardId
 from engine.arena import Arena
 from kv_transfer.messages import Memory
@@ -225,9 +226,10 @@ class TransferThread:
         try:
             while self._serve():
                 pass
-        except Exception as error:  # the root of the thread; the worker must end with it
-            log.exception("transfer_thread_failed")
-            self._call(partial(self._failed, error))
+        except Exception as error:  # noqa: BLE001 - the root of the thread; the worker ends with it
+            # Told as text: the frames of the error would keep the agent, to be destroyed next.
+            log.error("transfer_thread_failed\n%s", traceback.format_exc())
+            self._call(partial(self._failed, InternalError(plain(error))))
         try:
             self._agent.destroy()
             self._fail_readings("this worker is stopping")

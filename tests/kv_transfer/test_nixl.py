@@ -363,6 +363,17 @@ async def test_an_agent_that_cannot_be_destroyed_fails_the_transport_and_keeps_i
     assert not stuck.done()
 
 
+async def test_a_bug_that_ends_the_thread_ends_its_reads_and_fails_the_transport(
+    faulty: tuple[Side, Side], faults: Faults
+) -> None:
+    reader, owner = faulty
+    faults.plan = {"transfer": "PROC", "check_xfer_state": KeyError("injected")}
+    read = reader.start(owner, [ROW])
+    assert "injected" in str(await soon(reader.transport.failed()))
+    assert await cause_of(read) is TransferCause.READ_FAILED
+    assert await cause_of(reader.start(owner, [ROW])) is TransferCause.READ_FAILED
+
+
 async def test_a_read_given_up_before_its_turn_copies_nothing(
     faulty: tuple[Side, Side], faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
