@@ -37,8 +37,9 @@ class CollectiveTransport:
     """Implements kv_transfer.transport.Transport over torch.distributed.
 
     `host` is the address peers reach this worker by; it listens there, on a port of its own. A read
-    that takes longer than `read_timeout_s` has failed, and with it all others of that pair: connect
-    again. A peer that does not answer within `connect_timeout_s` is none.
+    that takes longer than `read_timeout_s` (more with many bytes, see traffic.py) has failed, and
+    with it all others of that pair: connect again. A peer that does not answer within
+    `connect_timeout_s` is none.
 
     Raises InternalError where Gloo or the port cannot be had.
     """

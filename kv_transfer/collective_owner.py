@@ -11,6 +11,7 @@ from collections.abc import Callable
 from kv_transfer.chunks import Int64s, Runs
 from kv_transfer.collective_group import Work
 from kv_transfer.collective_link import LINK_ERRORS, Home, Link, describe, inside, wait
+from kv_transfer.traffic import patience_s
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ class Door:
             link.say("the plan reads past the owner's arena", until_s, good=False)
             return
         link.say("", until_s)
+        until_s = time.monotonic() + patience_s(self._home.read_timeout_s, int(lengths.sum()))
         runs = Runs(offsets, lengths, link.chunk_bytes)
         sending: deque[Work] = deque()
         for number, pieces in enumerate(runs):

@@ -29,7 +29,8 @@ from kv_transfer.collective_link import (
 )
 from kv_transfer.messages import Memory
 from kv_transfer.plan import ReadPlan
-from kv_transfer.transport import ReadStats
+from kv_transfer.traffic import patience_s
+from kv_transfer.transport import QueuedRead, ReadStats
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Reading:
     plan: ReadPlan
-    future: "asyncio.Future[ReadStats]"
+    future: QueuedRead
 
 
 class Pair:
@@ -68,7 +69,7 @@ class Pair:
 
     def read(self, plan: ReadPlan) -> "asyncio.Future[ReadStats]":
         """Starts when the reads before it have ended."""
-        future: asyncio.Future[ReadStats] = self._loop.create_future()
+        future = QueuedRead(loop=self._loop)
         failure = self.failure or self._wrong(plan)
         if failure is not None:
             _fail(future, failure)
@@ -149,8 +150,10 @@ class Pair:
             self.ready.set_result(None)
 
     def _serve(self, link: Link, reading: _Reading) -> None:
-        """One read. Only what the owner refuses fails alone; any other error ends the pair."""
+        """One read. Only what is refused fails alone; any other error ends the pair."""
         try:
+            if reading.future.given_up:
+                raise Refused("it was given up before its turn came")
             stats = self._read(link, reading.plan)
         except Refused as refusal:
             text = f"KV read from {self._peer} refused: {refusal}"
@@ -161,7 +164,7 @@ class Pair:
 
     def _read(self, link: Link, plan: ReadPlan) -> ReadStats:
         started_s = time.monotonic()
-        until_s = started_s + self._home.read_timeout_s
+        until_s = started_s + patience_s(self._home.read_timeout_s, plan.nbytes)
         rows = plan.rows[plan.rows[:, 2] > 0].astype(np.int64)
         link.ask(rows[:, 0], rows[:, 2], until_s)
         runs = Runs(rows[:, 1], rows[:, 2], link.chunk_bytes)

@@ -13,15 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.errors import InternalError, TransferCause, TransferFailed
 from core.ids import ShardId
 from engine.arena import Arena
-from kv_transfer import collective_reader
+from kv_transfer import collective_reader, traffic
+from kv_transfer.chunks import Int64s
 from kv_transfer.collective import CollectiveTransport
 from kv_transfer.collective_group import Gate, Work
 from kv_transfer.collective_link import Link, wait
 from kv_transfer.loopback import LoopbackHub
+from kv_transfer.transport import give_up
 from tests.builders import soon, until
 from tests.kv_transfer.transport_sides import (
     BLOCK_BYTES,
@@ -340,6 +343,49 @@ async def test_a_chunk_that_arrived_before_the_end_is_not_written_after_it(
         go_on.set()
         await until(lambda: threads("kv-reader") == 0, "the reader's thread has ended")
         assert np.array_equal(reader.data, before)
+
+
+async def test_a_read_given_up_before_its_turn_moves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, go_on, asked = threading.Event(), threading.Event(), list[int]()
+    real_ask = Link.ask
+
+    def slow_ask(link: Link, offsets: Int64s, lengths: Int64s, until_s: float) -> None:
+        reading.set()
+        go_on.wait(LATE_S)
+        asked.append(int(offsets[0]))
+        real_ask(link, offsets, lengths, until_s)
+
+    async with pair() as (reader, owner):
+        monkeypatch.setattr(Link, "ask", slow_ask)
+        begun = reader.start(owner, [(0, 0, BLOCK_BYTES)])
+        await until(reading.is_set, "the first is under way")
+        given_up, wanted = (reader.start(owner, rows) for rows in (ROW, [(0, 0, BLOCK_BYTES)]))
+        for read in (begun, given_up):
+            give_up(read)
+        go_on.set()
+        await soon(begun)
+        await soon(wanted)
+        with pytest.raises(TransferFailed, match="given up"):
+            await soon(given_up)
+        assert asked == [0, 0]
+        await reader.read(owner, ROW)
+
+
+async def test_many_bytes_may_take_longer_than_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_send = Link.send
+
+    def slow_send(link: Link, data: torch.Tensor) -> Work:
+        time.sleep(PATIENCE_S / 4)
+        return real_send(link, data)
+
+    settings = {"num_blocks": BIG_BLOCKS, "read_timeout_s": PATIENCE_S}
+    async with pair(**settings) as (reader, owner):
+        monkeypatch.setattr(traffic, "_SLOWEST_BYTES_PER_S", BIG[0][2] / LATE_S)
+        monkeypatch.setattr(Link, "send", slow_send)
+        await reader.read(owner, BIG)
+        assert np.array_equal(reader.data, owner.data)
 
 
 async def test_a_failed_pair_says_why_until_it_is_connected_again() -> None:
