@@ -68,7 +68,9 @@ async def lease_expires_in_mid_read(rig: Rig, count: int) -> None:
 
 
 async def blocks_reused_under_a_stopped_reader(rig: Rig, count: int) -> None:
-    """It hears nothing of the expiry; only the closing question tells it what it has read."""
+    """It hears nothing of the expiry; only the closing question tells it what it has read. Nothing
+    else may end its reads or its legs first, however long the machine takes to fill the arena.
+    """
     owner, reader = rig.workers["p0"], rig.workers["d0"]
     before = failures(await reader.stats())
     await owner.arm(Fault.ABORT_LOST, MANY)
@@ -187,7 +189,7 @@ ROWS = {
         f"blocks_reused_under_a_stopped_reader{name}": Row(
             run=blocks_reused_under_a_stopped_reader,
             wave=5,
-            shape=Shape(silence_s=4.0, read_timeout_s=8.0, seals=seals),
+            shape=Shape(silence_s=60.0, read_timeout_s=60.0, deadline_s=120.0, seals=seals),
         )
         for name, seals in (("", True), ("_without_seals", False))
     },
