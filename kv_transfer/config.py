@@ -23,8 +23,8 @@ class TransferConfig(Settings):
     lease_s: float = Field(10.0, gt=0)
     """A lease whose prefill has ended lives this long after its last renewal."""
     read_timeout_s: float = Field(10.0, gt=0)
-    """A read not ended by then fails, or later by a second for each 50 MB that move beside it; its
-    target blocks stay quarantined until it ends."""
+    """A read not ended by then fails, or later by a second for each 50 MB of it (with nixl also of
+    those beside it); its target blocks stay quarantined until it ends."""
     connect_timeout_s: float = Field(3.0, gt=0)
     """First contact with a peer: connect and hello."""
     fetch: bool = True
