@@ -32,7 +32,8 @@ class BoundLease:
     def hear(self, announce: Announce) -> None:
         """More blocks are final."""
         if len(self.inbox) >= _INBOX_MESSAGES:
-            self.fail(TransferFailed("the pull fell behind its announcements"))
+            self.failure = self.failure or TransferFailed("the pull fell behind its announcements")
+            self.changed.set()
             return
         self.inbox.append(announce)
         if self.on_announce is not None:

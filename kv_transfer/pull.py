@@ -111,11 +111,7 @@ class Pulling:
         return True
 
     def _take(self, announce: Announce) -> bool:
-        if announce.sequence_id != self._sequence_id:
-            raise TransferFailed(
-                "the KV owner announced blocks of another sequence",
-                cause=TransferCause.OTHER_PROTOCOL,
-            )
+        self._check(announce)
         landing = self._landing
         if announce.block_ids and not announce.ended:
             landing = self._land(announce.first_index + len(announce.block_ids))
@@ -128,6 +124,16 @@ class Pulling:
         if landing is not None and not announce.ended:
             self._post(announce, landing)
         return True
+
+    def _check(self, announce: Announce) -> None:
+        """Raise where it is not of this sequence, or its end has not as many tokens as it must."""
+        wrong = ""
+        if announce.sequence_id != self._sequence_id:
+            wrong = "announced blocks of another sequence"
+        elif announce.final and not (announce.tokens if self._live else len(announce.tokens) == 1):
+            wrong = f"said that {len(announce.tokens)} tokens follow"
+        if wrong:
+            raise TransferFailed(f"the KV owner {wrong}", cause=TransferCause.OTHER_PROTOCOL)
 
     def _post(self, announce: Announce, landing: Landing) -> None:
         news = self._news(announce, len(landing.blocks))
@@ -265,7 +271,13 @@ class Fetching:
             self._room.pool.release(cached)
 
     async def _read(self, lease: BoundLease, cached: list[BlockId], fetched: Fetched) -> Landing:
-        reserved = self._room.try_reserve(cached, len(cached) + len(fetched.block_ids))
+        num_blocks = len(cached) + len(fetched.block_ids)
+        if num_blocks > len(self._hashes):
+            raise TransferFailed(
+                "the KV owner has more of a prefix than was asked for",
+                cause=TransferCause.OTHER_PROTOCOL,
+            )
+        reserved = self._room.try_reserve(cached, num_blocks)
         if reserved is None:
             raise TransferFailed("no memory for a prefix here", cause=TransferCause.NO_MEMORY)
         landing = Landing(self._room, self._connection, lease, reserved)

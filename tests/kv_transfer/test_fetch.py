@@ -1,6 +1,7 @@
 """Pulling a cached prefix from whoever has it."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,24 @@ async def test_a_source_that_has_no_more_says_so(held: int) -> None:
         p.assert_reader_holds_nothing()
         await p.owner_holds_nothing()
         assert p.reader.metrics.pair(p.owner.hello.worker_id).failures == {"not_held": 1}
+
+
+async def test_more_than_was_asked_for_is_not_taken() -> None:
+    async with pair() as p:
+        cache(p.owner.pool, 4)
+        cache(p.half.pool, 1)
+        more = p.owner.pool.allocate(3) or []
+        p.owner.owner.says = lambda message: [
+            replace(message, block_ids=(*message.block_ids, *more))
+            if isinstance(message, Fetched)
+            else message
+        ]
+        with pytest.raises(TransferFailed) as caught:
+            await p.fetch(4)
+        assert caught.value.cause is TransferCause.OTHER_PROTOCOL
+        assert p.half.pool.counts().cached == 1
+        p.assert_reader_holds_nothing()
+        await p.owner_holds_nothing()
 
 
 async def test_a_fetch_never_waits_for_memory() -> None:

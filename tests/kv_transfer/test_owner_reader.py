@@ -13,11 +13,12 @@ from core.errors import DeadlineExceeded, TransferCause, TransferFailed
 from core.ids import BlockId, Incarnation, LeaseId, ShardId
 from core.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from core.stream import MessageStream, dial
+from kv_transfer import bound
 from kv_transfer.bound import BoundLease
 from kv_transfer.client import PeerConnection
 from kv_transfer.codec import from_reader_to_wire
 from kv_transfer.leases import Lease
-from kv_transfer.messages import Bind, LeaseOutcome
+from kv_transfer.messages import Announce, Bind, LeaseOutcome
 from kv_transfer.metrics import LeaseEnd
 from kv_transfer.plan import ReadPlan
 from kv_transfer.reader import Pulled
@@ -27,6 +28,7 @@ from tests.kv_transfer.halves import (
     LAST,
     LAYOUT,
     LEASE_S,
+    NUM_BLOCKS,
     SEQUENCE,
     Pair,
     failure,
@@ -428,6 +430,36 @@ async def test_a_reader_that_comes_after_its_lease_expired_hears_that() -> None:
         p.owner.owner.sweep()
         assert "expired before its reader came" in await failure(p.pull(lease, 3))
         assert p.reader.metrics.pair(p.owner.hello.worker_id).failures == {"expired": 1}
+        p.assert_reader_holds_nothing()
+
+
+@pytest.mark.parametrize("tokens", [(), (77, 78), tuple(range(100))])
+async def test_an_end_with_another_number_of_tokens_than_one_fails_the_pull(
+    tokens: tuple[int, ...],
+) -> None:
+    async with pair() as p:
+        lease, _ = p.owner.whole(3)
+        p.owner.owner.says = lambda message: [
+            replace(message, tokens=tokens) if isinstance(message, Announce) else message
+        ]
+        assert f"{len(tokens)} tokens follow" in await failure(p.pull(lease, 3))
+        p.assert_reader_holds_nothing()
+        await p.owner_holds_nothing()
+
+
+async def test_an_owner_that_says_too_much_is_told_that_its_pull_was_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bound, "_INBOX_MESSAGES", 8)
+    async with pair() as p:
+        taken = p.half.pool.allocate(NUM_BLOCKS) or []
+        lease, _ = p.owner.whole(3)
+        p.owner.owner.says = lambda message: (
+            [message] * 9 if isinstance(message, Announce) else [message]
+        )
+        assert "fell behind" in await failure(p.pull(lease, 3))
+        await p.owner_holds_nothing()
+        p.half.pool.release(taken)
         p.assert_reader_holds_nothing()
 
 
