@@ -28,13 +28,6 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
 )
 
-STREAM_ERRORS: tuple[type[Exception], ...] = (
-    grpc.aio.AioRpcError,
-    grpc.aio.BaseError,
-    asyncio.InvalidStateError,  # a write to a stream that has ended
-)
-"""All that reading or writing a gRPC stream raises when the stream breaks."""
-
 
 def heed_cancel() -> None:
     """Raise the CancelledError that a TaskGroup has hidden.

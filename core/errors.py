@@ -26,14 +26,11 @@
 
 from enum import StrEnum
 
-import grpc
-
 
 class BatonError(Exception):
     """Root. `message` is for people and names the next step where there is one."""
 
     http_status: int = 500
-    grpc_status: grpc.StatusCode = grpc.StatusCode.INTERNAL
     code: str = "internal_error"
     error_type: str = "server_error"
     retryable: bool = False
@@ -48,7 +45,6 @@ class UserError(BatonError):
     """The caller's to mend."""
 
     http_status = 400
-    grpc_status = grpc.StatusCode.INVALID_ARGUMENT
     error_type = "invalid_request_error"
     code = "invalid_request"
 
@@ -67,7 +63,6 @@ class NotAuthenticated(UserError):
     """No bearer token, or one that is not accepted."""
 
     http_status = 401
-    grpc_status = grpc.StatusCode.UNAUTHENTICATED
     code = "invalid_api_key"
 
 
@@ -75,7 +70,6 @@ class ModelNotFound(UserError):
     """The request names a model this cluster does not serve."""
 
     http_status = 404
-    grpc_status = grpc.StatusCode.NOT_FOUND
     code = "model_not_found"
 
 
@@ -83,7 +77,6 @@ class NoSuchRoute(UserError):
     """No endpoint has this path."""
 
     http_status = 404
-    grpc_status = grpc.StatusCode.UNIMPLEMENTED
     code = "not_found"
 
 
@@ -91,7 +84,6 @@ class MethodNotAllowed(UserError):
     """The path exists, for another method."""
 
     http_status = 405
-    grpc_status = grpc.StatusCode.UNIMPLEMENTED
     code = "method_not_allowed"
 
 
@@ -112,7 +104,6 @@ class Unavailable(BatonError):
     """Nothing is wrong with the request; here and now it could not be served."""
 
     http_status = 503
-    grpc_status = grpc.StatusCode.UNAVAILABLE
     code = "unavailable"
     retryable = True
 
@@ -121,7 +112,6 @@ class Overloaded(Unavailable):
     """Accepting more would break what is already promised."""
 
     http_status = 429
-    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
     code = "overloaded"
     error_type = "rate_limit_error"
 
@@ -149,7 +139,6 @@ class WorkerFailed(Unavailable):
     """
 
     http_status = 500
-    grpc_status = grpc.StatusCode.INTERNAL
     code = "worker_failed"
 
     def __init__(self, message: str, *, worker_id: str = "") -> None:
@@ -200,7 +189,6 @@ class DeadlineExceeded(BatonError):
     """The request's own deadline passed."""
 
     http_status = 504
-    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
     code = "deadline_exceeded"
     error_type = "timeout_error"
 
@@ -209,7 +197,6 @@ class Cancelled(BatonError):
     """The client went away, or asked for it."""
 
     http_status = 499
-    grpc_status = grpc.StatusCode.CANCELLED
     code = "cancelled"
 
 

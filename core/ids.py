@@ -12,7 +12,6 @@ from typing import NewType
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
 ModelId = NewType("ModelId", str)
-LayoutId = NewType("LayoutId", str)
 LeaseId = NewType("LeaseId", int)
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)

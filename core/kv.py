@@ -1,16 +1,12 @@
-"""What a block of KV looks like in memory, and the two identities that say who may read whom.
+"""What a block of KV looks like in memory.
 
 Baton's arena is `[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]`: a block is
 contiguous, and a tensor-parallel slice of a block is one run because heads are outermost. Other
 engines order the axes otherwise; `axes` says how, and a reshard plan reads across.
 """
 
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from hashlib import blake2b
+from dataclasses import dataclass
 from typing import Literal
-
-from core.ids import LayoutId
 
 Axis = Literal["block", "head", "layer", "side", "token"]
 BLOCK_FIRST: tuple[Axis, ...] = ("block", "head", "layer", "side", "token")
@@ -68,12 +64,6 @@ class KvLayout:
         first = self.tp_rank * self.model_kv_heads // self.tp_size
         return range(first, first + self.num_kv_heads)
 
-    @property
-    def layout_id(self) -> LayoutId:
-        """Equal ids: the same bytes at the same place in a block, so blocks copy run for run.
-        Different ones need a reshard plan."""
-        return _layout_id(self)
-
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` occupy, the last one perhaps in part."""
         return -(-num_tokens // self.block_size)
@@ -119,11 +109,3 @@ class KvLayout:
                 return self.block_size
             case "block":
                 raise ValueError("the arena says how many blocks there are")
-
-
-@lru_cache(maxsize=256)
-def _layout_id(layout: KvLayout) -> LayoutId:
-    axes = tuple(axis for axis in layout.axes if axis == "block" or layout.extent(axis) > 1)
-    fields = asdict(layout) | {"total_kv_heads": layout.model_kv_heads, "axes": axes}
-    text = ",".join(f"{k}={v}" for k, v in sorted(fields.items()))
-    return LayoutId(blake2b(text.encode(), digest_size=8).hexdigest())

@@ -54,7 +54,6 @@ class CheckpointInfo:
     vocab_size: int
     eos_token_ids: frozenset[int]
     sampling: SamplingDefaults
-    weight_bytes: int
 
 
 def read_checkpoint(directory: Path, config: EngineConfig) -> CheckpointInfo:
@@ -84,7 +83,6 @@ def read_checkpoint(directory: Path, config: EngineConfig) -> CheckpointInfo:
         vocab_size=shape.vocab_size,
         eos_token_ids=_eos_token_ids(generation, hf_config, tokenizer),
         sampling=_sampling_defaults(generation, directory),
-        weight_bytes=weights.nbytes,
     )
 
 

@@ -29,7 +29,6 @@ class WeightFiles:
     name of the first floating point tensor's type, "" when there is none."""
 
     shards: tuple[Path, ...]
-    nbytes: int
     dtype: str
     digest: str
 
@@ -90,7 +89,6 @@ def check_weights(directory: Path) -> WeightFiles:
     dtypes = [d for header in headers.values() for d in header.tensors.values()]
     return WeightFiles(
         shards=tuple(headers),
-        nbytes=nbytes,
         dtype=next((d for d in dtypes if d.startswith(("F", "BF"))), ""),
         digest=_digest(headers, nbytes),
     )

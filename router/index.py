@@ -47,7 +47,8 @@ class PrefixIndex:
         self._blind = 0
         self._sweeping = 0
         self._cursor = 0
-        self._max_blocks = 0
+        self.max_blocks = 0
+        """How many the bound admits, with as many slots as there are now."""
         self.blocks = 0
         """Blocks indexed, those only blind slots hold included."""
         self.not_taken = 0
@@ -62,14 +63,9 @@ class PrefixIndex:
         return Holdings(self, worker_id)
 
     @property
-    def max_blocks(self) -> int:
-        """How many blocks the bound admits, with as many slots as there are now."""
-        return self._max_blocks
-
-    @property
     def bytes_per_block(self) -> float:
         """What the bound counts for a block; what one takes is less, as masks are shared."""
-        return self._max_bytes / max(1, self._max_blocks)
+        return self._max_bytes / max(1, self.max_blocks)
 
     # -- lookups --------------------------------------------------------------------------------
 
@@ -135,7 +131,7 @@ class PrefixIndex:
             self._bits.append(1 << slot)
             self._owners.append(worker_id)
             mask_bytes = _INT_BYTES + 4 * (slot // _BITS_PER_DIGIT)
-            self._max_blocks = self._max_bytes // (_ENTRY_BYTES + mask_bytes)
+            self.max_blocks = self._max_bytes // (_ENTRY_BYTES + mask_bytes)
         return self._bits[slot]
 
     def _show(self, bit: int) -> None:
@@ -173,7 +169,7 @@ class PrefixIndex:
             shard = shards[block_hash[0]]
             mask = shard.get(block_hash, 0)
             if not mask:
-                if self.blocks >= self._max_blocks:
+                if self.blocks >= self.max_blocks:
                     self.not_taken += 1
                     continue
                 self.blocks += 1

@@ -113,10 +113,6 @@ class Outliers:
         health = self._ejected.get(incarnation)
         return health.reason if health is not None else None
 
-    def is_ejected(self, incarnation: Incarnation) -> bool:
-        """Also while it is probed."""
-        return incarnation in self._ejected
-
     def placed(self, incarnation: Incarnation, now_s: float) -> None:
         """A request goes there: the probe, if the worker is half open."""
         health = self._ejected.get(incarnation)

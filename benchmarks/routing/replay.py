@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from benchmarks.numbers import percentile
 from benchmarks.routing.traces import Prompt
 from benchmarks.routing.worker import Job, Worker
 from core.ids import Incarnation, ModelId, Role, WorkerId
@@ -59,7 +58,6 @@ class Outcome:
     """Share of tokens."""
     imbalance: float
     """Greatest by mean seconds of prefill."""
-    ttft_p50_s: float
     moved: int
 
 
@@ -151,7 +149,6 @@ class Replay:
             within_slo=sum(ttft <= self._world.ttft_s for ttft in ttfts) / len(jobs),
             hit_rate=sum(job.hit_tokens for job in jobs) / sum(job.prompt.tokens for job in jobs),
             imbalance=max(loads) * len(loads) / max(1e-9, sum(loads)),
-            ttft_p50_s=percentile(ttfts, 0.5),
             moved=self._moved,
         )
 

@@ -29,43 +29,6 @@ def test_a_latent_vector_is_stored_once() -> None:
     assert MLA.token_bytes == 61 * 576 * 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"block_size": 32},
-        {"num_kv_heads": 4},
-        {"num_layers": 16},
-        {"head_dim": 64},
-        {"dtype": "float16"},
-        {"tp_size": 2},
-        {"tp_rank": 1},
-        {"total_kv_heads": 16},
-        {"sides": 1},
-        {"axes": LAYER_FIRST},
-    ],
-)
-def test_any_other_field_is_another_layout(change: dict[str, object]) -> None:
-    assert replace(LLAMA_8B, **change).layout_id != LLAMA_8B.layout_id  # type: ignore[arg-type]
-    assert replace(LLAMA_8B).layout_id == LLAMA_8B.layout_id
-
-
-def test_naming_the_total_of_heads_changes_no_id() -> None:
-    half = replace(LLAMA_8B, num_kv_heads=4, tp_size=2)
-    assert half.layout_id == replace(half, total_kv_heads=8).layout_id
-
-
-def test_the_place_of_an_axis_of_one_changes_no_id() -> None:
-    latent_outside = replace(MLA, axes=("side", "head", "block", "layer", "token"))
-    assert latent_outside.layout_id == MLA.layout_id
-    assert replace(MLA, axes=LAYER_FIRST).layout_id != MLA.layout_id
-
-
-def test_the_place_of_the_block_axis_always_counts() -> None:
-    one_layer = replace(LLAMA_8B, num_layers=1)
-    moved = replace(one_layer, axes=("side", "block", "head", "layer", "token"))
-    assert moved.layout_id != one_layer.layout_id
-
-
 def test_a_partial_block_counts_as_one() -> None:
     assert [LLAMA_8B.num_blocks(n) for n in (0, 1, 16, 17, 32)] == [0, 1, 1, 2, 2]
 

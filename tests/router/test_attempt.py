@@ -427,7 +427,7 @@ async def test_a_prefill_worker_that_does_not_answer_for_both_is_the_last_of_its
         with pytest.raises(WorkerLost):
             await soon(s.attempt.end())
     assert s.prefill.record.incarnation in s.shut.failed
-    assert not s.outliers.is_ejected(s.prefill.record.incarnation)
+    assert not s.outliers.ejected_for(s.prefill.record.incarnation)
 
 
 async def test_a_no_to_an_answer_that_would_stay_is_none_to_its_prompt() -> None:
@@ -485,7 +485,7 @@ async def test_what_the_workers_of_an_ended_attempt_still_say_reaches_nobody() -
 def ejected(s: Scene) -> list[str]:
     links = (s.prefill, s.source, s.destination)
     return [
-        link.record.worker_id for link in links if s.outliers.is_ejected(link.record.incarnation)
+        link.record.worker_id for link in links if s.outliers.ejected_for(link.record.incarnation)
     ]
 
 
@@ -598,7 +598,7 @@ async def test_a_decode_worker_that_hears_first_of_the_withdrawn_lease_is_not_at
         with pytest.raises(Requeued):
             await s.attempt.end()
     assert isinstance(s.prefill.sent[-1], Cancel)
-    assert not s.outliers.is_ejected(s.prefill.record.incarnation)
+    assert not s.outliers.ejected_for(s.prefill.record.incarnation)
 
 
 async def test_a_prompt_that_has_begun_all_the_same_goes_on() -> None:

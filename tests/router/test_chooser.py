@@ -192,7 +192,7 @@ def test_an_answer_clears_the_faults_of_the_life_that_gave_it_and_of_no_later_on
     outliers.answered(now, 0.5)  # as each of its answers begins well
     subject.learning.ended(replace(end(step_s=0.5), served_by=(Incarnation(life),)))
     outliers.failed(now, peers, 1.0, fault=True)
-    assert outliers.is_ejected(now) is is_out
+    assert (outliers.ejected_for(now) is not None) is is_out
 
 
 def test_failed_workers_are_chosen_only_when_there_is_no_other() -> None:
@@ -562,7 +562,7 @@ def test_a_slow_prefill_worker_is_found_beside_answers_as_well() -> None:
             link = fleet.link(Role.PREFILL, WorkerId(name))
             subject.learning.prefilled(link, took(factor * predicted_s))  # type: ignore[arg-type]
     assert times(subject, fleet) != before  # they add little, and the rest is learned from
-    assert [w for w in fleet.pool(Role.PREFILL).incarnations if outliers.is_ejected(w)] == [
+    assert [w for w in fleet.pool(Role.PREFILL).incarnations if outliers.ejected_for(w)] == [
         "prefill-2"
     ]
 

@@ -78,7 +78,7 @@ def test_failures_in_a_row_eject() -> None:
     assert watch.shut == []
     watch.fails(A)
     assert watch.shut == [A]
-    assert watch.outliers.is_ejected(A)
+    assert watch.outliers.ejected_for(A)
     assert watch.noted.reasons == [EjectReason.FAILURES]
 
 
@@ -118,7 +118,7 @@ def test_of_two_workers_the_second_stays_however_it_fails() -> None:
     watch = Watch(peers=(A, B))
     watch.fails(A, 3)
     watch.fails(B, 30)
-    assert [watch.outliers.is_ejected(worker) for worker in (A, B)] == [True, False]
+    assert [watch.outliers.ejected_for(w) for w in (A, B)] == [EjectReason.FAILURES, None]
 
 
 def test_switched_off_nobody_is_ejected() -> None:
@@ -147,7 +147,7 @@ def test_a_probe_that_is_answered_readmits() -> None:
     watch.now_s += 5.1
     watch.outliers.placed(A, watch.now_s)
     watch.answers(A)
-    assert (watch.shut, watch.outliers.is_ejected(A), watch.noted.readmissions) == ([], False, 1)
+    assert (watch.shut, watch.outliers.ejected_for(A), watch.noted.readmissions) == ([], None, 1)
 
 
 def test_an_answer_from_before_the_ejection_does_not_readmit() -> None:
@@ -233,9 +233,9 @@ def slow_and_over() -> Watch:
 def test_a_slow_worker_needs_a_quick_probe_not_just_an_answer() -> None:
     watch = slow_and_over()
     watch.answers(A)
-    assert watch.outliers.is_ejected(A)
+    assert watch.outliers.ejected_for(A)
     watch.outliers.took(A, PEERS, 1.0, 1.0, watch.now_s)
-    assert not watch.outliers.is_ejected(A)
+    assert not watch.outliers.ejected_for(A)
 
 
 def test_a_slow_probe_ejects_again() -> None:
