@@ -12,7 +12,7 @@ coefficients, so that a decision may ask for a dozen of them.
 
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from sys import intern
 from typing import NamedTuple
 
@@ -60,6 +60,12 @@ class PrefillCurve:
     step_s: float
     token_s: float
     pair_s: float
+    queue_work_s: float = field(init=False, repr=False, compare=False)
+    """Of one token that waits with others, all but what every step takes."""
+
+    def __post_init__(self) -> None:
+        queue_work_s = self.work_s(0, _QUEUE_PROMPT_TOKENS) / _QUEUE_PROMPT_TOKENS
+        object.__setattr__(self, "queue_work_s", queue_work_s)
 
     def seconds(self, start: int, end: int, step_tokens: int = STEP_TOKENS) -> float:
         """To compute positions [start, end) of one prompt, so many a step, on an idle worker."""
@@ -91,11 +97,6 @@ class PrefillCurve:
         """Of one token that waits with others, where so many go into a step."""
         return self.step_s / step_tokens + self.queue_work_s
 
-    @property
-    def queue_work_s(self) -> float:
-        """Of such a token, all but what every step takes."""
-        return self.work_s(0, _QUEUE_PROMPT_TOKENS) / _QUEUE_PROMPT_TOKENS
-
 
 @dataclass(frozen=True, slots=True)
 class DecodeCurve:
@@ -118,7 +119,6 @@ class Speed:
 
     def __init__(self) -> None:
         self.prefill = PrefillCurve(*_PREFILL_PRIOR)
-        self.queue_work_s = self.prefill.queue_work_s
         self.decode = DecodeCurve(*_DECODE_PRIOR)
         self.prefill_fit = CostFit(_PREFILL_PRIOR, weight=0.1)
         self.decode_fit = CostFit(_DECODE_PRIOR, weight=0.1)
@@ -175,14 +175,11 @@ class Curves:
             return
         self._learning(kind).prefill_at_s = now_s
         known.prefill_fit.add(work, seconds)
-        step_s, token_s, pair_s = known.prefill_fit.coefficients
-        self.set_prefill(kind, PrefillCurve(step_s, token_s, pair_s))
+        known.prefill = PrefillCurve(*known.prefill_fit.coefficients)
 
     def set_prefill(self, kind: WorkerKind, curve: PrefillCurve) -> None:
         """Take a curve as given, until observations replace it."""
-        known = self.of(kind)
-        known.prefill = curve
-        known.queue_work_s = curve.queue_work_s
+        self.of(kind).prefill = curve
 
     def saw_decode(
         self, kind: WorkerKind, sequences: int, context_tokens: int, step_s: float, now_s: float
@@ -193,8 +190,7 @@ class Curves:
             return
         self._learning(kind).decode_at_s = now_s
         known.decode_fit.add((1.0, sequences, context_tokens), step_s)
-        step_s, sequence_s, context_token_s = known.decode_fit.coefficients
-        known.decode = DecodeCurve(step_s, sequence_s, context_token_s)
+        known.decode = DecodeCurve(*known.decode_fit.coefficients)
 
     def saw_beside(self, kind: WorkerKind, decode_s: float, added_s: float) -> None:
         """Decodes that take `decode_s` alone added `added_s` to the steps of a prompt."""

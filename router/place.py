@@ -135,10 +135,9 @@ class PrefillPoolQuery(PoolQuery):
         if view.load is not None and view.load.decoding and self._known.local_decode:
             there = self._beside(view, cached)
             return there.queue_s, there.work_s
-        speed = self._known.curves.of(view.kind)
-        work_s = speed.prefill.seconds(cached, self.tokens, view.hello.chunk_tokens)
-        token_s = speed.queue_work_s + speed.prefill.step_s / view.queue_step_tokens
-        return view.queued_tokens * token_s, work_s
+        curve = self._known.curves.of(view.kind).prefill
+        work_s = curve.seconds(cached, self.tokens, view.hello.chunk_tokens)
+        return view.queued_tokens * curve.queue_token_s(view.queue_step_tokens), work_s
 
     def beside(self, worker: WorkerId) -> "Beside":
         """What awaits the prompt there, and the answers that it would run beside."""
@@ -158,7 +157,7 @@ class PrefillPoolQuery(PoolQuery):
             queued_steps = queued / chunk
         step_s = beside_s + curve.step_s
         work_s = curve.work_s(cached, self.tokens) + steps * step_s
-        queue_s = queued * speed.queue_work_s + queued_steps * step_s
+        queue_s = queued * curve.queue_work_s + queued_steps * step_s
         return Beside(
             worker_id=view.hello.worker_id,
             queue_s=queue_s,

@@ -26,7 +26,6 @@ def test_the_prefill_curve_is_learned_from_prompts() -> None:
     learned = curves.of(KIND).prefill
     for start, end in ((0, 500), (0, 6000), (4000, 6000)):
         assert learned.seconds(start, end) == pytest.approx(true.seconds(start, end), rel=0.1)
-    assert curves.of(KIND).queue_work_s == learned.queue_work_s
 
 
 def test_steps_of_any_size_are_learned_from() -> None:
