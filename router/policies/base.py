@@ -7,7 +7,7 @@ for as long as no worker comes or goes. Randomness and time come with the query;
 the replay ask the same policies the same way.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple, Protocol
@@ -167,15 +167,27 @@ class Stateless:
         pass
 
 
+def cost_of(candidate: Scored) -> float:
+    return candidate.cost
+
+
 def cheapest(candidates: Sequence[Scored], rule: str = "") -> Decision:
     """The first of the lowest cost."""
-    best = min(candidates, key=_cost)
+    best = min(candidates, key=cost_of)
     return Decision(best.worker_id, candidates, rule)
 
 
+def by_ttft(query: PrefillQuery, worker: WorkerId) -> Scored:
+    """Its cost is the predicted seconds to the first token."""
+    queue_s, work_s = query.ttft_s(worker)
+    return Scored(worker, queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))
+
+
 def open_workers(query: Query) -> list[WorkerId]:
-    """All open ones: O(pool)."""
-    return [worker for worker in query.pool if query.is_open(worker)]
+    """All open ones in random order, so that the first of equals is any of them: O(pool)."""
+    order = [worker for worker in query.pool if query.is_open(worker)]
+    query.random.shuffle(order)
+    return order
 
 
 def sample(query: Query, count: int, among: Sequence[WorkerId] | None = None) -> list[WorkerId]:
@@ -195,14 +207,3 @@ def sample(query: Query, count: int, among: Sequence[WorkerId] | None = None) ->
     if len(left) == 1:
         return left
     return query.random.sample(left, min(count, len(left)))
-
-
-def shuffled(query: Query, workers: Iterable[WorkerId]) -> list[WorkerId]:
-    """In random order, so that the first of equals is any of them."""
-    order = list(workers)
-    query.random.shuffle(order)
-    return order
-
-
-def _cost(candidate: Scored) -> float:
-    return candidate.cost

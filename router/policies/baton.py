@@ -25,7 +25,7 @@ one (M. Mitzenmacher, "The power of two choices in randomized load balancing", 2
 """
 
 from core.ids import WorkerId
-from router.policies.base import Decision, PrefillQuery, Scored, sample
+from router.policies.base import Decision, PrefillQuery, Scored, cost_of, sample
 from router.policies.hotness import HotnessTree
 from router.policies.ring import TwoRings
 
@@ -60,13 +60,13 @@ class Baton:
     def choose(self, query: PrefillQuery) -> Decision:
         weight = max(self._least_weight, 1 - self._busy)
         scored = [_score(query, worker, weight) for worker in self.candidates_of(query)]
-        best = min(scored, key=_cost)
+        best = min(scored, key=cost_of)
         if _ttft_s(best) <= query.slo.ttft_s:
             return Decision(best.worker_id, scored, "cost")
         keeping = [s for s in scored if _is_idle(s) and _ttft_s(s) <= query.slo.ttft_s]
         if not keeping:
             return Decision(best.worker_id, scored, "cost, beyond the target")
-        return Decision(min(keeping, key=_cost).worker_id, scored, "target")
+        return Decision(min(keeping, key=cost_of).worker_id, scored, "target")
 
     def placed(self, query: PrefillQuery, decision: Decision) -> None:
         self._hotness.saw(query)
@@ -78,10 +78,6 @@ class Baton:
 def _score(query: PrefillQuery, worker: WorkerId, weight: float) -> Scored:
     queue_s, work_s = query.expected_s(worker)
     return Scored(worker, weight * queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))
-
-
-def _cost(candidate: Scored) -> float:
-    return candidate.cost
 
 
 def _is_idle(candidate: Scored) -> bool:

@@ -6,7 +6,7 @@ homes, is in rebalance.py: a policy only says where a request may go.
 """
 
 from core.ids import WorkerId
-from router.policies.base import Decision, PrefillQuery, Scored, cheapest, sample
+from router.policies.base import Decision, PrefillQuery, by_ttft, cheapest, sample
 from router.policies.hotness import HotnessTree
 from router.policies.ring import TwoRings
 
@@ -27,7 +27,7 @@ class DualMap:
     def choose(self, query: PrefillQuery) -> Decision:
         homes = self.candidates_of(query)
         best = min(homes, key=lambda w: (-query.cached_tokens(w), query.queued_tokens(w)))
-        scored = [_score(query, worker) for worker in homes]
+        scored = [by_ttft(query, worker) for worker in homes]
         ttft_s = next(candidate.cost for candidate in scored if candidate.worker_id == best)
         if ttft_s > query.slo.ttft_s:
             return cheapest(scored, "ttft")
@@ -35,8 +35,3 @@ class DualMap:
 
     def placed(self, query: PrefillQuery, decision: Decision) -> None:
         self._hotness.saw(query)
-
-
-def _score(query: PrefillQuery, worker: WorkerId) -> Scored:
-    queue_s, work_s = query.ttft_s(worker)
-    return Scored(worker, queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))

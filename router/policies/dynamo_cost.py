@@ -7,22 +7,14 @@ ones by chance. Active blocks are those of running decodes: none on a worker tha
 """
 
 from core.ids import WorkerId
-from router.policies.base import (
-    Decision,
-    PrefillQuery,
-    Scored,
-    Stateless,
-    cheapest,
-    open_workers,
-    shuffled,
-)
+from router.policies.base import Decision, PrefillQuery, Scored, Stateless, cheapest, open_workers
 
 
 class DynamoCost(Stateless):
     """Implements router.policies.base.PrefillPolicy. Looks at every worker."""
 
     def choose(self, query: PrefillQuery) -> Decision:
-        return cheapest([_score(query, w) for w in shuffled(query, open_workers(query))])
+        return cheapest([_score(query, w) for w in open_workers(query)])
 
 
 def _score(query: PrefillQuery, worker: WorkerId) -> Scored:

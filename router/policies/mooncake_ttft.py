@@ -5,25 +5,11 @@ prefix from its holder, the router leaves the decision to the worker that would 
 predicted here.
 """
 
-from core.ids import WorkerId
-from router.policies.base import (
-    Decision,
-    PrefillQuery,
-    Scored,
-    Stateless,
-    cheapest,
-    open_workers,
-    shuffled,
-)
+from router.policies.base import Decision, PrefillQuery, Stateless, by_ttft, cheapest, open_workers
 
 
 class MooncakeTtft(Stateless):
     """Implements router.policies.base.PrefillPolicy. Looks at every worker."""
 
     def choose(self, query: PrefillQuery) -> Decision:
-        return cheapest([_score(query, w) for w in shuffled(query, open_workers(query))], "ttft")
-
-
-def _score(query: PrefillQuery, worker: WorkerId) -> Scored:
-    queue_s, work_s = query.ttft_s(worker)
-    return Scored(worker, queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))
+        return cheapest([by_ttft(query, w) for w in open_workers(query)], "ttft")

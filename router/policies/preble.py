@@ -12,14 +12,7 @@ evicted: no router sees that, and in full caches it grows with P on every worker
 from collections import Counter, deque
 
 from core.ids import WorkerId
-from router.policies.base import (
-    Decision,
-    PrefillQuery,
-    Scored,
-    cheapest,
-    open_workers,
-    shuffled,
-)
+from router.policies.base import Decision, PrefillQuery, Scored, cheapest, cost_of, open_workers
 
 _WINDOW_S = 180.0
 _WINDOW_PROMPTS = 65_536
@@ -37,7 +30,7 @@ class Preble:
         self._prompts: Counter[WorkerId] = Counter()
 
     def choose(self, query: PrefillQuery) -> Decision:
-        load_s, workers = self._load_s, shuffled(query, open_workers(query))
+        load_s, workers = self._load_s, open_workers(query)
         loads = [Scored(w, s, (("load_s", s),)) for w in workers for s in (load_s.get(w, 0.0),)]
         holders = query.holders(_HOLDERS)
         matched = query.cached_tokens(holders[0]) if holders else 0
@@ -45,7 +38,7 @@ class Preble:
             return cheapest([_explore(query, load) for load in loads], "explore")
         equals = {w for w in holders if query.cached_tokens(w) == matched}
         best = cheapest([load for load in loads if load.worker_id in equals], "exploit")
-        least, most = min(loads, key=lambda s: s.cost), max(loads, key=lambda s: s.cost)
+        least, most = min(loads, key=cost_of), max(loads, key=cost_of)
         enough = len(self._window) >= _PROMPTS_PER_WORKER * len(loads)
         if enough and best.worker_id == most.worker_id and most.cost > _IMBALANCE * least.cost:
             return Decision(least.worker_id, loads, "exploit, redirected")

@@ -8,15 +8,7 @@
 The gateway matches against a tree of its own past choices; here the matches are the workers' own.
 """
 
-from router.policies.base import (
-    Decision,
-    PrefillQuery,
-    Scored,
-    Stateless,
-    cheapest,
-    open_workers,
-    shuffled,
-)
+from router.policies.base import Decision, PrefillQuery, Scored, Stateless, cheapest, open_workers
 
 _CACHE_THRESHOLD = 0.3
 _BALANCE_ABS = 64
@@ -29,7 +21,7 @@ class PrefixAffinity(Stateless):
     def choose(self, query: PrefillQuery) -> Decision:
         loads = [
             Scored(w, query.sequences(w), (("requests", query.sequences(w)),))
-            for w in shuffled(query, open_workers(query))
+            for w in open_workers(query)
         ]
         least, most = min(load.cost for load in loads), max(load.cost for load in loads)
         if most - least > _BALANCE_ABS and most > _BALANCE_REL * least:

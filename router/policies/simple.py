@@ -14,7 +14,6 @@ from router.policies.base import (
     cheapest,
     open_workers,
     sample,
-    shuffled,
 )
 
 
@@ -44,7 +43,7 @@ class LeastLoad(Stateless):
     """The shortest queue of all, in uncached tokens. Looks at every worker."""
 
     def choose(self, query: PrefillQuery) -> Decision:
-        return cheapest([_queued(query, w) for w in shuffled(query, open_workers(query))])
+        return cheapest([_queued(query, w) for w in open_workers(query)])
 
 
 class PowerOfTwo(Stateless):
@@ -58,7 +57,7 @@ class DecodeLeastLoad(Stateless):
     """The least context of all. Looks at every worker."""
 
     def choose(self, query: DecodeQuery) -> Decision:
-        return cheapest([_context(query, w) for w in shuffled(query, open_workers(query))])
+        return cheapest([_context(query, w) for w in open_workers(query)])
 
 
 class DecodePowerOfTwo(Stateless):

@@ -18,7 +18,7 @@ from engine.build import describe_model
 from router.client import WorkerLink
 from router.fleet import Fleet
 from router.flow import Flow
-from router.policies.base import Decision, Query, Stateless, open_workers
+from router.policies.base import Decision, Query, Stateless
 from router.policies.build import Policies
 from router.progress import SequenceEnd
 from router.types import GenerateRequest
@@ -104,7 +104,8 @@ class Preferred(Stateless):
 
     def choose(self, query: Query) -> Decision:
         rank = {name: place for place, name in enumerate(self.order)}
-        return Decision(min(open_workers(query), key=lambda w: rank.get(w, len(rank))), ())
+        open_workers = [worker for worker in query.pool if query.is_open(worker)]
+        return Decision(min(open_workers, key=lambda w: rank.get(w, len(rank))), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
