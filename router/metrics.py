@@ -49,76 +49,67 @@ class EdgeMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        by_endpoint = ("endpoint",)
+        counter = partial(Counter, registry=self.registry)
+        self._gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
         self.requests = Labelled(
-            Counter(
+            counter(
                 telemetry.HTTP_REQUESTS,
                 "Requests ended, by the status they ended with (499: the client went away)",
                 ("endpoint", "status"),
-                registry=self.registry,
             )
         )
-        self.in_flight = Gauge(
-            telemetry.REQUESTS_IN_FLIGHT, "Requests being served", registry=self.registry
-        )
+        self.in_flight = self._gauge(telemetry.REQUESTS_IN_FLIGHT, "Requests being served")
         self.ttft_s = Labelled(
-            Histogram(
+            histogram(
                 telemetry.TTFT,
                 "From the request's head to its first token, per choice",
-                by_endpoint,
+                ("endpoint",),
                 buckets=_LATENCY_BUCKETS_S,
-                registry=self.registry,
             )
         )
         self.tpot_s = Labelled(
-            Histogram(
+            histogram(
                 telemetry.TPOT,
                 "Mean time per token after the first, per choice",
-                by_endpoint,
+                ("endpoint",),
                 buckets=_TPOT_BUCKETS_S,
-                registry=self.registry,
             )
         )
         self.duration_s = Labelled(
-            Histogram(
+            histogram(
                 telemetry.REQUEST_DURATION,
                 "From the request's head to the end of its answer",
-                by_endpoint,
+                ("endpoint",),
                 buckets=_LATENCY_BUCKETS_S,
-                registry=self.registry,
             )
         )
-        self.prompt_tokens = self._counter(telemetry.PROMPT_TOKENS, "Prompt tokens")
-        self.cached_tokens = self._counter(
+        self.prompt_tokens = counter(telemetry.PROMPT_TOKENS, "Prompt tokens")
+        self.cached_tokens = counter(
             telemetry.CACHED_TOKENS, "Prompt tokens whose KV was in a prefix cache"
         )
-        self.output_tokens = self._counter(telemetry.OUTPUT_TOKENS, "Tokens generated")
-        self.stream_events = self._counter(telemetry.STREAM_EVENTS, "SSE events sent")
-        self.coalesced_events = self._counter(
+        self.output_tokens = counter(telemetry.OUTPUT_TOKENS, "Tokens generated")
+        self.stream_events = counter(telemetry.STREAM_EVENTS, "SSE events sent")
+        self.coalesced_events = counter(
             telemetry.STREAM_EVENTS_COALESCED, "SSE events that shared a write with an earlier one"
         )
-        self.slow_clients = self._counter(
+        self.slow_clients = counter(
             telemetry.SLOW_CLIENTS, "Requests cancelled because their client did not read"
         )
 
     def watch_workers(self, workers: Callable[[], Sequence[WorkerStatus]]) -> None:
         """Count them whenever the metrics are read."""
-        connected = Gauge(
-            telemetry.WORKERS_CONNECTED,
-            "Workers whose stream to this router lives",
+        connected = self._gauge(
+            telemetry.WORKERS_CONNECTED, "Workers whose stream to this router lives", ("role",)
+        )
+        left_out = self._gauge(
+            telemetry.WORKERS_LEFT_OUT,
+            "Workers this router leaves out of placement now, as they failed, were slow or hang",
             ("role",),
-            registry=self.registry,
         )
 
         def count(role: Role) -> int:
             return sum(view.connected and view.role == role for view in workers())
-
-        left_out = Gauge(
-            telemetry.WORKERS_LEFT_OUT,
-            "Workers this router leaves out of placement now, as they failed, were slow or hang",
-            ("role",),
-            registry=self.registry,
-        )
 
         def count_ejected(role: Role) -> int:
             return sum(view.ejected and view.role == role for view in workers())
@@ -129,44 +120,36 @@ class EdgeMetrics:
 
     def watch_index(self, index: PrefixIndex) -> None:
         """Read its size whenever the metrics are read."""
-        Gauge(
-            telemetry.INDEX_BLOCKS, "Blocks in the prefix index", registry=self.registry
-        ).set_function(lambda: index.blocks)
-        Gauge(
+        blocks = self._gauge(telemetry.INDEX_BLOCKS, "Blocks in the prefix index")
+        blocks.set_function(lambda: index.blocks)
+        not_taken = self._gauge(
             telemetry.INDEX_NOT_TAKEN,
             "Cached blocks that found the prefix index full, since the start",
-            registry=self.registry,
-        ).set_function(lambda: index.not_taken)
+        )
+        not_taken.set_function(lambda: index.not_taken)
 
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, registry=self.registry)
 
 
 class FlowMetrics:
     """Implements router.progress.SequenceObserver and router.watcher.FlowWatcher."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        counter = partial(Counter, registry=registry)
+        seconds = partial(Histogram, registry=registry, buckets=_LATENCY_BUCKETS_S)
         self._attempts = Labelled(
-            Counter(
+            counter(
                 telemetry.ATTEMPTS,
                 "Placements of sequences, by outcome: ok or the code of what ended them "
                 "(enough: a stop string matched; cancelled: the client went away)",
                 ("outcome",),
-                registry=registry,
             )
         )
-        self._retries = Counter(
-            telemetry.RETRIES, "Placements after a sequence's first", registry=registry
-        )
-        self._admission_wait_s = Histogram(
-            telemetry.ADMISSION_WAIT,
-            "From a sequence's arrival to its admission",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
+        self._retries = counter(telemetry.RETRIES, "Placements after a sequence's first")
+        self._admission_wait_s = seconds(
+            telemetry.ADMISSION_WAIT, "From a sequence's arrival to its admission"
         )
         self._admission_queue = Gauge(
             telemetry.ADMISSION_QUEUE,
@@ -174,82 +157,62 @@ class FlowMetrics:
             registry=registry,
         )
         self._admission_rejected = Labelled(
-            Counter(
+            counter(
                 telemetry.ADMISSION_REJECTED,
                 "Sequences refused with 429: their target cannot be kept, or too many are held",
                 ("reason",),
-                registry=registry,
             )
         )
         self._placed = Labelled(
-            Counter(
+            counter(
                 telemetry.LOCAL_PREFILLS,
                 "Sequences placed, by whether one worker serves them alone: local (a decode"
                 " worker), stays (the prefill worker), or why no decode worker does",
                 ("verdict",),
-                registry=registry,
             )
         )
         self._ejected = Labelled(
-            Counter(
+            counter(
                 telemetry.WORKERS_EJECTED,
                 "Workers left out of placement for a while, by reason",
                 ("reason",),
-                registry=registry,
             )
         )
-        self._readmitted = Counter(
-            telemetry.WORKERS_READMITTED,
-            "Ejected workers that answered a probe in time",
-            registry=registry,
+        self._readmitted = counter(
+            telemetry.WORKERS_READMITTED, "Ejected workers that answered a probe in time"
         )
         self._requeued = Labelled(
-            Counter(
+            counter(
                 telemetry.REQUEUES,
                 "Prompts queued at a prefill worker that fell behind: asked to move to another, and"
                 " moved, as they had not begun",
                 ("step",),
-                registry=registry,
             )
         )
-        self._queue_s = Histogram(
-            telemetry.QUEUE,
-            "From a prefill worker's accept to the start of the prefill",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
+        self._queue_s = seconds(
+            telemetry.QUEUE, "From a prefill worker's accept to the start of the prefill"
         )
-        self._prefill_s = Histogram(
-            telemetry.PREFILL,
-            "From the start of the prefill to the first token",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
+        self._prefill_s = seconds(
+            telemetry.PREFILL, "From the start of the prefill to the first token"
         )
-        self._transfer_s = Histogram(
-            telemetry.KV_TRANSFER,
-            "Time of a KV transfer, as its decode worker saw it",
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
+        self._transfer_s = seconds(
+            telemetry.KV_TRANSFER, "Time of a KV transfer, as its decode worker saw it"
         )
-        self._transfer_bytes = Counter(
-            telemetry.KV_TRANSFER_BYTES, "KV bytes decode workers pulled", registry=registry
+        self._transfer_bytes = counter(
+            telemetry.KV_TRANSFER_BYTES, "KV bytes decode workers pulled"
         )
-        self._transfer_blocks = Counter(
-            telemetry.KV_TRANSFER_BLOCKS, "KV blocks decode workers pulled", registry=registry
+        self._transfer_blocks = counter(
+            telemetry.KV_TRANSFER_BLOCKS, "KV blocks decode workers pulled"
         )
-        self._transfer_descriptors = Counter(
-            telemetry.KV_TRANSFER_DESCRIPTORS,
-            "Contiguous runs those blocks were read in",
-            registry=registry,
+        self._transfer_descriptors = counter(
+            telemetry.KV_TRANSFER_DESCRIPTORS, "Contiguous runs those blocks were read in"
         )
-        self._transfer_hidden_s = Counter(
+        self._transfer_hidden_s = counter(
             telemetry.KV_TRANSFER_HIDDEN,
             "Time of KV transfers that passed while their prefill still ran",
-            registry=registry,
         )
-        self._migrations = Counter(
-            telemetry.MIGRATIONS,
-            "Moves of running sequences to another decode worker",
-            registry=registry,
+        self._migrations = counter(
+            telemetry.MIGRATIONS, "Moves of running sequences to another decode worker"
         )
 
     def requeued(self, step: Requeue) -> None:
