@@ -301,7 +301,7 @@ def _choice(leg: Role, decision: Decision, local: LocalVerdict) -> RouteChoice:
 
 def _describe(link: WorkerLink) -> WorkerStatus:
     view, load = link.view, link.view.load if link.view is not None else None
-    base = WorkerStatus(
+    status = WorkerStatus(
         worker_id=link.record.worker_id,
         role=view.hello.role if view is not None else link.record.role,
         address=link.record.address,
@@ -309,12 +309,9 @@ def _describe(link: WorkerLink) -> WorkerStatus:
         reason=link.problem,
     )
     if load is None:
-        return base
-    return WorkerStatus(
-        worker_id=base.worker_id,
-        role=base.role,
-        address=base.address,
-        connected=True,
+        return status
+    return replace(
+        status,
         draining=load.draining,
         waiting=load.waiting,
         running=load.running,
