@@ -21,7 +21,8 @@ from core.blocks import join_tokens
 from core.clock import Clock
 from core.errors import InvalidRequest, Unavailable
 from core.ids import RequestId, Role, WorkerId
-from router.admission import Admission, QueueBounds, SloClass
+from router.admission import QueueBounds
+from router.admission_line import Admission, SloClass
 from router.attempt import Attempt
 from router.chooser import Chooser
 from router.client import WorkerLink

@@ -165,7 +165,7 @@ def _measure(run: Run, workers: int, prompts: Sequence[Prompt], decisions: int) 
 
 
 class _Placing:
-    """The calls of router/admission.py and router/attempt.py, in their order."""
+    """The calls of router/admission_line.py and router/attempt.py, in their order."""
 
     def __init__(self, fleet: StandingFleet, clock: FakeClock, random: Random) -> None:
         self._clock = clock
