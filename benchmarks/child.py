@@ -4,6 +4,7 @@ import gc
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from textwrap import indent
 
 import torch
 import uvloop
@@ -30,12 +31,10 @@ def _do(job: Job, side: ChildSide) -> Done | Failed:
     try:
         return Done(uvloop.run(_await(job, side)))
     except Exception as error:  # noqa: BLE001 - the root of a job; the bench hears of it
-        return Failed(f"{type(error).__name__}: {error}", _indented(traceback.format_exc()))
+        return Failed(
+            f"{type(error).__name__}: {error}", indent(traceback.format_exc().rstrip(), "  ")
+        )
 
 
 async def _await(job: Job, side: ChildSide) -> object:
     return await job.work(side, job.task)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())

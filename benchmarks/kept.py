@@ -1,35 +1,21 @@
 """What parts of one run share: made when first asked for, closed when the run ends."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
 from typing import TypeVar, cast
 
 T = TypeVar("T")
 
 
-class Kept:
-    """One thing per way to make it: starting processes takes seconds."""
+class Kept(ExitStack):
+    """One thing per key: starting processes takes seconds. Open inside `with`."""
 
     def __init__(self) -> None:
-        self._open = ExitStack()
-        self._things: dict[object, object] = {}
+        super().__init__()
+        self._things: dict[Hashable, object] = {}
 
-    def __enter__(self) -> Kept:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
-
-    def of(self, make: Callable[[], AbstractContextManager[T]]) -> T:
+    def of(self, key: Hashable, make: Callable[[], AbstractContextManager[T]]) -> T:
         """The thing that `make` made, the first time it was asked for."""
-        if make not in self._things:
-            self._things[make] = self._open.enter_context(make())
-        return cast(T, self._things[make])
+        if key not in self._things:
+            self._things[key] = self.enter_context(make())
+        return cast(T, self._things[key])

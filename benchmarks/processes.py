@@ -12,14 +12,14 @@ import pickle
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from textwrap import indent
 from types import TracebackType
 from typing import Protocol, TypeVar, cast
 
-from benchmarks.types import BenchFailed, Progress
+from benchmarks.types import BenchFailed, Progress, Run
 from benchmarks.zygote import Zygote
 
 T = TypeVar("T")
@@ -181,31 +181,10 @@ class Pair:
         self._children.clear()
 
 
-class Pairs:
-    """Pairs by environment, each started when it is first asked for."""
-
-    def __init__(self, zygote: Zygote) -> None:
-        self._zygote = zygote
-        self._open = ExitStack()
-        self._pairs: dict[tuple[tuple[str, str], ...], Pair] = {}
-
-    def __enter__(self) -> Pairs:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
-
-    def of(self, environment: Mapping[str, str]) -> Pair:
-        """The idle pair with these variables set."""
-        key = tuple(sorted(environment.items()))
-        if key not in self._pairs:
-            self._pairs[key] = self._open.enter_context(Pair(self._zygote, environment))
-        return self._pairs[key]
+def idle_pair(run: Run, environment: Mapping[str, str]) -> Pair:
+    """The run's pair with these variables set, started when it is first asked for."""
+    key = ("pair", *sorted(environment.items()))
+    return run.kept.of(key, lambda: Pair(run.zygote, environment))
 
 
 class _Child:
@@ -253,4 +232,4 @@ class _Child:
         written = os.fstat(self._log.fileno()).st_size
         start = max(0, written - _LOG_TAIL)
         text = os.pread(self._log.fileno(), _LOG_TAIL, start).decode(errors="replace")
-        return "\n".join(f"  {line}" for line in text.splitlines())
+        return indent(text.rstrip(), "  ")

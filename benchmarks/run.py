@@ -18,7 +18,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.kept import Kept
 from benchmarks.machine import Machine, arena_device, describe_machine
-from benchmarks.processes import Pairs
 from benchmarks.types import PEERS, Bench, Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.types import Progress as Report
 from benchmarks.zygote import Zygote
@@ -136,7 +135,7 @@ def _check_files(bench: Bench, parts: Sequence[Part], options: Options) -> None:
 
 
 def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[tuple[str, Finding]]:
-    with Zygote() as zygote, Pairs(zygote) as pairs, Kept() as kept:
+    with Zygote() as zygote, Kept() as kept:
         for i, part in enumerate(parts):
             title = f"{i + 1}/{len(parts)} {part.name}"
             with _progress(title, part.what) as report:
@@ -145,7 +144,6 @@ def _measure(parts: Sequence[Part], device: str, options: Options) -> Iterator[t
                     device=device,
                     progress=report,
                     zygote=zygote,
-                    pairs=pairs,
                     kept=kept,
                     traces=options.traces,
                     profiles=options.profiles,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 
 import psutil
 
 from benchmarks.types import BenchFailed
+from core.ids import Role
+from core.registry import WorkerRecord
 
 _STOP_TIMEOUT_S = 10.0
 _LOG_TAIL = 3000
@@ -48,12 +52,23 @@ class Server:
 
     def last_words(self) -> str:
         """The end of its log, indented."""
-        text = self._log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
-        return "\n".join(f"  {line}" for line in text.splitlines())
+        return last_words(self._log)
 
     def cpu_s(self) -> float:
         """CPU time so far of the process and its living children, all threads, from the OS."""
         return sum(_cpu_s(process) for process in _family(self.pid))
+
+
+def last_words(log: Path) -> str:
+    """The end of a log, indented."""
+    text = log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
+    return indent(text.rstrip(), "  ")
+
+
+def read_record(line: str) -> WorkerRecord:
+    """Of the line that a worker prints once it serves."""
+    fields = json.loads(line)
+    return WorkerRecord(**fields | {"role": Role(fields["role"])})
 
 
 @contextmanager

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from benchmarks.kept import Kept
-    from benchmarks.processes import Pairs
     from benchmarks.zygote import Zygote
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -83,7 +82,6 @@ class Run:
     device: str
     progress: Progress
     zygote: Zygote
-    pairs: Pairs
     kept: Kept
     traces: tuple[Path, ...] = ()
     profiles: Path | None = None

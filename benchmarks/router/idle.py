@@ -5,6 +5,7 @@ needs no decode step.
 """
 
 import statistics
+from contextlib import closing
 
 from benchmarks.machine import raise_file_limit
 from benchmarks.router.client import Client, chat_body
@@ -67,8 +68,7 @@ async def _open(rig: Rig, streams: int, run: Run) -> list[Client]:
 
 async def _others(rig: Rig, seconds: float, seed: int) -> list[Ttft]:
     """Windows of one-token answers, at 100 a second."""
-    pool = Pool(rig.port)
-    try:
+    with closing(Pool(rig.port)) as pool:
         await pool.warm(16)
 
         async def one(number: int) -> float:
@@ -78,8 +78,6 @@ async def _others(rig: Rig, seconds: float, seed: int) -> list[Ttft]:
         await open_loop(one, seed, _SETTLE_S)
         windows = range(seed, seed + WINDOWS)
         return [Ttft.of(await open_loop(one, number, seconds)) for number in windows]
-    finally:
-        pool.close()
 
 
 def _finding(

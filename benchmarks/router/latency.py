@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import closing
 from dataclasses import dataclass
 from random import Random
 
@@ -67,7 +67,7 @@ async def routed(rig: Rig, seed: int, seconds: float, *, long_prompts: bool = Fa
     """Of short prompts; with `long_prompts` one of 60,000 tokens comes among them every second."""
     rig.step(STEP_S)
     first = time.monotonic_ns()
-    with _pool(rig.port) as pool:
+    with closing(Pool(rig.port)) as pool:
         await pool.warm(64)
 
         async def short(number: int) -> float:
@@ -101,7 +101,7 @@ async def direct(rig: Rig, seed: int, seconds: float) -> Ttft:
 
 
 async def open_loop(
-    ask: Callable[[int], Awaitable[float]], seed: int, seconds: float
+    ask: Callable[[int], Coroutine[None, None, float]], seed: int, seconds: float
 ) -> list[float]:
     """Ask at the times of a Poisson process, whatever the answers take; what each answered."""
     random = Random(seed)
@@ -110,20 +110,8 @@ async def open_loop(
     ends_s += seconds
     asked: list[asyncio.Task[float]] = []
 
-    async def one(number: int) -> float:
-        return await ask(number)
-
     async with asyncio.timeout(_TIMEOUT_S), asyncio.TaskGroup() as group:
         while (at_s := at_s + random.expovariate(RATE_PER_S)) < ends_s:
             await asyncio.sleep(at_s - loop.time())
-            asked.append(group.create_task(one(len(asked))))
+            asked.append(group.create_task(ask(len(asked))))
     return [task.result() for task in asked]
-
-
-@contextmanager
-def _pool(port: int) -> Iterator[Pool]:
-    pool = Pool(port)
-    try:
-        yield pool
-    finally:
-        pool.close()

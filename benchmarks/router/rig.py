@@ -15,7 +15,7 @@ import uvloop
 from tokenizers import Tokenizer
 
 from benchmarks.machine import raise_file_limit
-from benchmarks.servers import Server, server
+from benchmarks.servers import Server, read_record, server
 from benchmarks.types import BenchFailed, Run
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.events import Event
@@ -23,7 +23,7 @@ from cluster.registry_server import serve_registry
 from cluster.router_process import RouterProcess
 from cluster.run_dir import RunDir, runs_root
 from core.clock import SystemClock
-from core.ids import Incarnation, ModelId, Role, WorkerId
+from core.ids import ModelId, Role
 from core.registry import MemoryRegistry, WorkerRecord
 from engine.build import describe_model
 from engine.config import EngineConfig
@@ -103,7 +103,7 @@ class RigHost:
 def hosted(run: Run) -> RigHost:
     """The run's one router, as a cluster's serves all traffic; started when first asked for."""
     run.progress("the router starts", 0, 1)
-    return run.kept.of(_host)
+    return run.kept.of("router", _host)
 
 
 @contextmanager
@@ -170,22 +170,7 @@ def _workers(
         stack.enter_context(server(f"{role}-{i}", (*module, role, model_id, str(file)), folder))
         for i, role in enumerate(roles)
     ]
-    return tuple(StandInProcess(server=s, record=_record(s)) for s in servers)
-
-
-def _record(worker: Server) -> WorkerRecord:
-    """What a stand-in prints."""
-    fields = json.loads(worker.first_line())
-    return WorkerRecord(
-        worker_id=WorkerId(fields["worker_id"]),
-        incarnation=Incarnation(fields["incarnation"]),
-        role=Role(fields["role"]),
-        epoch=fields["epoch"],
-        address=fields["address"],
-        router_address=fields["router_address"],
-        model_id=ModelId(fields["model_id"]),
-        pid=worker.pid,
-    )
+    return tuple(StandInProcess(server=s, record=read_record(s.first_line())) for s in servers)
 
 
 async def _ready(router: RouterProcess, supervising: "asyncio.Task[None]") -> None:

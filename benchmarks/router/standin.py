@@ -13,6 +13,7 @@ computed at once, by a decode worker too where the router gives it one without a
 
 import asyncio
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -242,7 +243,7 @@ async def serve(role: Role, model_id: ModelId, text: list[int]) -> None:
         address="",
         router_address=address,
         model_id=model_id,
-        pid=0,
+        pid=os.getpid(),
     )
     async with accepting(listener, worker_pb2.ToWorker.FromString, Door(worker).serve):
         print(json.dumps(asdict(record)), flush=True)

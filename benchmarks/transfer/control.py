@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.numbers import Samples
-from benchmarks.processes import Side
+from benchmarks.processes import Side, idle_pair
 from benchmarks.transfer.path import SHM, ucx_tls
 from benchmarks.transfer.rig import LLAMA_8B, ArenaTask, Door, OwnerRig, owner_rig, reader_rig
 from benchmarks.types import BenchFailed, Finding, Part, ResultTable, Run, Target
@@ -138,7 +138,7 @@ def run(run: Run) -> Finding:
         handoffs=60 if run.quick else 500,
         warm_up=5,
     )
-    pair = run.pairs.of(ucx_tls(SHM, run.device))
+    pair = idle_pair(run, ucx_tls(SHM, run.device))
     result = pair.run(own, read, task, progress=run.progress, timeout_s=_TIMEOUT_S)
     p50_ms = result.begun.median_s * 1e3
     rows = (

@@ -1,7 +1,6 @@
 """A small cluster of worker processes, and a router's flow over them in the bench's own process."""
 
 import asyncio
-import json
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -14,11 +13,12 @@ from typing import TextIO
 import yaml
 from tokenizers import Tokenizer, models
 
+from benchmarks.servers import last_words, read_record
 from benchmarks.types import BenchFailed
 from benchmarks.zygote import Forked, Zygote
 from cluster.config_file import load_config
 from core.clock import SystemClock
-from core.ids import Incarnation, ModelId, Role, WorkerId
+from core.ids import Role
 from core.registry import MemoryRegistry, WorkerRecord
 from engine.build import describe_model
 from engine.config import EngineConfig
@@ -29,7 +29,6 @@ from router.policies.build import build_policies
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _REGISTERED_S = 3600.0
-_LOG_TAIL = 3000
 
 
 @contextmanager
@@ -102,21 +101,8 @@ def _record(worker: _Started) -> WorkerRecord:
     """What the worker prints when it serves."""
     line = worker.output.readline()
     if not line:
-        tail = worker.log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
-        raise BenchFailed(
-            "a worker did not start\n" + "\n".join(f"  {x}" for x in tail.split("\n"))
-        )
-    fields = json.loads(line)
-    return WorkerRecord(
-        worker_id=WorkerId(fields["worker_id"]),
-        incarnation=Incarnation(fields["incarnation"]),
-        role=Role(fields["role"]),
-        epoch=fields["epoch"],
-        address=fields["address"],
-        router_address=fields["router_address"],
-        model_id=ModelId(fields["model_id"]),
-        pid=fields["pid"],
-    )
+        raise BenchFailed(f"a worker did not start\n{last_words(worker.log)}")
+    return read_record(line)
 
 
 @asynccontextmanager

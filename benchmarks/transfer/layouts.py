@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.numbers import Samples
-from benchmarks.processes import Side
+from benchmarks.processes import Side, idle_pair
 from benchmarks.transfer.path import SHM, ucx_tls
 from benchmarks.transfer.rig import LLAMA_8B, ArenaTask, make_arena, make_transport
 from benchmarks.types import BenchFailed, Finding, Json, Part, ResultTable, Run
@@ -174,7 +174,7 @@ def run(run: Run) -> Finding:
     blocks = 16 if run.quick else 64
     rounds = 5 if run.quick else 9
     results: list[tuple[LayoutTask, LayoutResult]] = []
-    pair = run.pairs.of(ucx_tls(SHM, run.device))
+    pair = idle_pair(run, ucx_tls(SHM, run.device))
     for axes in (BLOCK_FIRST, LAYER_FIRST):
         for owners, readers in ((1, 1), (2, 4)):
             task = LayoutTask(

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.processes import Side
+from benchmarks.processes import Side, idle_pair
 from benchmarks.transfer.path import SHM, ucx_tls
 from benchmarks.transfer.workers import VOCAB_SIZE, Said, WorkerRig, worker_rig
 from benchmarks.types import BenchFailed, Finding, Part, ResultTable, Run, Target
@@ -236,7 +236,7 @@ def run(run: Run) -> Finding:
         engine=timed_engine(_ARENA_TOKENS, _ARENA_TOKENS, _PREFILL_MS_PER_TOKEN),
         rounds=5 if run.quick else 9,
     )
-    pair = run.pairs.of(ucx_tls(SHM, "cpu"))
+    pair = idle_pair(run, ucx_tls(SHM, "cpu"))
     result = pair.run(own, read, task, progress=run.progress, timeout_s=_TIMEOUT_S)
     return _finding(result)
 

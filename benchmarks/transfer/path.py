@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.processes import Pair
+from benchmarks.processes import Pair, idle_pair
 from benchmarks.transfer.rig import LLAMA_8B, ArenaTask
 from benchmarks.transfer.throughput import (
     ANSWERED,
@@ -47,7 +47,7 @@ def run(run: Run) -> Finding:
     """Shared memory and TCP by nixl with raw reads beside it, then the collective backend."""
     results: dict[str, list[SizeResult]] = {}
     for way in (SHM, TCP):
-        pair = run.pairs.of(ucx_tls(way, run.device))
+        pair = idle_pair(run, ucx_tls(way, run.device))
         results[way] = [
             _measure(pair, run, "nixl", run.device, size) for size in _sizes(quick=run.quick)
         ]

@@ -7,7 +7,6 @@ import psutil
 import pytest
 
 from benchmarks.kept import Kept
-from benchmarks.processes import Pairs
 from benchmarks.router.bench import BENCH
 from benchmarks.router.client import chat_body
 from benchmarks.router.direct import direct_to
@@ -31,8 +30,8 @@ def bodies(rig: Rig, tokens: int) -> Bodies:
 @pytest.fixture(scope="module")
 def host() -> Iterator[RigHost]:
     """One router for all tests here, ended at the end."""
-    with Zygote() as zygote, Pairs(zygote) as pairs, Kept() as kept:
-        run = Run(quick=True, device="cpu", progress=quiet, zygote=zygote, pairs=pairs, kept=kept)
+    with Zygote() as zygote, Kept() as kept:
+        run = Run(quick=True, device="cpu", progress=quiet, zygote=zygote, kept=kept)
         first = hosted(run)
         assert hosted(run) is first, "parts of one run share it"
         yield first

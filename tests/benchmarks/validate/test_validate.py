@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.kept import Kept
 from benchmarks.numbers import Estimate
-from benchmarks.processes import Pairs
 from benchmarks.types import BenchFailed, Part, Run
 from benchmarks.validate import curves, distserve, queueing, vllm_run
 from benchmarks.validate.determinism import digest
@@ -23,13 +22,11 @@ from simulator.workload.types import SimRequest
 
 
 def run_with(profiles: Path | None) -> Run:
-    zygote = Zygote()
     return Run(
         quick=True,
         device="cpu",
         progress=lambda text, done, total: None,
-        zygote=zygote,
-        pairs=Pairs(zygote),
+        zygote=Zygote(),
         kept=Kept(),
         profiles=profiles,
     )
