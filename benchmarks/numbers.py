@@ -7,9 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from core.estimate import Estimate, percentile
-
-__all__ = ["Estimate", "Samples", "interleave", "percentile"]
+from core.estimate import percentile
 
 _ORDER_SEED = 0
 

@@ -25,6 +25,14 @@ class Estimate:
     mean: float
     half: float
 
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
     @staticmethod
     def of(values: Sequence[float]) -> "Estimate":
         """From 2 to 10 independent values; one alone has an endless interval."""

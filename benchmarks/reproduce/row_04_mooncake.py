@@ -23,9 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import as_json, difference, seeds_of, show
-from benchmarks.reproduce.lru import hit_share
+from benchmarks.reproduce.cases import as_json, difference, plot, seeds_of, show
 from benchmarks.reproduce.windows import (
     BLOCK,
     CONVERSATION,
@@ -35,8 +33,10 @@ from benchmarks.reproduce.windows import (
     trace_title,
     window_of,
 )
+from benchmarks.routing.lru import hit_share
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.validate.rig import PLAIN, Workers, make_worker, run_cluster
+from core.estimate import Estimate
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from router.config import PrefillPolicyName
 from router.policies.base import Slo
@@ -204,7 +204,7 @@ def _order_target(found: _Found, load: float, pair: tuple[System, System]) -> Ta
     return Target(
         promise=f"simulated, load {load:g}: {better.name} has a lower mean TTFT than {worse.name}",
         measured=f"by {show(gap, 3)} s",
-        held=gap.mean - gap.half > 0,
+        held=gap.low > 0,
     )
 
 
@@ -215,7 +215,7 @@ def _our_target(found: _Found, load: float, ours: System) -> Target:
     return Target(
         promise=f"simulated, load {load:g}: {ours.name} has the lowest mean TTFT, or ties",
         measured=f"{show(behind, 3)} s behind {best.name}",
-        held=behind.mean <= behind.half,
+        held=behind.low <= 0,
     )
 
 
@@ -232,9 +232,7 @@ def _json(fares: Sequence[Fare]) -> dict[str, Json]:
 def _draw(axes: Axes, found: _Found, loads: Sequence[float]) -> None:
     for system in SYSTEMS:
         means = [Estimate.of(_ttfts(found[load, system])) for load in loads]
-        axes.errorbar(
-            loads, [m.mean for m in means], [m.half for m in means], marker="o", label=system.name
-        )
+        plot(axes, loads, means, marker="o", label=system.name)
     axes.set_yscale("log")
     axes.set_xlabel("load, without any cache")
     axes.set_ylabel("mean TTFT, s")

@@ -17,13 +17,13 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
-from benchmarks.numbers import Estimate
 from benchmarks.reproduce.cases import as_json, ratio, seeds_of, show
-from benchmarks.reproduce.lru import hit_share
 from benchmarks.reproduce.windows import BLOCK, CONVERSATION, find_trace, trace_title, window_of
+from benchmarks.routing.lru import hit_share
 from benchmarks.routing.replay import ASCEND, Replay, World
 from benchmarks.routing.traces import Prompt
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from core.estimate import Estimate
 from router.config import RouterConfig
 from router.policies.build import PREFILL
 from simulator.workload.types import SimRequest
@@ -79,8 +79,7 @@ def _by_policy(requests: Sequence[SimRequest], size: int, seed: int) -> float:
         workers=_WORKERS, block_size=BLOCK, cache_tokens=size // _WORKERS, curve=ASCEND, warm_up=0
     )
     prompts = [Prompt(r.at_s, r.prompt_tokens, r.hashes) for r in requests]
-    work_s = sum(world.curve.seconds(0, prompt.tokens) for prompt in prompts)
-    rate = _LOAD * _WORKERS * prompts[-1].at_s / work_s
+    rate = world.rate_at(_LOAD, prompts)
     policy = PREFILL["baton"]
     return Replay(world, lambda: policy(RouterConfig()), seed, rate).run(prompts).hit_rate
 
@@ -178,7 +177,7 @@ def _spread_targets(curves: _Curves) -> list[Target]:
                 promise=f"simulated, {_name(size)}: baton's placement hits more than a random one",
                 measured=f"{show(gain)} times, {_mean(placed) / _mean(curves.pooled[size]):.2f}"
                 " of one pool",
-                held=gain.mean - gain.half > 1,
+                held=gain.low > 1,
             )
         )
     return targets

@@ -31,9 +31,17 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
 from benchmarks.reproduce import row_04_mooncake, row_14_headroom
-from benchmarks.reproduce.cases import LLAMA_8B_H100, as_json, difference, seeds_of, show
+from benchmarks.reproduce.cases import (
+    LLAMA_8B_H100,
+    as_json,
+    column,
+    difference,
+    percent,
+    plot,
+    seeds_of,
+    show,
+)
 from benchmarks.reproduce.windows import (
     BLOCK,
     CONVERSATION,
@@ -43,21 +51,20 @@ from benchmarks.reproduce.windows import (
     window_of,
 )
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
-from benchmarks.validate.rig import make_worker
+from benchmarks.validate.rig import ENDLESS, make_worker, split_pools
+from core.estimate import Estimate
 from engine.latency.fitted import DecodeCurve, FittedLatency
 from kv_transfer.config import TransferConfig
 from router.config import DecodeAdmission, RouterConfig
 from router.policies.base import Slo
 from simulator.cluster import Cluster, Outcome
 from simulator.pools import Sample
-from simulator.spec import PoolRole, PoolSpec, SimSpec
-from simulator.worker import WorkerSpec
+from simulator.spec import SimSpec
 from simulator.workload.types import SimRequest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ENDLESS = 10**9
 _SAMPLES = 400
 _WARM_UP = 0.2
 _REQUESTS, _QUICK_REQUESTS = 2400, 600
@@ -183,15 +190,15 @@ def serve(case: Case, rule: Rule, trace: Path | None, seed: int, count: int) -> 
         local_prefill=False,
         requeue=False,
         admission_decode=rule.early,
-        admission_max_requests=_ENDLESS,
-        admission_max_tokens=_ENDLESS,
+        admission_max_requests=ENDLESS,
+        admission_max_tokens=ENDLESS,
     )
     spec = SimSpec(
-        pools=_pools(case.prefills, case.decodes, _PREFILL, _DECODE),
+        pools=split_pools(case.prefills, case.decodes, _PREFILL, _DECODE),
         router=router,
         slo=Slo(ttft_s=_TTFT_S, tpot_s=case.tpot_s),
-        max_queued_tokens=_ENDLESS,
-        max_sequences=_ENDLESS,
+        max_queued_tokens=ENDLESS,
+        max_sequences=ENDLESS,
         late_refusals=rule.late,
         samples=_SAMPLES,
         seed=seed,
@@ -218,7 +225,7 @@ def serve_users(load: Load, rule: Rule, trace: Path | None, seed: int, count: in
         link_bytes_per_s=50e9,
     )
     spec = SimSpec(
-        pools=_pools(2, 6, worker, worker),
+        pools=split_pools(2, 6, worker, worker),
         router=RouterConfig(admission_decode=rule.early),
         slo=load.slo,
         transfer=TransferConfig(),
@@ -233,15 +240,6 @@ def _window(trace: Path | None, seed: int, count: int) -> list[SimRequest]:
     """Drawn prompts have no answers of their own: they get those of the trace's mean."""
     window = window_of(trace, seed, count)
     return window if trace else [replace(r, output_tokens=_MEAN_OUTPUT) for r in window]
-
-
-def _pools(
-    prefills: int, decodes: int, prefill: WorkerSpec, decode: WorkerSpec
-) -> tuple[PoolSpec, ...]:
-    return (
-        PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=prefills, worker=prefill),
-        PoolSpec(name="decode", role=PoolRole.DECODE, workers=decodes, worker=decode),
-    )
 
 
 def _fare(outcome: Outcome, slo: Slo) -> Fare:
@@ -308,18 +306,14 @@ def _run(run: Run) -> Finding:
     )
 
 
-def _column(fares: Sequence[Fare], name: str) -> list[float]:
-    return [getattr(fare, name) for fare in fares]
-
-
 def _table(
     title: str, found: _Found, cases: Sequence[Case | Load], rules: Sequence[Rule]
 ) -> ResultTable:
     rows = []
     for case, rule in product(cases, rules):
         fares = found[case.name, rule]
-        cells = [show(Estimate.of([100 * v for v in _column(fares, c)]), 1) for c in _COLUMNS[:3]]
-        swings = [show(Estimate.of(_column(fares, c))) for c in _COLUMNS[3:]]
+        cells = [show(percent(column(fares, c)), 1) for c in _COLUMNS[:3]]
+        swings = [show(Estimate.of(column(fares, c))) for c in _COLUMNS[3:]]
         rows.append((case.name, rule.name, *cells, *swings))
     return ResultTable(
         title=f"simulated: row 6, {title}",
@@ -331,29 +325,29 @@ def _table(
 
 def _targets(case: str, found: _Found) -> list[Target]:
     targets = []
-    for fewer, more, column in (
+    for fewer, more, measure in (
         (CURRENT, AFTER, "refused"),
         (PREDICTED, CURRENT, "refused"),
         (CURRENT, AFTER, "wasted"),
         (PREDICTED, CURRENT, "swing"),
     ):
-        gap = difference(_column(found[case, more], column), _column(found[case, fewer], column))
+        gap = difference(column(found[case, more], measure), column(found[case, fewer], measure))
         targets.append(
             Target(
-                promise=f"simulated, {case}: {fewer.name} has less {column} than {more.name}",
+                promise=f"simulated, {case}: {fewer.name} has less {measure} than {more.name}",
                 measured=f"by {show(gap, 3)}",
-                held=gap.mean > gap.half,
+                held=gap.low > 0,
             )
         )
     return targets
 
 
 def _user_target(load: str, rule: Rule, found: _Found) -> Target:
-    gap = difference(_column(found[load, rule], "good"), _column(found[load, NEVER], "good"))
+    gap = difference(column(found[load, rule], "good"), column(found[load, NEVER], "good"))
     return Target(
         promise=f"simulated, the default, {load}: as many or more within both targets, {rule.name}",
         measured=f"{show(gap, 3)} more",
-        held=gap.mean >= -gap.half,
+        held=gap.high >= 0,
     )
 
 
@@ -361,7 +355,7 @@ def _json(found: _Found) -> dict[str, Json]:
     return {
         f"{case}: {rule.name}": {
             "simulated": True,
-            **{name: as_json(Estimate.of(_column(fares, name))) for name in _COLUMNS},
+            **{name: as_json(Estimate.of(column(fares, name))) for name in _COLUMNS},
             "good_by_seed": [round(fare.good, 4) for fare in fares],
         }
         for (case, rule), fares in found.items()
@@ -370,17 +364,10 @@ def _json(found: _Found) -> dict[str, Json]:
 
 def _draw(axes: Axes, found: _Found, cases: Sequence[str]) -> None:
     for rule in RULES:
-        goods = [Estimate.of([100 * v for v in _column(found[c, rule], "good")]) for c in cases]
-        axes.errorbar(
-            [case.replace(", ", "\n") for case in cases],
-            [good.mean for good in goods],
-            yerr=[good.half for good in goods],
-            marker="o",
-            linestyle="",
-            label=f"refused {rule.name}",
-        )
-    axes.set_ylabel("within both targets, %")
-    axes.set_title("row 6, simulated")
+        goods = [percent(column(found[c, rule], "good")) for c in cases]
+        names = [case.replace(", ", "\n") for case in cases]
+        plot(axes, names, goods, marker="o", linestyle="", label=f"refused {rule.name}")
+    axes.set(ylabel="within both targets, %", title="row 6, simulated")
     axes.legend(fontsize="x-small")
 
 

@@ -22,15 +22,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import SEEDS, as_json, ratio, seeds_of, show
-from benchmarks.reproduce.lru import hit_share
+from benchmarks.reproduce.cases import SEEDS, as_json, plot, ratio, seeds_of, show
 from benchmarks.reproduce.windows import CONVERSATION, DRAWN, SYNTHETIC, find_trace
+from benchmarks.routing.lru import hit_share
 from benchmarks.routing.replay import ASCEND, Outcome, Replay, World
 from benchmarks.routing.study import Entrant
 from benchmarks.routing.synthetic import BLOCK_TOKENS, synthetic_prompts
 from benchmarks.routing.traces import CUT_TOKENS, Prompt, Trace, load_trace
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from core.estimate import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -227,12 +227,12 @@ def _targets(name: str, results: _Results) -> list[Target]:
         Target(
             promise=f"simulated, {name}: DualMap's goodput is above that of every baseline",
             measured=f"{show(gain)} times {best}'s",
-            held=gain.mean - gain.half > 1,
+            held=gain.low > 1,
         ),
         Target(
             promise=f"simulated, {name}: its gain over the best one is {low:g} to {high:g} times",
             measured=show(gain),
-            held=gain.mean + gain.half >= low and gain.mean - gain.half <= high,
+            held=gain.high >= low and gain.low <= high,
         ),
         Target(
             promise=f"simulated, {name}: its hits are about {_PUBLISHED_HITS:g} of the ideal",
@@ -242,7 +242,7 @@ def _targets(name: str, results: _Results) -> list[Target]:
         Target(
             promise=f"simulated, {name}: {OURS} has the highest goodput, or ties",
             measured=f"{show(ours)} times {rival}'s",
-            held=ours.mean + ours.half >= 1,
+            held=ours.high >= 1,
         ),
     ]
 
@@ -262,17 +262,9 @@ def _json(results: _Results, name: str) -> dict[str, Json]:
 def _draw(axes: Axes, found: dict[str, _Results]) -> None:
     for name, results in found.items():
         rates = [Estimate.of(_rates(results, entrant)) for entrant in results]
-        axes.errorbar(
-            list(results),
-            [rate.mean for rate in rates],
-            [rate.half for rate in rates],
-            fmt="o",
-            capsize=4,
-            label=name,
-        )
+        plot(axes, list(results), rates, fmt="o", capsize=4, label=name)
     axes.tick_params(axis="x", rotation=20)
-    axes.set_ylabel("goodput, requests/s")
-    axes.set_title("row 7, simulated")
+    axes.set(ylabel="goodput, requests/s", title="row 7, simulated")
     axes.legend(fontsize="x-small")
 
 

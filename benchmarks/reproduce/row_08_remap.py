@@ -20,13 +20,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import as_json, difference, seeds_of, show
+from benchmarks.reproduce.cases import as_json, difference, percent, plot, seeds_of, show
 from benchmarks.reproduce.windows import BLOCK, CONVERSATION, find_trace, trace_title, window_of
 from benchmarks.routing.replay import Replay, World
 from benchmarks.routing.traces import CUT_TOKENS, Prompt
 from benchmarks.routing.worker import Job
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from core.estimate import Estimate
 from core.ids import BlockHash, WorkerId
 from router.config import RouterConfig
 from router.policies.base import Decision, PrefillPolicy, PrefillQuery
@@ -139,8 +139,7 @@ def scale_out(trace: Path | None, system: str, after: int, seed: int, count: int
     cut = CUT_TOKENS // BLOCK
     prompts = [Prompt(r.at_s, min(r.prompt_tokens, CUT_TOKENS), r.hashes[:cut]) for r in requests]
     world = World(workers=_BEFORE, block_size=BLOCK, cache_tokens=1_000_000, warm_up=0)
-    work_s = sum(world.curve.seconds(0, prompt.tokens) for prompt in prompts)
-    rate = _LOAD * _BEFORE * prompts[-1].at_s / work_s
+    rate = world.rate_at(_LOAD, prompts)
     at_s = prompts[count // 2].at_s / rate
     replay = Replay(replace(world, joins=after - _BEFORE, join_s=at_s), SYSTEMS[system], seed, rate)
     replay.run(prompts)
@@ -193,7 +192,7 @@ def _run(run: Run) -> Finding:
 
 
 def _percent(values: Sequence[float]) -> str:
-    return show(Estimate.of([100 * value for value in values]), 1)
+    return show(percent(values), 1)
 
 
 def _lost_table(lost: _Lost, keys: int) -> ResultTable:
@@ -258,7 +257,7 @@ def _spike_targets(spikes: _Spikes) -> list[Target]:
                 promise=f"simulated, {_BEFORE} to {after}: {mine} loses fewer hits in the first"
                 f" minute than {other}",
                 measured=f"{show(gap, 1)} points",
-                held=gap.mean - gap.half > 0,
+                held=gap.low > 0,
             )
         )
     return targets
@@ -294,18 +293,16 @@ def _json(lost: _Lost, spikes: _Spikes) -> dict[str, Json]:
 
 def _draw(axes: Axes, spikes: _Spikes) -> None:
     for (after, system), found in spikes.items():
-        means = [Estimate.of([100 * s.hit_share[i] for s in found]) for i in range(_SPANS)]
-        axes.errorbar(
+        plot(
+            axes,
             ["before", "1st minute", "2nd minute"],
-            [m.mean for m in means],
-            [m.half for m in means],
+            [percent([s.hit_share[i] for s in found]) for i in range(_SPANS)],
             marker="o",
             capsize=3,
             linestyle="--" if after == _AFTER[0] else "-",
             label=f"{system}, {_BEFORE} to {after}",
         )
-    axes.set_ylabel("hits, % of tokens")
-    axes.set_title("row 8, simulated")
+    axes.set(ylabel="hits, % of tokens", title="row 8, simulated")
     axes.legend(fontsize="x-small")
 
 

@@ -23,13 +23,22 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import LLAMA_8B_H100, as_json, difference, seeds_of, show
+from benchmarks.reproduce.cases import (
+    LLAMA_8B_H100,
+    as_json,
+    difference,
+    percent,
+    plot,
+    seeds_of,
+    show,
+)
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from benchmarks.validate.rig import ENDLESS, split_pools
+from core.estimate import Estimate
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.cluster import Cluster
-from simulator.spec import PoolRole, PoolSpec, SimSpec
+from simulator.spec import SimSpec
 from simulator.summary import summarise
 from simulator.worker import WorkerSpec
 from simulator.workload.arrivals import Constant, draw_arrivals
@@ -52,7 +61,6 @@ _WORKER = WorkerSpec(
     max_batch=1024,
     nic_bytes_per_s=50e9,
 )
-_ENDLESS = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +78,14 @@ class System:
 
     name: str
     router: RouterConfig
-    queue_tokens: int = _ENDLESS
+    queue_tokens: int = ENDLESS
 
 
 ARRIVALS = (
     Arrivals(name="Poisson", cv=1.0, load=0.85),
     Arrivals(name="bursts", cv=13.2, load=0.5),
 )
-_ROOMY = RouterConfig(admission_max_requests=_ENDLESS, admission_max_tokens=_ENDLESS)
+_ROOMY = RouterConfig(admission_max_requests=ENDLESS, admission_max_tokens=ENDLESS)
 _SHORTEST = _ROOMY.model_copy(
     update={
         "admission": "off",
@@ -123,10 +131,7 @@ def share_in_time(
     """Of the requests that have their first token within the target; who is refused has not."""
     decoding = replace(_WORKER, step_tokens=512)
     spec = SimSpec(
-        pools=(
-            PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=_PREFILLS, worker=_WORKER),
-            PoolSpec(name="decode", role=PoolRole.DECODE, workers=_DECODES, worker=decoding),
-        ),
+        pools=split_pools(_PREFILLS, _DECODES, _WORKER, decoding),
         router=system.router,
         slo=_SLO,
         routers=routers,
@@ -203,18 +208,18 @@ def _targets(arrivals: str, shares: Shares) -> tuple[Target, ...]:
             promise=f"{head}, reports {1e3 * _LATE_S:g} ms apart: forwarding serves more in time"
             " than local queues",
             measured=_points(gained),
-            held=gained.mean > gained.half,
+            held=gained.low > 0,
         ),
         Target(
             promise=f"{head}, true load: the gap is closed",
             measured=_points(closed),
-            held=closed.mean - closed.half <= 0,
+            held=closed.low <= 0,
         ),
         Target(
             promise=f"{head}, reports {1e3 * _LATE_S:g} ms apart: Baton's default is better with"
             " forwarding",
             measured=_points(ours),
-            held=ours.mean > ours.half,
+            held=ours.low > 0,
         ),
     )
 
@@ -241,7 +246,7 @@ def _table(shares: Shares) -> ResultTable:
                 case.arrivals,
                 str(case.routers),
                 f"{1e3 * case.report_s:g}",
-                *(show(Estimate.of([100 * s for s in found[name]]), 1) for name in names),
+                *(show(percent(found[name]), 1) for name in names),
                 _points(difference(found[_FORWARDED], found[_LOCAL])),
                 _points(difference(found[_BATON_FORWARDED], found[_BATON])),
             )
@@ -267,17 +272,14 @@ def _draw(axes: Axes, shares: Shares) -> None:
     for arrivals in {case.arrivals: None for case in shares}:
         cases = [c for c in shares if c.arrivals == arrivals and c.routers == _MANY]
         for system in SYSTEMS:
-            estimates = [Estimate.of(shares[case][system.name]) for case in cases]
-            axes.errorbar(
+            plot(
+                axes,
                 [f"{1e3 * case.report_s:g}" for case in cases],
-                [100 * e.mean for e in estimates],
-                yerr=[100 * e.half for e in estimates],
+                [percent(shares[case][system.name]) for case in cases],
                 marker="o",
                 label=f"{arrivals}: {system.name}",
             )
-    axes.set_xlabel("ms between reports")
-    axes.set_ylabel("TTFT within target, %")
-    axes.set_title("row 9, simulated")
+    axes.set(xlabel="ms between reports", ylabel="TTFT within target, %", title="row 9, simulated")
     axes.legend(fontsize="x-small")
 
 

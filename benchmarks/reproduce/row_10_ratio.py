@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import as_json, difference, seeds_of, show
+from benchmarks.reproduce.cases import as_json, difference, kernel_latency, plot, seeds_of, show
 from benchmarks.types import Finding, Part, ResultTable, Run, Target
 from benchmarks.validate.rig import Workers, run_cluster
+from core.estimate import Estimate
 from engine.latency.base import LatencyModel, StepShape
-from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from router.policies.base import Slo
 from simulator.plan.trial import highest
 from simulator.plan.types import Goodput
@@ -41,22 +40,7 @@ if TYPE_CHECKING:
 
 _WORKERS = 6
 _SHARE = 0.9
-_BEYOND_KERNELS = 1.15e-3
-"""Seconds per ms of kernels."""
-_LATENCY = FittedLatency(
-    prefill=PrefillCurve(
-        base_s=8.95 * _BEYOND_KERNELS,
-        per_token_s=0.03478 * _BEYOND_KERNELS,
-        per_pair_s=2 * 1.29e-6 * _BEYOND_KERNELS,
-    ),
-    decode=(
-        DecodeCurve(
-            base_s=13.63 * _BEYOND_KERNELS,
-            per_sequence_s=0.0111 * _BEYOND_KERNELS,
-            per_context_token_s=2.61e-5 * _BEYOND_KERNELS,
-        ),
-    ),
-)
+_LATENCY = kernel_latency((8.95, 0.03478, 1.29e-6), (13.63, 0.0111, 2.61e-5))
 _KV_TOKENS = 448_000
 """Of 4 x 80 GB, 90 % less 141 GB of weights, at 327,680 bytes per token."""
 _WORKER = WorkerSpec(
@@ -246,15 +230,8 @@ def _table(service: Service, expected: Ratio, splits: dict[int, list[float]]) ->
 def _draw(axes: Axes, found: dict[str, dict[int, list[float]]]) -> None:
     for name, splits in found.items():
         estimates = [Estimate.of(rates) for rates in splits.values()]
-        axes.errorbar(
-            list(map(_name, splits)),
-            [e.mean for e in estimates],
-            yerr=[e.half for e in estimates],
-            marker="o",
-            label=f"service {name}",
-        )
-    axes.set_ylabel("goodput, requests/s")
-    axes.set_title("row 10, simulated")
+        plot(axes, list(map(_name, splits)), estimates, marker="o", label=f"service {name}")
+    axes.set(ylabel="goodput, requests/s", title="row 10, simulated")
     axes.legend()
 
 

@@ -22,10 +22,10 @@ from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import as_json, ratio, seeds_of, show
+from benchmarks.reproduce.cases import as_json, plot, ratio, seeds_of, show
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.validate.rig import Workers, run_cluster
+from core.estimate import Estimate
 from simulator.job import Record
 from simulator.profiles.published import distserve_latency
 from simulator.spec import PoolRole
@@ -189,7 +189,7 @@ def _run(run: Run) -> Finding:
                 Target(
                     promise=f"simulated: HPLD loses against {other}",
                     measured=f"{show(gain)} times the work per cost",
-                    held=gain.mean + gain.half < 1,
+                    held=gain.high < 1,
                 )
                 for other, gain in loses.items()
             ),
@@ -239,9 +239,9 @@ def _table(other: str, gains: dict[tuple[str, str], _Gain]) -> ResultTable:
 
 
 def _outcome(work: Estimate) -> str:
-    if work.mean - work.half > 1:
+    if work.low > 1:
         return "wins"
-    return "LOSES" if work.mean + work.half < 1 else "even"
+    return "LOSES" if work.high < 1 else "even"
 
 
 def _json(gain: _Gain) -> dict[str, Json]:
@@ -258,17 +258,9 @@ def _json(gain: _Gain) -> dict[str, Json]:
 def _draw(axes: Axes, gains: dict[tuple[str, str], _Gain]) -> None:
     for other in _OTHERS:
         work = [gains[mix.name, other].work for mix in MIXES]
-        axes.errorbar(
-            [mix.name for mix in MIXES],
-            [w.mean for w in work],
-            yerr=[w.half for w in work],
-            fmt="o",
-            capsize=4,
-            label=f"by {other}",
-        )
+        plot(axes, [mix.name for mix in MIXES], work, fmt="o", capsize=4, label=f"by {other}")
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set_ylabel("work per cost, ratio")
-    axes.set_title("row 12, simulated")
+    axes.set(ylabel="work per cost, ratio", title="row 12, simulated")
     axes.legend()
 
 

@@ -24,23 +24,21 @@ from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import as_json, difference, ratio, seeds_of, show
+from benchmarks.reproduce.cases import as_json, column, difference, plot, ratio, seeds_of, show
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
-from benchmarks.validate.rig import NO_SLO, PLAIN, make_worker
-from core.estimate import percentile
+from benchmarks.validate.rig import ENDLESS, NO_SLO, PLAIN, make_worker, split_pools
+from core.estimate import Estimate, percentile
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from router.config import DecodePolicyName
 from simulator.cluster import Cluster
 from simulator.job import Record
-from simulator.spec import NetworkSpec, PoolRole, PoolSpec, SimSpec
+from simulator.spec import NetworkSpec, SimSpec
 from simulator.workload.arrivals import Constant, draw_arrivals
 from simulator.workload.types import SimRequest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ENDLESS = 10**9
 _DECODES = 16
 _PREFILLS = 8
 _KV_TOKENS = 13_600
@@ -110,16 +108,13 @@ def _length(random: Random) -> int:
 def serve(system: System, rps: float, seed: int, count: int) -> Fare:
     """What became of the requests at that rate, but for those of the warm-up."""
     spec = SimSpec(
-        pools=(
-            PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=_PREFILLS, worker=_PREFILL),
-            PoolSpec(name="decode", role=PoolRole.DECODE, workers=_DECODES, worker=_DECODE),
-        ),
+        pools=split_pools(_PREFILLS, _DECODES, _PREFILL, _DECODE),
         router=PLAIN.model_copy(update={"decode_policy": system.policy}),
         slo=NO_SLO,
         network=NetworkSpec(control_s=0.02),
         max_tokens=_LONGEST,
-        max_queued_tokens=_ENDLESS,
-        max_sequences=_ENDLESS,
+        max_queued_tokens=ENDLESS,
+        max_sequences=ENDLESS,
         moves_answers=system.moves,
         samples=400,
         seed=seed,
@@ -176,21 +171,17 @@ def _run(run: Run) -> Finding:
     )
 
 
-def _column(fares: Sequence[Fare], name: str) -> list[float]:
-    return [getattr(fare, name) for fare in fares]
-
-
 def _targets(rps: float, policy: DecodePolicyName, found: _Found) -> tuple[Target, ...]:
     stays = found[rps, System(policy=policy, moves=False)]
     moves = found[rps, System(policy=policy, moves=True)]
-    shorter = difference(_column(stays, "pause_p99_s"), _column(moves, "pause_p99_s"))
-    less = Estimate.of(_column(stays, "fragmented")).mean
-    left = Estimate.of(_column(moves, "fragmented")).mean
+    shorter = difference(column(stays, "pause_p99_s"), column(moves, "pause_p99_s"))
+    less = Estimate.of(column(stays, "fragmented")).mean
+    left = Estimate.of(column(moves, "fragmented")).mean
     return (
         Target(
             promise=f"simulated, {rps:g}/s, {policy}: moving cuts the P99 pause before token two",
             measured=f"by {show(shorter)} s",
-            held=shorter.mean > shorter.half,
+            held=shorter.low > 0,
         ),
         Target(
             promise=f"simulated, {rps:g}/s, {policy}: moving leaves a fifth of the fragmentation",
@@ -203,11 +194,11 @@ def _targets(rps: float, policy: DecodePolicyName, found: _Found) -> tuple[Targe
 def _table(found: _Found) -> ResultTable:
     rows = []
     for (rps, system), fares in found.items():
-        cells = [show(Estimate.of(_column(fares, c)), digits) for c, digits in _COLUMNS.items()]
+        cells = [show(Estimate.of(column(fares, c)), digits) for c, digits in _COLUMNS.items()]
         stays = found[rps, replace(system, moves=False)]
         faster = ""
         if system.moves:
-            faster = show(ratio(_column(stays, "pause_p99_s"), _column(fares, "pause_p99_s")), 1)
+            faster = show(ratio(column(stays, "pause_p99_s"), column(fares, "pause_p99_s")), 1)
         rows.append((f"{rps:g}", system.name, *cells, faster))
     return ResultTable(
         title=f"simulated: row 13, {_DECODES} decode workers of {_KV_TOKENS:,} tokens of KV",
@@ -232,7 +223,7 @@ def _json(found: _Found) -> dict[str, Json]:
     return {
         f"{rps:g}/s: {system.name}": {
             "simulated": True,
-            **{name: as_json(Estimate.of(_column(fares, name))) for name in _COLUMNS},
+            **{name: as_json(Estimate.of(column(fares, name))) for name in _COLUMNS},
         }
         for (rps, system), fares in found.items()
     }
@@ -241,17 +232,9 @@ def _json(found: _Found) -> dict[str, Json]:
 def _draw(axes: Axes, found: _Found) -> None:
     rates_rps = list(dict.fromkeys(rps for rps, _ in found))
     for system in SYSTEMS:
-        pauses = [Estimate.of(_column(found[rps, system], "pause_p99_s")) for rps in rates_rps]
-        axes.errorbar(
-            rates_rps,
-            [pause.mean for pause in pauses],
-            [pause.half for pause in pauses],
-            marker="o",
-            label=system.name,
-        )
-    axes.set_xlabel("requests/s")
-    axes.set_ylabel("P99 of the wait for memory, s")
-    axes.set_title("row 13, simulated")
+        pauses = [Estimate.of(column(found[rps, system], "pause_p99_s")) for rps in rates_rps]
+        plot(axes, rates_rps, pauses, marker="o", label=system.name)
+    axes.set(xlabel="requests/s", ylabel="P99 of the wait for memory, s", title="row 13, simulated")
     axes.legend(fontsize="x-small")
 
 

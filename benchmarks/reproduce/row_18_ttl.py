@@ -27,10 +27,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate
-from benchmarks.reproduce.cases import as_json, ratio, seeds_of, show
+from benchmarks.reproduce.cases import as_json, plot, ratio, seeds_of, show
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.validate.rig import NO_SLO, PLAIN
+from core.estimate import Estimate
 from engine.latency.base import LatencyModel, StepShape
 from kv_transfer.config import TransferConfig
 from router.config import RouterConfig
@@ -347,13 +347,8 @@ def _json(found: _Results) -> Json:
 def _draw(axes: Axes, found: _Results) -> None:
     for case, trace in dict.fromkeys((case, trace) for case, trace, _ in found):
         points = [(s, gain(v, "ttl")) for (c, t, s), v in found.items() if (c, t) == (case, trace)]
-        axes.errorbar(
-            [size for size, _ in points],
-            [estimate.mean for _, estimate in points],
-            yerr=[estimate.half for _, estimate in points],
-            marker="o",
-            label=f"{case}, {trace}",
-        )
+        sizes, gains = zip(*points, strict=True)
+        plot(axes, sizes, gains, marker="o", label=f"{case}, {trace}")
     axes.axhline(1.0, color="gray", linestyle=":", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("KV by the contexts of open sessions")

@@ -108,8 +108,7 @@ def _draw(axes: Axes, measured: Measured) -> None:
     axes.bar([place + 0.2 for place in places], p99s, 0.4)
     axes.set_xticks(list(places), [short for short, _, _ in ways])
     axes.legend(["p50", "p99"])
-    axes.set_ylabel("ms")
-    axes.set_title("time to first token")
+    axes.set(ylabel="ms", title="time to first token")
 
 
 PART = Part(

@@ -9,10 +9,10 @@ from random import Random
 
 from tokenizers import Tokenizer
 
-from benchmarks.numbers import percentile
 from benchmarks.router.client import Client, Seen, chat_body
 from benchmarks.router.direct import direct_to
 from benchmarks.router.rig import MODEL, STEP_S, Rig
+from core.estimate import percentile
 from core.ids import Role
 
 RATE_PER_S = 100.0

@@ -128,8 +128,7 @@ def _draw(axes: Axes, costs: Sequence[Cost]) -> None:
     blocks = [cost.blocks for cost in costs]
     axes.loglog(blocks, [cost.lookup.median_s * 1e6 for cost in costs], marker="o", label="lookup")
     axes.loglog(blocks, [c.hashing.median_s * 1e6 for c in costs], marker="o", label="hashing")
-    axes.set_xlabel("blocks of 16 tokens")
-    axes.set_ylabel("us")
+    axes.set(xlabel="blocks of 16 tokens", ylabel="us")
     axes.legend()
     axes.set_title("a prompt's lookup and hashing")
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.numbers import percentile
 from benchmarks.router.client import Seen, closed_loop
 from benchmarks.types import BenchFailed
+from core.estimate import percentile
 
 PROMPT_CHARS = 1024
 STALL_CLIENTS, STALL_TOKENS, STALL_STEP_S = 4, 16, 0.005

@@ -124,8 +124,7 @@ def _finding(windows: list[TokenWindow]) -> Finding:
 def _draw(axes: Axes, costs: list[float]) -> None:
     axes.bar([f"window {i + 1}" for i in range(len(costs))], costs)
     axes.axhline(TARGET_US, color="gray", linestyle=":")
-    axes.set_ylabel("us of CPU")
-    axes.set_title(f"one streamed token, {STREAMS} streams")
+    axes.set(ylabel="us of CPU", title=f"one streamed token, {STREAMS} streams")
 
 
 PART = Part(

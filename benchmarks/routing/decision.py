@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from benchmarks.numbers import Samples, percentile
+from benchmarks.numbers import Samples
 from benchmarks.routing.standing import (
     ANSWER_TOKENS,
     ARENA_BLOCKS,
@@ -37,6 +37,7 @@ from benchmarks.routing.traces import Prompt, finer, load_trace
 from benchmarks.types import Finding, Part, ResultTable, Run, Target
 from core.blocks import chain_hashes
 from core.clock import FakeClock
+from core.estimate import percentile
 from core.ids import BlockHash, Role
 from router.admission import judge
 from router.config import RouterConfig

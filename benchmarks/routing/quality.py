@@ -168,8 +168,7 @@ def _draw(axes: Axes, compared: Sequence[Comparison]) -> None:
         rotation=75,
         fontsize=5,
     )
-    axes.set_ylabel("share within the TTFT target")
-    axes.set_title("Policies on traces")
+    axes.set(ylabel="share within the TTFT target", title="Policies on traces")
     axes.legend(fontsize=6)
 
 

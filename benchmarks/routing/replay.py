@@ -48,6 +48,13 @@ class World:
     joins: int = 0
     join_s: float = 0.0
 
+    def rate_at(self, load: float, prompts: Sequence[Prompt]) -> float:
+        """In times of the prompts' own: where they are `load` of what the workers can compute,
+        without any cache.
+        """
+        work_s = sum(self.curve.seconds(0, prompt.tokens) for prompt in prompts)
+        return load * self.workers * prompts[-1].at_s / work_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:

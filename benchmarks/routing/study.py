@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from benchmarks.numbers import Estimate
 from benchmarks.routing.replay import Outcome, Replay, World
 from benchmarks.routing.traces import Prompt
+from core.estimate import Estimate
 from router.config import RouterConfig
 from router.policies.base import PrefillPolicy
 from router.policies.build import PREFILL
@@ -65,7 +65,7 @@ class Standing:
     @property
     def tied(self) -> bool:
         """The difference from the best lies within its own 95 % interval."""
-        return self.behind_best.mean <= self.behind_best.half
+        return self.behind_best.low <= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +110,7 @@ class Study:
             scouts = [entrant for entrant in ENTRANTS if entrant.name in _SCOUTS]
             return max(self._replay(scout, 0, rate).within_slo for scout in scouts)
 
-        prompts = self.prompts_of(0)
-        work_s = sum(self.world.curve.seconds(0, prompt.tokens) for prompt in prompts)
-        rate = self.world.workers * prompts[-1].at_s / work_s  # what it could bear without a cache
+        rate = self.world.rate_at(1.0, self.prompts_of(0))
         found: dict[float, float] = {}
         for target in targets:
             low = high = rate

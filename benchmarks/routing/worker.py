@@ -2,10 +2,10 @@
 bounded cache that forgets what was used longest ago, the tail of a prompt before its head.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.routing.lru import Lru
 from benchmarks.routing.traces import Prompt
 from core.ids import BlockHash, WorkerId
 from core.messages import KvEvents, KvRemoved, KvStored
@@ -32,9 +32,8 @@ class Worker:
 
     def __init__(self, block_size: int, cache_tokens: int, curve: PrefillCurve) -> None:
         self._block_size = block_size
-        self._capacity = cache_tokens // block_size
         self._curve = curve
-        self._cache: OrderedDict[BlockHash, None] = OrderedDict()
+        self._cache = Lru(cache_tokens // block_size)
         self._next_event = 1
         self.queue: list[Job] = []
         self.running: Job | None = None
@@ -64,12 +63,7 @@ class Worker:
         job, self.running = self.running, None
         assert job is not None
         hashes = job.prompt.hashes
-        stored = tuple(block for block in hashes if block not in self._cache)
-        for block in reversed(hashes):
-            self._cache[block] = None
-            self._cache.move_to_end(block)
-        excess = max(0, len(self._cache) - self._capacity)
-        removed = tuple(self._cache.popitem(last=False)[0] for _ in range(excess))
+        stored, removed = self._cache.add(hashes)
         events = KvEvents(
             first_number=self._next_event,
             events=(
@@ -98,9 +92,5 @@ class Worker:
         return max(0.0, job.ends_s - now_s) / (job.ends_s - job.started_s)
 
     def _hit(self, prompt: Prompt) -> int:
-        blocks = 0
-        for block in prompt.hashes:
-            if block not in self._cache:
-                break
-            blocks += 1
-        return min(blocks * self._block_size, prompt.tokens - 1)
+        held = self._cache.held(prompt.hashes)
+        return min(held * self._block_size, prompt.tokens - 1)

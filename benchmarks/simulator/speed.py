@@ -17,13 +17,14 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
+from benchmarks.validate.rig import split_pools
 from core.ids import BlockHash
 from engine.config import TimedConfig
 from engine.latency.fitted import FittedLatency
 from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.cluster import Cluster
-from simulator.spec import PoolRole, PoolSpec, SimSpec
+from simulator.spec import SimSpec
 from simulator.summary import summarise
 from simulator.worker import WorkerSpec
 from simulator.workload.types import SimRequest
@@ -130,12 +131,8 @@ def _spec(size: _Size) -> SimSpec:
         step_tokens=_STEP_TOKENS,
     )
     prefill = round(size.workers * _PREFILL_SHARE)
-    pools = (("prefill", PoolRole.PREFILL, prefill), ("decode", PoolRole.DECODE, None))
     return SimSpec(
-        pools=tuple(
-            PoolSpec(name=name, role=role, workers=count or size.workers - prefill, worker=worker)
-            for name, role, count in pools
-        ),
+        pools=split_pools(prefill, size.workers - prefill, worker, worker),
         router=RouterConfig(admission="off"),
         slo=Slo(ttft_s=2.0, tpot_s=0.05),
         samples=100,
@@ -203,8 +200,7 @@ def _draw(axes: Axes, sizes: tuple[_Size, ...], taken: list[_Taken]) -> None:
     axes.bar(labels, allowed, color="lightgray", label="allowed")
     per_request = [1e6 * one.cpu_s / size.requests for size, one in zip(sizes, taken, strict=True)]
     axes.bar(labels, per_request, width=0.5, label="taken")
-    axes.set_xlabel("requests")
-    axes.set_ylabel("us of CPU per request")
+    axes.set(xlabel="requests", ylabel="us of CPU per request")
     axes.legend(fontsize=7)
 
 

@@ -266,8 +266,7 @@ def _draw(axes: Axes, results: list[tuple[LayoutTask, LayoutResult]]) -> None:
     bars = axes.bar(names, heights)
     axes.bar_label(bars, [f"{result.descriptors:,} reads" for _, result in results], fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_ylabel("ms")
-    axes.set_title("block-first against layer-first arena")
+    axes.set(ylabel="ms", title="block-first against layer-first arena")
 
 
 PART = Part(

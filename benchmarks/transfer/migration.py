@@ -216,10 +216,7 @@ def _draw(axes: Axes, pauses_ms: dict[int, float], recompute_ms: dict[int, float
     axes.plot(list(pauses_ms), list(pauses_ms.values()), marker="o", label="pause of a live move")
     axes.plot(list(recompute_ms), list(recompute_ms.values()), marker="s", label="recompute")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens of context")
-    axes.set_ylabel("ms")
-    axes.set_title("moving a running answer")
+    axes.set(yscale="log", xlabel="tokens of context", ylabel="ms", title="moving a running answer")
     axes.legend(fontsize=8)
 
 

@@ -217,8 +217,7 @@ def _draw(axes: Axes, results: Mapping[str, Sequence[SizeResult]]) -> None:
         )
     axes.set_xticks(range(len(groups)), [f"{way}\n{s.nbytes >> 20} MiB" for way, s in groups])
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylabel("GB/s")
-    axes.set_title("hand-off against the bare copy")
+    axes.set(ylabel="GB/s", title="hand-off against the bare copy")
     axes.legend(fontsize=8)
 
 

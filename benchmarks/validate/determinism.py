@@ -5,14 +5,14 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 from benchmarks.types import Finding, Part, Run, Target
-from benchmarks.validate.rig import make_worker
+from benchmarks.validate.rig import make_worker, split_pools
 from engine.latency.devices import find_device
 from engine.latency.roofline import RooflineLatency
 from engine.latency.shapes import find_shape
 from kv_transfer.config import TransferConfig
 from router.policies.base import Slo
 from simulator.cluster import Cluster
-from simulator.spec import Failure, PoolRole, PoolSpec, SimSpec
+from simulator.spec import Failure, SimSpec
 from simulator.workload.build import Shaping
 from simulator.workload.load import load_workload
 
@@ -41,10 +41,7 @@ def _spec(seed: int) -> SimSpec:
         link_bytes_per_s=50e9,
     )
     return SimSpec(
-        pools=(
-            PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=3, worker=worker),
-            PoolSpec(name="decode", role=PoolRole.DECODE, workers=5, worker=worker),
-        ),
+        pools=split_pools(3, 5, worker, worker),
         slo=Slo(ttft_s=2.0, tpot_s=0.05),
         routers=3,
         report_s=0.1,

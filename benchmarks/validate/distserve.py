@@ -19,9 +19,9 @@ from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import Estimate, percentile
 from benchmarks.types import Finding, Part, ResultTable, Run, Target
 from benchmarks.validate.rig import make_worker, simulate
+from core.estimate import Estimate, percentile
 from engine.latency.curve import Curve
 from simulator.job import Record
 from simulator.profiles.published import DISTSERVE_KV_TOKENS, distserve_latency

@@ -432,8 +432,7 @@ def _draw(axes: Axes, found: dict[str, Judged], model: Model) -> None:
             label=system,
         )
     axes.set_xticks([x + 0.4 for x in range(len(rows))], list(rows), rotation=20, ha="right")
-    axes.set_ylabel("goodput, of the best")
-    axes.set_title(f"Goodput at equal GPUs, {model.name}, simulated")
+    axes.set(ylabel="goodput, of the best", title=f"Goodput at equal GPUs, {model.name}, simulated")
     axes.legend(fontsize="x-small")
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from random import Random
 from statistics import fmean
 
-from benchmarks.numbers import Estimate
 from benchmarks.types import Finding, Part, ResultTable, Run, Target
 from benchmarks.validate.rig import make_worker, simulate
+from core.estimate import Estimate
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from simulator.job import Record
 from simulator.spec import PoolRole

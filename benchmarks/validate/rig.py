@@ -20,7 +20,7 @@ PLAIN = RouterConfig(admission="off", local_prefill=False, requeue=False, reques
 """The production router, but all requests are served where they were placed, and every prompt is
 handed over.
 """
-_ENDLESS = 10**9
+ENDLESS = 10**9
 _SHORTEST_QUEUE = PLAIN.model_copy(
     update={"prefill_policy": "least_load", "decode_policy": "least_load"}
 )
@@ -40,8 +40,8 @@ def make_worker(
     *,
     kv_tokens: int = 1_000_000,
     block_size: int = 16,
-    step_tokens: int = _ENDLESS,
-    max_batch: int = _ENDLESS,
+    step_tokens: int = ENDLESS,
+    max_batch: int = ENDLESS,
     max_running: int | None = None,
     kv_bytes_per_token: int = 0,
     link_bytes_per_s: float = 1e15,
@@ -58,6 +58,16 @@ def make_worker(
         kv_bytes_per_token=kv_bytes_per_token,
         nic_bytes_per_s=link_bytes_per_s,
         gpus=gpus,
+    )
+
+
+def split_pools(
+    prefills: int, decodes: int, prefill: WorkerSpec, decode: WorkerSpec
+) -> tuple[PoolSpec, PoolSpec]:
+    """So many workers of each kind."""
+    return (
+        PoolSpec(name="prefill", role=PoolRole.PREFILL, workers=prefills, worker=prefill),
+        PoolSpec(name="decode", role=PoolRole.DECODE, workers=decodes, worker=decode),
     )
 
 
@@ -83,8 +93,8 @@ def run_cluster(
         network=network or NetworkSpec(),
         transfer=TransferConfig(fetch=fetch),
         max_tokens=max_tokens,
-        max_queued_tokens=_ENDLESS,
-        max_sequences=_ENDLESS,
+        max_queued_tokens=ENDLESS,
+        max_sequences=ENDLESS,
         samples=0,
         seed=seed,
     )

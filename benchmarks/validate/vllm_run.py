@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from benchmarks.numbers import percentile
 from benchmarks.types import BenchFailed, Finding, Part, ResultTable, Run, Target
 from benchmarks.validate.rig import find_profile, make_worker, not_run, simulate
+from core.estimate import percentile
 from engine.latency.base import LatencyModel
 from engine.latency.shapes import find_shape
 from simulator.profiles.kernel_tables import read_llmservingsim

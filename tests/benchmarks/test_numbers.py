@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.numbers import Samples, interleave, percentile
+from benchmarks.numbers import Samples, interleave
+from core.estimate import percentile
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,7 @@ def _draw(axes: Axes, outcomes: Sequence[Outcome], answer_tokens: int) -> None:
         axes.bar(places, [o.median(clients).answers_per_cpu_s for o in shown], 0.4)
     axes.set_xticks(range(len(shown)), [outcome.name for outcome in shown])
     axes.legend([f"{clients} clients" for clients in CLIENTS])
-    axes.set_ylabel("answers per CPU-second")
-    axes.set_title(f"{answer_tokens} tokens per answer")
+    axes.set(ylabel="answers per CPU-second", title=f"{answer_tokens} tokens per answer")
 
 
 SHORT_PART = Part(

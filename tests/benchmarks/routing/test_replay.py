@@ -4,11 +4,11 @@ from hashlib import blake2b
 
 import pytest
 
-from benchmarks.numbers import Estimate
 from benchmarks.routing.replay import Outcome, Replay, World
 from benchmarks.routing.study import OURS, Study
 from benchmarks.routing.traces import Prompt
 from benchmarks.routing.worker import Job, Worker
+from core.estimate import Estimate
 from core.ids import BlockHash
 from router.config import RouterConfig
 from router.curves import PrefillCurve

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks.kept import Kept
-from benchmarks.numbers import Estimate
 from benchmarks.types import BenchFailed, Part, Run
 from benchmarks.validate import curves, distserve, queueing, vllm_run
 from benchmarks.validate.determinism import digest
 from benchmarks.validate.rig import make_worker, simulate
 from benchmarks.zygote import Zygote
+from core.estimate import Estimate
 from engine.latency.fitted import DecodeCurve, FittedLatency, PrefillCurve
 from simulator import cluster
 from simulator.spec import PoolRole

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 
 from core.ids import BlockHash
 
@@ -18,18 +19,25 @@ class Lru:
         self._capacity = capacity
         self._blocks: OrderedDict[BlockHash, None] = OrderedDict()
 
-    def ask(self, hashes: Sequence[BlockHash]) -> int:
-        """How many blocks, from the first on, it held; now it holds all, as far as they fit."""
-        held = 0
-        for block in hashes:
-            if block not in self._blocks:
-                break
-            held += 1
+    def held(self, hashes: Sequence[BlockHash]) -> int:
+        """How many of these, from the first on."""
+        return sum(1 for _ in takewhile(self._blocks.__contains__, hashes))
+
+    def add(
+        self, hashes: Sequence[BlockHash]
+    ) -> tuple[tuple[BlockHash, ...], tuple[BlockHash, ...]]:
+        """A prompt was used: those that are new, and those forgotten for them."""
+        new = tuple(block for block in hashes if block not in self._blocks)
         for block in reversed(hashes):
             self._blocks[block] = None
             self._blocks.move_to_end(block)
-        while self._capacity is not None and len(self._blocks) > self._capacity:
-            self._blocks.popitem(last=False)
+        excess = 0 if self._capacity is None else max(0, len(self._blocks) - self._capacity)
+        return new, tuple(self._blocks.popitem(last=False)[0] for _ in range(excess))
+
+    def ask(self, hashes: Sequence[BlockHash]) -> int:
+        """How many blocks, from the first on, it held; now it holds all, as far as they fit."""
+        held = self.held(hashes)
+        self.add(hashes)
         return held
 
 

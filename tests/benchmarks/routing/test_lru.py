@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.reproduce.lru import Lru, hit_share
+from benchmarks.routing.lru import Lru, hit_share
 from core.ids import BlockHash
 
 A, B, C, D = (BlockHash(bytes([i] * 16)) for i in range(4))
