@@ -411,13 +411,13 @@ async def test_a_decode_worker_that_computes_the_prompt_gives_all_tokens() -> No
 async def test_what_it_took_there_is_learned_from() -> None:
     s = Scene()
     s.source.view.load = replace(s.source.view.load, running=4, decoding=3, decoding_tokens=200)
-    beside = s.chooser._known.curves.of(s.source.view.kind).beside
+    beside = s.chooser._ask.known.curves.of(s.source.view.kind).beside
     with s.attempt:
         s.start_at_decode()
         s.source.say(Accepted(number=0))
         took = LegTimes(prefill_s=0.5, work=work_alone(0, len(PROMPT)))
         s.source.say(replace(tokens(0), times=took))
-    assert s.chooser._known.curves.of(s.source.view.kind).beside > beside
+    assert s.chooser._ask.known.curves.of(s.source.view.kind).beside > beside
 
 
 async def test_a_prefill_worker_that_does_not_answer_for_both_is_the_last_of_its_pool() -> None:

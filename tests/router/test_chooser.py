@@ -94,7 +94,7 @@ def end(step_s: float, *, outcome: str = "ok", attempts: int = 1) -> SequenceEnd
 
 def times(subject: Chooser, fleet: Workers) -> tuple[float, float]:
     """Predicted seconds of the prompt's prefill and of a step with what runs there."""
-    curves = subject._known.curves
+    curves = subject._ask.known.curves
     kind = fleet.everyone.views[WorkerId("prefill-0")].kind
     return curves.of(kind).prefill.seconds(0, 40), curves.of(kind).decode.seconds(2, 100)
 
@@ -123,10 +123,10 @@ def test_a_prompt_in_a_step_with_others_teaches_what_all_of_it_takes() -> None:
     kind = fleet.everyone.views[WorkerId("prefill-0")].kind
     true = PrefillCurve(0.008, 2e-5, 1e-9)
     for i in range(64):
-        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject._ask.clock.advance(1.0)  # type: ignore[attr-defined]
         work = StepWork().plus([(0, 40)] * (1 + i % 50))
         subject.learning.prefilled(link, LegTimes(prefill_s=true.of(work), work=work))  # type: ignore[arg-type]
-    learned = subject._known.curves.of(kind).prefill
+    learned = subject._ask.known.curves.of(kind).prefill
     assert learned.seconds(0, 40) == pytest.approx(true.seconds(0, 40), rel=0.1)
     assert learned.queue_token_s(1024) == pytest.approx(true.queue_token_s(1024), rel=0.1)
 
@@ -158,7 +158,7 @@ def test_a_prompt_finds_the_least_loaded_decode_worker_unless_it_stays_or_nobody
     considered = subject.consider(PROMPT, "")
     assert subject.decode_load(considered, "current") is None  # before a step was measured
     for _ in range(3):
-        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject._ask.clock.advance(1.0)  # type: ignore[attr-defined]
         subject.learning.ended(end(step_s=0.04, outcome="ok"))
     assert subject.decode_load(considered, "off") is None
     busy = fleet.everyone.views[WorkerId("decode-0")]
@@ -245,8 +245,8 @@ def measured(subject: Chooser, fleet: Workers) -> None:
     """Prefills were, and no target stands in the way."""
     kind = fleet.everyone.views[WorkerId("prefill-0")].kind
     for i in range(8):
-        subject._known.curves.saw_prefill(kind, work_alone(0, 40), 4.0, float(i))
-    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=1e9))
+        subject._ask.known.curves.saw_prefill(kind, work_alone(0, 40), 4.0, float(i))
+    subject._ask.known = replace(subject._ask.known, slo=Slo(ttft_s=1e9, tpot_s=1e9))
 
 
 def test_a_prompt_computed_by_a_decode_worker_is_the_probe_of_an_ejected_one() -> None:
@@ -367,16 +367,16 @@ def test_a_prompt_that_would_wait_for_the_prefill_pool_goes_to_a_decode_worker()
     fleet = Workers(decode=2)
     subject = chooser(fleet)
     measured(subject, fleet)
-    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=10.0))
+    subject._ask.known = replace(subject._ask.known, slo=Slo(ttft_s=1e9, tpot_s=10.0))
     assert local_of(subject) is LocalVerdict.LOCAL  # within the time of a token, without a hand-off
-    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5), step_s=None)
+    subject._ask.known = replace(subject._ask.known, slo=Slo(ttft_s=1e9, tpot_s=4.5), step_s=None)
     queue_at(fleet, "decode-0", 400)
     queue_at(fleet, "decode-1", 400)
     assert local_of(subject) is LocalVerdict.SLOWER
     queue_at(fleet, "prefill-0", 4000)
     assert local_of(subject) is LocalVerdict.TPOT  # the answers there would have steps of 6 s
     for _ in range(8):
-        subject._known.curves.saw_output(60)
+        subject._ask.known.curves.saw_output(60)
     assert local_of(subject) is LocalVerdict.LOCAL  # which the next 30 steps make good
 
 
@@ -384,7 +384,7 @@ def test_what_was_sent_to_a_decode_worker_to_compute_is_a_queue_until_it_is_repo
     fleet = Workers()
     subject = chooser(fleet)
     measured(subject, fleet)
-    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=4.5))
+    subject._ask.known = replace(subject._ask.known, slo=Slo(ttft_s=1e9, tpot_s=4.5))
     busy = fleet.everyone.views[WorkerId("prefill-0")]
     busy.load = replace(IDLE, queued_tokens=400)
     view = fleet.everyone.views[WorkerId("decode-0")]
@@ -400,7 +400,7 @@ def prefilled_at_decode(subject: Chooser, fleet: Workers, prefill_s: float) -> f
     """What decodes add to a step with a chunk, as a share, once a prompt took so long there."""
     link = fleet.link(Role.DECODE, WorkerId("decode-0"))
     subject.learning.prefilled(link, took(prefill_s))  # type: ignore[arg-type]
-    return subject._known.curves.of(link.view.kind).beside
+    return subject._ask.known.curves.of(link.view.kind).beside
 
 
 def test_a_prompt_computed_beside_answers_teaches_what_they_add_and_not_what_a_prefill_takes() -> (
@@ -410,8 +410,8 @@ def test_a_prompt_computed_beside_answers_teaches_what_they_add_and_not_what_a_p
     subject = chooser(fleet)
     measured(subject, fleet)
     before = times(subject, fleet)
-    subject._clock.advance(10.0)  # type: ignore[attr-defined]
-    curves, view = subject._known.curves, fleet.everyone.views[WorkerId("decode-0")]
+    subject._ask.clock.advance(10.0)  # type: ignore[attr-defined]
+    curves, view = subject._ask.known.curves, fleet.everyone.views[WorkerId("decode-0")]
     view.load = replace(IDLE, running=3, context_tokens=150, decoding=2, decoding_tokens=100)
     alone_s = curves.of(view.kind).prefill.seconds(0, 40)
     decode_s = curves.of(view.kind).decode.seconds(2, 100)
@@ -446,9 +446,9 @@ def staying(fleet: Workers, config: RouterConfig | None = None) -> Chooser:
     policies = build_policies(config or RouterConfig())
     subject: Chooser = Chooser(fleet, policies, FakeClock(1.0), Random(0))  # type: ignore[arg-type]
     measured(subject, fleet)
-    subject._known = replace(subject._known, slo=Slo(ttft_s=1e9, tpot_s=1.0))
+    subject._ask.known = replace(subject._ask.known, slo=Slo(ttft_s=1e9, tpot_s=1.0))
     for _ in range(4):
-        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject._ask.clock.advance(1.0)  # type: ignore[attr-defined]
         subject.learning.ended(end(step_s=0.5))
     fleet.everyone.views[WorkerId("prefill-0")].load = IDLE
     holding(fleet, "prefill-0")
@@ -511,7 +511,7 @@ def test_a_prompt_that_stays_is_the_probe_of_an_ejected_prefill_worker() -> None
     fleet = Workers(prefill=2)
     subject = staying(fleet)
     fleet.everyone.views[WorkerId("prefill-1")].load = replace(IDLE, queued_tokens=4000)
-    subject._outliers = outliers = ejecting(fleet, "prefill-0", eject_s=0.5)
+    subject._ask.outliers = outliers = ejecting(fleet, "prefill-0", eject_s=0.5)
     considered = subject.consider(PROMPT, "", local_total=60)
     assert (considered.local.verdict, considered.worker_id) == (LocalVerdict.STAYS, "prefill-0")
     assert outliers.shut(1.0) == []
@@ -523,9 +523,9 @@ def test_a_prompt_waits_longer_at_a_prefill_worker_whose_steps_are_shared_with_a
     fleet = Workers()
     subject = chooser(fleet)
     measured(subject, fleet)
-    subject._known = replace(subject._known, step_s=None)
+    subject._ask.known = replace(subject._ask.known, step_s=None)
     view, new = fleet.everyone.views[WorkerId("prefill-0")], tuple(range(1000, 1400))
-    kind = subject._known.curves.of(view.kind)
+    kind = subject._ask.known.curves.of(view.kind)
     view.load = replace(IDLE, queued_tokens=4096)
     alone = subject.consider(new, "").query.expected_s(WorkerId("prefill-0"))
     view.load = replace(view.load, running=3, decoding=2, decoding_tokens=100)
@@ -554,10 +554,10 @@ def test_a_slow_prefill_worker_is_found_beside_answers_as_well() -> None:
     before = times(subject, fleet)
     for view in fleet.pool(Role.PREFILL).views.values():
         view.load = replace(IDLE, running=3, decoding=2, decoding_tokens=100)
-    kind = subject._known.curves.of(fleet.everyone.views[WorkerId("prefill-0")].kind)
+    kind = subject._ask.known.curves.of(fleet.everyone.views[WorkerId("prefill-0")].kind)
     predicted_s = kind.prefill.seconds(0, 40) + kind.decode.seconds(2, 100)
     for _ in range(20):
-        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject._ask.clock.advance(1.0)  # type: ignore[attr-defined]
         for name, factor in (("prefill-0", 1.0), ("prefill-1", 1.0), ("prefill-2", 4.0)):
             link = fleet.link(Role.PREFILL, WorkerId(name))
             subject.learning.prefilled(link, took(factor * predicted_s))  # type: ignore[arg-type]
@@ -572,7 +572,7 @@ def test_answers_at_a_prefill_worker_tell_their_length_and_nothing_of_a_decode_s
     subject = chooser(fleet)
     before = times(subject, fleet)
     for _ in range(8):
-        subject._clock.advance(1.0)  # type: ignore[attr-defined]
+        subject._ask.clock.advance(1.0)  # type: ignore[attr-defined]
         subject.learning.answer_ended(WorkerId("prefill-0"), 12, 99.0)
     assert times(subject, fleet) == before
-    assert subject._known.curves.residuals
+    assert subject._ask.known.curves.residuals

@@ -62,7 +62,7 @@ def test_of_a_colocated_pool_prompts_and_answers_are_learned_from_as_they_are() 
     _, cluster = run(colocated(2), requests)
     chooser = cluster._routers[0].chooser
     view = next(link.view for link in cluster._routers[0].fleet.links())
-    speed = chooser._known.curves.of(view.kind)
+    speed = chooser._ask.known.curves.of(view.kind)
     assert min(speed.prefill_fit.observed, speed.decode_fit.observed) > 10
     seconds = speed.prefill.seconds(0, 160, view.hello.step_tokens)
     assert seconds == pytest.approx(0.16 + 3 * 0.01, rel=0.2)
