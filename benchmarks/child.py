@@ -29,12 +29,8 @@ def main() -> None:
 
 def _do(job: Job, side: ChildSide) -> Done | Failed:
     try:
-        return Done(uvloop.run(_await(job, side)))
+        return Done(uvloop.run(job.work(side, job.task)))
     except Exception as error:  # noqa: BLE001 - the root of a job; the bench hears of it
         return Failed(
             f"{type(error).__name__}: {error}", indent(traceback.format_exc().rstrip(), "  ")
         )
-
-
-async def _await(job: Job, side: ChildSide) -> object:
-    return await job.work(side, job.task)

@@ -11,7 +11,7 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -48,7 +48,7 @@ class Side(Protocol):
 class Job:
     """Bench to child: await `work(side, task)`."""
 
-    work: Callable[..., Awaitable[object]]
+    work: Callable[..., Coroutine[None, None, object]]
     task: object
 
 
@@ -145,15 +145,15 @@ class Pair:
 
     def run(
         self,
-        owner: Callable[[Side, T], Awaitable[None]],
-        reader: Callable[[Side, T], Awaitable[R]],
+        owner: Callable[[Side, T], Coroutine[None, None, None]],
+        reader: Callable[[Side, T], Coroutine[None, None, R]],
         task: T,
         *,
         progress: Progress,
         timeout_s: float,
     ) -> R:
         """Both work on `task` at once; answers the reader's result. Raises BenchFailed."""
-        works: tuple[Callable[..., Awaitable[object]], ...] = (owner, reader)
+        works: tuple[Callable[..., Coroutine[None, None, object]], ...] = (owner, reader)
         for child, work in zip(self._children, works, strict=True):
             child.connection.send(Job(work, task))
         give_up_at_s = time.monotonic() + timeout_s

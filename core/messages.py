@@ -305,7 +305,7 @@ class KvSnapshot:
     """A chunk of all that is held; events from `next_number` on come after it."""
 
     next_number: int
-    hashes: tuple[BlockHash, ...] = field(default_factory=tuple)
+    hashes: tuple[BlockHash, ...] = ()
     last: bool = True
 
 

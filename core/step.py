@@ -104,7 +104,6 @@ class StepBudget:
         if not self.learns(now_s):
             return
         self._learned_at_s = now_s
-        tokens = sum(end - start for start, end in chunks)
-        pairs = sum(pairs_of(start, end) for start, end in chunks)
-        self._fit.add((1.0, tokens, pairs, sequences, context_tokens), seconds)
+        work = NO_WORK.plus(chunks)
+        self._fit.add((*work, sequences, context_tokens), seconds)
         self._coefficients = self._fit.coefficients

@@ -284,12 +284,9 @@ class Attempt:
         return []
 
     def _first_token(self, event: LegTokens) -> list[LegTokens]:
-        self._has_first = True
         self._move_to = None  # it has begun: what fails from here on is no withdrawal
         self._left_queue()
-        self._progress.prefill_times = event.times or LegTimes()
-        if self._prefill is not None and event.times is not None:
-            self._chooser.learning.prefilled(self._prefill.link, event.times)
+        self._prefilled(self._prefill, event)
         if event.finish is None:
             self._progress.mark(Stage.KV_TRANSFER, self._progress.decode_worker)
         ready = [event]
@@ -302,11 +299,14 @@ class Attempt:
         if not self._local:
             self._early.append(event)
             return []
+        self._prefilled(self._decode, event)
+        return self._decoded(replace(event, times=LegTimes()))
+
+    def _prefilled(self, leg: Leg | None, event: LegTokens) -> None:
         self._has_first = True
         self._progress.prefill_times = event.times or LegTimes()
-        if self._decode is not None and event.times is not None:
-            self._chooser.learning.prefilled(self._decode.link, event.times)
-        return self._decoded(replace(event, times=LegTimes()))
+        if leg is not None and event.times is not None:
+            self._chooser.learning.prefilled(leg.link, event.times)
 
     def _decoded(self, event: LegTokens) -> list[LegTokens]:
         progress, move = self._progress, self._move

@@ -21,11 +21,10 @@ from benchmarks.reproduce.cases import as_json, ratio, seeds_of, show
 from benchmarks.reproduce.windows import BLOCK, CONVERSATION, find_trace, trace_title, window_of
 from benchmarks.routing.lru import hit_share
 from benchmarks.routing.replay import ASCEND, Replay, World
+from benchmarks.routing.study import OURS, Entrant
 from benchmarks.routing.traces import Prompt
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 from core.estimate import Estimate
-from router.config import RouterConfig
-from router.policies.build import PREFILL
 from simulator.workload.types import SimRequest
 
 if TYPE_CHECKING:
@@ -80,8 +79,8 @@ def _by_policy(requests: Sequence[SimRequest], size: int, seed: int) -> float:
     )
     prompts = [Prompt(r.at_s, r.prompt_tokens, r.hashes) for r in requests]
     rate = world.rate_at(_LOAD, prompts)
-    policy = PREFILL["baton"]
-    return Replay(world, lambda: policy(RouterConfig()), seed, rate).run(prompts).hit_rate
+    policy = Entrant(name=OURS, policy=OURS).build
+    return Replay(world, policy, seed, rate).run(prompts).hit_rate
 
 
 # -- the part -----------------------------------------------------------------------------------

@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING
 from benchmarks.reproduce.cases import as_json, difference, percent, plot, seeds_of, show
 from benchmarks.reproduce.windows import BLOCK, CONVERSATION, find_trace, trace_title, window_of
 from benchmarks.routing.replay import Replay, World
+from benchmarks.routing.study import Entrant
 from benchmarks.routing.traces import CUT_TOKENS, Prompt
 from benchmarks.routing.worker import Job
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 from core.estimate import Estimate
 from core.ids import BlockHash, WorkerId
-from router.config import RouterConfig
 from router.policies.base import Decision, PrefillPolicy, PrefillQuery
-from router.policies.build import PREFILL
 from router.policies.hotness import HotnessTree
 from router.policies.ring import TwoRings
 
@@ -112,15 +111,11 @@ class ByKey:
         self._hotness.saw(query)
 
 
-def _production(name: str) -> PrefillPolicy:
-    return PREFILL[name](RouterConfig())
-
-
 SYSTEMS: dict[str, Callable[[], PrefillPolicy]] = {
     "modulo": partial(ByKey, modulo),
     "one ring": partial(ByKey, one_ring),
-    "dualmap": partial(_production, "dualmap"),
-    "baton": partial(_production, "baton"),
+    "dualmap": Entrant(name="dualmap", policy="dualmap").build,
+    "baton": Entrant(name="baton", policy="baton").build,
 }
 """None of them moves prompts that wait."""
 
