@@ -14,7 +14,7 @@ its blocks back when the step has ended.
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import compress, takewhile
 from typing import Generic, Protocol, TypeVar
 
 from core.errors import InternalError
@@ -180,10 +180,13 @@ class Scheduler(Generic[S]):
         pending, size = [s.pending_tokens for s in self.running], self._block_size
         step_tokens = self._tokens_now(pending)
         feed = plan_step(pending, step_tokens, self._max_batch, self._chunk_tokens)
+        planned = list(zip(self.running, feed, strict=True))
+        if len(planned) > self._max_batch:
+            self._take_turns(pending, feed)
         batch: list[tuple[S, int]] = []
         begun: list[S] = []
         coming: set[BlockHash] = set()
-        for sequence, most in zip(list(self.running), feed, strict=True):
+        for sequence, most in planned:
             if not most or sequence.state is not _RUNNING:
                 continue
             count = most
@@ -199,13 +202,19 @@ class Scheduler(Generic[S]):
                 if count > 1:
                     coming.update(self.blocks_of(sequence, count))
         batch = [fed for fed in batch if fed[0].state is _RUNNING]
-        if len(self.running) > self._max_batch:
-            self.running = self.running[self._max_batch :] + self.running[: self._max_batch]
         self._in_flight = {id(sequence) for sequence, _ in batch}
         for sequence in begun:
             if sequence.state is _RUNNING:
                 self.began(sequence, now_s)
         return batch
+
+    def _take_turns(self, pending: Sequence[int], feed: Sequence[int]) -> None:
+        """More may run than a step feeds: of those that decode who is fed now is last next time.
+        Prompts keep their order.
+        """
+        decodes = [tokens == count == 1 for tokens, count in zip(pending, feed, strict=True)]
+        others = [not decode for decode in decodes]
+        self.running = [*compress(self.running, others), *compress(self.running, decodes)]
 
     def began(self, sequence: S, now_s: float) -> None:
         """Its first step begins."""

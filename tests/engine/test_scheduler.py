@@ -158,3 +158,42 @@ def test_a_prompt_whose_prefix_this_very_step_computes_begins_with_the_next_one(
     scheduler.step_ended()
     later = scheduler.next_batch(2.0)
     assert later == ([] if second.done else [(second, 32 - common)])
+
+
+def test_prompts_keep_their_order_while_more_run_than_a_batch_holds() -> None:
+    scheduler = Scheduler[Sequence](
+        BlockPool(400),
+        block_size=SIZE,
+        step_tokens=32,
+        max_batch=4,
+        on_admitted=lambda sequence: None,
+    )
+    prompts = [make_sequence(make_prompt(40, seed), name=str(seed)) for seed in range(9)]
+    for sequence in prompts:
+        scheduler.enqueue(sequence)
+    done: list[Sequence] = []
+    for step in range(12):
+        for sequence, count in scheduler.next_batch(float(step)):
+            sequence.computed += count
+            if not sequence.pending_tokens:
+                done.append(sequence)
+                scheduler.finish(sequence)
+        scheduler.step_ended()
+    assert done == prompts
+
+
+def test_answers_take_turns_while_more_decode_than_a_batch_holds() -> None:
+    scheduler = Scheduler[Sequence](
+        BlockPool(400),
+        block_size=SIZE,
+        step_tokens=32,
+        max_batch=4,
+        on_admitted=lambda sequence: None,
+    )
+    answers = [make_sequence(make_prompt(9, seed), name=str(seed)) for seed in range(9)]
+    for sequence in answers:
+        sequence.computed = 8
+        scheduler.join(sequence, 0.0)
+    scheduler.enqueue(make_sequence(make_prompt(1000, seed=9), name="prompt"))
+    fed = [sequence for step in range(6) for sequence, _ in scheduler.next_batch(float(step))]
+    assert [fed.count(sequence) for sequence in answers] == [2] * 9
