@@ -139,6 +139,11 @@ class Runner:
         """Nothing waits or runs, and no step still holds blocks of what was removed."""
         return self._scheduler.idle
 
+    @property
+    def running(self) -> int:
+        """Sequences that have their blocks."""
+        return len(self._scheduler.running) + len(self._scheduler.held)
+
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
         return self._scheduler.load()

@@ -97,6 +97,7 @@ class Scheduler(Generic[S]):
         self._max_batch = max_batch
         self._on_admitted = on_admitted
         self.waiting: list[S] = []
+        self._waiting_tokens = 0
         self.running: list[S] = []
         self.held: list[S] = []
         self._in_flight: set[int] = set()
@@ -111,6 +112,7 @@ class Scheduler(Generic[S]):
     def enqueue(self, sequence: S) -> None:
         """A sequence whose context must (in part) be computed here."""
         sequence.cached_tokens = len(self._lookup(sequence)) * self._block_size
+        self._waiting_tokens += _uncached(sequence)
         self.waiting.append(sequence)
 
     def join(self, sequence: S, now_s: float) -> None:
@@ -137,6 +139,7 @@ class Scheduler(Generic[S]):
         """It is done, wherever it is now; its blocks go back, at the latest when the step ends."""
         match sequence.state:
             case SequenceState.WAITING:
+                self._waiting_tokens -= _uncached(sequence)
                 self.waiting.remove(sequence)
             case SequenceState.HELD:
                 self.held.remove(sequence)
@@ -157,11 +160,10 @@ class Scheduler(Generic[S]):
 
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
-        queued = sum(s.pending_tokens - s.cached_tokens for s in self.waiting)
         pending = [(s.pending_tokens, s.known_tokens) for s in self.running]
         decoding = [known for tokens, known in pending if tokens == 1]
         return RunnerLoad(
-            queued_tokens=queued + sum(tokens for tokens, _ in pending if tokens > 1),
+            queued_tokens=self._waiting_tokens + sum(tokens for tokens, _ in pending if tokens > 1),
             waiting=len(self.waiting),
             running=len(self.running) + len(self.held),
             context_tokens=sum(known for _, known in pending)
@@ -292,6 +294,7 @@ class Scheduler(Generic[S]):
         fresh = self._pool.allocate(missing)
         if fresh is None:
             raise InternalError("allocation failed although the blocks were counted")
+        self._waiting_tokens -= _uncached(sequence)
         sequence.blocks = [*cached, *fresh]
         sequence.published = len(cached)
         sequence.computed = len(cached) * self._block_size
@@ -363,4 +366,10 @@ class Scheduler(Generic[S]):
         sequence.cached_tokens = 0
         sequence.published = sequence.computed = 0
         sequence.state = SequenceState.WAITING
+        self._waiting_tokens += _uncached(sequence)
         self.waiting.insert(0, sequence)
+
+
+def _uncached(sequence: Schedulable) -> int:
+    """Tokens to compute of one that waits: the same all the while."""
+    return sequence.pending_tokens - sequence.cached_tokens

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.worker.outlet import RouterOutlet
 from core.clock import Clock
@@ -130,7 +130,7 @@ class Worker:
             transports=transports,
             hello=self.peer_hello,
             config=settings.transfer,
-            headroom=lambda: pull_headroom_blocks(self.runner.load().running),
+            headroom=lambda: pull_headroom_blocks(self.runner.running),
         )
         self.prefill = PrefillRole(
             info=info,
@@ -365,8 +365,10 @@ class Worker:
         self.reader.space_freed()  # a sequence may have ended in it
         self._broadcast_events()
         for outlet in self._outlets:
-            outlet.flush()
-            outlet.report(self.load(outlet.last_submit), self._clock.now_s())
+            outlet.flush()  # which may end legs, and change the load
+        load, now_s = self.load(), self._clock.now_s()
+        for outlet in self._outlets:
+            outlet.report(replace(load, last_submit=outlet.last_submit), now_s)
 
     def _blocks_freed(self) -> None:
         self.reader.space_freed()

@@ -25,6 +25,7 @@ from core.messages import (
     WorkerHello,
 )
 from core.stream import MessageStream, dial
+from engine.scheduler import RunnerLoad
 from kv_transfer.loopback import LoopbackHub
 from kv_transfer.metrics import LeaseEnd
 from router.codec import from_worker, to_worker
@@ -123,6 +124,22 @@ async def test_each_router_hears_of_its_own_submits_only() -> None:
         await other.all_said()
         assert {m.last_submit for m in other.of(LoadReport)} == {0}
         assert other.entries(7) == []
+
+
+async def test_the_load_is_counted_once_however_many_routers_hear_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with prefill_worker(gated=True) as served:
+        worker, looks = served.worker, list[RunnerLoad]()
+        load, _ends = worker.runner.load, [RouterEnd(worker) for _ in range(3)]
+
+        def counted() -> RunnerLoad:
+            looks.append(load())
+            return looks[-1]
+
+        monkeypatch.setattr(worker.runner, "load", counted)
+        worker._step_ended()
+        assert len(looks) == 1
 
 
 async def test_new_blocks_are_told_to_every_router_in_numbered_events() -> None:

@@ -1,6 +1,6 @@
 """Who begins where memory is short, and who gives way. test_runner.py has the rest of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -197,3 +197,44 @@ def test_answers_take_turns_while_more_decode_than_a_batch_holds() -> None:
     scheduler.enqueue(make_sequence(make_prompt(1000, seed=9), name="prompt"))
     fed = [sequence for step in range(6) for sequence, _ in scheduler.next_batch(float(step))]
     assert [fed.count(sequence) for sequence in answers] == [2] * 9
+
+
+class NotLookedAt(list[Sequence]):
+    """A line that may be long."""
+
+    def __iter__(self) -> Iterator[Sequence]:
+        raise AssertionError("somebody looks at all who wait")
+
+
+def test_tokens_that_wait_are_counted_as_they_come_and_go() -> None:
+    crowd = Crowded()
+    scheduler, sequences = crowd.scheduler, [make_sequence(make_prompt(14, n)) for n in range(4)]
+
+    def queued() -> int:
+        uncached = sum(s.pending_tokens - s.cached_tokens for s in scheduler.waiting)
+        scheduler.waiting, waiting = NotLookedAt(scheduler.waiting), scheduler.waiting
+        tokens, scheduler.waiting = scheduler.load().queued_tokens, waiting
+        assert tokens == uncached + sum(s.pending_tokens for s in scheduler.running)
+        return tokens
+
+    for sequence in sequences:
+        scheduler.enqueue(sequence)
+    assert (queued(), len(scheduler.waiting)) == (56, 4)
+    scheduler.admit(0.0)
+    assert (queued(), len(scheduler.waiting)) == (56, 2)
+    first = sequences[0]
+    first.computed = 12
+    first.publish(crowd.pool, SIZE)
+    assert queued() == 44
+    scheduler._preempt(first)
+    assert (queued(), len(scheduler.waiting)) == (56, 3)
+    again = make_sequence(make_prompt(14, 0))
+    scheduler.enqueue(again)
+    assert again.cached_tokens == 12
+    assert queued() == 58
+    scheduler.admit(1.0)
+    assert queued() == 46
+    for sequence in [*sequences, again]:
+        scheduler.finish(sequence)
+        queued()
+    assert queued() == 0
