@@ -114,14 +114,19 @@ class BlockPool:
     def unpublish(self, block_ids: Sequence[BlockId]) -> None:
         """Offer these blocks of one sequence no longer, as their content is in doubt.
 
-        Blocks that others use as well stay: those have read them by now.
+        Blocks that others use as well stay: those have read them by now. Below the rest nobody uses
+        any: what is cached there goes too, as it would keep them published.
         """
-        for block_id in reversed(block_ids):
-            block_hash = self._hash[block_id]
-            if block_hash is None or block_hash in self._children:
-                continue
-            if self._running[block_id] + self._leased[block_id] == 1:
-                self._unpublish(block_id)
+        own = {b for b in block_ids if self._running[b] + self._leased[b] == 1}
+        gone: dict[BlockHash, BlockId] = {}
+        for block_hash, block_id in self._by_hash.items():  # parents before children
+            if block_id in own or self._parent[block_id] in gone:
+                gone[block_hash] = block_id
+        for block_id in reversed(gone.values()):
+            self._unpublish(block_id)
+            if self._state[block_id] is _CACHED:
+                self._num_cached -= 1
+                self._to_free(block_id)
 
     def hashes(self) -> list[BlockHash]:
         """All published hashes, parents before children."""

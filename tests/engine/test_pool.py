@@ -213,6 +213,23 @@ def test_unpublished_blocks_are_found_no_more_and_go_free() -> None:
     assert counts(pool)
 
 
+def test_what_was_cached_below_an_unpublished_block_goes_with_it() -> None:
+    pool = BlockPool(8)
+    longer, other = chain(1, 4), chain(2, 1)
+    cached = cache(pool, longer)
+    cache(pool, other)
+    pool.take_events()
+    pool.acquire(cached[:2])  # a prompt that begins alike and fails
+    pool.unpublish(cached[:2])
+    assert pool.lookup(longer) == []
+    assert pool.lookup(other) != []
+    assert pool.take_events() == [KvRemoved(hashes=tuple(reversed(longer)))]
+    assert counts(pool, in_use=2, cached=1)
+    pool.release(cached[:2])
+    assert counts(pool, cached=1)
+    assert pool.allocate(8) is not None
+
+
 def test_a_block_that_others_use_stays_published_and_so_do_its_ancestors() -> None:
     pool = BlockPool(4)
     hashes = chain(1, 3)
@@ -422,6 +439,18 @@ class PoolMachine(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         i = data.draw(st.integers(0, len(self.sequences) - 1))
         self.pool.release(self.sequences.pop(i)[1])
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """Its KV is in doubt: nobody finds what it alone used."""
+        i = data.draw(st.integers(0, len(self.sequences) - 1))
+        prompt, blocks, _ = self.sequences.pop(i)
+        others = {b for _, used, _ in self.sequences for b in used}.union(*self.leases)
+        self.pool.unpublish(blocks)
+        found = self.pool.lookup(self.hashes(prompt, len(blocks)))
+        assert others.issuperset(block for block in blocks if block in found)
+        self.pool.release(blocks)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
