@@ -34,8 +34,8 @@ class RouterConfig(Settings):
     """Every request ends by then, or a second later, whatever happens."""
     max_connections: int = Field(16_384, ge=1)
     """Connections of clients at once; one beyond that is answered 503 with Retry-After and closed,
-    whatever it asks, /health and /ready as well. Fewer where the process may not open that many
-    files (`ulimit -n`)."""
+    unless it asks for /health, /metrics or /control/workers. Fewer where the process may not open
+    that many files (`ulimit -n`)."""
     max_body_bytes: int = Field(8 * 1024 * 1024, gt=0)
     max_bodies_mb: int = Field(256, ge=1)
     """Bodies being received or parsed at once, in all, not counting the first 64 KiB of each; what

@@ -4,8 +4,10 @@
      75 s   head_timeout_s  |  the request's own
                  upload_timeout_s (http_body.py)
 
-Of connections a server keeps a bounded number. One beyond it is taken and told why, as one left
-in the listener's queue would wait without a word, and its client would not try another router.
+Of connections a server keeps a bounded number. One beyond it is taken all the same: left in the
+listener's queue it would wait without a word, and its client would not try another router. It asks
+once, and is told that the router is full, unless it asks what must be known of a full router too: a
+busy one that seems dead is restarted, with all it serves.
 
 A head is bounded in bytes, as the parser joins the pieces of a header anew with each that comes.
 While a response runs the connection is read on, as its end would not be seen otherwise; what comes
@@ -14,12 +16,15 @@ is kept for later, and not parsed before the response is complete.
 
 import asyncio
 import http
+import logging
 from typing import Literal, cast
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from core import telemetry
 from core.errors import BatonError, InvalidRequest
 from router.http_errors import (
     HeadTooLarge,
@@ -31,6 +36,8 @@ from router.http_errors import (
 from router.http_line import ChunkedLine, PlainLine
 from router.http_reply import ABORT_EXTENSION, LINE_EXTENSION
 
+log = logging.getLogger(__name__)
+
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that they close them and no request is lost."""
 MAX_HEAD_BYTES = 64 * 1024
@@ -39,10 +46,13 @@ MAX_AHEAD_BYTES = 64 * 1024
 on, so its end is not seen."""
 MAX_PIPELINED = 256
 """Requests that came in one piece; a client that sends more of them is dropped."""
-MAX_REFUSED = 256
-"""Connections beyond the bound that are being told so; further ones are dropped."""
+ANSWERED_WHEN_FULL = (b"/health", b"/metrics", b"/control/workers")
+"""The paths that connections beyond the bound may ask for. Not /ready: a full router is not."""
+MAX_BEYOND = 256
+"""Connections beyond the bound, there to ask once; with a further one the oldest is dropped."""
 _LINGER_S = 2.0
-"""To close at once would reset the connection, and a client still sending not see its answer."""
+"""To close at once would reset the connection, and a client still sending not see its answer. As
+long may one beyond the bound take to ask."""
 _UNREAD_S = 30.0
 """For what remains of a body after its response, and for a client to take what it was sent before
 the connection closed."""
@@ -53,8 +63,8 @@ class ConnectionBound:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.refused = 0
-        """That many of those open now are being turned away."""
+        self.beyond: dict[HttpConnection, None] = {}
+        """Those open now that are beyond it, the oldest first."""
         self.turned_away = 0
         """Since the start."""
 
@@ -71,8 +81,6 @@ class HttpConnection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._bound = bound
-        self._is_over = False
-        """Beyond the bound."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -87,22 +95,22 @@ class HttpConnection(HttpToolsProtocol):
         self._failure: BatonError | None = None
         """What a callback of the parser found, which only knows that one failed."""
         self._refused = False
-        if len(self.connections) - self._bound.refused > self._bound.most:
-            self._turn_away()
+        bound = self._bound
+        if len(self.connections) - len(bound.beyond) > bound.most:
+            bound.beyond[self] = None
+            if len(bound.beyond) > MAX_BEYOND:
+                next(iter(bound.beyond)).drop()
 
-    def _turn_away(self) -> None:
-        bound, self._is_over = self._bound, True
-        bound.refused += 1
-        bound.turned_away += 1
-        if bound.refused <= MAX_REFUSED:
-            self._refuse(TooManyConnections(f"the router keeps {bound.most} connections at most"))
-        else:
-            self._refused = True
-            self.transport.abort()
+    def drop(self) -> None:
+        """To make room for another one beyond the bound."""
+        self._bound.beyond.pop(self, None)
+        self._bound.turned_away += not self._refused
+        self._refused = True
+        self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._bound.refused -= self._is_over
+        self._bound.beyond.pop(self, None)
         self._ahead.clear()
         for line in tuple(self.attended):
             line.lost()
@@ -118,7 +126,7 @@ class HttpConnection(HttpToolsProtocol):
         if self._part == "idle":
             self._begin_head()
         self._bare_bytes += len(data)
-        super().data_received(data)
+        self._parse(data)
         if self._bare_bytes > MAX_HEAD_BYTES:
             self._refuse(_too_large())
 
@@ -131,6 +139,9 @@ class HttpConnection(HttpToolsProtocol):
         elif self._refused:
             if waited_s > _LINGER_S:
                 self.transport.abort()
+        elif self._is_beyond() and not self._is_running():
+            if waited_s > _LINGER_S:
+                self._refuse(self._full())
         elif self._is_running():
             # What it waits for is bounded by the request; closing begins after it.
             self._since_s = now_s
@@ -144,10 +155,6 @@ class HttpConnection(HttpToolsProtocol):
             self._since_s = now_s
             self.transport.close()
 
-    def send_400_response(self, msg: str) -> None:
-        """The parser has failed, at what the client sent or in a callback below."""
-        self._refuse(self._failure or InvalidRequest("this is no HTTP request"))
-
     # -- the parser's callbacks ------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
@@ -160,6 +167,10 @@ class HttpConnection(HttpToolsProtocol):
         if head_bytes > MAX_HEAD_BYTES:
             self._failure = _too_large()
             raise self._failure
+        beyond = self._is_beyond()
+        if beyond and self.url.partition(b"?")[0] not in ANSWERED_WHEN_FULL:
+            self._failure = self._full()
+            raise self._failure
         self._part = "body"
         line = (PlainLine if self.parser.get_http_version() == "1.0" else ChunkedLine)(self)
         self.scope["extensions"] = {
@@ -169,6 +180,8 @@ class HttpConnection(HttpToolsProtocol):
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
             raise InvalidRequest("too many requests in one piece")
+        if beyond:
+            self.cycle.keep_alive = False
         if self.cycle.scope is self.scope:
             # The cycle's task has not begun: all that it writes passes the line.
             self.cycle.transport = cast(asyncio.Transport, line)
@@ -188,6 +201,22 @@ class HttpConnection(HttpToolsProtocol):
             self.loop.call_soon(self._resume)
 
     # -- below -----------------------------------------------------------------------------------
+
+    def _parse(self, data: bytes) -> None:
+        """In uvicorn's place: its log lines do not say whose connection it is."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:  # at what the client sent, or in a callback above
+            self._refuse(self._failure or InvalidRequest("this is no HTTP request"))
+        except httptools.HttpParserUpgrade:
+            pass  # no other protocol is offered: the request is answered as it stands
+
+    def _is_beyond(self) -> bool:
+        return self in self._bound.beyond
+
+    def _full(self) -> TooManyConnections:
+        return TooManyConnections(f"the router keeps {self._bound.most} connections at most")
 
     def _is_running(self) -> bool:
         """A response is not complete."""
@@ -214,6 +243,12 @@ class HttpConnection(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
+        if isinstance(error, TooManyConnections):
+            self._bound.turned_away += 1  # which serve.py tells now and then
+        else:
+            client = None if self.client is None else f"{self.client[0]}:{self.client[1]}"
+            said = {"client": client, "error": error.code, "message": error.message}
+            log.info(telemetry.log_line("connection_refused", **said))
         self._unset_keepalive_if_required()
         self._since_s = self.loop.time()
         running = self._is_running()

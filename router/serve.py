@@ -73,7 +73,7 @@ async def serve(
 
     What runs longer is cancelled and answers with an error. Closes `listener`. When cancelled
     itself it grants no grace. A client has `head_timeout_s` for the head of a request. One that
-    finds `max_connections` open is answered 503.
+    finds `max_connections` open is answered 503, but for ANSWERED_WHEN_FULL.
     """
     bound = ConnectionBound(max_connections)
     config = uvicorn.Config(

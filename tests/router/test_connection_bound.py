@@ -19,7 +19,13 @@ from tests.router.http_builders import (
     saying,
 )
 
-GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+def get(path):
+    return b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+GET = get(b"/health")
+MODELS = get(b"/v1/models")
 
 
 async def read_to_end(connection):
@@ -29,16 +35,21 @@ async def read_to_end(connection):
     return answer
 
 
-async def asked(connection):
-    """The first line of an answer to GET /health."""
+async def asked(connection, request_bytes=MODELS):
+    """The first line of an answer."""
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, GET)
+    await loop.sock_sendall(connection, request_bytes)
     return (await loop.sock_recv(connection, 65536)).partition(b"\r\n")[0]
 
 
-@pytest.mark.parametrize("request_bytes", [b"", GET], ids=["says nothing", "asks at once"])
+@pytest.mark.parametrize(
+    "request_bytes", [b"", b"GET /health HT", MODELS, get(b"/ready"), get(b"/healthy")]
+)
 @in_loop
-async def test_connection_beyond_the_bound_is_told_so_and_the_others_go_on(tmp_path, request_bytes):
+async def test_connection_beyond_the_bound_is_told_so_and_the_others_go_on(
+    tmp_path, request_bytes, monkeypatch
+):
+    monkeypatch.setattr(http_connection, "_LINGER_S", 0.2)
     generator = ScriptedGenerator(saying("a fox"))
     async with running(generator, model_directory(tmp_path), max_connections=2) as server:
         first, second = [await raw_connection(server.port) for _ in range(2)]
@@ -55,20 +66,39 @@ async def test_connection_beyond_the_bound_is_told_so_and_the_others_go_on(tmp_p
             assert await until_served(server.port)
 
 
+@pytest.mark.parametrize(
+    "path", [b"/health", b"/health?from=kubelet", b"/metrics", b"/control/workers"]
+)
 @in_loop
-async def test_connections_that_linger_after_their_refusal_are_bounded_and_hold_no_place(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(http_connection, "MAX_REFUSED", 1)
+async def test_a_full_router_answers_once_what_tells_that_it_lives(tmp_path, path):
+    generator = ScriptedGenerator(saying("a fox"))
+    async with running(generator, model_directory(tmp_path), max_connections=1) as server:
+        with await raw_connection(server.port) as kept:
+            assert await asked(kept) == b"HTTP/1.1 200 OK"
+            with await raw_connection(server.port) as probe:
+                await asyncio.get_running_loop().sock_sendall(probe, get(path))
+                answer = await read_to_end(probe)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"\r\nconnection: close\r\n" in answer
+            with await raw_connection(server.port) as other:
+                assert b" 503 " in await asked(other)
+
+
+@in_loop
+async def test_connections_beyond_the_bound_are_few_and_hold_no_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(http_connection, "MAX_BEYOND", 1)
     generator = ScriptedGenerator(saying("a fox"))
     async with running(generator, model_directory(tmp_path), max_connections=1) as server:
         kept = await raw_connection(server.port)
         with kept:
             assert await asked(kept) == b"HTTP/1.1 200 OK"
-            with await raw_connection(server.port) as told:
-                assert b" 503 " in await read_to_end(told)  # and it stays open at its end
-                with await raw_connection(server.port) as dropped, suppress(ConnectionError):
-                    assert await read_to_end(dropped) == b""
+            silent, told = [await raw_connection(server.port) for _ in range(2)]
+            with silent, told:
+                assert b" 503 " in await asked(told)  # and it stays open at its end
+                with suppress(ConnectionError):
+                    assert await read_to_end(silent) == b""
+                with await raw_connection(server.port) as probe:
+                    assert await asked(probe, GET) == b"HTTP/1.1 200 OK"
                 kept.close()
                 assert await until_served(server.port)
 

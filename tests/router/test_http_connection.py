@@ -41,7 +41,7 @@ class Transport:
         self.closed = self.aborted = self.paused = self.ended = False
 
     def get_extra_info(self, name):
-        return None
+        return ("10.0.0.7", 5123) if name == "peername" else None
 
     def write(self, data):
         self.written += data
@@ -252,12 +252,29 @@ async def test_what_is_no_http_beside_a_request_ends_the_connection():
 
 
 @in_loop
-async def test_what_is_no_http_is_refused_in_openais_shape():
+async def test_what_is_no_http_is_refused_in_openais_shape_and_the_log_says_who_sent_it(caplog):
+    caplog.set_level("INFO")
     connection, transport, _ = connected(App())
     connection.data_received(b"\x16\x03\x01\x02\x00")
+    assert caplog.messages == [
+        "connection_refused client=10.0.0.7:5123 error=invalid_request"
+        ' message="this is no HTTP request"'
+    ]
     assert transport.ended
     assert transport.written.startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert b'"message":"this is no HTTP request"' in transport.written
+
+
+@in_loop
+async def test_a_request_to_speak_another_protocol_is_answered_as_it_stands(caplog):
+    app = App()
+    connection, transport, _ = connected(app)
+    upgrade = b"connection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    connection.data_received(GET[:-2] + upgrade)
+    app.proceed.set()
+    await turns()
+    assert transport.written.startswith(b"HTTP/1.1 200 ")
+    assert not caplog.messages, "no advice to install what this server does not use"
 
 
 @pytest.mark.parametrize("apart", [True, False])
