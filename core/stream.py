@@ -144,7 +144,7 @@ class MessageStream(asyncio.Protocol, Generic[In]):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by type
-        self.other_end = _place(transport.get_extra_info("peername"))
+        self.other_end = place_of(transport.get_extra_info("peername"))
         if self._connected is not None:
             self._connected(self)
 
@@ -283,7 +283,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address_of(listener: socket.socket) -> str:
     """As `dial` takes it."""
-    return _place(listener.getsockname())
+    return place_of(listener.getsockname())
 
 
 @asynccontextmanager
@@ -327,7 +327,8 @@ async def accepting(
                 stream.abort()
 
 
-def _place(name: tuple[str, int] | tuple[str, int, int, int] | None) -> str:
+def place_of(name: tuple[str, int] | tuple[str, int, int, int] | None) -> str:
+    """`host:port` of what the socket module calls an address."""
     if name is None:  # gone before it was looked at
         return "unknown"
     host, port = name[0], name[1]

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from core.stream import place_of
 from kv_transfer.chunks import Int64s, Runs
 from kv_transfer.collective_group import Work
 from kv_transfer.collective_link import LINK_ERRORS, Home, Link, describe, inside, wait
@@ -68,8 +69,8 @@ class Door:
         try:
             while not self._closing.is_set():
                 try:
-                    sock, _ = self._listener.accept()
-                    self._admit(sock)
+                    sock, name = self._listener.accept()
+                    self._admit(sock, place_of(name))
                 except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
                     if not self._closing.is_set():
                         self._pause(error)
@@ -86,9 +87,11 @@ class Door:
         log.warning("transfer_accept_failed error=%s", error)
         self._closing.wait(_ACCEPT_RETRY_S)
 
-    def _admit(self, sock: socket.socket) -> None:
+    def _admit(self, sock: socket.socket, place: str) -> None:
         link = Link(sock)
-        thread = threading.Thread(target=self._serve, args=(link,), name="kv-owner", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(link, place), name="kv-owner", daemon=True
+        )
         with self._lock:
             if self._closing.is_set() or len(self._links) >= _MAX_READERS:
                 link.drop()
@@ -105,7 +108,7 @@ class Door:
         with self._lock:
             del self._links[thread]
 
-    def _serve(self, link: Link) -> None:
+    def _serve(self, link: Link, place: str) -> None:
         home = self._home
         try:
             with home.gate.stream():
@@ -117,9 +120,9 @@ class Door:
             pass  # the reader left
         except LINK_ERRORS as error:
             if not link.closed:
-                log.info("transfer_pair_ended error=%s", describe(error))
+                log.info("transfer_pair_ended from=%s error=%s", place, describe(error))
         except Exception:  # the root of the thread; other readers are served on
-            log.exception("transfer_bug")
+            log.exception("transfer_bug from=%s", place)
         finally:
             self._forget(threading.current_thread())
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from core import telemetry
 from core.ids import LeaseId
 from core.messages import PROTOCOL_MAJOR
 from core.stream import MessageStream, StreamBroken, accepting
@@ -45,11 +46,11 @@ class PeerDoor:
         try:
             await self._serve(stream)
         except (NotServed, StreamBroken) as error:
-            log.info("peer_stream_ended reason=%s", error)
+            _tell_end(stream, str(error))
         except TimeoutError:
-            log.info("peer_stream_ended reason=no hello in time")
+            _tell_end(stream, "no hello in time")
         except Exception:  # the root of a stream's task
-            log.exception("peer_stream_bug")
+            log.exception("peer_stream_bug from=%s", stream.other_end)
 
     async def _serve(self, stream: Stream) -> None:
         def send(message: FromOwner) -> None:
@@ -62,6 +63,8 @@ class PeerDoor:
         reader = self._owner.attach(await self._admit(mine, stream), send)
         try:
             await self._answer(reader, stream)
+        except StreamBroken as error:
+            _tell_end(stream, str(error), reader)
         finally:
             self._owner.detach(reader)
 
@@ -146,6 +149,12 @@ class _Questions:
         """The stream has ended."""
         for task in self._waiting.values():
             task.cancel()
+
+
+def _tell_end(stream: Stream, reason: str, reader: str | None = None) -> None:
+    """`reader` is not known of a stream that was not admitted."""
+    fields = {"reader": reader, "from": stream.other_end, "reason": reason}
+    log.info(telemetry.log_line("peer_stream_ended", **fields))
 
 
 def _check_hello(mine: PeerHello, hello: FromReader | None) -> PeerHello:

@@ -186,6 +186,8 @@ class ReaderEnd:
 class OwnerEnd:
     """The stream as PeerDoor has it."""
 
+    other_end = "a reader"
+
     def __init__(self, link: Link) -> None:
         self._link = link
 

@@ -1,6 +1,7 @@
 """What only the collective transport has: groups that come and go, and waits that must end."""
 
 import asyncio
+import logging
 import socket
 import struct
 import threading
@@ -244,12 +245,16 @@ async def raw_reader(owner: Side) -> AsyncIterator[Link]:
         link.drop()
 
 
-async def test_a_reader_that_asks_and_does_not_receive_is_given_up() -> None:
+async def test_a_reader_that_asks_and_does_not_receive_is_given_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
     async with hasty_side(num_blocks=BIG_BLOCKS) as owner, raw_reader(owner) as link:
         zero, size = np.array([0]), np.array([32 << 20])
         await asyncio.to_thread(link.ask, zero, size, time.monotonic() + LATE_S)
         with ends_within(LATE_S):
             await until(lambda: threads("kv-owner") == 0, "the owner's thread has ended")
+    assert "transfer_pair_ended from=127." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """A hand-off of a prefill: what arrives, what goes wrong, and the owner's door."""
 
 import asyncio
+import logging
+import re
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,7 +20,7 @@ from kv_transfer import bound
 from kv_transfer.bound import BoundLease
 from kv_transfer.client import PeerConnection
 from kv_transfer.codec import from_reader_to_wire
-from kv_transfer.leases import Lease
+from kv_transfer.leases import Lease, reader_name
 from kv_transfer.messages import Announce, Bind, LeaseOutcome
 from kv_transfer.metrics import LeaseEnd
 from kv_transfer.plan import ReadPlan
@@ -522,11 +525,27 @@ async def test_another_major_version_is_refused() -> None:
         assert "protocol" in await refusal(stream)
 
 
-async def test_a_stream_without_a_hello_is_refused() -> None:
+async def test_a_stream_without_a_hello_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     async with pair() as p, bare_stream(p) as stream:
         bind = Bind(lease_id=LeaseId(1), sequence_id=SEQUENCE)
         stream.send(from_reader_to_wire(bind))
         assert "hello must come first" in await refusal(stream)
+    assert re.search(r'peer_stream_ended from=127\.\S+:\d+ reason="a hello must', caplog.text)
+
+
+async def test_the_end_of_a_stream_names_its_reader(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with pair() as p:
+        host, port = p.owner.address.split(":")
+        answers, writer = await asyncio.open_connection(host, int(port))
+        raw, no_length = hello(p).SerializeToString(), b"\xff" * 4
+        writer.write(struct.pack(">I", len(raw)) + raw + no_length)
+        await soon(answers.read())  # to its end
+        writer.close()
+    (line,) = [text for text in caplog.messages if text.startswith("peer_stream_ended ")]
+    who = reader_name(p.half.hello.worker_id, p.half.hello.incarnation, 0).partition("#")[0]
+    assert re.match(rf"peer_stream_ended reader={who}#\d+ from={host}:\d+ reason=", line)
 
 
 async def test_a_newer_minor_version_and_its_messages_are_served() -> None:
