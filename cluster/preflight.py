@@ -77,7 +77,7 @@ def _telemetry_problems(config: TelemetryConfig, workers: int) -> list[str]:
         problems.append(
             f"telemetry.worker_metrics_port is {config.worker_metrics_port}, which one of the"
             f" {workers} workers on this machine can have: set it to 0, and each takes a free one,"
-            " which its log names"
+            " which its log names (only workers started by hand, one per machine, may share it)"
         )
     spans = config.spans_file
     if spans is not None and not can_be_file(spans):

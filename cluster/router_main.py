@@ -154,7 +154,9 @@ async def run_router(
                     stop=stop,
                     grace_s=config.drain_timeout_s,
                     head_timeout_s=config.router.head_timeout_s,
-                    max_connections=room_for_clients(config.router.max_connections),
+                    max_connections=room_for_clients(
+                        config.router.max_connections, config.num_workers
+                    ),
                 )
                 following.cancel()
 

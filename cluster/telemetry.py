@@ -32,7 +32,8 @@ def setup_logging(process: str, config: TelemetryConfig, stream: TextIO) -> None
 
     Libraries speak from warning up only. Of one kind of event no more than 200 lines come at once
     and 10 per second after that; the next one says how many were left out. The line `request_done`
-    of a request that was served, or that failed for want of it (5xx), is always there.
+    of a request that was served, or that failed for want of it (5xx), is always there, and says so
+    of those of refused requests and of clients that left.
     """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines(process))
@@ -71,8 +72,7 @@ class LineLimit(logging.Filter):
         self._kinds = dict[tuple[str, int, str], _Kind]()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if any(hasattr(record, name) for name in telemetry.KEEP_LINE):
-            return True
+        kept = any(hasattr(record, name) for name in telemetry.KEEP_LINE)
         try:
             text = record.getMessage()
         except (TypeError, ValueError, LookupError):
@@ -86,10 +86,11 @@ class LineLimit(logging.Filter):
             kind = self._kinds[key] = _Kind(now_s)
         kind.room = min(_LINES_AT_ONCE, kind.room + (now_s - kind.at_s) * _LINES_PER_S)
         kind.at_s = now_s
-        if kind.room < 1:
-            kind.left_out += 1
-            return False
-        kind.room -= 1
+        if not kept:
+            if kind.room < 1:
+                kind.left_out += 1
+                return False
+            kind.room -= 1
         if kind.left_out:
             record.msg, record.args = f"{text} lines_left_out={kind.left_out}", None
             kind.left_out = 0

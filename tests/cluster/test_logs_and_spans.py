@@ -104,6 +104,20 @@ def test_a_line_to_be_kept_is_kept() -> None:
     assert all(limit.filter(line) for _ in range(1000))
 
 
+def test_a_line_to_be_kept_says_how_many_of_its_kind_were_left_out() -> None:
+    limit = LineLimit(lambda: 0.0)
+
+    def says(text: str, **more: object) -> str | None:
+        line = logging.LogRecord("router", logging.INFO, "", 0, text, None, None)
+        vars(line).update(more)
+        return line.getMessage() if limit.filter(line) else None
+
+    left = [says("request_done status=499") for _ in range(300)]
+    assert left.count(None) == 100
+    served = [says("request_done status=200", **KEEP_LINE) for _ in range(2)]
+    assert served == ["request_done status=200 lines_left_out=100", "request_done status=200"]
+
+
 def test_spans_are_one_json_object_per_line_appended_to_the_file(tmp_path: Path) -> None:
     file = tmp_path / "new folder" / "spans.jsonl"
     run(TRACING, str(file))

@@ -70,6 +70,7 @@ def test_one_metrics_port_for_several_workers_of_a_machine_is_refused() -> None:
     (problem,) = [text for text in problems(9100) if "metrics" in text]
     assert "telemetry.worker_metrics_port is 9100, which one of the 4 workers" in problem
     assert "set it to 0" in problem
+    assert "started by hand, one per machine, may share it" in problem
     assert not any("metrics" in text for text in problems(0))
 
 

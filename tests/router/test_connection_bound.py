@@ -116,10 +116,17 @@ async def until_served(port):
 
 
 @pytest.mark.parametrize(
-    ("limit", "room"), [(100_000, 16_384), (17_408, 16_384), (17_000, 15_976), (1024, 512)]
+    ("limit", "workers", "room"),
+    [
+        (100_000, 4, 16_384),
+        (17_412, 4, 16_384),
+        (17_000, 4, 15_972),
+        (17_000, 2048, 13_928),
+        (1024, 4, 512),
+    ],
 )
-def test_clients_leave_files_for_what_is_no_client(limit, room):
-    assert clients_within(limit, 16_384) == room
+def test_clients_leave_files_for_what_is_no_client(limit, workers, room):
+    assert clients_within(limit, 16_384, workers) == room
 
 
 LIMITED = """
@@ -127,12 +134,12 @@ import logging, resource
 from router.descriptors import room_for_clients
 logging.basicConfig(format="%(message)s")
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))
-print(room_for_clients(1000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+print(room_for_clients(1000, 100), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
 
 
 @pytest.mark.parametrize(
-    ("hard", "room", "warned"), [(4096, "1000 2024", False), (1500, "750 1500", True)]
+    ("hard", "room", "warned"), [(4096, "1000 2124", False), (1500, "750 1500", True)]
 )
 def test_the_process_raises_its_own_limit_and_warns_where_that_is_not_enough(hard, room, warned):
     ran = python(LIMITED.format(hard=hard))
