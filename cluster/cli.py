@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -70,7 +71,11 @@ RunOption = Annotated[
 
 
 def main() -> None:
-    """Run the command of `sys.argv`; see cluster/entry.py."""
+    """Run the command of `sys.argv`; see cluster/entry.py. SIGTERM ends it as an interrupt does:
+    nothing of it is left. `up` and `demo` hear both themselves.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 

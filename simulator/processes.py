@@ -46,16 +46,22 @@ def deaf_to_interrupts() -> Iterator[None]:
     the block ends.
 
     Children inherit the mask. It is this thread's alone, and one that another thread takes would be
-    raised here nevertheless: amid the start of a process, which then nobody knows of.
+    raised here nevertheless: amid the start of a process, which then nobody knows of. So would be
+    SIGTERM, which is put off alike, and which the processes do hear: it ends them.
     """
     resource_tracker.ensure_running()  # as it starts with the first process it unblocks SIGINT
     came = list[int]()
-    answer = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+
+    answers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, answer)
+        for number, answer in answers.items():
+            signal.signal(number, answer)
         if came:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(came[0])

@@ -96,7 +96,8 @@ def test_a_part_run_for_real_ends_with_one_json_object(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_an_interrupted_bench_leaves_no_process() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_bench_leaves_no_process(number: signal.Signals) -> None:
     # a shell starts what runs in its background with SIGINT ignored
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"{heed}; from cluster.cli import main; main()"
@@ -108,9 +109,9 @@ def test_an_interrupted_bench_leaves_no_process() -> None:
     while not (children := psutil.Process(bench.pid).children(recursive=True)):
         assert bench.poll() is None and time.monotonic() < give_up_s
         time.sleep(0.01)
-    bench.send_signal(signal.SIGINT)
+    bench.send_signal(number)
     out, _ = bench.communicate(timeout=20)
-    assert bench.returncode != 0
+    assert bench.returncode == 130
     assert out == ""
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []

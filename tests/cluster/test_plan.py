@@ -218,9 +218,10 @@ def _wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the command", "to its group"])
 def test_an_interrupt_ends_the_search_and_leaves_no_process(
-    send: Callable[[int, int], None], tmp_path: Path
+    send: Callable[[int, int], None], number: signal.Signals, tmp_path: Path
 ) -> None:
     """To the group is what a terminal does, while the processes of the search still start."""
     code = "from cluster.cli import main; main()"
@@ -239,11 +240,11 @@ def test_an_interrupt_ends_the_search_and_leaves_no_process(
     try:
         _wait_until(lambda: "simulating" in log.read_text())
         assert len(_in_session(command.pid)) > 2
-        send(command.pid, signal.SIGINT)
+        send(command.pid, number)
         printed, _ = command.communicate(timeout=_DEADLINE_S)
         assert (command.returncode, printed) == (130, b"")
         assert log.read_text().splitlines()[-1].startswith("interrupted: the search was given up")
-        assert "Traceback" not in log.read_text()
+        assert "Traceback" not in log.read_text() and "leaked" not in log.read_text()
         _wait_until(lambda: not _in_session(command.pid))
     finally:
         with suppress(ProcessLookupError):

@@ -57,19 +57,26 @@ def test_they_end_with_the_process_that_asked(tmp_path: Path) -> None:
     assert not alive
 
 
-def test_an_interrupt_that_another_thread_takes_is_raised_when_the_block_ends() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_another_thread_takes_is_raised_when_the_block_ends(
+    number: signal.Signals,
+) -> None:
     """In the middle of it, it could be lost which process just started."""
     begin, whole = threading.Event(), False
+    before = signal.signal(number, signal.default_int_handler)
 
     def take() -> None:
         begin.wait()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
 
     other = threading.Thread(target=take)  # before the block, whose threads are deaf as well
     other.start()
-    with pytest.raises(KeyboardInterrupt), deaf_to_interrupts():
-        begin.set()
-        other.join()
-        whole = True
-    assert whole
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt), deaf_to_interrupts():
+            begin.set()
+            other.join()
+            whole = True
+        assert whole
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
