@@ -47,6 +47,7 @@ from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_MEET_S = 2.0
 _YOUNG_OBJECTS = 10_000
 """Made between two looks for cycles. A request's own objects mostly end with it, without one."""
 
@@ -148,6 +149,8 @@ async def run_router(
             gc.set_threshold(_YOUNG_OBJECTS, 20, 50)
             async with asyncio.TaskGroup() as group:
                 following = group.create_task(fleet.run())
+                # Clients that waited for a router to start again wait for its workers as well.
+                await fleet.meet(_MEET_S)
                 await serve(
                     app,
                     listener,

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.messages import LoadReport
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _RECONNECT_S = 0.25
 _RECONNECT_MAX_S = 2.0
+_LOOK_EVERY_S = 0.01
 
 
 class Fleet:
@@ -124,6 +126,19 @@ class Fleet:
                 for record in records:
                     if record.incarnation not in self._links:
                         group.create_task(self._keep(self._link(record)))
+
+    async def meet(self, within_s: float) -> None:
+        """Beside `run`: wait until every worker that the registry names is connected, or has been
+        tried; for so long at most.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not self._is_met():  # noqa: ASYNC110 - bounded
+                    await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _is_met(self) -> bool:
+        links = self.links()
+        return bool(links) and all(link.view is not None or link.problem for link in links)
 
     def _link(self, record: WorkerRecord, before: WorkerLink | None = None) -> WorkerLink:
         link = WorkerLink(

@@ -53,8 +53,12 @@ def config_of(directory: Path, spans_file: Path | None = None) -> ClusterConfig:
 
 
 @asynccontextmanager
-async def running_router(config: ClusterConfig) -> AsyncIterator[httpx.AsyncClient]:
-    """The router with a prefill and a decode worker, and a client of it; ready."""
+async def running_router(
+    config: ClusterConfig, *, ready: bool = True
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The router with a prefill and a decode worker, and a client of it; with `ready` that waits
+    until it is.
+    """
     registry, hub, stop = MemoryRegistry(SystemClock()), LoopbackHub(), asyncio.Event()
     listener = bind_listener("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -67,7 +71,7 @@ async def running_router(config: ClusterConfig) -> AsyncIterator[httpx.AsyncClie
         group.create_task(run_router(config, registry, listener, stop))
         stack.callback(stop.set)
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
-        while (await client.get("/ready")).status_code != 200:
+        while ready and (await client.get("/ready")).status_code != 200:
             await asyncio.sleep(0.01)
         yield client
 
@@ -88,6 +92,12 @@ async def test_a_timed_cluster_serves_texts_from_a_bare_tokenizer(tmp_path: Path
     assert 'baton_workers_connected{role="prefill"} 1.0' in metrics
     assert 'baton_workers_connected{role="decode"} 1.0' in metrics
     assert "baton_kv_transfer_seconds_count 1.0" in metrics
+
+
+async def test_who_waited_for_a_router_to_start_is_served_at_once(tmp_path: Path) -> None:
+    async with running_router(config_of(bare_directory(tmp_path)), ready=False) as client:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 4}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
 
 
 async def test_spans_go_to_the_file_of_the_config(

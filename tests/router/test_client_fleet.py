@@ -350,6 +350,23 @@ async def test_workers_are_routable_by_role() -> None:
         assert fleet.everyone.workers == ("a", "b", "c")
 
 
+async def test_a_fleet_is_met_once_each_worker_is_connected_or_was_tried() -> None:
+    registry, hub = MemoryRegistry(SystemClock()), LoopbackHub()
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(served_worker("a", Role.PREFILL, hub))
+        with listen("127.0.0.1", 0) as closed:
+            gone = replace(served.record, worker_id=WorkerId("gone"), address=address_of(closed))
+        for record in (served.record, replace(gone, incarnation=Incarnation("gone"))):
+            await registry.register(record, 60.0)
+        model = served.engine.info.model_id
+        fleet = await stack.enter_async_context(fleet_over(registry, model))
+        await soon(fleet.meet(10 * WAIT_S))
+        assert fleet.everyone.workers == ("a",)
+        assert all(link.view is not None or link.problem for link in fleet.links())
+    async with fleet_over(MemoryRegistry(SystemClock()), MODEL) as alone:
+        await soon(alone.meet(0.01))
+
+
 async def test_a_worker_of_another_model_keeps_its_reason_while_it_is_tried_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
