@@ -141,10 +141,13 @@ class Planner:
         if limits.context_tokens <= 0:
             raise NoWorkers("no worker is connected; try again later")
         room = limits.context_tokens - prompt_tokens
-        holds = f"a prompt and its answer may have {limits.context_tokens} tokens together"
+        # LiteLLM and LangChain, whose ways to go on with more room or less prompt hang on it, know
+        # the error by these words, OpenAI's and Anthropic's, and not by its code.
+        holds = f"this model's maximum context length is {limits.context_tokens} tokens"
         if room < 1:
             raise ContextTooLong(
-                f"{holds}; the prompt has {prompt_tokens}", param=_prompt_param(body)
+                f"{holds}, answer included; the prompt is too long: it has {prompt_tokens}",
+                param=_prompt_param(body),
             )
         wanted = body.answer_tokens
         if wanted is not None and wanted > room:

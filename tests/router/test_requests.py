@@ -45,5 +45,5 @@ async def test_a_prompt_of_more_tokens_than_fit_is_refused_before_they_are_looke
         clock=FakeClock(),
     )
     body = CompletionRequest(model=MODEL, prompt=[10**6] * 11)
-    with pytest.raises(ContextTooLong, match="the prompt has 11"):
+    with pytest.raises(ContextTooLong, match="prompt is too long: it has 11"):
         await planner.plan(body, RequestId("r"), 10.0)
