@@ -1,15 +1,14 @@
 """JSON request bodies as typed models, and one sentence on what is wrong with one.
 
-    raw bytes -> JSON object -> no unknown field -> types and ranges
+    raw bytes -> JSON object -> no unknown field, unless it is null -> types and ranges
 
 What a refusal says, and what it costs, is bounded whatever the body: pydantic lists every finding
-and here only the first is told, so models fail fast on lists, and objects with more fields than
-there are never reach it.
+and here only the first is told, so models fail fast on lists, and no object with a field that there
+is none of reaches it.
 """
 
 import difflib
 import json
-from collections.abc import Mapping
 from typing import TypeVar
 
 import orjson
@@ -52,23 +51,26 @@ def _check_structures(raw: bytes) -> None:
         raise InvalidRequest(f"the body holds more than {MAX_STRUCTURES} lists, objects and fields")
 
 
-def validated(
-    kind: type[M], body: Object, nested: Mapping[str, type[BaseModel]] | None = None
-) -> M:
-    """Raises InvalidRequest that names the field at fault. `nested`: the models of fields."""
-    check_size(kind, body)
+def validated(kind: type[M], body: Object) -> M:
+    """Raises InvalidRequest that names the field at fault."""
+    check_names(kind, body)
     try:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise _explain(kind, first, nested or {}) from None
+        raise _explain(first) from None
 
 
-def check_size(kind: type[BaseModel], body: Object, where: str = "") -> None:
-    """Raises InvalidRequest for an object with more fields than there are."""
-    if len(body) > len(kind.__pydantic_fields__):
-        unknown = next(name for name in body if name not in kind.model_fields)
-        raise _unknown(kind, f"{where}{shortened(unknown)}", unknown)
+def check_names(kind: type[BaseModel], body: Object, where: str = "") -> None:
+    """Drop the nulls of fields there are none of: clients send those of other servers' fields that
+    way. Raises InvalidRequest for another unknown field.
+    """
+    known = kind.__pydantic_fields__
+    if body.keys() <= known.keys():
+        return
+    for name in [name for name in body if name not in known]:
+        if body.pop(name) is not None:
+            raise _unknown(kind, f"{where}{shortened(name)}", name)
 
 
 def shown(value: object) -> str:
@@ -85,17 +87,11 @@ def shortened(name: str) -> str:
     return name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "..."
 
 
-def _explain(
-    kind: type[BaseModel], error: ErrorDetails, nested: Mapping[str, type[BaseModel]]
-) -> InvalidRequest:
+def _explain(error: ErrorDetails) -> InvalidRequest:
     """One sentence a person can act on, from pydantic's first finding."""
-    loc = error["loc"]
-    param = shortened(_path(loc))
+    param = shortened(_path(error["loc"]))
     if error["type"] == "missing":
         return InvalidRequest(f"'{param}' is required", param=param)
-    if error["type"] == "extra_forbidden":
-        owner = nested.get(str(loc[0]), kind) if len(loc) > 1 else kind
-        return _unknown(owner, param, str(loc[-1]))
     problem = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
     return InvalidRequest(f"'{param}' {problem}{got}", param=param)

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from core.errors import InvalidRequest
-from core.json_body import Object, check_size, read_object, shown, validated
+from core.json_body import Object, check_names, read_object, shown, validated
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 128
@@ -33,6 +33,8 @@ MAX_METADATA = 16
 _INT64_MAX = 2**63 - 1
 _INT32_MAX = 2**31 - 1
 _NOT_USED: tuple[JsonValue, ...] = (None, [], {})
+_OF_A_PART = frozenset(("type", "text", "prompt_cache_breakpoint", "cache_control"))
+"""The last two, OpenAI's and Anthropic's, are hints where to cache; every prefix is cached here."""
 _SERVED_OF_MESSAGE = frozenset(("role", "content", "name"))
 _NOT_SERVED_OF_MESSAGE = (
     *("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"),
@@ -46,6 +48,7 @@ class _Body(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
     )
 
 
@@ -65,9 +68,13 @@ def _check_content(value: object) -> str | list[TextPart]:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise ValueError(f"has a part of type {shown(kind)}; only text is served")
-        if kind is None or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+        if kind is None or not isinstance(part.get("text"), str):
             raise ValueError('must hold parts like {"type": "text", "text": "..."}')
-    return [TextPart.model_validate(part) for part in value]
+        if not part.keys() <= _OF_A_PART:
+            for name in part:
+                if name not in _OF_A_PART and part[name] is not None:
+                    raise ValueError(f"has a part with {shown(name)}, which is not served")
+    return [TextPart(type="text", text=part["text"]) for part in value]
 
 
 def _check_stop(value: object) -> list[str]:
@@ -105,8 +112,10 @@ _STRING: dict[str, JsonValue] = {"type": "string"}
 _TOKENS: dict[str, JsonValue] = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _TEXT_PART: dict[str, JsonValue] = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": _STRING},
+    "properties": {name: {} for name in sorted(_OF_A_PART)}
+    | {"type": {"const": "text"}, "text": _STRING},
     "required": ["type", "text"],
+    "additionalProperties": {"type": "null"},
 }
 
 Content = Annotated[
@@ -161,6 +170,8 @@ class StreamOptions(_Body):
     """Send one more chunk before the end with the usage of the whole request."""
     include_obfuscation: bool | None = None
     """Padding of chunks against traffic analysis. Not served; false is accepted."""
+    continuous_usage_stats: bool | None = None
+    """Beyond OpenAI's API: usage in every chunk. Not served; false is accepted."""
 
 
 class OpenAiRequest(_Body):
@@ -170,6 +181,12 @@ class OpenAiRequest(_Body):
         "frequency_penalty": (None, 0),
         "presence_penalty": (None, 0),
         "logit_bias": _NOT_USED,
+        "repetition_penalty": (None, 1),
+        "min_p": (None, 0),
+        "min_tokens": (None, 0),
+        "skip_special_tokens": (None, True),
+        "spaces_between_special_tokens": (None, True),
+        "include_stop_str_in_output": (None, False),
     }
     """Field -> the values that mean it is not used."""
 
@@ -181,7 +198,8 @@ class OpenAiRequest(_Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 is greedy. Unset takes the checkpoint's own default."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """0 leaves the likeliest token alone."""
     seed: Annotated[int, Field(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
     stop: Stop = Field(default_factory=list)
     """Up to four strings; the answer ends before the first that appears."""
@@ -201,6 +219,15 @@ class OpenAiRequest(_Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     """Beyond OpenAI's API: only requests with the same salt share cached prefixes."""
 
+    # Of vLLM's and SGLang's API and not served here; their clients and benchmarks send the neutral
+    # values unasked.
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
     @classmethod
     def parse(cls, raw: bytes | bytearray) -> Self:
         """Read a request body. Raises InvalidRequest that names the field at fault."""
@@ -209,8 +236,8 @@ class OpenAiRequest(_Body):
     @classmethod
     def of(cls, body: Object) -> Self:
         """As `parse`, of a body that was read."""
-        _check_sizes(body)
-        request = validated(cls, body, _NESTED)
+        _check_names_and_sizes(body)
+        request = validated(cls, body)
         request.check()
         return request
 
@@ -225,8 +252,9 @@ class OpenAiRequest(_Body):
             raise InvalidRequest(
                 "'stream_options' is only allowed with 'stream': true", param="stream_options"
             )
-        if self.stream_options is not None and self.stream_options.include_obfuscation:
-            raise _refusal("stream_options.include_obfuscation", (None, False))
+        for name in ("include_obfuscation", "continuous_usage_stats"):
+            if getattr(self.stream_options, name, None):
+                raise _refusal(f"stream_options.{name}", (None, False))
 
     @property
     def answer_tokens(self) -> int | None:
@@ -259,6 +287,9 @@ class ChatCompletionRequest(OpenAiRequest):
         "moderation": (None,),
         "store": (None, False),
         "service_tier": (None, "auto", "default"),
+        "add_generation_prompt": (None, True),
+        "continue_final_message": (None, False),
+        "chat_template_kwargs": _NOT_USED,
     }
 
     messages: list[ChatMessage] = Field(fail_fast=True)
@@ -286,6 +317,11 @@ class ChatCompletionRequest(OpenAiRequest):
     prompt_cache_key: str | None = None
     prompt_cache_options: Unserved = None
     prompt_cache_retention: str | None = None
+
+    # Of vLLM's and SGLang's API, as above.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Unserved = None
 
     def check(self) -> None:
         super().check()
@@ -323,17 +359,11 @@ class CompletionRequest(OpenAiRequest):
     suffix: str | None = None
 
 
-_NESTED: Mapping[str, type[BaseModel]] = {
-    "messages": ChatMessage,
-    "stream_options": StreamOptions,
-}
-
-
-def _check_sizes(body: Object) -> None:
-    """Refuse what would take long to validate, or whose every finding would be listed."""
+def _check_names_and_sizes(body: Object) -> None:
+    """Refuse what would take long to validate, and unknown fields of what lies within."""
     options, metadata = body.get("stream_options"), body.get("metadata")
     if isinstance(options, dict):
-        check_size(StreamOptions, options, "stream_options.")
+        check_names(StreamOptions, options, "stream_options.")
     if isinstance(metadata, dict) and len(metadata) > MAX_METADATA:
         raise InvalidRequest(
             f"'metadata' may hold at most {MAX_METADATA} entries, got {len(metadata)}",
@@ -345,7 +375,7 @@ def _check_sizes(body: Object) -> None:
     if (num_parts := len(messages)) <= MAX_MESSAGES:
         for i, message in enumerate(messages):
             if isinstance(message, dict):
-                check_size(ChatMessage, message, f"messages[{i}].")
+                check_names(ChatMessage, message, f"messages[{i}].")
                 content = message.get("content")
                 if isinstance(content, list):
                     num_parts += len(content)

@@ -45,6 +45,8 @@ def test_what_is_no_object_is_refused(raw):
         ({}, "'x' is required"),
         ({"x": 1, "labl": ""}, "unknown field 'labl'; did you mean 'label'?"),
         ({"x": 1, "a": 1, "b": 1}, "unknown field 'a'"),
+        ({"x": 1, "a": None, "b": 1}, "unknown field 'b'"),
+        ({"x": 1, "a": False}, "unknown field 'a'"),
         ({"x": [1]}, "'x' should be a valid integer, got a list"),
         ({"x": 1, "label": {}}, "'label' should be a valid string, got an object"),
     ],
@@ -53,6 +55,10 @@ def test_finding_is_one_sentence(body, message):
     with pytest.raises(InvalidRequest) as caught:
         validated(Point, body)
     assert caught.value.message == message
+
+
+def test_unknown_field_that_is_null_says_nothing():
+    assert validated(Point, {"x": 1, "a": None, "b": None}) == Point(x=1)
 
 
 def test_what_the_client_made_up_is_cut():

@@ -19,6 +19,20 @@ from core.openai import (
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
 OURS = {"top_k", "stop_token_ids", "ignore_eos", "cache_salt"}
+OF_OTHERS: dict[str, tuple[object, object]] = {
+    "repetition_penalty": (1.0, 1.1),
+    "min_p": (0.0, 0.05),
+    "min_tokens": (0, 5),
+    "skip_special_tokens": (True, False),
+    "spaces_between_special_tokens": (True, False),
+    "include_stop_str_in_output": (False, True),
+}
+"""Of vLLM's and SGLang's API: a value that says nothing, and one that does."""
+OF_OTHERS_CHAT: dict[str, tuple[object, object]] = {
+    "add_generation_prompt": (True, False),
+    "continue_final_message": (False, True),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+}
 
 
 def chat(**changes: object) -> ChatCompletionRequest:
@@ -30,15 +44,15 @@ def text(**changes: object) -> CompletionRequest:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("ours", "theirs", "others"),
     [
-        (ChatCompletionRequest, chat_params.CompletionCreateParamsBase),
-        (CompletionRequest, text_params.CompletionCreateParamsBase),
+        (ChatCompletionRequest, chat_params.CompletionCreateParamsBase, OF_OTHERS | OF_OTHERS_CHAT),
+        (CompletionRequest, text_params.CompletionCreateParamsBase, OF_OTHERS),
     ],
 )
-def test_every_field_of_the_official_client_is_in_the_type(ours, theirs):
+def test_every_field_of_the_official_client_is_in_the_type(ours, theirs, others):
     official = set(theirs.__annotations__) | {"stream"}
-    assert set(ours.model_fields) == official | OURS
+    assert set(ours.model_fields) == official | OURS | set(others)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +77,7 @@ def test_every_field_of_the_official_client_is_in_the_type(ours, theirs):
         ("moderation", {"model": "m"}),
         ("store", True),
         ("service_tier", "flex"),
+        *((name, asked) for name, (_, asked) in (OF_OTHERS | OF_OTHERS_CHAT).items()),
     ],
 )
 def test_field_not_served_is_refused_by_name(field, value):
@@ -72,7 +87,11 @@ def test_field_not_served_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("best_of", 2), ("echo", True), ("logprobs", 0), ("suffix", "x")]
+    ("field", "value"),
+    [
+        *(("best_of", 2), ("echo", True), ("logprobs", 0), ("suffix", "x")),
+        *((name, asked) for name, (_, asked) in OF_OTHERS.items()),
+    ],
 )
 def test_completion_field_not_served_is_refused_by_name(field, value):
     with pytest.raises(InvalidRequest, match=f"'{field}' is not served yet") as caught:
@@ -102,6 +121,38 @@ def test_fields_that_say_nothing_are_accepted():
     )
     assert request.messages[0].text == "hi"
     assert text(best_of=1, echo=False, suffix=None).prompt == ["hi"]
+
+
+def test_what_others_clients_send_unasked_is_accepted():
+    """`vllm bench serve` sends a repetition penalty of 1 with every prompt."""
+    neutral = {name: value for name, (value, _) in OF_OTHERS.items()}
+    assert text(**neutral).prompt == ["hi"]
+    neutral |= {name: value for name, (value, _) in OF_OTHERS_CHAT.items()}
+    options = {"include_usage": True, "continuous_usage_stats": False}
+    assert chat(**neutral, stream=True, stream_options=options).include_usage
+
+
+@pytest.mark.parametrize("top_p", [0, 1])
+def test_both_ends_of_top_p_are_accepted(top_p):
+    assert chat(top_p=top_p).top_p == top_p
+
+
+def test_usage_in_every_chunk_is_refused_by_name():
+    with pytest.raises(InvalidRequest, match="is not served yet") as caught:
+        chat(stream=True, stream_options={"continuous_usage_stats": True})
+    assert caught.value.param == "stream_options.continuous_usage_stats"
+
+
+def test_null_of_an_unknown_field_says_nothing_wherever_it_stands():
+    turn = {"role": "assistant", "content": "x", "reasoning_content": None}
+    part = {"type": "text", "text": "y", "annotations": None}
+    request = chat(
+        guided_json=None,
+        messages=[turn, {"role": "user", "content": [part]}],
+        stream=True,
+        stream_options={"include_usage": True, "other": None},
+    )
+    assert [message.text for message in request.messages] == ["x", "y"]
 
 
 def test_every_field_may_be_null_where_the_official_client_may_send_null():
@@ -142,6 +193,8 @@ def test_unknown_nested_field_is_refused_with_the_nearest_right_name():
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": 1.1}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"repetition_penalty": True}, "repetition_penalty"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
@@ -240,6 +293,27 @@ def test_image_part_is_refused_as_such():
     parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "u"}}]
     with pytest.raises(InvalidRequest, match='part of type "image_url"; only text is served'):
         chat(messages=[{"role": "user", "content": parts}])
+
+
+def test_part_of_text_with_more_in_it_is_refused_for_that():
+    part = {"type": "text", "text": "x", "language": "en"}
+    with pytest.raises(InvalidRequest, match='a part with "language", which is not served'):
+        chat(messages=[{"role": "user", "content": [part]}])
+
+
+@pytest.mark.parametrize("hint", ["prompt_cache_breakpoint", "cache_control"])
+def test_part_may_hint_where_to_cache(hint):
+    part = {"type": "text", "text": "x", hint: {"type": "ephemeral"}}
+    assert chat(messages=[{"role": "user", "content": [part]}]).messages[0].text == "x"
+
+
+def test_the_schema_allows_nulls_of_unknown_fields_and_hints():
+    schema = ChatCompletionRequest.model_json_schema()
+    message = schema["$defs"]["ChatMessage"]
+    part = message["properties"]["content"]["anyOf"][1]["items"]
+    for described in (schema, message, part, CompletionRequest.model_json_schema()):
+        assert described["additionalProperties"] == {"type": "null"}
+    assert {"prompt_cache_breakpoint", "cache_control"} < part["properties"].keys()
 
 
 def test_text_parts_are_joined():

@@ -169,7 +169,8 @@ def test_limits_that_limit_nothing_change_no_draw() -> None:
 
 
 @pytest.mark.parametrize(
-    "only_best", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-300}]
+    "only_best",
+    [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}, {"temperature": 1e-300}],
 )
 def test_a_choice_of_one_is_the_best(only_best: dict[str, float]) -> None:
     logits = random_logits(20)

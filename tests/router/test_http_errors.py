@@ -55,7 +55,7 @@ def bad_chat(**changes: object) -> bytes:
         (bad_chat(temperature=float("nan")), 400, None, "not valid JSON"),
         (bad_chat(temperature="NaN"), 400, "temperature", 'valid number, got "NaN"'),
         (bad_chat(temperature=2.1), 400, "temperature", "less than or equal to 2"),
-        (bad_chat(top_p=0), 400, "top_p", "greater than 0"),
+        (bad_chat(top_p=-0.1), 400, "top_p", "greater than or equal to 0"),
         (bad_chat(messages="hello"), 400, "messages", "valid list"),
         (bad_chat(messages=[{"role": "user"}]), 400, "messages[0].content", "required"),
         (bad_chat(stream="yes"), 400, "stream", "valid boolean"),
