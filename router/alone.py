@@ -81,7 +81,8 @@ class Alone(Generic[L]):
         """The answer at the prefill worker chosen for its prompt, if it is to stay there."""
         known, fleet = self._ask.known, self._ask.fleet
         tokens, cached = prefill.tokens, prefill.cached_tokens(chosen)
-        if not known.local_decode or cached < STAYS_CACHED * tokens:
+        may_stay = known.local_decode and not prefill.is_colocated(chosen)
+        if not may_stay or cached < STAYS_CACHED * tokens:
             return None
         pool = fleet.pool(Role.DECODE)
         here = self._ask.decode(fleet.pool(Role.PREFILL), tokens, total_tokens)

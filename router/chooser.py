@@ -156,7 +156,7 @@ class Chooser(Generic[L]):
         off, nothing was measured, or a worker was found that serves the prompt alone.
         """
         pool, query = self._fleet.pool(Role.DECODE), considered.query
-        if rule == "off" or considered.local.placement is not None or not pool.workers:
+        if rule == "off" or considered.is_alone or not pool.workers:
             return None
         then = None
         if rule == "predicted":

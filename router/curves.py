@@ -46,11 +46,14 @@ class WorkerKind(NamedTuple):
     layout: str
     num_blocks: int
     """To three digits: a large fleet in which no two are alike still has few kinds."""
+    is_colocated: bool = False
+    """Its curves are of steps with all that is in them; see router/view.py."""
 
 
-def kind_of(hello: WorkerHello) -> WorkerKind:
+def kind_of(hello: WorkerHello, *, is_colocated: bool = False) -> WorkerKind:
     # Interned, as every decision looks up the kinds of a dozen workers, by comparing them.
-    return WorkerKind(intern(str(hello.layout)), int(float(f"{hello.num_blocks:.2e}")))
+    num_blocks = int(float(f"{hello.num_blocks:.2e}"))
+    return WorkerKind(intern(str(hello.layout)), num_blocks, is_colocated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +154,14 @@ class Curves:
 
     def _like(self, kind: WorkerKind) -> Speed | None:
         """Of the known ones that are as fast the one that is most like it."""
-        sizes = [other.num_blocks for other in self._kinds if other.layout == kind.layout]
+        alike = (
+            other for other in self._kinds if other._replace(num_blocks=kind.num_blocks) == kind
+        )
+        sizes = [other.num_blocks for other in alike]
         nearest = min(sizes, key=lambda size: abs(size - kind.num_blocks), default=0)
         if abs(nearest - kind.num_blocks) > _SAME_SIZE * kind.num_blocks:
             return None
-        return self._kinds.get(WorkerKind(kind.layout, nearest))
+        return self._kinds.get(kind._replace(num_blocks=nearest))
 
     def _learning(self, kind: WorkerKind) -> Speed:
         """As `of`; of all kinds the one that has learned nothing for longest is forgotten first."""

@@ -89,18 +89,21 @@ class Learning(Generic[L]):
         steps = output_tokens - 2  # the prefill's token, and the one that began the decode
         if view is None or view.load is None or decode_s is None or steps < _FEW_TOKENS:
             return
-        if view.is_prefill and self._known.local_decode:
+        if view.is_prefill and self._has_shared_steps(view):
             return  # its steps are the prompts', which come all the time
         if view.load.running:
             step_s, running = decode_s / steps, view.load.running
             context_tokens = _running_tokens(view.load)
             predicted_s = curves.of(view.kind).decode.seconds(running, context_tokens)
             curves.saw_decode(view.kind, running, context_tokens, step_s, now_s)
-            peers = self._fleet.pool(Role.DECODE).incarnations
+            # Steps of a colocated worker hold prompts: those of decode workers are no measure.
+            peers = () if view.is_colocated else self._fleet.pool(Role.DECODE).incarnations
             self._outliers.took(view.hello.incarnation, peers, step_s, predicted_s, now_s)
 
     def _has_shared_steps(self, view: WorkerView) -> bool:
         """Whether what answers add to its steps is told apart from what prompts take."""
+        if view.is_colocated:
+            return False
         return self._known.local_decode or not view.is_prefill
 
 

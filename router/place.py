@@ -31,9 +31,7 @@ class Knowledge:
     step_s: float | None = None
     """What workers let a step take that computes part of a prompt beside answers."""
     local_decode: bool = True
-    """Answers may run at prefill workers. Where not, as in a colocated pool, its prefill curve is
-    that of steps with all that is in them.
-    """
+    """Answers may run at prefill workers."""
     random: Random
     coming: Coming = field(default_factory=Coming)
 
@@ -132,7 +130,8 @@ class PrefillPoolQuery(PoolQuery):
 
     def _seconds(self, worker: WorkerId, cached: int) -> tuple[float, float]:
         view = self._views[worker]
-        if view.load is not None and view.load.decoding and self._known.local_decode:
+        load, may_stay = view.load, self._known.local_decode
+        if load is not None and load.decoding and may_stay and not view.is_colocated:
             there = self._beside(view, cached)
             return there.queue_s, there.work_s
         curve = self._known.curves.of(view.kind).prefill
@@ -176,6 +175,10 @@ class PrefillPoolQuery(PoolQuery):
             return view.queued_tokens, 0.0
         tokens = load.decoding_tokens + self.tokens
         return view.queued_tokens, speed.decode.seconds(load.decoding + 1, tokens)
+
+    def is_colocated(self, worker: WorkerId) -> bool:
+        """Whether a prompt that is computed there is answered there."""
+        return self._views[worker].is_colocated
 
     def measured(self, worker: WorkerId) -> bool:
         """Whether the seconds predicted for it rest on what such workers have taken."""

@@ -67,6 +67,11 @@ class Considered(NamedTuple, Generic[L]):
     local: Local[L] = Local(LocalVerdict.OFF)
 
     @property
+    def is_alone(self) -> bool:
+        """One worker computes the prompt and its answer."""
+        return self.local.placement is not None or self.query.is_colocated(self.decision.worker_id)
+
+    @property
     def places(self) -> int:
         """Workers that prompts like it are computed on."""
         return len(self.query.pool) + self.local.workers

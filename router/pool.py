@@ -17,6 +17,9 @@ class Pool:
         self._incarnations = {view.hello.incarnation: w for w, view in self.views.items()}
         self.incarnations = tuple(self._incarnations)
         """Of `workers`, in their order."""
+        separate = frozenset(w for w, view in self.views.items() if not view.is_colocated)
+        self.separate = separate if len(separate) < len(self.views) else frozenset[WorkerId]()
+        """Members that hand their answers over; empty where all do."""
         self._domains: dict[str, list[WorkerId]] = defaultdict(list)
         for worker_id, view in self.views.items():
             self._domains[view.domain].append(worker_id)

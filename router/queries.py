@@ -29,13 +29,16 @@ class Queries(Generic[L]):
     ) -> PrefillPoolQuery:
         """Raises NoWorkers."""
         pool = self.pool(Role.PREFILL)
+        useless = frozenset[WorkerId]()
+        if pool.separate and not self.fleet.pool(Role.DECODE).workers:
+            useless = pool.separate  # nobody is there to take their answers
         return PrefillPoolQuery(
             pool,
             self.known,
             self.clock.now_s(),
             tokens=tokens,
             hashes=hashes,
-            closed=self.closed(pool, failed),
+            closed=self.closed(pool, failed, useless),
         )
 
     def decode(
@@ -64,18 +67,23 @@ class Queries(Generic[L]):
         hello = pool.views[pool.workers[0]].hello
         return chain_hashes(tokens, hello.layout.block_size, root_hash(hello.model_id, cache_salt))
 
-    def closed(self, pool: Pool, failed: Collection[Incarnation] = ()) -> frozenset[WorkerId]:
+    def closed(
+        self,
+        pool: Pool,
+        failed: Collection[Incarnation] = (),
+        useless: frozenset[WorkerId] = frozenset(),
+    ) -> frozenset[WorkerId]:
         """The failed and the ejected ones; when that is everybody, the failed ones; when that is,
-        too, nobody.
+        too, nobody. The `useless`, who are never everybody, in any case.
         """
         shut = self.outliers.shut(self.clock.now_s())
         if not failed and not shut:
-            return frozenset()
-        known = pool.named(failed)
+            return useless
+        known = pool.named(failed) | useless
         for closed in (known | pool.named(shut), known):
             if len(closed) < len(pool.workers):
                 return closed
-        return frozenset()
+        return useless
 
     def placed(self, role: Role, worker: WorkerId, now_s: float) -> None:
         """It may be the probe of an ejected worker."""

@@ -9,11 +9,18 @@ _MAX_OWN = 4096
 
 
 class WorkerView:
-    """Built from one stream's messages and this router's own submits; gone with the stream."""
+    """Built from one stream's messages and this router's own submits; gone with the stream.
 
-    def __init__(self, hello: WorkerHello, holdings: Holdings) -> None:
+    With `is_colocated` the worker answers every prompt that it computes, in steps that nothing
+    bounds, as most servers do. No live worker is such a one, simulated ones may be.
+    """
+
+    def __init__(
+        self, hello: WorkerHello, holdings: Holdings, *, is_colocated: bool = False
+    ) -> None:
         self.hello = hello
-        self.kind: WorkerKind = kind_of(hello)
+        self.is_colocated = is_colocated
+        self.kind: WorkerKind = kind_of(hello, is_colocated=is_colocated)
         self.domain = hello.network_domain or domain_of(hello.peer_address)
         """Within which KV moves best."""
         self.load: LoadReport | None = None

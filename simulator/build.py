@@ -132,10 +132,11 @@ def _check(pools: tuple[SimulatedPool, ...], sim: SimulationConfig) -> None:
     names, roles = [pool.name for pool in pools], {pool.role for pool in pools}
     if len(set(names)) < len(names):
         raise ConfigError("simulation.pools: two pools have the same name")
-    if roles not in ({"colocated"}, {"prefill", "decode"}):
+    if len(roles & {"prefill", "decode"}) == 1:
+        missing = "decode" if "prefill" in roles else "prefill"
         raise ConfigError(
-            "simulation.pools: either all are colocated, or there are prefill and decode pools, as"
-            " no router places between the two; run each as a config of its own, and compare"
+            f"simulation.pools: there is no {missing} pool; prefill and decode pools need each"
+            " other, also beside colocated ones, which may be all there is"
         )
     known = {pool.name: pool.workers for pool in pools}
     for section, named in (("failures", sim.failures), ("cuts", sim.cuts)):

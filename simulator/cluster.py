@@ -195,6 +195,7 @@ class Cluster:
             holdings=holdings,
             unheard=unheard,
             leases=LeaseTable(worker.pool, self._events, transfer.lease_s),
+            is_colocated=colocated,
         )
         self._leases.append(member.leases)
         if transfer.fetch and slot.pool.role is PoolRole.PREFILL:

@@ -35,7 +35,8 @@ class SimulatedPool(Settings):
 
     name: str = Field(min_length=1)
     role: Literal["prefill", "decode", "colocated"]
-    """colocated workers compute prompts and answers, as most servers do."""
+    """colocated workers compute prompts and answers, as most servers do; they may be all there are,
+    or stand beside prefill and decode workers."""
     workers: int = Field(ge=1, le=100_000)
     profile: str | None = None
     tensor_parallel: int | None = Field(None, ge=1)

@@ -36,6 +36,7 @@ class Member:
     leases: LeaseTable
     fetcher: PrefixFetcher | None = None
     """Of prompts' prefixes, where such are fetched."""
+    is_colocated: bool = False
     is_dead: bool = False
 
     def tell(self) -> None:
@@ -51,9 +52,9 @@ class Member:
 class _TrueView(WorkerView):
     """A view whose load is what the worker would report at this moment."""
 
-    def __init__(self, hello: WorkerHello, holdings: Holdings, worker: SimWorker) -> None:
-        self._worker = worker
-        super().__init__(hello, holdings)
+    def __init__(self, member: Member) -> None:
+        self._worker = member.worker
+        super().__init__(member.hello, member.holdings, is_colocated=member.is_colocated)
 
     @property
     def load(self) -> LoadReport | None:
@@ -99,9 +100,10 @@ class SimFleet:
     def join(self, member: Member) -> None:
         """It is up."""
         if self._sees_truth:
-            view: WorkerView = _TrueView(member.hello, member.holdings, member.worker)
+            view: WorkerView = _TrueView(member)
         else:
-            view = WorkerView(member.hello, member.holdings)
+            colocated = member.is_colocated
+            view = WorkerView(member.hello, member.holdings, is_colocated=colocated)
             view.reported(member.worker.load(0))
         self._links[member.record.worker_id] = SimLink(member, view)
         self._roles = self._everyone = None
@@ -139,7 +141,7 @@ class SimFleet:
 
 
 def make_hello(name: str, role: PoolRole, worker: SimWorker, domain: int, life: int) -> WorkerHello:
-    """What the worker says of itself; a pool of colocated workers stands where prompts go."""
+    """What the worker says of itself; a colocated one stands where prompts go."""
     spec = worker.spec
     return WorkerHello(
         worker_id=WorkerId(name),

@@ -39,7 +39,8 @@ def kv_size(pool: SimulatedPool, sim: SimulationConfig, loaded: Profile | None) 
             f"{loaded.name} does not say how much KV a worker has room for: {_TOKENS:,} tokens are"
             " assumed; set simulation.kv_tokens"
         )
-    if nbytes is None and loaded is not None and pool.role != "colocated":
+    is_read = any(each.role != "colocated" for each in (pool, *sim.pools))
+    if nbytes is None and loaded is not None and is_read:
         notes.append(
             f"{loaded.name} is of no model of a known shape: {_BYTES_PER_TOKEN:,} bytes of KV per"
             " token are assumed, as of Llama-3-8B; set simulation.kv_bytes_per_token, or"

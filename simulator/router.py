@@ -10,7 +10,6 @@ router/attempt.py has it, without the waits that a lost message would need.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -35,7 +34,7 @@ from router.admission import (
 from router.chooser import Chooser
 from router.outliers import OutlierRules, Outliers
 from router.placement import Considered, Placement
-from router.policies.build import Policies, build_policies
+from router.policies.build import build_policies
 from router.watcher import Requeue, Unwatched
 from simulator.balance import Balance
 from simulator.deadlines import Deadlines
@@ -80,13 +79,11 @@ class SimRouter:
         rules = OutlierRules(failures=spec.router.eject_after_failures, eject_s=spec.router.eject_s)
         self.chooser: Chooser[SimLink] = Chooser(
             fleet,
-            _policies(spec),
+            build_policies(spec.router, spec.slo),
             events,
             random,
             Outliers(rules, Unwatched()),
         )
-        self._is_colocated = spec.is_colocated
-        self._is_local = spec.router.local_prefill and not spec.is_colocated
         self._prefill_config = PrefillConfig(max_queued_tokens=spec.max_queued_tokens)
         self._decode_config = DecodeConfig(max_sequences=spec.max_sequences)
         self._bounds = QueueBounds(
@@ -185,7 +182,7 @@ class SimRouter:
             "",
             job.failed | job.refused,
             hashes=job.request.hashes,
-            local_total=total if self._is_local else None,
+            local_total=total if self._spec.router.local_prefill else None,
         )
 
     def max_tokens(self, job: Job) -> int:
@@ -201,13 +198,12 @@ class SimRouter:
             return
         job.record.attempts += 1
         job.emitted_before = job.emitted
-        alone = self.chooser.place_locally(considered)
-        if alone is not None:
-            self._compute(job, alone)
-        elif self._is_colocated:
-            self._compute(job, self.chooser.place(considered, job.failed))
+        local = self.chooser.place_locally(considered)
+        placed = local or self.chooser.place(considered, job.failed)
+        if considered.is_alone:
+            self._compute(job, placed)
         else:
-            self._prefill(job, self.chooser.place(considered, job.failed))
+            self._prefill(job, placed)
 
     def _again(self, job: Job) -> None:
         if id(job) in self._jobs:  # else its time was up meanwhile
@@ -521,11 +517,3 @@ class SimRouter:
         if outcome == "ok":
             job.record.end_s = self._events.now_s()
         self._on_end(job.record)
-
-
-def _policies(spec: SimSpec) -> Policies:
-    """Colocated workers do both, as vLLM does: no step of theirs is kept within a target."""
-    policies = build_policies(spec.router, spec.slo)
-    if spec.is_colocated:
-        return replace(policies, step_s=None, local_decode=False)
-    return policies

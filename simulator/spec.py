@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class PoolRole(StrEnum):
-    """What a pool does; colocated workers compute a prompt and its answer, as most servers do."""
+    """What a pool does; colocated workers compute a prompt and its answer, as most servers do, and
+    stand beside prefill workers where prompts go.
+    """
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -103,8 +105,3 @@ class SimSpec:
     def gpus(self) -> int:
         """Of all pools."""
         return sum(pool.workers * pool.worker.gpus for pool in self.pools)
-
-    @property
-    def is_colocated(self) -> bool:
-        """Whether no pool only decodes."""
-        return all(pool.role is not PoolRole.DECODE for pool in self.pools)

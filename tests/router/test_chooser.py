@@ -40,14 +40,17 @@ class Link:
 class Workers:
     """In place of router.fleet.Fleet: fixed workers of both roles, nothing connected."""
 
-    def __init__(self, prefill: int = 1, decode: int = 1) -> None:
+    def __init__(self, prefill: int = 1, decode: int = 1, colocated: int = 0) -> None:
         self.index = PrefixIndex()
         views = {}
-        for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode)):
+        counts = {"prefill": prefill, "decode": decode, "colocated": colocated}
+        for kind, count in counts.items():
+            role = Role.DECODE if kind == "decode" else Role.PREFILL
+            both = kind == "colocated"
             for i in range(count):
-                name = WorkerId(f"{role}-{i}")
+                name = WorkerId(f"{kind}-{i}")
                 hello = replace(HELLO, worker_id=name, incarnation=Incarnation(name), role=role)
-                view = views[name] = WorkerView(hello, self.index.join(name))
+                view = views[name] = WorkerView(hello, self.index.join(name), is_colocated=both)
                 view.load = replace(IDLE, running=2, context_tokens=100)
                 view.apply_snapshot(KvSnapshot(next_number=1))
         self.everyone = Pool(views)

@@ -58,6 +58,12 @@ def test_colocated_workers_hand_nothing_over_so_the_size_does_not_matter() -> No
     assert kv_size(pool, SimulationConfig(kv_tokens=9), BARE).notes == ()
 
 
+def test_it_matters_beside_workers_that_fetch_from_them() -> None:
+    pool = POOL.model_copy(update={"role": "colocated"})
+    (note,) = kv_size(pool, SimulationConfig(kv_tokens=9, pools=(pool, POOL)), BARE).notes
+    assert "bytes of KV per token are assumed" in note
+
+
 def test_the_engines_own_model_is_of_the_size_assumed() -> None:
     size = kv_size(POOL, SimulationConfig(), None)
     assert (size.tokens, size.bytes_per_token, size.notes) == (400_000, 131_072, ())
