@@ -46,6 +46,8 @@ PREFIX_FETCHES = "baton_prefix_fetches_total"
 PREFIX_FETCHED_TOKENS = "baton_prefix_fetched_tokens_total"
 PREEMPTIONS = "baton_preemptions_total"
 MESSAGE_BUGS = "baton_router_message_bugs_total"
+KV_WAYS = "baton_kv_transport_up"
+PULLS_WAITING = "baton_kv_pulls_waiting_for_memory"
 # Of one worker as the owner of what one reader reads.
 PAIR_LEASES_ENDED = "baton_kv_pair_leases_ended_total"
 # Of one worker as the reader of one owner.

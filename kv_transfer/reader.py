@@ -200,6 +200,11 @@ class Reader:
 
     # -- memory ---------------------------------------------------------------------------------
 
+    @property
+    def waiting_for_memory(self) -> int:
+        """Pulls that have no blocks to read into yet."""
+        return len(self._line)
+
     def space_freed(self) -> None:
         """Blocks were freed: the pull that is next to get memory may look again."""
         if self._line:

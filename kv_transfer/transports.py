@@ -49,6 +49,8 @@ class Transports:
     def __init__(self, ways: Sequence[Transport], seals: Seals | None = None) -> None:
         self.seals = seals
         self._ways = {way.name: way for way in ways}
+        self.started = tuple(self._ways)
+        """The ways that worked at first, best first."""
         self._routes: dict[ShardId, Transport] = {}
 
     @property

@@ -139,6 +139,17 @@ def _transfers(worker: Worker) -> Iterator[Metric]:
         for owner_id, pair in pairs.items():
             family.add_metric([owner_id, pair.transport], getattr(pair, column))
         yield family
+    ways = GaugeMetricFamily(
+        telemetry.KV_WAYS, "1 of a way to move KV, 0 since it was given up", labels=["transport"]
+    )
+    for name in worker.transports.started:
+        ways.add_metric([name], name in worker.transports.names)
+    yield ways
+    yield GaugeMetricFamily(
+        telemetry.PULLS_WAITING,
+        "Hand-offs to this worker that wait for blocks to be free",
+        value=worker.reader.waiting_for_memory,
+    )
     failures = CounterMetricFamily(
         telemetry.PAIR_FAILURES,
         "Hand-offs that brought nothing, by cause",

@@ -49,6 +49,8 @@ async def test_leases_blocks_and_pairs_are_served(caplog: pytest.LogCaptureFixtu
         assert 'baton_kv_leases_ended_total{outcome="expired"} 0.0' in text
         assert 'baton_kv_leases_ended_total{outcome="withdrawn"} 1.0' in text
         assert 'baton_kv_pair_leases_ended_total{outcome="withdrawn",reader="d1"} 1.0' in text
+        assert 'baton_kv_transport_up{transport="loopback"} 1.0' in text
+        assert "baton_kv_pulls_waiting_for_memory 0.0" in text
         assert f'baton_kv_blocks{{state="free"}} {worker.pool.num_blocks}.0' in text
         with pytest.raises(httpx.ConnectError):
             await scrape(address)

@@ -229,6 +229,7 @@ async def test_a_failed_way_is_dropped_and_its_peers_connect_by_the_other(
         worker.ways["pigeon"].broken.set_result(RuntimeError("shot down"))
         await until(lambda: worker.ways["pigeon"].closed, "the failed way is closed")
         assert worker.transports.names == ("raven",)
+        assert worker.transports.started == ("pigeon", "raven")
         assert [m.transport for m in worker.transports.memories()] == ["raven"]
         with pytest.raises(TransferFailed, match="not connected"):
             await worker.read(PEER)

@@ -17,11 +17,13 @@ async def test_a_pull_waits_until_blocks_are_free() -> None:
         taken = p.half.pool.allocate(NUM_BLOCKS - 1) or []
         lease, blocks = p.owner.whole(3)
         pulling = group.create_task(p.pull(lease, 3))
-        await until(lambda: lease.reader is not None, "the reader bound")
+        await until(lambda: p.reader.waiting_for_memory == 1, "the pull waits")
+        assert lease.reader is not None
         assert not pulling.done()
         p.half.pool.release(taken)
         p.reader.space_freed()
         p.assert_arrived(await pulling, blocks)
+        assert p.reader.waiting_for_memory == 0
 
 
 async def test_who_waits_for_memory_is_served_in_the_order_of_coming() -> None:
