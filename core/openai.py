@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
+import orjson
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -30,6 +31,8 @@ MAX_MESSAGES = 10_000
 and reading so many takes the router some tens of milliseconds.
 """
 MAX_METADATA = 16
+MAX_TEMPLATE_KWARGS_BYTES = 4096
+"""As JSON. A template may write them into every turn."""
 _INT64_MAX = 2**63 - 1
 _INT32_MAX = 2**31 - 1
 _NOT_USED: tuple[JsonValue, ...] = (None, [], {})
@@ -104,6 +107,20 @@ def _check_prompt(value: object) -> list[str] | list[list[int]]:
     raise ValueError("must be a string, a list of strings, token ids, or lists of token ids")
 
 
+def _check_template_kwargs(value: object) -> Object:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object, got {shown(value)}")
+    try:
+        size = len(orjson.dumps(value))
+    except orjson.JSONEncodeError:  # all else that orjson read it also writes
+        raise ValueError("is nested too deeply") from None
+    if size > MAX_TEMPLATE_KWARGS_BYTES:
+        raise ValueError(f"may hold at most {MAX_TEMPLATE_KWARGS_BYTES} bytes of JSON, got {size}")
+    return value
+
+
 def _any_of(*schemas: dict[str, JsonValue]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": list(schemas)})
 
@@ -137,6 +154,9 @@ Prompt = Annotated[
         _TOKENS,
         {"type": "array", "items": _TOKENS, "minItems": 1},
     ),
+]
+TemplateKwargs = Annotated[
+    Object, PlainValidator(_check_template_kwargs), _any_of({"type": "object"}, {"type": "null"})
 ]
 
 
@@ -289,7 +309,6 @@ class ChatCompletionRequest(OpenAiRequest):
         "service_tier": (None, "auto", "default"),
         "add_generation_prompt": (None, True),
         "continue_final_message": (None, False),
-        "chat_template_kwargs": _NOT_USED,
     }
 
     messages: list[ChatMessage] = Field(fail_fast=True)
@@ -318,10 +337,15 @@ class ChatCompletionRequest(OpenAiRequest):
     prompt_cache_options: Unserved = None
     prompt_cache_retention: str | None = None
 
+    chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
+    """Beyond OpenAI's API: variables of the model's chat template, such as Qwen3's
+    `enable_thinking`. One it does not use changes nothing; what the server itself passes, such as
+    `messages`, is refused.
+    """
+
     # Of vLLM's and SGLang's API, as above.
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: Unserved = None
 
     def check(self) -> None:
         super().check()

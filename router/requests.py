@@ -115,7 +115,8 @@ class Planner:
     async def _prompts(self, body: OpenAiRequest) -> list[Sequence[int]]:
         prompts: list[Sequence[int]] = []
         if isinstance(body, ChatCompletionRequest):
-            prompts.append(await self._tokenizer.encode_chat(body.messages))
+            variables = body.chat_template_kwargs
+            prompts.append(await self._tokenizer.encode_chat(body.messages, variables))
         elif isinstance(body, CompletionRequest):
             texts = [item for item in body.prompt if isinstance(item, str)]
             ids = [item for item in body.prompt if not isinstance(item, str)]

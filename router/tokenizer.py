@@ -1,6 +1,7 @@
 """Texts and chats to token ids with one Hugging Face tokenizer; long ones off the event loop."""
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from core import telemetry
 from core.blocks import PackedTokens, pack_tokens
 from core.errors import ConfigError, InvalidRequest, Overloaded
+from core.json_body import Object
 from core.openai import ChatMessage
 from engine.weights import check_tokenizer, read_json
 from router.detokenize import Detokenizer, detokenizer_factory
@@ -34,8 +36,14 @@ time.
 MAX_REASON_CHARS = 300
 """Of what a template says on refusing, which may hold a message's text."""
 
-# What a template can raise on messages it was not written for, besides its own refusals.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+# What a template can raise on what it was not written for, besides its own refusals.
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+)
+
+_RENDERING = frozenset(inspect.signature(render_jinja_template).parameters) - {"documents"}
+_NOT_THE_CLIENTS = _RENDERING | {"messages", "self"}
+"""Names of no variable that a client may set; special tokens come on top."""
 
 T = TypeVar("T")
 
@@ -58,6 +66,9 @@ class Tokenizer:
         # What `apply_chat_template` looks up anew for every chat.
         self._template = _default_template(hf_tokenizer)
         self._special_tokens: dict[str, str] = dict(hf_tokenizer.special_tokens_map)
+        self._own_variables = _NOT_THE_CLIENTS.union(
+            hf_tokenizer.SPECIAL_TOKENS_ATTRIBUTES, self._special_tokens
+        )
         self._knows_developer = "developer" in str(hf_tokenizer.chat_template)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self._waiting_chars = 0
@@ -94,8 +105,11 @@ class Tokenizer:
             size, lambda: [self._encode(text, special=True) for text in texts]
         )
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
-        """Ids of a chat up to where the assistant speaks. Raises InvalidRequest.
+    async def encode_chat(
+        self, messages: Sequence[ChatMessage], variables: Object
+    ) -> Sequence[int]:
+        """Ids of a chat up to where the assistant speaks; `variables` are the client's, for the
+        template. Raises InvalidRequest.
 
         A template that does not know the role `developer` sees `system`.
         """
@@ -106,7 +120,10 @@ class Tokenizer:
                 param="messages",
             )
         size = sum(map(_size, messages))
-        return await self._in_thread(size, lambda: self._encode_turns(messages))
+        if variables:
+            self._check_variables(variables)
+            size += len(str(variables))
+        return await self._in_thread(size, lambda: self._encode_turns(messages, variables))
 
     def detokenizer(self, after: Sequence[int] = ()) -> Detokenizer:
         """For one answer; `after` are the last tokens of a text that it continues."""
@@ -127,13 +144,18 @@ class Tokenizer:
         finally:
             self._waiting_chars -= size
 
+    def _check_variables(self, variables: Object) -> None:
+        for name in variables.keys() & self._own_variables:
+            where = f"chat_template_kwargs.{name}"
+            raise InvalidRequest(f"'{where}' is not for the client to set", param=where)
+
     def _turn(self, message: ChatMessage) -> dict[str, str]:
         developer_as = "developer" if self._knows_developer else "system"
         role = developer_as if message.role == "developer" else message.role
         turn = {"role": role, "content": message.text}
         return turn if message.name is None else turn | {"name": message.name}
 
-    def _encode_turns(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
+    def _encode_turns(self, messages: Sequence[ChatMessage], variables: Object) -> Sequence[int]:
         turns = [self._turn(message) for message in messages]
         try:
             (text,), _ = render_jinja_template(
@@ -141,11 +163,13 @@ class Tokenizer:
                 chat_template=self._template,
                 add_generation_prompt=True,
                 **self._special_tokens,
+                **variables,
             )
         except _TEMPLATE_ERRORS as error:
             reason = str(error)[:MAX_REASON_CHARS]
+            what = "these messages" + (" with these 'chat_template_kwargs'" if variables else "")
             raise InvalidRequest(
-                f"the model's chat template refuses these messages: {reason}", param="messages"
+                f"the model's chat template refuses {what}: {reason}", param="messages"
             ) from error
         return self._encode(text, special=False)
 

@@ -19,6 +19,7 @@ from core.openai import (
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
 OURS = {"top_k", "stop_token_ids", "ignore_eos", "cache_salt"}
+OURS_CHAT = OURS | {"chat_template_kwargs"}
 OF_OTHERS: dict[str, tuple[object, object]] = {
     "repetition_penalty": (1.0, 1.1),
     "min_p": (0.0, 0.05),
@@ -31,7 +32,6 @@ OF_OTHERS: dict[str, tuple[object, object]] = {
 OF_OTHERS_CHAT: dict[str, tuple[object, object]] = {
     "add_generation_prompt": (True, False),
     "continue_final_message": (False, True),
-    "chat_template_kwargs": ({}, {"enable_thinking": False}),
 }
 
 
@@ -44,15 +44,18 @@ def text(**changes: object) -> CompletionRequest:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "others"),
+    ("request_type", "theirs", "more"),
     [
-        (ChatCompletionRequest, chat_params.CompletionCreateParamsBase, OF_OTHERS | OF_OTHERS_CHAT),
-        (CompletionRequest, text_params.CompletionCreateParamsBase, OF_OTHERS),
+        (
+            ChatCompletionRequest,
+            chat_params.CompletionCreateParamsBase,
+            OURS_CHAT | OF_OTHERS.keys() | OF_OTHERS_CHAT.keys(),
+        ),
+        (CompletionRequest, text_params.CompletionCreateParamsBase, OURS | OF_OTHERS.keys()),
     ],
 )
-def test_every_field_of_the_official_client_is_in_the_type(ours, theirs, others):
-    official = set(theirs.__annotations__) | {"stream"}
-    assert set(ours.model_fields) == official | OURS | set(others)
+def test_every_field_of_the_official_client_is_in_the_type(request_type, theirs, more):
+    assert set(request_type.model_fields) == set(theirs.__annotations__) | {"stream"} | more
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,8 @@ def test_unknown_nested_field_is_refused_with_the_nearest_right_name():
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"user": 5}, "user"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
         ({"messages": {"role": "user"}}, "messages"),
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
@@ -233,6 +238,7 @@ def test_wrong_value_names_its_field(changes, param):
 
 USER = {"role": "user", "content": "x"}
 MANY = {f"field{i}": 1 for i in range(1000)}
+NESTED = json.loads("[" * 900 + "]" * 900)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +255,9 @@ MANY = {f"field{i}": 1 for i in range(1000)}
         ({"messages": [USER | MANY]}, "messages[0].field0", "unknown field"),
         ({"stream_options": MANY}, "stream_options.field0", "unknown field"),
         ({"stop": [1] * 1000}, "stop", "at most 4"),
+        ({"chat_template_kwargs": {"x": "y" * 5000}}, "chat_template_kwargs", "4096 bytes"),
+        ({"chat_template_kwargs": MANY}, "chat_template_kwargs", "4096 bytes"),
+        ({"chat_template_kwargs": {"x": NESTED}}, "chat_template_kwargs", "too deeply"),
         ({"stop_token_ids": ["a"] * 1000}, "stop_token_ids[0]", "integer"),
         ({"stop_token_ids": [1] * 1000}, "stop_token_ids", "at most 256"),
     ],
@@ -352,6 +361,11 @@ def test_prompt_of_another_form_is_refused(prompt):
     with pytest.raises(InvalidRequest) as caught:
         text(prompt=prompt)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("given", [None, {}, {"enable_thinking": False, "any": [{"x": None}]}])
+def test_template_variables_are_any_json_object(given):
+    assert chat(chat_template_kwargs=given).chat_template_kwargs == (given or {})
 
 
 @pytest.mark.parametrize("stop", [None, [], "a", ["a"]])

@@ -6,6 +6,7 @@ import pytest
 from http_builders import (
     MODEL,
     TEXT,
+    THINKING_TEMPLATE,
     ScriptedGenerator,
     byte_level_bpe,
     endless,
@@ -36,6 +37,26 @@ async def test_whole_chat_answer(tmp_path):
     assert answer.usage.prompt_tokens == len(generator.requests[0].prompt_tokens)
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("variables", "prompt_ends"),
+    [
+        ({}, "assistant\n"),
+        ({"enable_thinking": True, "unused": 1}, "assistant\n"),
+        ({"enable_thinking": False}, "<think>\n\n</think>\n\n"),
+    ],
+)
+@in_loop
+async def test_chat_template_kwargs_reach_the_models_template(tmp_path, variables, prompt_ends):
+    generator = ScriptedGenerator(saying("a"))
+    folder = model_directory(tmp_path, chat_template=THINKING_TEMPLATE)
+    async with running(generator, folder) as server, server.client() as client:
+        await client.chat.completions.create(
+            model=MODEL, messages=CHAT, extra_body={"chat_template_kwargs": variables}
+        )
+    prompt = byte_level_bpe().decode(list(generator.requests[0].prompt_tokens))
+    assert prompt.endswith(prompt_ends)
 
 
 @in_loop

@@ -118,6 +118,26 @@ async def test_chat_template_that_refuses_is_a_400(tmp_path):
             await client.chat.completions.create(model=MODEL, messages=late_system)
 
 
+@pytest.mark.parametrize(
+    ("variables", "param"),
+    [
+        ({"parts": 0}, "messages"),
+        ({"add_generation_prompt": False}, "chat_template_kwargs.add_generation_prompt"),
+        ("enable_thinking", "chat_template_kwargs"),
+    ],
+)
+@in_loop
+async def test_bad_chat_template_kwargs_are_a_400(tmp_path, variables, param):
+    generator = ScriptedGenerator(saying("a"))
+    folder = model_directory(tmp_path, chat_template="{{ 100 // parts }}")
+    async with running(generator, folder) as server, server.client() as client:
+        with pytest.raises(openai.BadRequestError, match="chat_template_kwargs") as caught:
+            await client.chat.completions.create(
+                model=MODEL, messages=CHAT, extra_body={"chat_template_kwargs": variables}
+            )
+    assert caught.value.param == param
+
+
 @in_loop
 async def test_chat_without_a_template_is_a_400_and_completions_work(tmp_path):
     generator = ScriptedGenerator(saying("a"))

@@ -147,6 +147,11 @@ CHAT = some_of(
         "metadata": st.dictionaries(TEXT, TEXT, max_size=2),
         "service_tier": st.sampled_from(["auto", "default", "flex"]),
         "store": st.booleans(),
+        "chat_template_kwargs": st.dictionaries(
+            TEXT | st.sampled_from(["messages", "eos_token", "range", "documents"]),
+            ANYTHING,
+            max_size=2,
+        ),
     },
 )
 COMPLETION = some_of(

@@ -5,7 +5,14 @@ import json
 import threading
 
 import pytest
-from http_builders import CHAT_TEMPLATE, TEXT, byte_level_bpe, in_loop, model_directory
+from http_builders import (
+    CHAT_TEMPLATE,
+    TEXT,
+    THINKING_TEMPLATE,
+    byte_level_bpe,
+    in_loop,
+    model_directory,
+)
 from transformers import AutoTokenizer
 
 from core.errors import ConfigError, InvalidRequest, Overloaded
@@ -33,7 +40,7 @@ async def test_ids_equal_the_librarys(tmp_path):
             hf(TEXT).input_ids,
             hf("a").input_ids,
         ]
-        assert list(await tokenizer.encode_chat(CHAT)) == expected
+        assert list(await tokenizer.encode_chat(CHAT, {})) == expected
     finally:
         tokenizer.close()
 
@@ -64,21 +71,30 @@ async def test_text_over_what_may_wait_is_overload(tmp_path, monkeypatch):
         tokenizer.close()
 
 
-@pytest.mark.parametrize("many", [{"content": ""}, {"content": "", "name": "n" * 3000}])
+@pytest.mark.parametrize(
+    ("message", "times", "variables"),
+    [
+        ({"content": ""}, 100, {}),
+        ({"content": "", "name": "n" * 3000}, 100, {}),
+        ({"content": ""}, 1, {"unused": "x" * 3000}),
+    ],
+)
 @in_loop
-async def test_many_empty_messages_or_long_names_are_no_work_for_the_loop(tmp_path, many):
+async def test_many_messages_long_names_or_variables_are_no_work_for_the_loop(
+    tmp_path, message, times, variables
+):
     tokenizer = Tokenizer.load(model_directory(tmp_path), 1)
     threads: list[str] = []
     encode = tokenizer._encode_turns
 
-    def noting(messages):
+    def noting(messages, variables):
         threads.append(threading.current_thread().name)
-        return encode(messages)
+        return encode(messages, variables)
 
     tokenizer._encode_turns = noting
     try:
-        await tokenizer.encode_chat([ChatMessage(role="user", content="short")])
-        await tokenizer.encode_chat([ChatMessage(role="user", **many)] * 100)
+        await tokenizer.encode_chat([ChatMessage(role="user", content="short")], {})
+        await tokenizer.encode_chat([ChatMessage(role="user", **message)] * times, variables)
     finally:
         tokenizer.close()
     assert threads[0] == threading.main_thread().name
@@ -112,10 +128,73 @@ async def test_texts_that_are_long_together_are_no_work_for_the_loop(tmp_path, t
 async def test_developer_is_system_to_a_template_that_does_not_know_it(tmp_path, template, role):
     tokenizer = Tokenizer.load(model_directory(tmp_path, chat_template=template), 1)
     try:
-        ids = await tokenizer.encode_chat([ChatMessage(role="developer", content="x")])
+        ids = await tokenizer.encode_chat([ChatMessage(role="developer", content="x")], {})
     finally:
         tokenizer.close()
     assert byte_level_bpe().decode(list(ids)).startswith(role)
+
+
+VARIED = (
+    THINKING_TEMPLATE + "{% if effort is defined %}{{ 100 // effort }}{% endif %}"
+    "{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "ends"),
+    [
+        ({}, "assistant\n"),
+        ({"enable_thinking": True}, "assistant\n"),
+        ({"enable_thinking": False}, "assistant\n<think>\n\n</think>\n\n"),
+        ({"effort": 50}, "assistant\n2"),
+        ({"documents": [{"text": "a fox"}]}, "a fox"),
+        ({"unused": {"deep": [None]}}, "assistant\n"),
+    ],
+)
+@in_loop
+async def test_template_sees_the_clients_variables_as_with_the_library(tmp_path, variables, ends):
+    folder = model_directory(tmp_path, chat_template=VARIED)
+    hf = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"}]
+    expected = hf.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False, **variables
+    )
+    tokenizer = Tokenizer.load(folder, 1)
+    try:
+        ids = list(await tokenizer.encode_chat(CHAT, variables))
+    finally:
+        tokenizer.close()
+    assert ids == expected
+    assert byte_level_bpe().decode(ids).endswith(ends)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"),
+        *("conversations", "return_assistant_tokens_mask", "self", "bos_token", "eos_token"),
+    ],
+)
+@in_loop
+async def test_client_cannot_set_what_the_router_passes_to_the_template(tmp_path, name):
+    tokenizer = Tokenizer.load(model_directory(tmp_path), 1)
+    try:
+        with pytest.raises(InvalidRequest, match="not for the client to set") as caught:
+            await tokenizer.encode_chat(CHAT, {"unused": 1, name: True})
+    finally:
+        tokenizer.close()
+    assert caught.value.param == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize("variables", [{"effort": 0}, {"effort": "x"}, {"documents": 5}])
+@in_loop
+async def test_template_that_cannot_use_a_variable_blames_it_too(tmp_path, variables):
+    tokenizer = Tokenizer.load(model_directory(tmp_path, chat_template=VARIED), 1)
+    try:
+        with pytest.raises(InvalidRequest, match=r"these messages with .+chat_template_kwargs'"):
+            await tokenizer.encode_chat(CHAT, variables)
+    finally:
+        tokenizer.close()
 
 
 @in_loop
@@ -124,7 +203,7 @@ async def test_template_with_a_bug_blames_the_messages(tmp_path):
     tokenizer = Tokenizer.load(model_directory(tmp_path, chat_template=broken), 1)
     try:
         with pytest.raises(InvalidRequest, match="chat template refuses"):
-            await tokenizer.encode_chat(CHAT)
+            await tokenizer.encode_chat(CHAT, {})
     finally:
         tokenizer.close()
 
@@ -135,7 +214,7 @@ async def test_template_that_repeats_a_message_does_not_make_the_refusal_long(tm
     tokenizer = Tokenizer.load(model_directory(tmp_path, chat_template=repeats), 1)
     try:
         with pytest.raises(InvalidRequest, match="chat template refuses") as caught:
-            await tokenizer.encode_chat([ChatMessage(role="user", content="x" * 10_000)])
+            await tokenizer.encode_chat([ChatMessage(role="user", content="x" * 10_000)], {})
     finally:
         tokenizer.close()
     assert len(caught.value.message) < 400
@@ -165,7 +244,7 @@ async def test_tokenizer_json_alone_is_enough_for_texts(tmp_path, caplog):
     try:
         assert list((await tokenizer.encode_texts([TEXT]))[0]) == byte_level_bpe().encode(TEXT).ids
         with pytest.raises(InvalidRequest, match=r"no chat template.+use /v1/completions"):
-            await tokenizer.encode_chat(CHAT)
+            await tokenizer.encode_chat(CHAT, {})
     finally:
         tokenizer.close()
     assert f"no_chat_template directory={tmp_path}" in caplog.messages
@@ -188,7 +267,7 @@ async def test_chat_template_beside_a_bare_tokenizer_is_used(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{{ messages[1].content }}")
     tokenizer = Tokenizer.load(tmp_path, 1)
     try:
-        ids = await tokenizer.encode_chat(CHAT)
+        ids = await tokenizer.encode_chat(CHAT, {})
     finally:
         tokenizer.close()
     assert byte_level_bpe().decode(list(ids)) == "a\nb"
