@@ -369,7 +369,6 @@ class CompletionRequest(OpenAiRequest):
 
     not_served = {
         **OpenAiRequest.not_served,
-        "best_of": (None, 1),
         "echo": (None, False),
         "logprobs": (None,),
         "suffix": (None, ""),
@@ -378,9 +377,16 @@ class CompletionRequest(OpenAiRequest):
     prompt: Prompt
     """Text, several texts, token ids, or several lists of them; each is answered on its own."""
     best_of: int | None = None
+    """Not served; the value of `n`, which selects nothing, is accepted."""
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
+
+    def check(self) -> None:
+        super().check()
+        per_prompt = self.n or 1
+        if self.best_of not in (None, per_prompt):
+            raise _refusal("best_of", (None, per_prompt))
 
 
 def _check_names_and_sizes(body: Object) -> None:

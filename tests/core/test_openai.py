@@ -126,6 +126,16 @@ def test_fields_that_say_nothing_are_accepted():
     assert text(best_of=1, echo=False, suffix=None).prompt == ["hi"]
 
 
+@pytest.mark.parametrize("n", [{}, {"n": None}, {"n": 1}, {"n": 3}])
+def test_best_of_that_selects_nothing_is_accepted(n):
+    same = n.get("n") or 1
+    assert text(**n, best_of=same).n == n.get("n")
+    for other in (0, same - 1, same + 1):
+        with pytest.raises(InvalidRequest, match=f"set it to {same}$") as caught:
+            text(**n, best_of=other)
+        assert caught.value.param == "best_of"
+
+
 def test_what_others_clients_send_unasked_is_accepted():
     """`vllm bench serve` sends a repetition penalty of 1 with every prompt."""
     neutral = {name: value for name, (value, _) in OF_OTHERS.items()}
