@@ -191,7 +191,7 @@ class StreamOptions(_Body):
     include_obfuscation: bool | None = None
     """Padding of chunks against traffic analysis. Not served; false is accepted."""
     continuous_usage_stats: bool | None = None
-    """Beyond OpenAI's API: usage in every chunk. Not served; false is accepted."""
+    """Beyond OpenAI's API: every chunk has the usage of its choice so far."""
 
 
 class OpenAiRequest(_Body):
@@ -272,9 +272,8 @@ class OpenAiRequest(_Body):
             raise InvalidRequest(
                 "'stream_options' is only allowed with 'stream': true", param="stream_options"
             )
-        for name in ("include_obfuscation", "continuous_usage_stats"):
-            if getattr(self.stream_options, name, None):
-                raise _refusal(f"stream_options.{name}", (None, False))
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise _refusal("stream_options.include_obfuscation", (None, False))
 
     @property
     def answer_tokens(self) -> int | None:
@@ -284,6 +283,11 @@ class OpenAiRequest(_Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def running_usage(self) -> bool:
+        options = self.stream_options
+        return options is not None and bool(options.continuous_usage_stats)
 
 
 class ChatCompletionRequest(OpenAiRequest):

@@ -16,6 +16,8 @@ from router.http_errors import error_body
 from router.types import Timings
 
 DONE = b"data: [DONE]\n\n"
+_NO_USAGE = b',"usage":null'
+"""In no text: JSON escapes its quotes."""
 
 JsonObject = dict[str, object]
 
@@ -31,6 +33,8 @@ class AnswerHead:
     chat: bool
     usage_chunk: bool
     """A usage chunk will follow, so the others carry `usage: null`."""
+    running_usage: bool
+    """They carry the usage of their choice so far instead."""
     timings: bool
     """Add the `baton` object to what ends a choice."""
 
@@ -55,7 +59,7 @@ class ChunkEncoder:
         self._timings = head.timings
         body = orjson.dumps(head.json(_chunk_kind(head), []))
         self._open = b'data: %b{"index":%d,' % (body.removesuffix(b"]}"), index)
-        self._close = b'}],"usage":null' if head.usage_chunk else b"}]"
+        self._close = b"}]" + (_NO_USAGE if head.usage_chunk or head.running_usage else b"")
         self._before = self._open + (b'"delta":{"content":' if head.chat else b'"text":')
         self._after = (b"}" if head.chat else b"") + self._end(None) + b"}\n\n"
 
@@ -78,9 +82,38 @@ class ChunkEncoder:
         return b',"logprobs":null,"finish_reason":%b%b' % (orjson.dumps(reason), self._close)
 
 
+class _CountingEncoder(ChunkEncoder):
+    """With the usage so far in each event."""
+
+    __slots__ = ("_answer",)
+
+    def __init__(self, head: AnswerHead, answer: Answer) -> None:
+        super().__init__(head, answer.index)
+        self._answer = answer
+
+    def first(self) -> bytes:
+        return self._counted(super().first())
+
+    def text(self, piece: str) -> bytes:
+        return self._counted(super().text(piece))
+
+    def finish(self, reason: FinishReason, timings: Timings) -> bytes:
+        return self._counted(super().finish(reason, timings))
+
+    def _counted(self, event: bytes) -> bytes:
+        usage = orjson.dumps(_usage([self._answer], counted=[self._answer]))
+        return event.replace(_NO_USAGE, b',"usage":' + usage)
+
+
+def chunk_encoder(head: AnswerHead, answer: Answer) -> ChunkEncoder:
+    if head.running_usage:
+        return _CountingEncoder(head, answer)
+    return ChunkEncoder(head, answer.index)
+
+
 def usage_event(head: AnswerHead, answers: Sequence[Answer]) -> bytes:
     """The chunk that `stream_options.include_usage` asks for."""
-    body = head.json(_chunk_kind(head), []) | {"usage": _usage(answers)}
+    body = head.json(_chunk_kind(head), []) | {"usage": _usage(answers, _one_a_prompt(answers))}
     return sse_event(orjson.dumps(body))
 
 
@@ -97,7 +130,7 @@ def answer_body(head: AnswerHead, answers: Sequence[Answer], texts: Sequence[str
     """The whole answer; `texts` are the answers' texts."""
     choices = [_choice(head, a, text) for a, text in zip(answers, texts, strict=True)]
     body = head.json("chat.completion" if head.chat else "text_completion", choices)
-    body["usage"] = _usage(answers)
+    body["usage"] = _usage(answers, _one_a_prompt(answers))
     if head.timings and len(answers) == 1:
         body["baton"] = answers[0].timings
     return orjson.dumps(body)
@@ -114,8 +147,12 @@ def _choice(head: AnswerHead, answer: Answer, text: str) -> JsonObject:
     return choice
 
 
-def _usage(answers: Sequence[Answer]) -> JsonObject:
-    counted = [answer for answer in answers if answer.planned.counts_prompt]
+def _one_a_prompt(answers: Sequence[Answer]) -> list[Answer]:
+    return [answer for answer in answers if answer.planned.counts_prompt]
+
+
+def _usage(answers: Sequence[Answer], counted: Sequence[Answer]) -> JsonObject:
+    """`counted` are those whose prompts count."""
     prompt_tokens = sum(len(answer.planned.request.prompt_tokens) for answer in counted)
     output_tokens = sum(answer.num_tokens for answer in answers)
     return {

@@ -161,6 +161,7 @@ class Exchange:
             fingerprint=self._edge.fingerprint,
             chat=plan.chat,
             usage_chunk=plan.stream and plan.include_usage,
+            running_usage=plan.running_usage,
             timings=header(self._scope, TIMINGS_HEADER) == "1",
         )
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from core.errors import BatonError, InternalError
 from core.sampling import FinishReason
 from router.answer import Answer
-from router.chunks import DONE, AnswerHead, ChunkEncoder, usage_event
+from router.chunks import DONE, AnswerHead, ChunkEncoder, chunk_encoder, usage_event
 from router.config import RouterConfig
 from router.http_errors import ClientTooSlow
 from router.http_reply import Line, Reply
@@ -265,7 +265,7 @@ async def stream_answers(
     )
 
     def speak(answer: Answer) -> Coroutine[None, None, None]:
-        return _speak(generator, answer, ChunkEncoder(head, answer.index), outflow)
+        return _speak(generator, answer, chunk_encoder(head, answer), outflow)
 
     try:
         if len(answers) == 1:

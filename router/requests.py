@@ -44,6 +44,7 @@ class Plan:
     chat: bool
     stream: bool
     include_usage: bool
+    running_usage: bool
     stops: tuple[str, ...]
     choices: tuple[PlannedChoice, ...]
 
@@ -100,6 +101,7 @@ class Planner:
             chat=chat,
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            running_usage=body.running_usage,
             stops=tuple(body.stop),
             choices=tuple(choices),
         )

@@ -150,10 +150,10 @@ def test_both_ends_of_top_p_are_accepted(top_p):
     assert chat(top_p=top_p).top_p == top_p
 
 
-def test_usage_in_every_chunk_is_refused_by_name():
+def test_padding_of_chunks_is_refused_by_name():
     with pytest.raises(InvalidRequest, match="is not served yet") as caught:
-        chat(stream=True, stream_options={"continuous_usage_stats": True})
-    assert caught.value.param == "stream_options.continuous_usage_stats"
+        chat(stream=True, stream_options={"include_obfuscation": True})
+    assert caught.value.param == "stream_options.include_obfuscation"
 
 
 def test_null_of_an_unknown_field_says_nothing_wherever_it_stands():

@@ -92,6 +92,31 @@ async def test_usage_chunk_comes_last_and_only_when_asked(tmp_path):
     assert all(chunk.usage is None and chunk.choices for chunk in unasked)
 
 
+@pytest.mark.parametrize("include_usage", [False, True])
+@in_loop
+async def test_usage_so_far_is_in_every_chunk_when_asked(tmp_path, include_usage):
+    said = "a fox ran"
+    generator = ScriptedGenerator(saying(said, cached_tokens=2))
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    async with running(generator, model_directory(tmp_path)) as server, server.client() as client:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=CHAT, n=2, stream=True, stream_options=options
+        )
+        chunks = [chunk async for chunk in stream]
+    prompt_tokens = len(generator.requests[0].prompt_tokens)
+    num_tokens = len(byte_level_bpe().encode(said).ids) + 1  # and the token that ends it
+    for index in range(2):
+        mine = [c for c in chunks if c.choices and c.choices[0].index == index]
+        assert "".join(c.choices[0].delta.content or "" for c in mine) == said
+        assert [c.usage.completion_tokens for c in mine] == list(range(num_tokens + 1))
+        assert {c.usage.prompt_tokens for c in mine} == {prompt_tokens}
+        assert mine[-1].usage.total_tokens == prompt_tokens + num_tokens
+        assert mine[-1].usage.prompt_tokens_details.cached_tokens == 2
+    assert [c.usage.completion_tokens for c in chunks if not c.choices] == (
+        [2 * num_tokens] if include_usage else []
+    )
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @in_loop
 async def test_text_completion(tmp_path, stream):

@@ -79,7 +79,12 @@ TOO_MUCH = st.sampled_from(
 SHARED: Fields = {
     "stream": st.booleans() | st.none(),
     "stream_options": st.fixed_dictionaries(
-        {}, optional={"include_usage": st.booleans(), "include_obfuscation": st.booleans()}
+        {},
+        optional={
+            "include_usage": st.booleans(),
+            "continuous_usage_stats": st.booleans(),
+            "include_obfuscation": st.booleans(),
+        },
     )
     | st.none(),
     "max_tokens": st.integers(1, 2 * CONTEXT_TOKENS) | st.none(),
