@@ -71,7 +71,7 @@ def _check_content(value: object) -> str | list[TextPart]:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise ValueError(f"has a part of type {shown(kind)}; only text is served")
-        if kind is None or not isinstance(part.get("text"), str):
+        if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError('must hold parts like {"type": "text", "text": "..."}')
         if not part.keys() <= _OF_A_PART:
             for name in part:

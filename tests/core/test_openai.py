@@ -314,6 +314,13 @@ def test_image_part_is_refused_as_such():
         chat(messages=[{"role": "user", "content": parts}])
 
 
+@pytest.mark.parametrize("kind", [None, 5, True, ["text"], {"type": "text"}])
+def test_part_whose_type_is_no_string_is_refused(kind):
+    part = {"type": kind, "text": "x"}
+    with pytest.raises(InvalidRequest, match="must hold parts like"):
+        chat(messages=[{"role": "user", "content": [part]}])
+
+
 def test_part_of_text_with_more_in_it_is_refused_for_that():
     part = {"type": "text", "text": "x", "language": "en"}
     with pytest.raises(InvalidRequest, match='a part with "language", which is not served'):
