@@ -117,11 +117,16 @@ class BlockPool:
         Blocks that others use as well stay: those have read them by now. Below the rest nobody uses
         any: what is cached there goes too, as it would keep them published.
         """
-        own = {b for b in block_ids if self._running[b] + self._leased[b] == 1}
-        gone: dict[BlockHash, BlockId] = {}
-        for block_hash, block_id in self._by_hash.items():  # parents before children
-            if block_id in own or self._parent[block_id] in gone:
-                gone[block_hash] = block_id
+        used = (b for b in block_ids if self._running[b] + self._leased[b] == 1)
+        own = {h: b for b in used if (h := self._hash[b]) is not None}
+        below = sum(self._children.get(block_hash, 0) for block_hash in own)
+        if below == sum(self._parent[block_id] in own for block_id in own.values()):
+            gone = own  # as nearly always: no look at all that is published
+        else:
+            gone = {}
+            for block_hash, block_id in self._by_hash.items():  # parents before children
+                if block_hash in own or self._parent[block_id] in gone:
+                    gone[block_hash] = block_id
         for block_id in reversed(gone.values()):
             self._unpublish(block_id)
             if self._state[block_id] is _CACHED:
