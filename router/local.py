@@ -11,7 +11,7 @@ by the load of either side as in xLLM (arXiv 2510.14686) and Splitwise's borrowe
 Where none does, the answer may still stay at the prefill worker chosen for the prompt, if that has
 nearly all of it cached and less to run than a decode worker. What takes long to compute there would
 delay the prompts behind it, so how much is cached decides first: of the rules tried, the one that
-loses on neither of two traces (docs/simulation.md).
+loses on neither of two traces (docs/headline.md).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ STAYS_CACHED = 0.9
 _SOONER = 1.6
 """So many times sooner than at the prefill worker the first token must come: a prompt that is
 computed beside answers makes them slower, and keep their memory for longer. With 1 two of four
-traces lose, 1.6 and 2 are level (docs/simulation.md).
+traces lose, 1.6 and 2 are level (docs/headline.md).
 """
 
 
