@@ -179,7 +179,8 @@ class HttpConnection(HttpToolsProtocol):
         }
         super().on_headers_complete()
         if len(self.pipeline) > MAX_PIPELINED:
-            raise InvalidRequest("too many requests in one piece")
+            self._failure = InvalidRequest("too many requests in one piece")
+            raise self._failure
         if beyond:
             self.cycle.keep_alive = False
         if self.cycle.scope is self.scope:

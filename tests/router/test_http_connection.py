@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 
 import pytest
 import uvicorn
@@ -310,10 +311,12 @@ async def test_connection_is_read_on_during_a_response_within_a_bound():
 
 
 @in_loop
-async def test_client_that_sends_too_many_requests_in_one_piece_is_dropped():
+async def test_client_that_sends_too_many_requests_in_one_piece_is_dropped(caplog):
+    caplog.set_level(logging.INFO)
     connection, transport, _ = connected(App())
     connection.data_received(GET * (MAX_PIPELINED + 10))
     assert transport.aborted
+    assert "too many requests in one piece" in caplog.text
 
 
 @pytest.mark.parametrize("further", [GET, UPLOAD, b"nonsense"])
