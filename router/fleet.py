@@ -44,6 +44,8 @@ class Fleet:
         self._hung_step_s = hung_step_s
         self._links: dict[Incarnation, WorkerLink] = {}
         self._wanted: dict[Incarnation, WorkerRecord] = {}
+        self._told = False
+        """The registry has answered, perhaps that there are none."""
         self._members: _Members | None = None
         self._context_tokens = 0
         self.on_load: Callable[[], None] = lambda: None
@@ -126,6 +128,7 @@ class Fleet:
                 for record in records:
                     if record.incarnation not in self._links:
                         group.create_task(self._keep(self._link(record)))
+                self._told = True
 
     async def meet(self, within_s: float) -> None:
         """Beside `run`: wait until every worker that the registry names is connected, or has been
@@ -137,8 +140,7 @@ class Fleet:
                     await asyncio.sleep(_LOOK_EVERY_S)
 
     def _is_met(self) -> bool:
-        links = self.links()
-        return bool(links) and all(link.view is not None or link.problem for link in links)
+        return self._told and all(link.view is not None or link.problem for link in self.links())
 
     def _link(self, record: WorkerRecord, before: WorkerLink | None = None) -> WorkerLink:
         link = WorkerLink(

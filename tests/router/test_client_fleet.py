@@ -364,7 +364,14 @@ async def test_a_fleet_is_met_once_each_worker_is_connected_or_was_tried() -> No
         assert fleet.everyone.workers == ("a",)
         assert all(link.view is not None or link.problem for link in fleet.links())
     async with fleet_over(MemoryRegistry(SystemClock()), MODEL) as alone:
-        await soon(alone.meet(0.01))
+        await soon(alone.meet(10 * WAIT_S))  # there is none to wait for
+
+
+async def test_a_registry_that_does_not_answer_is_waited_for_so_long_at_most() -> None:
+    registry = MemoryRegistry(SystemClock())
+    fleet = Fleet(registry, router_id="router", model_id=MODEL, silence_s=5.0)
+    await soon(fleet.meet(0.01))
+    assert not fleet.links()
 
 
 async def test_a_worker_of_another_model_keeps_its_reason_while_it_is_tried_again(
