@@ -148,6 +148,8 @@ class WorkerHello:
     """Of a step, at most."""
     chunk_tokens: int = STEP_TOKENS
     """Of one prompt in a step, at most."""
+    device: str = ""
+    """What computes its steps, by its maker's name; empty where that is not told."""
     protocol_major: int = PROTOCOL_MAJOR
     protocol_minor: int = PROTOCOL_MINOR
 

@@ -13,7 +13,7 @@ from core.errors import BatonError, ConfigError, InternalError, InvalidRequest
 from engine.architecture import REMEDY
 from engine.arena import TORCH_DTYPE, Arena
 from engine.attention import PAGED, register_attention, run_packed
-from engine.checkpoint import CheckpointInfo, read_checkpoint, read_config
+from engine.checkpoint import CheckpointInfo, Device, read_checkpoint, read_config
 from engine.config import EngineConfig
 from engine.packing import PackedStep
 from engine.sampler import Draw, sample
@@ -63,6 +63,7 @@ class HfEngine:
             context_tokens=checkpoint.context_tokens,
             vocab_size=checkpoint.vocab_size,
             eos_token_ids=checkpoint.eos_token_ids,
+            device=_name_of(checkpoint.device),
         )
 
     @property
@@ -167,6 +168,10 @@ def _logit_bytes(row: torch.Tensor, draw: Draw) -> bytes:
     if not draw.params.return_logits:
         return b""
     return row.cpu().numpy().astype(np.dtype("<f4"), copy=False).tobytes()
+
+
+def _name_of(device: Device) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 def _load_model(info: CheckpointInfo) -> PreTrainedModel:

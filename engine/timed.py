@@ -70,6 +70,7 @@ class TimedEngine:
             context_tokens=config.timed.context_tokens,
             vocab_size=vocab_size,
             eos_token_ids=eos_token_ids,
+            device="timed",
         )
 
     @property

@@ -54,6 +54,8 @@ class EngineInfo:
     context_tokens: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    device: str
+    """Its name: engines of one model on equal devices are equally fast."""
 
 
 class Engine(Protocol):

@@ -340,6 +340,7 @@ def hello_to_wire(hello: WorkerHello) -> worker_pb2.WorkerHello:
         network_domain=hello.network_domain,
         step_tokens=hello.step_tokens,
         chunk_tokens=hello.chunk_tokens,
+        device=hello.device,
         protocol=common_pb2.Protocol(major=hello.protocol_major, minor=hello.protocol_minor),
     )
 
@@ -361,6 +362,7 @@ def hello_from_wire(hello: worker_pb2.WorkerHello) -> WorkerHello:
         network_domain=hello.network_domain,
         step_tokens=hello.step_tokens or STEP_TOKENS,
         chunk_tokens=hello.chunk_tokens or STEP_TOKENS,
+        device=hello.device,
         protocol_major=hello.protocol.major,
         protocol_minor=hello.protocol.minor,
     )

@@ -39,10 +39,11 @@ _MAX_KINDS = 256
 
 
 class WorkerKind(NamedTuple):
-    """What a worker tells of its machine. Those with one layout whose arenas differ by a few
-    percent are taken to be equally fast: sized by what memory is free, no two arenas are alike.
+    """What a worker tells of its machine. Those of one device and layout whose arenas differ by a
+    few percent are taken to be equally fast: sized by what memory is free, no two arenas are alike.
     """
 
+    device: str
     layout: str
     num_blocks: int
     """To three digits: a large fleet in which no two are alike still has few kinds."""
@@ -53,7 +54,7 @@ class WorkerKind(NamedTuple):
 def kind_of(hello: WorkerHello, *, is_colocated: bool = False) -> WorkerKind:
     # Interned, as every decision looks up the kinds of a dozen workers, by comparing them.
     num_blocks = int(float(f"{hello.num_blocks:.2e}"))
-    return WorkerKind(intern(str(hello.layout)), num_blocks, is_colocated)
+    return WorkerKind(intern(hello.device), intern(str(hello.layout)), num_blocks, is_colocated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def _pools(settings: Settings) -> tuple[SimulatedPool, ...]:
 
 def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
     sim = settings.simulation
-    loaded = _profile(pool, sim)
+    loaded, gpus = _profile(pool, sim), pool.tensor_parallel or sim.tensor_parallel
     kv = kv_size(pool, sim, loaded)
     if kv.tokens < block_size:
         raise ConfigError(
@@ -117,7 +117,8 @@ def _pool(pool: SimulatedPool, settings: Settings, block_size: int) -> PoolSpec:
             max_batch=settings.engine.max_batch,
             kv_bytes_per_token=kv.bytes_per_token,
             nic_bytes_per_s=(pool.nic_gb_per_s or sim.nic_gb_per_s) * 1e9,
-            gpus=pool.tensor_parallel or sim.tensor_parallel,
+            gpus=gpus,
+            device=f"{gpus} {loaded.name}" if loaded else "",
         ),
     )
 

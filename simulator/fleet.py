@@ -161,6 +161,7 @@ def make_hello(name: str, role: PoolRole, worker: SimWorker, domain: int, life: 
         peer_address=f"domain{domain}:{name}",
         step_tokens=spec.step_tokens,
         chunk_tokens=min(spec.chunk_tokens or spec.step_tokens, spec.step_tokens),
+        device=spec.device,
     )
 
 

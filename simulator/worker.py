@@ -58,6 +58,7 @@ class WorkerSpec:
     kv_bytes_per_token: int = 131_072
     nic_bytes_per_s: float = 50e9
     gpus: int = 1
+    device: str = ""
     headroom: Headroom = "running"
 
 

@@ -194,7 +194,7 @@ class SnapshotRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol", "network_domain", "step_tokens", "chunk_tokens")
+    __slots__ = ("worker_id", "incarnation", "role", "epoch", "model_id", "layout", "num_blocks", "context_tokens", "peer_address", "protocol", "network_domain", "step_tokens", "chunk_tokens", "device")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,7 @@ class WorkerHello(_message.Message):
     NETWORK_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: _common_pb2.Role
@@ -221,7 +222,8 @@ class WorkerHello(_message.Message):
     network_domain: str
     step_tokens: int
     chunk_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., network_domain: _Optional[str] = ..., step_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
+    device: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[_Union[_common_pb2.Role, str]] = ..., epoch: _Optional[int] = ..., model_id: _Optional[str] = ..., layout: _Optional[_Union[_common_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., context_tokens: _Optional[int] = ..., peer_address: _Optional[str] = ..., protocol: _Optional[_Union[_common_pb2.Protocol, _Mapping]] = ..., network_domain: _Optional[str] = ..., step_tokens: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class RouterRefused(_message.Message):
     __slots__ = ("reason",)

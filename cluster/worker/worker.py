@@ -328,6 +328,7 @@ class Worker:
             network_domain=self._identity.network_domain,
             step_tokens=self._config.step_tokens,
             chunk_tokens=min(self._config.chunk_tokens, self._config.step_tokens),
+            device=info.device,
         )
 
     def load(self, last_submit: int = 0) -> LoadReport:

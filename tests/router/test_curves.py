@@ -100,11 +100,22 @@ def test_output_lengths_are_known_after_a_few() -> None:
 def test_kinds_that_restarts_leave_behind_are_forgotten_and_those_in_use_are_not() -> None:
     curves = Curves()
     for second in range(2000):
-        curves.of(WorkerKind(f"restart {second}", 100))
+        curves.of(WorkerKind("", f"restart {second}", 100))
         curves.saw_prefill(KIND, work_alone(0, 1000), 0.5, float(second))
     assert len(curves._kinds) == 256
     assert curves.measured(KIND)
     assert curves.of(KIND).prefill.seconds(0, 1000) == pytest.approx(0.5, rel=0.1)
+
+
+def test_gpus_with_as_much_memory_need_not_be_as_fast() -> None:
+    curves = Curves()
+    for second in range(4):
+        for device, seconds in (("A100", 0.9), ("H100", 0.3)):
+            kind = kind_of(replace(HELLO, device=device))
+            curves.saw_prefill(kind, work_alone(0, 1000), seconds, float(second))
+    slow, fast = (curves.of(kind_of(replace(HELLO, device=d))).prefill for d in ("A100", "H100"))
+    assert slow.seconds(0, 1000) == pytest.approx(0.9, rel=0.1)
+    assert fast.seconds(0, 1000) == pytest.approx(0.3, rel=0.1)
 
 
 def test_arenas_sized_by_what_memory_was_free_are_equally_fast_and_other_gpus_are_not() -> None:
