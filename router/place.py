@@ -8,7 +8,7 @@ from typing import NamedTuple
 from core.ids import BlockHash, Incarnation, WorkerId
 from core.messages import PrefixSource
 from router.coming import Coming, blocks_per_step, steps_of
-from router.curves import Curves, Speed, peak_tokens
+from router.curves import Curves, PrefillCurve, Speed, peak_tokens
 from router.decode_load import DecodeLoad, Decoding, Pace, Then, load_now, load_then
 from router.index import Level, PrefixIndex
 from router.policies.base import Slo
@@ -115,12 +115,28 @@ class PrefillPoolQuery(PoolQuery):
         return [worker for worker in found if worker in self._views and self.is_open(worker)]
 
     def expected_s(self, worker: WorkerId) -> tuple[float, float]:
+        return self._seconds(worker, self._expected_tokens(worker))
+
+    def fastest_s(self, workers: Sequence[WorkerId]) -> list[float]:
+        if len(self._members.kinds) == 1:
+            return []
+        curves = [self._curve(self._views[worker]) for worker in workers]
+        if all(curve == curves[0] for curve in curves):
+            return []
+        fastest = min(curves, key=lambda curve: curve.seconds(0, self.tokens))
+        return [fastest.seconds(self._expected_tokens(w), self.tokens) for w in workers]
+
+    def _expected_tokens(self, worker: WorkerId) -> int:
+        """Cached there once the prompts on their way are computed."""
         cached = self.cached_tokens(worker)
         noted, blocks = self._noted_steps(), blocks_per_step(self.block_size)
         if len(noted) * blocks * self.block_size > cached:  # else what comes is there already
             steps = self._known.coming.steps_at(worker, noted)
             cached = max(cached, self._usable(steps * blocks)) if steps else cached
-        return self._seconds(worker, cached)
+        return cached
+
+    def _curve(self, view: WorkerView) -> PrefillCurve:
+        return self._known.curves.of(view.kind).prefill
 
     def _noted_steps(self) -> Sequence[BlockHash]:
         """What of the prompt is on its way to any worker."""
@@ -134,7 +150,7 @@ class PrefillPoolQuery(PoolQuery):
         if load is not None and load.decoding and may_stay and not view.is_colocated:
             there = self._beside(view, cached)
             return there.queue_s, there.work_s
-        curve = self._known.curves.of(view.kind).prefill
+        curve = self._curve(view)
         work_s = curve.seconds(cached, self.tokens, view.hello.chunk_tokens)
         return view.queued_tokens * curve.queue_token_s(view.queue_step_tokens), work_s
 

@@ -17,6 +17,7 @@ class Pool:
         self._incarnations = {view.hello.incarnation: w for w, view in self.views.items()}
         self.incarnations = tuple(self._incarnations)
         """Of `workers`, in their order."""
+        self.kinds = frozenset(view.kind for view in self.views.values())
         separate = frozenset(w for w, view in self.views.items() if not view.is_colocated)
         self.separate = separate if len(separate) < len(self.views) else frozenset[WorkerId]()
         """Members that hand their answers over; empty where all do."""

@@ -94,6 +94,12 @@ class PrefillQuery(Query, Protocol):
         """As `ttft_s`, where what such prompts will leave there counts as cached."""
         ...
 
+    def fastest_s(self, workers: Sequence[WorkerId]) -> Sequence[float]:
+        """What the prompt's uncached tokens at each of these, as `expected_s` counts them, would
+        take the fastest of them, with nothing beside; empty where all are equally fast.
+        """
+        ...
+
 
 class DecodeQuery(Query, Protocol):
     """One sequence that wants a decode worker."""

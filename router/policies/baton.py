@@ -8,6 +8,11 @@
                  the prompts before it will leave in the cache counts as cached
     w            the share of workers that are idle, but no less than the configured weight
 
+Where some candidates are faster than others:
+
+    cost         w * seconds of its queue and those tokens + (1 - w) * what the fastest of the
+                 candidates would take for those tokens
+
 The lowest cost wins. If queue + own work there break the TTFT target, the lowest cost among the
 idle candidates that keep it wins instead. Busy ones do not count: what saves one prompt there
 computes what is cached elsewhere and pushes out what is cached there, and near the knee that costs
@@ -18,6 +23,11 @@ go to. So where many are idle a prompt goes where its own first token is soonest
 the longer it waits for its cache. A fixed w of 0.05 loses half a second of mean TTFT at moderate
 load, one of 0.2 costs a quarter of agents' prompts their target near the knee
 (docs/reproduction.md, row 4).
+
+What is computed delays others by its share of what all workers can do, wherever that is: a slow
+worker's second delays fewer prompts than a fast one's. So how fast a candidate is counts for the
+prompt's own first token alone. Otherwise prompts wait for a fast worker until the wait, times w, is
+what a slow one would take longer (docs/simulation.md, GPUs of several kinds).
 
 The homes give prompts of one key a place to build a cache in; the random ones keep a hot prefix
 from drawing all traffic to a few workers, and routers with stale views from all choosing the same
@@ -59,7 +69,10 @@ class Baton:
 
     def choose(self, query: PrefillQuery) -> Decision:
         weight = max(self._least_weight, 1 - self._busy)
-        scored = [_score(query, worker, weight) for worker in self.candidates_of(query)]
+        candidates = self.candidates_of(query)
+        scored = [_score(query, worker, weight) for worker in candidates]
+        if fastest_s := query.fastest_s(candidates):
+            scored = [_mixed(*each, weight) for each in zip(scored, fastest_s, strict=True)]
         best = min(scored, key=cost_of)
         if _ttft_s(best) <= query.slo.ttft_s:
             return Decision(best.worker_id, scored, "cost")
@@ -80,9 +93,17 @@ def _score(query: PrefillQuery, worker: WorkerId, weight: float) -> Scored:
     return Scored(worker, weight * queue_s + work_s, (("queue_s", queue_s), ("work_s", work_s)))
 
 
+def _mixed(candidate: Scored, fastest_s: float, weight: float) -> Scored:
+    terms = (*candidate.terms, ("fastest_s", fastest_s))
+    return candidate._replace(
+        cost=weight * _ttft_s(candidate) + (1 - weight) * fastest_s, terms=terms
+    )
+
+
 def _is_idle(candidate: Scored) -> bool:
     return candidate.terms[0][1] <= 0
 
 
 def _ttft_s(candidate: Scored) -> float:
-    return sum(seconds for _, seconds in candidate.terms)
+    (_, queue_s), (_, work_s), *_ = candidate.terms
+    return queue_s + work_s

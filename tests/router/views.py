@@ -37,7 +37,6 @@ HELLO = WorkerHello(
     context_tokens=1000,
     peer_address="",
 )
-SECOND_PER_TOKEN = PrefillCurve(0.0, 1.0, 0.0)
 
 
 class Workers:
@@ -66,6 +65,7 @@ class Workers:
         host: str = "h",
         domain: str = "",
         step_tokens: int = STEP_TOKENS,
+        times_slower: float = 1.0,
     ) -> WorkerView:
         """A worker that holds so many blocks of CHAIN, or these."""
         worker_id = WorkerId(name)
@@ -78,6 +78,7 @@ class Workers:
             network_domain=domain,
             step_tokens=step_tokens,
             chunk_tokens=step_tokens,
+            device=f"{times_slower:g} times slower",
         )
         view = WorkerView(hello, self.known.index.join(worker_id))
         view.load = replace(
@@ -90,7 +91,7 @@ class Workers:
         )
         held = CHAIN[:cached] if isinstance(cached, int) else cached
         view.apply_snapshot(KvSnapshot(next_number=1, hashes=tuple(held)))
-        self.known.curves.set_prefill(view.kind, SECOND_PER_TOKEN)
+        self.known.curves.set_prefill(view.kind, PrefillCurve(0.0, times_slower, 0.0))
         self.views[worker_id] = view
         return view
 

@@ -23,6 +23,20 @@ def test_each_pool_has_its_own_nic_or_that_of_the_cluster() -> None:
     assert [pool.worker.nic_bytes_per_s for pool in spec.pools] == [25e9, 40e9]
 
 
+def test_workers_of_other_gpus_or_another_degree_are_other_devices() -> None:
+    pools = (
+        SimulatedPool(name="a100", role="prefill", workers=1, profile="roofline:a100"),
+        SimulatedPool(name="h100", role="prefill", workers=1, profile="roofline:h100"),
+        SimulatedPool(name="two", role="decode", workers=1, tensor_parallel=2),
+        SimulatedPool(name="one", role="decode", workers=1, profile="roofline:h100"),
+    )
+    simulation = SimulationConfig(profile="roofline:h100", model="llama-3-8b", pools=pools)
+    spec = build_spec(replace(SETTINGS, simulation=simulation), 16, 0)
+    a100, h100, two, one = (pool.worker.device for pool in spec.pools)
+    assert len({a100, h100, two}) == 3
+    assert h100 == one
+
+
 def spec_of(*roles: str, system: str = "baton") -> SimSpec:
     """A pool of each of these roles."""
     pools = tuple(SimulatedPool.model_validate({"name": r, "role": r, "workers": 1}) for r in roles)

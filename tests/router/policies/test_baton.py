@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.ids import WorkerId
+from router.curves import PrefillCurve
 from router.policies.base import Slo
 from router.policies.baton import Baton
 from tests.builders import QUICK
@@ -26,6 +27,34 @@ def test_a_long_queue_outweighs_the_cache() -> None:
     workers.add("a")
     workers.add("b", cached=8, queued=330)
     assert choose(workers) == "a"
+
+
+def test_a_slow_worker_takes_what_would_wait_longer_for_a_fast_one() -> None:
+    """33 tokens: 99 s on `slow`, and after its queue 33 s on `fast`."""
+    for queued, chosen in ((60, "fast"), (70, "slow")):
+        workers = Workers()
+        workers.add("fast", queued=queued)
+        workers.add("slow", times_slower=3.0)
+        assert choose(workers) == chosen
+
+
+def test_a_slow_worker_keeps_its_cache_as_a_fast_one_would() -> None:
+    """1 of 33 tokens is not cached on `slow`: 0.1 * (queue + 3) + 0.9 * 1 against 33."""
+    for queued, chosen in ((100, "slow"), (110, "fast")):
+        workers = Workers()
+        workers.add("fast")
+        workers.add("slow", cached=8, queued=queued, times_slower=3.0)
+        assert choose(workers) == chosen
+
+
+def test_devices_that_turn_out_equally_fast_are_chosen_as_equal_ones() -> None:
+    workers = Workers()
+    workers.add("a", times_slower=3.0)
+    kind = workers.add("b", cached=8, queued=300).kind
+    workers.known.curves.set_prefill(kind, PrefillCurve(0.0, 3.0, 0.0))
+    decision = Baton(0.1).choose(workers.prefill())
+    assert {len(candidate.terms) for candidate in decision.candidates} == {2}
+    assert decision.worker_id == "b"
 
 
 def guarded(ttft_s: float, **loads: tuple[int, int]) -> tuple[str, str]:
