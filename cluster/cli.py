@@ -478,14 +478,7 @@ def schema() -> None:
 
 def _simulated(config: Path | None) -> ClusterConfig:
     """The config of a cluster that need not have a checkpoint yet."""
-    from cluster.config_file import BadConfig  # noqa: PLC0415
-
-    try:
-        return load_config(config)
-    except BadConfig as bad:
-        if len(bad.problems) > 1 or " is missing" not in bad.problems[0]:
-            raise
-        return load_config(config, {"model.path": Path()})
+    return load_config(config, needs_model=False)
 
 
 def _settings(config: Path | None, model: Path | None, port: int | None) -> ClusterConfig:

@@ -39,13 +39,18 @@ class BadConfig(ConfigError):
         self.problems = problems
 
 
-def load_config(path: Path | None, overrides: Mapping[str, object] | None = None) -> ClusterConfig:
-    """Read `path` (None: only defaults), then set each override, `{"model.path": ...}`.
+def load_config(
+    path: Path | None, overrides: Mapping[str, object] | None = None, *, needs_model: bool = True
+) -> ClusterConfig:
+    """Read `path` (None: only defaults), then set each override, `{"model.path": ...}`. Where no
+    model is needed, its path may be missing; it is the current folder then.
 
     Relative paths in the file start at the file's folder, those in overrides at the current one.
     Raises BadConfig.
     """
     tree = {} if path is None else _read(path)
+    if not needs_model and isinstance(model := tree.setdefault("model", {}), dict):
+        model.setdefault("path", Path.cwd())
     for key, value in (overrides or {}).items():
         _set(tree, key, value.absolute() if isinstance(value, Path) else value)
     base = Path.cwd() if path is None else path.absolute().parent

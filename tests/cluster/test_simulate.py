@@ -1,6 +1,7 @@
 """`baton simulate` on the command line."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def test_kv_is_that_of_the_profiles_model(tmp_path: Path) -> None:
     pools = build_spec(settings_of(load_config(Path(config), {"model.path": Path()})), 16, 0).pools
     assert {pool.worker.kv_bytes_per_token for pool in pools} == {2 * 40 * 5120 * 2}
     assert {pool.worker.kv_blocks for pool in pools} == {66_144 // 16}
+
+
+def test_a_config_may_come_through_a_pipe() -> None:
+    """As `--config <(helm template ...)` gives it: what has been read of it is gone."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream:
+        stream.write("decode: {workers: 3}\n")
+    args = ["simulate", "--trace", TRACE, "--requests", "10", "--json"]
+    done = RUN.invoke(app, [*args, "--config", f"/dev/fd/{reading}"])
+    os.close(reading)
+    assert json.loads(done.stdout)["gpus"] == 5
 
 
 def test_an_interrupt_ends_a_run_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
