@@ -6,6 +6,7 @@ import yaml
 
 from cluster.plan_view import describe, ratio
 from core.errors import InvalidRequest
+from simulator.plan.trial import kv_bytes_per_s
 from simulator.plan.types import Answer, Plan, Pool, Problem, Rated
 
 _MIB = 1 << 20
@@ -40,6 +41,12 @@ def _can_run(plan: Plan) -> bool:
     )
 
 
+def _what_cannot_run(plan: Plan) -> str:
+    if any(pool.option.tp > 1 for pool in plan.pools):
+        return "more than one GPU per worker"
+    return "GPUs of two kinds"
+
+
 def _comments(answer: Answer, chosen: Rated) -> list[str]:
     lines = [
         f"# Planned: {describe(chosen.plan)}",
@@ -49,7 +56,7 @@ def _comments(answer: Answer, chosen: Rated) -> list[str]:
         lines += [
             f"# The best plan, {describe(answer.best[0].plan)}, serves"
             f" {answer.best[0].rps_per_gpu:.3f}",
-            "# requests/s per GPU, simulated, but needs more than one GPU per worker.",
+            f"# requests/s per GPU, simulated, but needs {_what_cannot_run(answer.best[0].plan)}.",
         ]
     return [*lines, *(f"# {warning}" for warning in answer.warnings)]
 
@@ -80,18 +87,19 @@ def _tree(model: Path, problem: Problem, plan: Plan) -> dict[str, object]:
             "kv_tokens": kv_tokens,
             "kv_bytes_per_token": problem.kv_bytes_per_token,
             "pools": [
-                _simulated("prefill", plan.copies, prefill),
-                _simulated("decode", plan.copies, decode),
+                _simulated(problem, "prefill", plan.copies, prefill),
+                _simulated(problem, "decode", plan.copies, decode),
             ],
         },
     }
 
 
-def _simulated(role: str, copies: int, pool: Pool) -> dict[str, object]:
+def _simulated(problem: Problem, role: str, copies: int, pool: Pool) -> dict[str, object]:
     return {
         "name": role,
         "role": role,
         "workers": copies * pool.workers,
         "step_tokens": pool.step_tokens,
         "chunk_tokens": pool.step_tokens,
+        "nic_gb_per_s": kv_bytes_per_s(problem, pool.option) / 1e9,
     }

@@ -148,13 +148,15 @@ def _worker(problem: Problem, pool: Pool) -> WorkerSpec:
         step_tokens=pool.step_tokens,
         max_batch=problem.max_batch,
         kv_bytes_per_token=problem.kv_bytes_per_token,
-        nic_bytes_per_s=(
-            option.nvlink_bytes_per_s
-            if problem.affinity is Affinity.LOW
-            else option.nic_bytes_per_s
-        ),
+        nic_bytes_per_s=kv_bytes_per_s(problem, option),
         gpus=option.tp,
     )
+
+
+def kv_bytes_per_s(problem: Problem, option: Option) -> float:
+    """What a worker's KV leaves it at: within a node it stays on NVLink."""
+    low = problem.affinity is Affinity.LOW
+    return option.nvlink_bytes_per_s if low else option.nic_bytes_per_s
 
 
 def _instant(problem: Problem) -> WorkerSpec:

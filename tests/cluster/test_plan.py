@@ -29,7 +29,8 @@ from cluster.simulate import settings_of
 from core.errors import ConfigError, InvalidRequest
 from core.ids import BlockHash
 from simulator.build import build_spec
-from simulator.plan.types import Answer, Goodput, Plan, Pool, Rated
+from simulator.plan.trial import plan_setup
+from simulator.plan.types import Affinity, Answer, Goodput, Plan, Pool, Rated
 from simulator.workload.types import SimRequest, Workload
 from tests.simulator.plan.problems import option, problem
 
@@ -97,6 +98,35 @@ def test_the_config_written_is_one_that_config_check_accepts(
     assert (config.prefill.workers, config.decode.workers) == (2, 6)
     assert config.engine.step_tokens == config.engine.chunk_tokens == 2048
     assert build_spec(settings_of(config), 16, 0).gpus == 8
+
+
+@pytest.mark.parametrize("affinity", list(Affinity))
+def test_the_config_written_simulates_the_workers_that_were_planned(
+    affinity: Affinity, tmp_path: Path
+) -> None:
+    """Their NICs too: an A100's is half as fast as what a simulation takes where nobody says."""
+    a100 = problem(option(gpu="a100"), gpus=8, affinity=affinity)
+    slow = replace(a100.options[0], nic_bytes_per_s=25e9, nvlink_bytes_per_s=300e9)
+    pool = Pool(option=slow, step_tokens=2048, workers=2)
+    rated = _rated(1, 2, 6, 8.0)
+    planned = replace(rated.plan, prefill=pool, decode=replace(pool, workers=6))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(config_text(DEMO, a100, _answer(replace(rated, plan=planned))))
+    spec = build_spec(settings_of(load_config(file)), a100.block_size, 0)
+    setup = plan_setup(a100, planned, 1.0)
+    for found, wanted in zip(spec.pools, setup.pools, strict=True):
+        assert found.worker.nic_bytes_per_s == wanted.worker.nic_bytes_per_s
+        assert found.worker.kv_blocks == wanted.worker.kv_blocks
+        assert found.worker.step_tokens == wanted.worker.step_tokens
+
+
+def test_a_better_plan_of_two_kinds_of_gpu_is_not_said_to_need_more_of_them_per_worker() -> None:
+    mixed = _rated(1, 4, 4, 9.0)
+    decode = replace(mixed.plan.prefill, option=option(gpu="a100"))
+    mixed = replace(mixed, plan=replace(mixed.plan, decode=decode))
+    text = config_text(DEMO, PROBLEM, _answer(mixed, _rated(1, 4, 4, 8.0)))
+    assert "more than one GPU per worker" not in text
+    assert "GPUs of two kinds" in text
 
 
 def test_a_plan_that_workers_cannot_run_is_named_and_the_next_one_written() -> None:
