@@ -27,7 +27,7 @@ from core.errors import InvalidRequest
 from simulator.attainment import LOADS, AttainmentCurve, Level, attainment_curves, kept_scale
 from simulator.build import Settings, build_spec, describe_kv, describe_workers
 from simulator.goodput import LEAST_TARGETS, Question, Standing, System, choose_systems, compare
-from simulator.workload.build import Shaping
+from simulator.workload.build import Shaping, check_rate
 from simulator.workload.load import load_workload
 
 _STAYS = 3
@@ -53,8 +53,11 @@ def run_goodput(config: ClusterConfig, options: Options) -> None:
     systems = choose_systems(options.systems)
     settings = settings_of(config)
     question = options.question
-    shaping = Shaping(requests=question.requests)  # a bad trace is said here, once
+    # A bad trace is said here, once.
+    shaping = Shaping(requests=question.requests, max_prompt_tokens=question.max_prompt_tokens)
     asked = load_workload(question.trace, shaping).workload.requests
+    if not settings.simulation.closed_sessions:
+        check_rate(question.trace, asked)
     standings, curves = _simulate(systems, settings, options)
     outputs = fmean(request.output_tokens for request in asked)
     notes = [

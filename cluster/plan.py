@@ -26,7 +26,7 @@ from router.policies.base import Slo
 from simulator.plan.memory import find_options
 from simulator.plan.search import Progress, search
 from simulator.plan.types import Affinity, Offer, Problem
-from simulator.workload.build import Shaping
+from simulator.workload.build import Shaping, check_rate
 from simulator.workload.load import load_workload
 from simulator.workload.types import SimRequest, Workload
 
@@ -99,6 +99,7 @@ def pose(options: Options) -> tuple[Problem, tuple[str, ...]]:
         max_prompt_tokens=options.max_prompt_tokens,
     )
     loaded = load_workload(options.trace, shaping)
+    check_rate(options.trace, loaded.workload.requests)
     block_size, requests = plain_requests(loaded.workload)
     fit = find_options(
         model,

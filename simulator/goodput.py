@@ -24,7 +24,7 @@ from simulator.cluster import Cluster
 from simulator.config import SimulatedPool
 from simulator.misses import Misses
 from simulator.processes import run_all
-from simulator.workload.build import Shaping
+from simulator.workload.build import Shaping, check_rate
 from simulator.workload.load import load_workload
 from simulator.workload.types import Workload
 
@@ -178,12 +178,10 @@ def settings_of(system: System, settings: Settings) -> Settings:
 
 
 def recorded_rate_per_s(question: Question, seed: int) -> float:
-    """Of open arrivals at a scale of 1. Raises InvalidRequest where all come at once."""
+    """Of open arrivals at a scale of 1. Raises BadTrace where all come at once."""
     requests = _asked(question, seed, 1.0).requests
-    span_s = requests[-1].at_s - requests[0].at_s
-    if not span_s:
-        raise InvalidRequest(f"{question.trace}: all requests come at once, which is no rate")
-    return (len(requests) - 1) / span_s
+    check_rate(question.trace, requests)
+    return (len(requests) - 1) / (requests[-1].at_s - requests[0].at_s)
 
 
 def run_once(settings: Settings, question: Question, seed: int, scale: float) -> Point:

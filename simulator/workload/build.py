@@ -71,6 +71,17 @@ def build_workload(name: str, recorded: Recorded, shaping: Shaping) -> Workload:
     )
 
 
+def check_rate(trace: str, requests: Sequence[SimRequest]) -> None:
+    """Raises BadTrace where all `requests`, in order, come at once: whatever their gaps are divided
+    by, no rate comes of it.
+    """
+    if requests[-1].at_s == requests[0].at_s:
+        raise BadTrace(
+            f"{trace}: all requests come at once, which is no rate to search from; give them"
+            " arrival times, or take a generator, such as poisson:rate=4"
+        )
+
+
 def bucket_s(times_s: Sequence[float]) -> float:
     """The width of the buckets that time stamps were rounded to; 0 where most are distinct. Most
     buckets may be empty, but two that are neighbours are as far apart as one is wide.

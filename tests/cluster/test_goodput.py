@@ -70,6 +70,32 @@ def test_a_search_that_found_no_rate_too_high_is_at_least_that(
     assert any("too high for baton: at least" in note for note in result["notes"])
 
 
+@pytest.mark.parametrize(
+    "command", ["goodput", "plan --model llama-3-8b --gpu h100 --gpus 2 --slo 500/30"]
+)
+def test_a_trace_that_comes_at_once_has_no_rate_to_search(command: str, tmp_path: Path) -> None:
+    """Its gaps are none at any rate: what is found is 0 at least, or nothing at all."""
+    trace = tmp_path / "once.csv"
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + "5,800,40\n" * 100)
+    done = RUN.invoke(app, [*command.split(), "--trace", str(trace), "--requests", "100"])
+    assert done.exit_code == 1
+    assert "all requests come at once" in done.stderr
+    assert done.stdout == ""
+
+
+def test_prompts_that_are_cut_are_not_said_to_be_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answer_with(monkeypatch, found("baton", 0, 0.2))
+    config = tmp_path / "cluster.yaml"
+    config.write_text("engine: {kind: timed, timed: {context_tokens: 600}}")
+    args = [*ARGS, "--config", str(config), "--seeds", "1", "--json"]
+    whole = json.loads(RUN.invoke(app, args).stdout)["notes"]
+    cut = json.loads(RUN.invoke(app, [*args, "--max-prompt-tokens", "500"]).stdout)["notes"]
+    assert any("longer than engine.timed.context_tokens" in note for note in whole)
+    assert not any("longer than engine.timed.context_tokens" in note for note in cut)
+
+
 @pytest.mark.parametrize(("rate", "is_short"), [(100.0, True), (0.05, False)])
 def test_a_run_shorter_than_stays_and_targets_is_warned_of(
     rate: float, *, is_short: bool, monkeypatch: pytest.MonkeyPatch
