@@ -377,7 +377,11 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPUs in all.", min=1, max=4096)],
     slo: Annotated[str, typer.Option(help="TTFT/TPOT in ms, and percent of requests: 500/50/90.")],
     rate: Annotated[
-        float | None, typer.Option(help="Requests/s to serve, to learn if less would do.", min=1e-6)
+        float | None,
+        typer.Option(
+            help="Requests/s to serve, to learn if fewer GPUs would do, or these are too few.",
+            min=1e-6,
+        ),
     ] = None,
     affinity: Annotated[
         str, typer.Option(help="high: KV may cross nodes; low: it stays within one.")

@@ -101,16 +101,20 @@ def pose(options: Options) -> tuple[Problem, tuple[str, ...]]:
     loaded = load_workload(options.trace, shaping)
     check_rate(options.trace, loaded.workload.requests)
     block_size, requests = plain_requests(loaded.workload)
-    fit = find_options(
-        model,
-        [find_device(offer.gpu) for offer in offers],
-        longest_tokens=max(r.prompt_tokens + r.output_tokens for r in requests),
-        node_gpus=min(options.node_gpus, options.gpus),
-    )
-    if not fit.options:
-        raise InvalidRequest("\n".join(["nothing fits", *fit.refused]))
+    fits = [
+        find_options(
+            model,
+            find_device(offer.gpu),
+            longest_tokens=max(r.prompt_tokens + r.output_tokens for r in requests),
+            most_gpus=min(options.node_gpus, options.gpus, offer.count),
+        )
+        for offer in offers
+    ]
+    refused = [why for fit in fits for why in fit.refused]
+    if not any(fit.options for fit in fits):
+        raise InvalidRequest("\n".join(["nothing fits", *refused]))
     problem = Problem(
-        options=fit.options,
+        options=tuple(option for fit in fits for option in fit.options),
         offers=tuple(offers),
         gpus=min(options.gpus, sum(offer.count for offer in offers)),
         slo=slo,
@@ -123,7 +127,7 @@ def pose(options: Options) -> tuple[Problem, tuple[str, ...]]:
         chunks=tuple(sorted(set(options.chunks))),
         seed=options.seed,
     )
-    return problem, (*loaded.notes, *fit.refused)
+    return problem, (*loaded.notes, *refused)
 
 
 def read_slo(text: str) -> tuple[Slo, float]:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from math import ceil
 
-from simulator.plan.combine import Phase
-from simulator.plan.types import Problem, Rated
+from simulator.plan.combine import Phase, fits_apart
+from simulator.plan.types import Affinity, Problem, Rated
 
 _SHORT_PROMPTS = 0.1
 """Share of a request's computed tokens that are prompt, below which prefill is a small part."""
@@ -24,11 +24,10 @@ def advise(
     """Sentences for a buyer; none where rates are known and the best plan is ahead by more than the
     search's width.
     """
+    if rate_rps is not None:
+        yield from _too_few(rate_rps, [*best, *filter(None, [colocated])])
     if not best:
-        yield (
-            "no disaggregated plan keeps the targets at any rate"
-            + ("; colocated workers do" if colocated is not None else ", nor does a colocated one")
-        )
+        yield _none_apart(problem, colocated)
         return
     if any(rated.goodput.at_least for rated in (*best, *filter(None, [colocated]))):
         yield (
@@ -45,6 +44,31 @@ def advise(
             )
     if rate_rps is not None:
         yield from _at_low_load(rate_rps, prefills, decodes, both)
+
+
+def _none_apart(problem: Problem, colocated: Rated | None) -> str:
+    if fits_apart(problem):
+        text = "no disaggregated plan keeps the targets at any rate"
+        return text + ("; colocated workers do" if colocated else ", nor does a colocated one")
+    low = problem.affinity is Affinity.LOW
+    where = "the GPUs of one node" if low else f"{problem.gpus} GPUs"
+    smallest = min(option.tp for option in problem.options)
+    text = (
+        f"a prefill and a decode worker do not fit on {where}: the smallest that hold the model"
+        f" take {smallest} each; colocated workers "
+    )
+    return text + ("keep the targets" if colocated else "keep the targets at no rate")
+
+
+def _too_few(rate_rps: float, served: Sequence[Rated]) -> Iterator[str]:
+    if any(rated.goodput.at_least for rated in served):
+        return
+    most_rps = max((rated.rps for rated in served), default=0.0)
+    if 0 < most_rps < rate_rps:
+        yield (
+            f"these GPUs are too few for {rate_rps:g} requests/s: simulated, the best plan serves"
+            f" {most_rps:.3g}"
+        )
 
 
 def _because(problem: Problem, colocated: Rated) -> str:

@@ -56,6 +56,15 @@ def pair_up(
     return sorted(found, key=lambda candidate: -candidate.rps_per_gpu)
 
 
+def fits_apart(problem: Problem) -> bool:
+    """Whether there are GPUs for a prefill worker and a decode worker of any kind."""
+    return any(
+        _room(problem, prefill, decode, 1) > 0
+        for prefill in problem.options
+        for decode in problem.options
+    )
+
+
 def neighbours(problem: Problem, plan: Plan) -> list[Plan]:
     """The plan with one prefill worker more or less (of many workers, an eighth of them: less is no
     other fleet in the simulation), and as many decode workers as then fit.

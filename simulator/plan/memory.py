@@ -1,6 +1,5 @@
 """Which workers can be built: weights and KV that fit, or the numbers that say why not."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.latency.devices import Device
@@ -13,7 +12,7 @@ _GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The workers that can be built, and a sentence for each that cannot."""
+    """The workers of one kind of GPU that can be built, and a sentence for each that cannot."""
 
     options: tuple[Option, ...]
     refused: tuple[str, ...]
@@ -21,30 +20,29 @@ class Fit:
 
 def find_options(
     model: ModelShape,
-    devices: Sequence[Device],
+    device: Device,
     *,
     longest_tokens: int,
-    node_gpus: int,
+    most_gpus: int,
     memory_share: float = 0.9,
     efficiency: Efficiency | None = None,
 ) -> Fit:
-    """Every kind at every tensor parallel degree that divides the heads and fits into a node.
+    """Every tensor parallel degree that divides the heads, of at most `most_gpus`.
 
     `memory_share` of a GPU is for weights and KV; the KV must hold a request of `longest_tokens`.
     """
     options: list[Option] = []
     refused: list[str] = []
-    for device in devices:
-        tp = 1
-        while tp <= node_gpus:
-            if model.heads % tp == 0:
-                kv_tokens = kv_capacity_tokens(model, device, tp, memory_share)
-                if kv_tokens >= longest_tokens:
-                    options.append(_option(model, device, tp, kv_tokens, efficiency))
-                else:
-                    start = _too_large(model, device, tp, memory_share)
-                    refused.append(start + _with_kv(model, tp, kv_tokens, longest_tokens))
-            tp *= 2
+    tp = 1
+    while tp <= most_gpus:
+        if model.heads % tp == 0:
+            kv_tokens = kv_capacity_tokens(model, device, tp, memory_share)
+            if kv_tokens >= longest_tokens:
+                options.append(_option(model, device, tp, kv_tokens, efficiency))
+            else:
+                start = _too_large(model, device, tp, memory_share)
+                refused.append(start + _with_kv(model, tp, kv_tokens, longest_tokens))
+        tp *= 2
     return Fit(tuple(options), tuple(refused))
 
 

@@ -166,6 +166,18 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     assert "llama-3-70b does not fit h100 at TP 1" in result.stderr
 
 
+def test_no_worker_has_more_gpus_of_a_kind_than_there_are() -> None:
+    """A worker of two is none where there is one, though another kind makes up the number."""
+    command = (
+        "plan --model llama-3-70b --gpu h100:1 --gpus 8 --slo 1000/50"
+        " --trace poisson:rate=1,prompt=1000,output=20,requests=100"
+    )
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 1
+    assert "nothing fits" in result.stderr
+    assert "llama-3-70b does not fit h100 at TP 1" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("model", "path", "said"),
     [

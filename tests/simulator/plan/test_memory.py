@@ -24,7 +24,7 @@ def test_ranks_beyond_the_kv_heads_hold_copies() -> None:
 
 def test_a_model_too_large_for_one_gpu_is_refused_with_the_numbers() -> None:
     fit = find_options(
-        find_shape("llama-3-70b"), [find_device("h100")], longest_tokens=4000, node_gpus=8
+        find_shape("llama-3-70b"), find_device("h100"), longest_tokens=4000, most_gpus=8
     )
     assert [option.tp for option in fit.options] == [2, 4, 8]
     first = fit.refused[0]
@@ -36,22 +36,22 @@ def test_a_model_too_large_for_one_gpu_is_refused_with_the_numbers() -> None:
 
 def test_a_request_too_long_for_the_kv_is_refused_with_its_length() -> None:
     fit = find_options(
-        find_shape("llama-3-8b"), [find_device("h100")], longest_tokens=600_000, node_gpus=1
+        find_shape("llama-3-8b"), find_device("h100"), longest_tokens=600_000, most_gpus=1
     )
     assert not fit.options
     assert "600000 tokens, 78.6 GB" in fit.refused[0]
 
 
-def test_degrees_divide_the_heads_and_fit_the_node() -> None:
+def test_degrees_divide_the_heads_and_the_gpus_there_are() -> None:
     fit = find_options(
-        find_shape("qwen2.5-7b"), [find_device("h100")], longest_tokens=4000, node_gpus=8
+        find_shape("qwen2.5-7b"), find_device("h100"), longest_tokens=4000, most_gpus=8
     )
     assert [option.tp for option in fit.options] == [1, 2, 4]
 
 
-@pytest.mark.parametrize("node_gpus", [1, 2, 4])
-def test_no_worker_is_larger_than_a_node(node_gpus: int) -> None:
+@pytest.mark.parametrize("most_gpus", [1, 2, 4])
+def test_no_worker_is_larger_than_it_may_be(most_gpus: int) -> None:
     fit = find_options(
-        find_shape("llama-3-8b"), [find_device("h100")], longest_tokens=4000, node_gpus=node_gpus
+        find_shape("llama-3-8b"), find_device("h100"), longest_tokens=4000, most_gpus=most_gpus
     )
-    assert max(option.tp for option in fit.options) == node_gpus
+    assert max(option.tp for option in fit.options) == most_gpus

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
+
 from router.policies.base import Slo
 from simulator.plan.search import search
-from simulator.plan.types import Answer, Offer, Plan, Problem, Rated
+from simulator.plan.types import Affinity, Answer, Offer, Plan, Problem, Rated
 from tests.simulator.plan.problems import asked, option, problem
 
 
@@ -54,6 +56,33 @@ def test_targets_that_nothing_keeps_give_no_plan_and_a_warning() -> None:
     answer = _search(hopeless)
     assert (answer.best, answer.colocated) == ((), None)
     assert "no disaggregated plan keeps the targets" in answer.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "fits"),
+    [
+        (problem(option(), gpus=1), "on 1 GPUs: the smallest that hold the model take 1 each"),
+        (problem(option(4), gpus=7), "on 7 GPUs: the smallest that hold the model take 4 each"),
+        (
+            problem(option(), gpus=8, node_gpus=1, affinity=Affinity.LOW),
+            "on the GPUs of one node: the smallest",
+        ),
+    ],
+)
+def test_too_few_gpus_for_both_phases_are_not_blamed_on_the_targets(
+    cluster: Problem, fits: str
+) -> None:
+    (warning,) = _search(replace(cluster, slo=Slo(ttft_s=3.0, tpot_s=0.2))).warnings
+    assert "a prefill and a decode worker do not fit" in warning
+    assert fits in warning
+    assert warning.endswith("; colocated workers keep the targets")
+
+
+def test_a_rate_that_these_gpus_do_not_serve_is_said_to_be_too_high() -> None:
+    warnings = _search(LONG_PROMPTS, rate_rps=1000.0).warnings
+    (said,) = [text for text in warnings if "too few for 1000 requests/s" in text]
+    assert "the best plan serves" in said
+    assert not any("too few" in text for text in _search(LONG_PROMPTS, rate_rps=0.01).warnings)
 
 
 def test_one_and_two_processes_give_one_answer() -> None:
