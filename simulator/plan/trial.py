@@ -150,6 +150,7 @@ def _worker(problem: Problem, pool: Pool) -> WorkerSpec:
         kv_bytes_per_token=problem.kv_bytes_per_token,
         nic_bytes_per_s=kv_bytes_per_s(problem, option),
         gpus=option.tp,
+        device=f"{option.tp} {option.gpu}",
     )
 
 
