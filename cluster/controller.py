@@ -180,6 +180,7 @@ class _Cluster:
                     await stack.enter_async_context(
                         serve_registry(registry, self._run.registry_address)
                     )
+                group.create_task(self._ray.watch())
                 self._report(Starting(step=f"{self._config.num_workers} workers"))
                 group.create_task(self._pools.supervise())
         except BaseExceptionGroup as errors:

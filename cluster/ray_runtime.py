@@ -13,9 +13,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TypeVar
+
+import psutil
 
 from cluster.config import ClusterConfig
 from cluster.last_words import tail
@@ -28,6 +30,8 @@ T = TypeVar("T")
 
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray takes no less; nothing of ours goes through it
 _SHUTDOWN_S = 10.0
+_CORE = ("gcs_server", "raylet")
+_LOOK_EVERY_S = 0.5
 
 
 class RayRuntime:
@@ -48,6 +52,20 @@ class RayRuntime:
             ) from error
         finally:
             _take_back_signals()
+
+    async def watch(self) -> None:
+        """After `start`, for ever. Raises Unavailable when a process that Ray itself needs has
+        ended: no worker can be started any more, and a minute later Ray would end this process as
+        well, on the spot.
+        """
+        core = _core_processes()
+        while not (ended := [name for name in _CORE if not _runs(core.get(name))]):  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_EVERY_S)
+        log_end = tail(self._run.ray / "session_latest" / "logs" / f"{ended[0]}.out")
+        raise Unavailable(
+            f"Ray's own process {ended[0]} has ended, killed from outside perhaps; no worker can be"
+            f" kept running without it, so start the cluster again\nits log ends with:\n{log_end}"
+        )
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a blocking call of Ray on its thread."""
@@ -135,6 +153,22 @@ def _take_back_signals() -> None:
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)
         signal.alarm(0)
+
+
+def _core_processes() -> dict[str, psutil.Process]:
+    """By name: children of this process."""
+    found: dict[str, psutil.Process] = {}
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            found[child.name()] = child
+    return found
+
+
+def _runs(process: psutil.Process | None) -> bool:
+    try:
+        return process is not None and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _stop() -> None:

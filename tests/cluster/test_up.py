@@ -188,6 +188,18 @@ def test_what_a_killed_controller_leaves_behind_is_swept() -> None:
         assert up.ended_clean(run) == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_the_end_of_a_process_of_rays_own_stops_the_cluster_in_order(name: str) -> None:
+    with small_up("idle") as up:
+        up.until("ClusterReady")
+        run = up.run
+        (process,) = [each for each in run_processes(run) if each.name() == name]
+        process.kill()
+        up.until("Stopping", reason="a failure")
+        assert up.ended_clean(run) == 1
+        assert f"Ray's own process {name} has ended" in up.errors()
+
+
 def test_a_second_ctrl_c_stops_at_once_even_while_ray_starts() -> None:
     with small_up("idle") as up:
         up.until("Starting", step="Ray")
