@@ -34,7 +34,7 @@ _USER_BYTES = 15
 _LONGEST_INSIDE = "/00000000/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 _SHARED_MEMORY = Path("/dev/shm")
 _RUN_LINK = "run"
-_SAME_START_S = 2.0
+_SAME_START_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,9 @@ class RunInfo:
     run_id: str
     pid: int
     started_s: float
-    """Start of process `pid` as the kernel tells it: another process of that pid has another."""
+    """Start of process `pid` as the kernel tells it: another process of that pid has another. On
+    Linux it counts from the boot, so that a step of the clock changes nothing.
+    """
     model: str
     registry_address: str = ""
     router_url: str = ""
@@ -220,7 +222,8 @@ def _start_of(pid: int) -> float:
     process = psutil.Process(pid)
     if process.status() == psutil.STATUS_ZOMBIE:
         raise psutil.ZombieProcess(pid)
-    return process.create_time()
+    started_s = process.create_time()
+    return started_s - psutil.boot_time() if psutil.LINUX else started_s
 
 
 def _user() -> str:

@@ -37,7 +37,7 @@ def rewrite(run: RunDir, info: RunInfo) -> None:
 def kill_owner(run: RunDir) -> None:
     """Make the run belong to a real process that is dead."""
     owner = subprocess.Popen(SLEEPER, stdout=subprocess.PIPE)
-    started_s = psutil.Process(owner.pid).create_time()
+    started_s = psutil.Process(owner.pid).create_time() - psutil.boot_time()
     owner.kill()
     owner.communicate()
     rewrite(run, replace(run.info(), pid=owner.pid, started_s=started_s))
@@ -122,6 +122,21 @@ def test_a_pid_taken_by_another_process_counts_as_dead(tmp_path: Path) -> None:
     rewrite(run, replace(run.info(), started_s=run.info().started_s - 3600))
     assert not run.is_alive()
     assert sweep_dead_runs(tmp_path) == [run.run_id]
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere the kernel keeps the wall time of a start")
+@pytest.mark.parametrize("step_s", [-3600.0, -3.0, 3.0, 3600.0])
+def test_a_step_of_the_clock_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    root = tmp_path / "baton-me"
+    run = make_run(root)
+    # The kernel tells when it booted by the wall clock, and starts of processes since then.
+    booted_s = psutil.boot_time()
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted_s + step_s)
+    assert sweep_dead_runs(root) == []
+    assert run.is_alive()
+    run.remove()
 
 
 def test_a_run_with_a_broken_run_json_is_swept(tmp_path: Path) -> None:
