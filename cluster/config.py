@@ -32,6 +32,8 @@ def _redis_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in {"redis", "rediss"} and parts.hostname and parts.port != 0
+        # The client takes a database that is no number for 0, without a word.
+        usable = usable and (parts.path in {"", "/"} or parts.path[1:].isdecimal())
     except ValueError:
         usable = False
     if not usable:

@@ -14,6 +14,8 @@ from core.errors import ConfigError
 
 Tree = dict[str, Any]
 
+_BOOL = "tag:yaml.org,2002:bool"
+
 _PLAIN = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -63,7 +65,7 @@ def load_config(
 
 def _read(path: Path) -> Tree:
     try:
-        tree = yaml.load(path.read_text("utf-8"), _UniqueKeys)
+        tree = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise BadConfig([f"{path}: cannot be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
@@ -77,8 +79,10 @@ def _read(path: Path) -> Tree:
     return tree
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would quietly drop the first."""
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would quietly drop the first; and a bare `off` or
+    `no` is text, as in YAML 1.2: some settings have `off` among their values.
+    """
 
     def construct_mapping(
         self, node: yaml.MappingNode, deep: bool = False
@@ -86,12 +90,20 @@ class _UniqueKeys(yaml.SafeLoader):
         seen: set[object] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                break  # refused below
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag != _BOOL or first in "tTfF"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:
@@ -113,7 +125,7 @@ def _set(tree: Tree, dotted: str, value: object) -> None:
 
 def _sentence(source: str, detail: ErrorDetails) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in {"extra_forbidden", "invalid_key"}:
         return f"{source}: {where} is not a known key{_nearest(detail['loc'])}"
     if detail["type"] == "missing":
         hint = "; set it, or give --model DIR" if where in {"model", "model.path"} else ""

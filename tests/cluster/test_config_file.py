@@ -95,6 +95,11 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(
             "router: {port: 70000}",
             "router.port is 70000, but should be less than or equal to 65535",
         ),
+        (
+            "registry: {kind: redis, url: redis://host:6379/prod}",
+            "registry.url is 'redis://host:6379/prod', but should be a URL such as"
+            " redis://host:6379/0",
+        ),
         ("hang_timeout_s: 0.5", "hang_timeout_s is 0.5, but should be 0 for never, or at least 1"),
         ("engine: {kind: x}", "engine.kind is 'x', but should be 'transformers' or 'timed'"),
     ],
@@ -103,6 +108,19 @@ def test_a_wrong_value_is_one_sentence_with_its_key(
     tmp_path: Path, text: str, expected: str
 ) -> None:
     assert problems(tmp_path, MODEL + text) == [expected]
+
+
+def test_a_bare_off_is_the_setting_of_that_name(tmp_path: Path) -> None:
+    config = load(
+        tmp_path, MODEL + "transfer: {verify: off}\nrouter: {admission: off, local_decode: off}"
+    )
+    assert (config.transfer.verify, config.router.admission) == ("off", "off")
+    assert config.router.local_decode is False
+
+
+def test_a_key_that_is_a_number_is_not_known(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, MODEL + "1: 2")
+    assert problem.startswith("1 is not a known key; known keys here: model, ")
 
 
 def test_a_missing_model_says_how_to_give_one(tmp_path: Path) -> None:
@@ -117,6 +135,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("a: [1", "is not valid YAML: line 1, column "),
+        ("[a]: 1", "is not valid YAML: line 1, column 1: found unhashable key"),
         ("- a\n- b\n", "holds a list, not sections such as `model:`"),
         (
             MODEL + "slo: {ttft_ms: 1}\nslo: {tpot_ms: 2}",
