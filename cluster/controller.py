@@ -68,9 +68,11 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Inside the block SIGINT, SIGTERM and SIGHUP ask for a stop."""
+        """Inside the block SIGINT, SIGTERM and SIGHUP ask for a stop; SIGHUP not under nohup."""
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
         for number in signals:
             loop.add_signal_handler(number, self.ask, number.name)
         try:

@@ -232,6 +232,21 @@ def test_a_closed_terminal_stops_the_cluster_in_order() -> None:
     os.close(terminal)
 
 
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup leaves to its command
+    try:
+        with small_up("idle") as up:
+            ready = up.until("ClusterReady")
+            run = up.run
+            os.killpg(up.process.pid, signal.SIGHUP)
+            assert get(str(ready["url"]))
+            up.process.send_signal(signal.SIGTERM)
+            up.until("Stopping", reason="SIGTERM")
+            assert up.ended_clean(run) == 0
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+
+
 def run_of(up: Up) -> RunDir:
     up.until("Starting", step="Ray")
     return up.run
