@@ -20,6 +20,7 @@ from cluster.config import ClusterConfig
 from cluster.config_file import BadConfig
 from cluster.events import ClusterReady, Report, RunSwept, Starting, Stopping
 from cluster.failures import describe, first_error
+from cluster.last_words import tail
 from cluster.preflight import find_problems
 from cluster.ray_pools import REAL_HOST, RayPools
 from cluster.ray_runtime import RayRuntime, environment
@@ -30,6 +31,7 @@ from cluster.sweep import end_processes, sweep_dead_runs
 from cluster.telemetry import setup_logging
 from core.clock import SystemClock
 from core.errors import Unavailable
+from core.ids import Role
 from core.registry import MemoryRegistry
 from router.serve import bind_listener
 
@@ -196,10 +198,7 @@ class _Cluster:
                 self._report(Starting(step="the router"))
                 await self._router.wait_ready()
         except TimeoutError as error:
-            raise Unavailable(
-                f"the cluster was not ready within {limit_s:g} s: raise start_timeout_s if the"
-                " model is large"
-            ) from error
+            raise Unavailable(self._not_ready(limit_s)) from error
         self._report(
             ClusterReady(
                 run_id=self._run.run_id,
@@ -208,6 +207,24 @@ class _Cluster:
                 startup_s=time.monotonic() - self._began_s,
             )
         )
+
+    def _not_ready(self, limit_s: float) -> str:
+        """What the start still waited for, with the ends of the logs, which go with the run."""
+        logs: list[str]
+        if missing := self._pools.missing():
+            logs = [missing[0]]
+            said = (
+                f"{', '.join(missing)} not ready within {limit_s:g} s:"
+                " raise start_timeout_s if the model is large"
+            )
+        else:
+            logs = ["router", *(f"{role}-0" for role in Role)]
+            said = (
+                f"all workers serve, but in {limit_s:g} s (start_timeout_s) the router reached none"
+                " of a role; does the registry answer them?"
+            )
+        ends = [f"the log of {name} ends with:\n{tail(self._run.log_path(name))}" for name in logs]
+        return "\n".join([said, *ends])
 
     async def _shut_down(self) -> None:
         """Bounded: the drain time plus some 20 s. A second request to stop cuts it short."""

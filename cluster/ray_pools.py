@@ -62,6 +62,10 @@ class RayPools:
         """Return when every worker has served at least once; bounded by the caller."""
         await self._all_ready.wait()
 
+    def missing(self) -> list[WorkerId]:
+        """Workers that have not served yet."""
+        return sorted(self._waiting_for)
+
     async def stop(self, timeout_s: float) -> None:
         """Ask every worker to stop and wait for those that serve."""
         async with asyncio.TaskGroup() as group:

@@ -30,6 +30,11 @@ def fails_once(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], No
     idle(spec, stop, ready)
 
 
+def loads_for_ever(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], None]) -> None:
+    """A decode-0 that is never ready."""
+    idle(spec, stop, (lambda _: print("loading")) if spec.worker_id == "decode-0" else ready)
+
+
 def slow_to_stop(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], None]) -> None:
     """Idle, and takes its time to end."""
     idle(spec, stop, ready)

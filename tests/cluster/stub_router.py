@@ -1,4 +1,5 @@
-"""A router process that only answers /ready, for tests of what keeps it running.
+"""A router process that only answers /ready, for tests of what keeps it running: 503 while there
+is a file `alone` in the run's folder.
 
 Told to stop it closes its port, and stays as long as there is a file `drains` in the run's folder.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(503 if Path(sys.argv[2], "alone").exists() else 200)
         self.end_headers()
         self.wfile.write(str(os.getpid()).encode())
 

@@ -174,6 +174,25 @@ def test_a_worker_that_cannot_start_ends_the_start_with_its_reason() -> None:
         assert "could not start" in line
 
 
+def test_a_start_that_takes_too_long_says_which_worker_it_waited_for() -> None:
+    with small_up("loads_for_ever", "start_timeout_s=20") as up:
+        run = run_of(up)
+        assert up.ended_clean(run) == 1
+        first, *log = up.errors().splitlines()
+        assert first.startswith("decode-0 not ready within 20 s: raise start_timeout_s")
+        assert any("role=decode" in line for line in log)
+
+
+def test_a_start_whose_router_finds_no_workers_blames_no_model() -> None:
+    with small_up("idle", "start_timeout_s=20") as up:
+        run = run_of(up)
+        (run.path / "alone").touch()
+        assert up.ended_clean(run) == 1
+        first, *log = up.errors().splitlines()
+        assert first.startswith("all workers serve, but in 20 s")
+        assert any("role=decode" in line for line in log)
+
+
 def test_what_a_killed_controller_leaves_behind_is_swept() -> None:
     with small_up("idle") as up:
         ready = up.until("ClusterReady")
