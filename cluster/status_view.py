@@ -106,8 +106,8 @@ def show_status(
     """Print it for people."""
     state = "[green]ready[/]" if status.ready else "[red]not ready[/]"
     console.print(
-        f"[bold]{status.model}[/] at {status.url}/v1  {state}"
-        f"  [dim]run {status.run_id}, pid {status.pid}, logs in {status.logs}[/]",
+        f"[bold]{escape(status.model)}[/] at {status.url}/v1  {state}"
+        f"  [dim]run {status.run_id}, pid {status.pid}, logs in {escape(status.logs)}[/]",
         soft_wrap=True,
         highlight=False,
     )
@@ -121,16 +121,16 @@ def show_status(
         )
     for worker_id, reason in sorted(status.ejected.items()):
         text = f"the router sends it nothing for now: {_EJECTED.get(reason, reason)}"
-        _say(console, f"[yellow]{worker_id}[/]", text)
+        _say(console, f"[yellow]{escape(worker_id)}[/]", text)
     for worker_id, reason in sorted(status.unreached.items()):
         text = f"the router sends it nothing, as they are not connected: {reason}"
-        _say(console, f"[yellow]{worker_id}[/]", text)
+        _say(console, f"[yellow]{escape(worker_id)}[/]", text)
     for worker in status.workers:
         problem = worker.problem or (worker.stats.pool_error if worker.stats is not None else "")
         if problem:
-            _say(console, f"[red]{worker.worker_id}[/]", problem)
+            _say(console, f"[red]{escape(worker.worker_id)}[/]", problem)
     for worker_id, deaths in sorted(status.deaths.items()):
-        _say(console, f"[dim]{worker_id}[/]", _deaths_text(deaths))
+        _say(console, f"[dim]{escape(worker_id)}[/]", _deaths_text(deaths))
     if leases:
         print_table(console, _lease_table(status.workers))
     if transfers:
@@ -156,12 +156,12 @@ def _worker_table(status: ClusterStatus) -> Table:
     for worker in status.workers:
         stats = worker.stats
         if stats is None:
-            table.add_row(worker.worker_id, worker.role, "[red]absent[/]")
+            table.add_row(escape(worker.worker_id), worker.role, "[red]absent[/]")
             continue
         blocks = stats.blocks
         used = blocks.in_use + blocks.receiving + blocks.quarantined
         table.add_row(
-            worker.worker_id,
+            escape(worker.worker_id),
             worker.role,
             _state_of(worker.worker_id, stats, status),
             str(stats.waiting),
@@ -195,10 +195,10 @@ def _lease_table(workers: Sequence[WorkerStatus]) -> Table:
         for lease in worker.stats.leases if worker.stats else ():
             expires = "-" if lease.expires_in_s is None else f"{lease.expires_in_s:.1f} s"
             table.add_row(
-                worker.worker_id,
+                escape(worker.worker_id),
                 str(lease.lease_id),
-                lease.sequence_id,
-                worker_of(lease.reader) or "nobody yet",
+                escape(lease.sequence_id),
+                escape(worker_of(lease.reader)) or "nobody yet",
                 str(lease.blocks),
                 f"{lease.age_s:.1f} s",
                 expires,
@@ -219,8 +219,8 @@ def _transfer_table(workers: Sequence[WorkerStatus]) -> Table:
             busy = peer.seconds > 0
             failures = ", ".join(f"{n} {cause}" for cause, n in sorted(peer.failures.items()))
             table.add_row(
-                worker.worker_id,
-                peer.owner_id,
+                escape(worker.worker_id),
+                escape(peer.owner_id),
                 peer.transport or "-",
                 str(peer.handoffs),
                 str(peer.sealed),
@@ -240,7 +240,7 @@ def _ended_table(workers: Sequence[WorkerStatus]) -> Table:
     for worker in workers:
         for reader in worker.stats.readers if worker.stats else ():
             counts = (str(reader.leases.get(how, 0)) for how in LeaseEnd)
-            table.add_row(worker.worker_id, reader.reader_id or "nobody", *counts)
+            table.add_row(escape(worker.worker_id), escape(reader.reader_id) or "nobody", *counts)
     if not table.row_count:
         table.add_row("none")
     return table

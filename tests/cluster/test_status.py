@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,17 @@ def test_the_table_shows_load_blocks_problems_and_absence() -> None:
     assert "decode-0: not registered" in text
     assert "prefill-0: block 7 is in two states" in text
     assert "req-1" not in text
+
+
+def test_names_are_shown_as_they_are_and_not_taken_for_markup() -> None:
+    named = WorkerStatus(worker_id="a[/b]", role="decode", problem="away", stats=None)
+    console = Console(file=io.StringIO(), width=200)
+    status = replace(
+        cluster_status(), model="llama[awq]", workers=(named,), unreached={"c[/d]": ""}
+    )
+    show_status(status, console, leases=True, transfers=True)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(name in text for name in ("llama[awq]", "a[/b]", "c[/d]"))
 
 
 def test_leases_show_who_holds_which_blocks_for_how_long() -> None:
