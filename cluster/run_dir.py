@@ -19,13 +19,12 @@ import pwd
 import secrets
 import shutil
 import stat
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
-from core.errors import ConfigError
+from core.errors import ConfigError, plain
 
 RUN_DIR_VARIABLE = "BATON_RUN_DIR"
 
@@ -68,28 +67,39 @@ class RunDir:
 
     @classmethod
     def create(cls, root: Path, model: str) -> "RunDir":
-        """Make the folder of a new run of this process. Raises ConfigError, OSError."""
+        """Make the folder of a new run of this process. Raises ConfigError."""
         run_id = secrets.token_hex(4)
         # Under its final name a folder always has a run.json, so a sweep never takes a new one.
-        new = root / f".{run_id}"
+        new, run = root / f".{run_id}", cls(root / run_id)
+        try:
+            run._make(new, model)
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            run.remove()
+            raise ConfigError(
+                f"{error.filename or root} cannot be written: {plain(error)}; make room, or set"
+                " TMPDIR to another folder"
+            ) from error
+        return run
+
+    def _make(self, new: Path, model: str) -> None:
+        root = self.path.parent
         _make_root(root)
         try:
             new.mkdir(mode=0o700)
         except FileNotFoundError:  # the last run of another process just removed the root
             _make_root(root)
             new.mkdir(mode=0o700)
-        run = cls(root / run_id)
         for folder in (new / "logs", new / "ray"):
             folder.mkdir(mode=0o700)
         info = RunInfo(
-            run_id=run_id, pid=os.getpid(), started_s=_start_of(os.getpid()), model=model
+            run_id=self.run_id, pid=os.getpid(), started_s=_start_of(os.getpid()), model=model
         )
         _write(new / "run.json", json.dumps(asdict(info)))
         _write(new / "ray_token", secrets.token_hex(32))
-        new.rename(run.path)
-        run.shm.mkdir(mode=0o700)
-        (run.shm / _RUN_LINK).symlink_to(run.path)
-        return run
+        new.rename(self.path)
+        self.shm.mkdir(mode=0o700)
+        (self.shm / _RUN_LINK).symlink_to(self.path)
 
     @property
     def logs(self) -> Path:
@@ -167,7 +177,7 @@ def runs_root(temporary: Path | None = None, user: str | None = None) -> Path:
 
     Raises ConfigError when neither is short enough for the sockets of Ray.
     """
-    first = temporary or Path(tempfile.gettempdir())
+    first = temporary or _temporary()
     name = f"baton-{_folder_name(user or _user())}"
     for place in (first, Path("/tmp")):
         root = place / name
@@ -199,6 +209,14 @@ def orphaned_memory(root: Path) -> list[Path]:
         for memory in _SHARED_MEMORY.glob(f"{root.name}-*")
         if (memory / _RUN_LINK).is_symlink() and not (memory / _RUN_LINK).exists()
     ]
+
+
+def _temporary() -> Path:
+    """Where `tempfile` looks first. When that is full it goes elsewhere, and so commands would not
+    find the clusters that run there.
+    """
+    named = filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP")))
+    return Path(next(named, "/tmp")).absolute()
 
 
 def _make_root(root: Path) -> None:

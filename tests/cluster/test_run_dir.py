@@ -1,5 +1,6 @@
 """Run folders and the sweep of dead runs, with real processes."""
 
+import errno
 import json
 import os
 import shutil
@@ -62,6 +63,21 @@ def test_a_run_is_one_private_folder_and_gone_after_remove(tmp_path: Path) -> No
     run.remove()
     assert not run.path.exists()
     assert not run.shm.exists()
+    assert not root.exists()
+
+
+def test_a_full_disk_is_named_and_no_half_made_folder_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    root = tmp_path / "baton-me"
+    monkeypatch.setattr("secrets.token_hex", lambda n: full(n) if n > 4 else "abcd")
+    with pytest.raises(
+        ConfigError, match=rf"{root} cannot be written: .*; make room, or set TMPDIR"
+    ):
+        make_run(root)
     assert not root.exists()
 
 
@@ -211,6 +227,17 @@ def test_the_root_is_one_folder_per_user_that_leaves_room_for_sockets(user: str)
     assert root.parent == Path("/tmp")
     assert root.name.startswith("baton-")
     assert root.name.removeprefix("baton-").replace("_", "").isalnum()
+
+
+def test_runs_are_looked_for_in_the_same_place_when_it_has_become_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/t")
+    monkeypatch.setattr(
+        "tempfile._get_default_tempdir", lambda *_: "/var/tmp"
+    )  # as when /t is full
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert runs_root(user="me") == Path("/t/baton-me")
 
 
 def test_two_long_user_names_do_not_share_a_root() -> None:
