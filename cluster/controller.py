@@ -242,8 +242,10 @@ class _Cluster:
             log.error("stop_in_order_failed reason=%s", describe(error))
 
     async def _stop_in_order(self) -> None:
+        drained_at_s = time.monotonic() + self._config.drain_timeout_s
         await self._router.stop(self._config.drain_timeout_s)
-        await self._pools.stop(_WORKER_STOP_S)
+        # Other routers may have requests on these workers.
+        await self._pools.stop(max(0.0, drained_at_s - time.monotonic()) + _WORKER_STOP_S)
         await self._ray.stop()
 
 

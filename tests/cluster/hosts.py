@@ -41,6 +41,15 @@ def slow_to_stop(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], 
     threading.Event().wait(3.5)
 
 
+def drains(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], None]) -> None:
+    """Idle; told to stop, it ends what another router sent it, and then makes the file that
+    `model.path` names.
+    """
+    idle(spec, stop, ready)
+    threading.Event().wait(7.0)
+    spec.config.model.path.touch()
+
+
 def misconfigured(spec: WorkerSpec, stop: StopSignal, ready: Callable[[RunSoon], None]) -> None:
     """A set-up the user must mend."""
     # As a worker's parts raise it: from within their task groups.

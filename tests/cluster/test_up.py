@@ -238,6 +238,16 @@ def test_a_stop_by_sigterm_may_take_its_time() -> None:
         assert up.ended_clean(run) == 0
 
 
+def test_workers_have_the_drain_time_for_requests_of_other_routers(tmp_path: Path) -> None:
+    drained = tmp_path / "drained"
+    with small_up("drains", "drain_timeout_s=10", f"model.path={drained}") as up:
+        up.until("ClusterReady")
+        run = up.run
+        up.process.send_signal(signal.SIGTERM)
+        assert up.ended_clean(run) == 0
+        assert drained.exists()
+
+
 def test_a_closed_terminal_stops_the_cluster_in_order() -> None:
     controller, terminal = pty.openpty()
     with small_up("idle", terminal=terminal) as up:
