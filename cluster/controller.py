@@ -258,7 +258,7 @@ def _log_to(run: RunDir, config: ClusterConfig) -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     with (
-        run.log_path("controller").open("a", buffering=1) as stream,
+        _log_file(run) as stream,
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
         _native_stderr_to(stream),
@@ -270,6 +270,16 @@ def _log_to(run: RunDir, config: ClusterConfig) -> Iterator[None]:
         finally:
             root.handlers[:] = handlers
             root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _log_file(run: RunDir) -> Iterator[TextIO]:
+    stream = run.log_path("controller").open("a", buffering=1)
+    try:
+        yield stream
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk, which is not why the cluster ends
+            stream.close()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """`baton up` around real Ray and real processes, with small hosts in place of the engines."""
 
+import asyncio
 import json
 import os
 import pty
@@ -17,6 +18,8 @@ from urllib.request import ProxyHandler, build_opener
 import psutil
 import pytest
 
+from cluster.config_file import BadConfig, load_config
+from cluster.controller import StopRequest, run_cluster
 from cluster.run_dir import RunDir, all_runs, runs_root
 from cluster.sweep import end_processes, run_processes, sweep_dead_runs
 
@@ -259,6 +262,17 @@ def test_a_closed_terminal_stops_the_cluster_in_order() -> None:
         up.until("Stopping", reason="SIGHUP")
         assert up.ended_clean(run) == 0
     os.close(terminal)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_log_that_cannot_be_written_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunDir, "log_path", lambda *_: Path("/dev/full"))
+    monkeypatch.setattr("cluster.controller.runs_root", lambda: tmp_path / "baton-me")
+    config = load_config(None, {"model.path": tmp_path / "nothing", "router.port": 0})
+    with pytest.raises(BadConfig, match="there is no checkpoint directory"):
+        asyncio.run(run_cluster(config, StopRequest(), lambda _event: None))
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
