@@ -147,10 +147,10 @@ class ClusterConfig(Settings):
     start_timeout_s: float = Field(600.0, gt=0)
     """All workers and the router are ready by then, or the start has failed."""
     hang_timeout_s: HangTimeout = 60.0
-    """A worker of `baton up` that serves and whose process then answers nothing for so long (it is
-    stopped, its event loop is stuck, a driver does not return) is killed and started again. Longer
-    than any pause it may make, such as a long garbage collection; 0 never kills one. A long engine
-    step is no silence: engine.step_timeout_s bounds that."""
+    """A worker or router of `baton up` that serves and whose process then answers nothing for so
+    long (it is stopped, its event loop is stuck, a driver does not return) is killed and started
+    again. Longer than any pause it may make, such as a long garbage collection; 0 never kills one.
+    A long engine step is no silence: engine.step_timeout_s bounds that."""
     drain_timeout_s: float = Field(10.0, ge=0)
     """At a stop, requests in flight may finish for so long."""
 

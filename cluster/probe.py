@@ -17,6 +17,11 @@ async def answers_ready(router_url: str) -> bool:
     return _is_200(await _get(router_url, "/ready"))
 
 
+async def answers(router_url: str) -> bool:
+    """GET /health is answered at all. Never raises."""
+    return bool(await _get(router_url, "/health"))
+
+
 class SeenWorker(NamedTuple):
     """A worker as a router knows it."""
 

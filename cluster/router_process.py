@@ -1,4 +1,4 @@
-"""The router as a child process that is started again when it dies.
+"""The router as a child process that is started again when it dies, and killed when it hangs.
 
 The controller opens the port and keeps it: a second cluster learns at once that it is taken, and
 clients of a router that starts or restarts wait in the socket's queue instead of being refused.
@@ -11,21 +11,24 @@ import os
 import signal
 import socket
 import sys
-import time
+from contextlib import suppress
 
+from cluster.backoff import Backoff
 from cluster.config import ClusterConfig
 from cluster.events import Report, RouterDied
 from cluster.last_words import last_words, tail
-from cluster.probe import answers_ready
+from cluster.probe import answers, answers_ready
 from cluster.run_dir import RunDir
+from cluster.watchdog import Silence, until_it_hangs
+from core.clock import SystemClock
 from core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
 ROUTER_MODULE = "cluster.router_main"
 
-_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
-_STEADY_S = 60.0
+_MOST_FAILURES = 5
+"""In a row."""
 _PROBE_EVERY_S = 0.1
 _KILL_AFTER_S = 3.0
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -62,6 +65,9 @@ class RouterProcess:
         self._log = run.log_path("router")
         self._process: asyncio.subprocess.Process | None = None
         self._started = False
+        self._hung = ""
+        self._heard = 0
+        """Answers to the watchdog."""
 
     @property
     def pid(self) -> int | None:
@@ -70,20 +76,22 @@ class RouterProcess:
 
     async def supervise(self) -> None:
         """Start the router and restart it whenever it ends, for ever. Raises RouterFailed."""
-        failures = 0
+        backoff = Backoff(SystemClock())
         while True:
-            began_s = time.monotonic()
+            backoff.began()
             process = self._process = await self._start()
-            status = await process.wait()
-            reason = self._reason(status)
+            self._hung = ""
+            watching = asyncio.ensure_future(self._end_if_it_hangs(process, backoff))
+            try:
+                status = await process.wait()
+            finally:
+                watching.cancel()
+            reason = self._hung or self._reason(status)
             if not self._started:
                 raise RouterFailed(f"the router could not start: {reason}\n{self._log_end()}")
-            if time.monotonic() - began_s > _STEADY_S:
-                failures = 0
-            if failures == len(_BACKOFF_S):
+            restart_in_s = backoff.pause_s()
+            if backoff.failures > _MOST_FAILURES:
                 raise RouterFailed(f"the router dies again and again: {reason}\n{self._log_end()}")
-            restart_in_s = _BACKOFF_S[failures]
-            failures += 1
             log.warning("router_died pid=%d reason=%s", process.pid, reason)
             self._report(
                 RouterDied(pid=process.pid, reason=reason, log=self._log, restart_in_s=restart_in_s)
@@ -112,6 +120,43 @@ class RouterProcess:
             log.warning("router_killed pid=%d", process.pid)
             process.kill()
             await process.wait()
+
+    async def _end_if_it_hangs(self, process: asyncio.subprocess.Process, backoff: Backoff) -> None:
+        """Kill a router that is not there in time, or answers nothing any more."""
+        start_s, hang_s = self._config.start_timeout_s, self._config.hang_timeout_s
+        try:
+            if await self._is_there(start_s):
+                backoff.serves()
+                if not hang_s:
+                    return
+                silence = Silence(hang_s, SystemClock())
+                await until_it_hangs(self._ask, silence)
+                self._hung = silence.reason
+            else:
+                self._hung = f"it answered nothing within {start_s:g} s (start_timeout_s)"
+            log.warning("router_hangs pid=%d: %s", process.pid, self._hung)
+            with suppress(ProcessLookupError):
+                process.kill()
+        except Exception:
+            log.exception("watchdog_failed pid=%d", process.pid)
+
+    async def _is_there(self, timeout_s: float) -> bool:
+        """Wait until it answers, whatever that is."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not await answers(url_of(self._socket)):  # noqa: ASYNC110
+                    await asyncio.sleep(_PROBE_EVERY_S)
+                return True
+        return False
+
+    def _ask(self) -> "asyncio.Future[int]":
+        async def answer() -> int:
+            if not await answers(url_of(self._socket)):
+                raise TimeoutError
+            self._heard += 1
+            return self._heard
+
+        return asyncio.ensure_future(answer())
 
     async def _start(self) -> asyncio.subprocess.Process:
         environment = dict(os.environ)

@@ -1,10 +1,11 @@
-"""When a worker's process hangs: it is stopped, its event loop is stuck, a driver never returns.
+"""When a process hangs: it is stopped, its event loop is stuck, a driver never returns.
 
-A worker that serves is asked every few seconds whether its event loop turns, and hangs when it has
-left enough questions in a row unanswered. Each question has a deadline of its own, measured from
-when it was asked; wall time since the last answer says nothing. So a controller that itself stood
-still, alone or with its machine, kills nobody when it goes on: it slept through the deadline of one
-question per worker, and one overslept by far counts for nothing. A late answer is an answer.
+A worker or router that serves is asked every few seconds whether its event loop turns, and hangs
+when it has left enough questions in a row unanswered. Each question has a deadline of its own,
+measured from when it was asked; wall time since the last answer says nothing. So a controller that
+itself stood still, alone or with its machine, kills nobody when it goes on: it slept through the
+deadline of one question per process, and one overslept by far counts for nothing. A late answer is
+an answer.
 
 An engine in a long step is not meant: it computes beside the event loop, and router/hung.py and
 engine.step_timeout_s are for it.
@@ -34,6 +35,13 @@ class Silence:
         """Questions in a row without an answer."""
         self.silent_s = 0.0
         """For how long they were waited for."""
+
+    @property
+    def reason(self) -> str:
+        """Why it was killed, for people."""
+        return (
+            f"it hung: nothing came within {self.silent_s:.0f} s (hang_timeout_s), so it was killed"
+        )
 
     def ask(self) -> None:
         """A question goes out."""

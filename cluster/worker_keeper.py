@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from cluster.backoff import Backoff
 from cluster.events import Report, WorkerDied, WorkerReady
 from cluster.last_words import last_words, tail
 from cluster.ray_runtime import RayRuntime, import_ray
@@ -27,8 +28,6 @@ from core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-_STEADY_S = 60.0
 _PROCESS_START_S = 120.0
 _PING_S = 0.1
 _KILLED_S = 10.0
@@ -47,6 +46,7 @@ class WorkerKeeper:
         self._ray = ray
         self._host = host
         self._report = report
+        self._backoff = Backoff(SystemClock())
         self._actor: Any = None
         self._serving: asyncio.Future[WorkerEnd] | None = None
         self._process: psutil.Process | None = None
@@ -60,17 +60,14 @@ class WorkerKeeper:
     async def keep(self) -> None:
         """Start the worker and restart it whenever it ends, for ever. Raises WorkerFailed."""
         self._actor = await self._ray.call(self._create)
-        failures = 0
         while True:
             began_s = time.monotonic()
+            self._backoff.began()
             await self._new_process()
             end = await self._live(began_s)
             if not self._started:
                 raise self._failure(end)
-            if time.monotonic() - began_s > _STEADY_S:
-                failures = 0
-            restart_in_s = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
-            failures += 1
+            restart_in_s = self._backoff.pause_s()
             self._tell_death(end.reason, restart_in_s)
             await asyncio.sleep(restart_in_s)
 
@@ -132,6 +129,7 @@ class WorkerKeeper:
         serving = self._serving = _ask(self._actor.serve.remote())
         if await self._becomes_ready(serving):
             self._started = True
+            self._backoff.serves()
             self._report(
                 WorkerReady(
                     worker_id=self._spec.worker_id,
@@ -171,10 +169,7 @@ class WorkerKeeper:
                 " started again",
                 *(worker_id, pid, silence.silent_s, silence.missed),
             )
-            self._hung = (
-                f"it hung: nothing came within {silence.silent_s:.0f} s (hang_timeout_s), so it was"
-                " killed"
-            )
+            self._hung = silence.reason
             self._kill()
             await asyncio.sleep(_KILLED_S)
             log.warning(

@@ -25,11 +25,12 @@ def with_router(
     folder: Path,
     test: Callable[[RouterProcess, str, list[Event]], Awaitable[None]],
     module: str = "stub_router",
+    config: ClusterConfig = CONFIG,
 ) -> None:
     async def run(run_dir: RunDir) -> None:
         with closing(bind_listener("127.0.0.1", 0)) as opened:
             events: list[Event] = []
-            router = RouterProcess(CONFIG, run_dir, opened, report=events.append, module=module)
+            router = RouterProcess(config, run_dir, opened, report=events.append, module=module)
             async with asyncio.timeout(30):
                 await test(router, url_of(opened), events)
 
@@ -73,6 +74,35 @@ def test_a_router_that_dies_is_told_and_takes_requests_again(tmp_path: Path) -> 
         await router.stop(drain_s=5)
 
     with_router(tmp_path, test)
+
+
+def test_a_router_that_hangs_is_killed_and_takes_requests_again(tmp_path: Path) -> None:
+    async def test(router: RouterProcess, url: str, events: list[Event]) -> None:
+        watching = asyncio.create_task(router.supervise())
+        await router.wait_ready()
+        hung = router.pid
+        assert hung is not None
+        os.kill(hung, signal.SIGSTOP)
+        while not await answers_ready(url):
+            pass
+        (died,) = events
+        assert isinstance(died, RouterDied)
+        assert (died.pid, died.restart_in_s) == (hung, 0.0)
+        assert died.reason.startswith("it hung: nothing came within 1 s (hang_timeout_s)")
+        watching.cancel()
+        await asyncio.wait([watching])
+        await router.stop(drain_s=5)
+
+    with_router(tmp_path, test, config=CONFIG.model_copy(update={"hang_timeout_s": 1.0}))
+
+
+def test_a_router_that_is_never_there_is_killed(tmp_path: Path) -> None:
+    async def test(router: RouterProcess, url: str, events: list[Event]) -> None:
+        with pytest.raises(RouterFailed, match="answered nothing within 1 s"):
+            await router.supervise()
+
+    config = CONFIG.model_copy(update={"start_timeout_s": 1.0})
+    with_router(tmp_path, test, module="silent_router", config=config)
 
 
 def test_a_router_that_cannot_start_fails_with_its_status_and_log(tmp_path: Path) -> None:
