@@ -113,7 +113,7 @@ async def serve_worker(
                 log.info("worker_ready worker_id=%s address=%s", start.worker_id, identity.address)
                 on_ready(record)
                 await _serve(registry, record, stop, engine_loop)
-                left = await worker.drain(start.drain_s)
+                left = await _drain(worker, start.drain_s, engine_loop)
                 log.info("worker_drained legs_left=%d", left)
             finally:
                 await server.stop(_STOP_GRACE_S)
@@ -140,6 +140,18 @@ async def _serve(
         await asyncio.wait({stopped, registered})
         if registry is not None:
             await _deregister(registry, record)
+
+
+async def _drain(worker: Worker, drain_s: float, engine_loop: "asyncio.Task[None]") -> int:
+    """Legs left open; or raises what ended the engine loop meanwhile: they would end no more."""
+    draining = asyncio.create_task(worker.drain(drain_s))
+    try:
+        await asyncio.wait({draining, engine_loop}, return_when=asyncio.FIRST_COMPLETED)
+        if engine_loop.done():
+            engine_loop.result()
+        return await draining
+    finally:
+        draining.cancel()
 
 
 async def _stay_registered(registry: Registry | None, record: WorkerRecord) -> None:

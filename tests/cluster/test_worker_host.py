@@ -2,14 +2,31 @@
 
 import asyncio
 import logging
+from pathlib import Path
 
 import pytest
 
 from cluster.worker import host
+from cluster.worker.host import WorkerStart, serve_worker
 from core.clock import SystemClock
 from core.errors import Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
+from core.messages import PROTOCOL_MAJOR
 from core.registry import MemoryRegistry, WorkerRecord
+from core.stream import dial
+from kv_transfer.loopback import LoopbackHub, LoopbackTransport
+from kv_transfer.transports import Transports
+from router.codec import to_worker
+from tests.builders import (
+    StepGate,
+    make_engine,
+    make_prompt,
+    make_settings,
+    prefill_submit,
+    soon,
+    until,
+)
+from wire import common_pb2, worker_pb2
 
 RECORD = WorkerRecord(
     worker_id=WorkerId("decode-0"),
@@ -58,3 +75,55 @@ async def test_a_registry_that_is_away_is_said_now_and_then_and_that_it_is_back(
     assert "failures=19 " in second
     assert "failures=37 reason='nothing came within 3 s'" in third
     assert back == "registry_back worker_id=decode-0 failures=37"
+
+
+class FailsAtLast(StepGate):
+    """An engine whose first step ends when it is let go, with a fault of the whole engine."""
+
+    def __call__(self, seconds: float) -> None:
+        super().__call__(seconds)
+        raise RuntimeError("the device is gone")
+
+
+async def test_an_engine_that_fails_while_the_worker_drains_ends_the_worker_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, stop = FailsAtLast(), asyncio.Event()
+    settings = make_settings()
+    engine = make_engine(config=settings.engine, sleep=gate)
+    monkeypatch.setattr(host, "build_engine", lambda _path, _config: engine)
+    start = WorkerStart(
+        worker_id=WorkerId("p"),
+        role=Role.PREFILL,
+        model_path=Path(),
+        settings=settings,
+        drain_s=3600.0,
+    )
+    ready: asyncio.Future[WorkerRecord] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(
+        serve_worker(
+            start,
+            registry=None,
+            clock=SystemClock(),
+            stop=stop,
+            on_ready=ready.set_result,
+            transports_of=lambda _config, arena, _life, _host: Transports(
+                [LoopbackTransport(arena, LoopbackHub())]
+            ),
+        )
+    )
+    async with (
+        asyncio.timeout(20),
+        dial((await ready).router_address, worker_pb2.ToRouter.FromString) as stream,
+    ):
+        protocol = common_pb2.Protocol(major=PROTOCOL_MAJOR)
+        stream.send(worker_pb2.ToWorker(hello=worker_pb2.RouterHello(protocol=protocol)))
+        stream.send(to_worker(prefill_submit(1, make_prompt(22))))
+        await until(gate.waiting.is_set, "a step in flight")
+        stop.set()
+        while (message := await stream.read()) is not None and not message.load.draining:
+            pass
+        gate.open()
+        with pytest.raises(ExceptionGroup) as failed:
+            await soon(serving)
+    assert failed.group_contains(RuntimeError, match="the device is gone")
