@@ -10,15 +10,14 @@
 The second is Past-Future's (ASPLOS'25). It draws a length for each sequence at every step; here its
 place among the lengths is fixed by its place among the sequences, evenly spread: who looks at every
 step with new luck is let in by the best of many draws. Neither is what pulls ask today, which leave
-a block for each that runs (policy.py): see row 14 in docs/reproduction.md for why not.
+a block for each that runs, and what somebody has waited for (policy.py): see row 14 in
+docs/reproduction.md for why not.
 """
 
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
-
-from decode_worker.policy import pull_headroom_blocks
 
 _ENOUGH = 16
 """Answers have to end before their lengths are a prediction."""
@@ -73,12 +72,11 @@ def peak_headroom_blocks(held: Iterable[Held], past: Sequence[int], block_size: 
 
 
 def predicted_headroom_blocks(
-    held: Iterable[Held], past: Sequence[int], block_size: int, *, running: int, num_blocks: int
+    held: Iterable[Held], past: Sequence[int], block_size: int, *, least: int, num_blocks: int
 ) -> int:
     """What a pull leaves free by the peak, of `num_blocks` in all: with a reserve, and no less than
-    those that run have without a prediction.
+    it leaves without a prediction.
     """
-    least = pull_headroom_blocks(running)
     if len(past) < _ENOUGH:
         return least
     peak = peak_headroom_blocks(held, past, block_size)

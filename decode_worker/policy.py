@@ -27,6 +27,8 @@ def refuse_sequence(
     return None
 
 
-def pull_headroom_blocks(running: int) -> int:
-    """Free blocks a pull leaves: one for each running sequence to grow into."""
-    return running
+def pull_headroom_blocks(running: int, awaited_blocks: int) -> int:
+    """Free blocks a pull leaves: one for each running sequence to grow into, and those that a
+    sequence has waited for, perhaps in the middle of its answer.
+    """
+    return running + awaited_blocks

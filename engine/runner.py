@@ -144,6 +144,11 @@ class Runner:
         """Sequences that have their blocks."""
         return len(self._scheduler.running) + len(self._scheduler.held)
 
+    @property
+    def awaited_blocks(self) -> int:
+        """Free blocks that are the first waiting sequence's, as it has waited for a while."""
+        return self._scheduler.awaited_blocks(self._clock.now_s())
+
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
         return self._scheduler.load()

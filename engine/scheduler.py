@@ -26,6 +26,8 @@ from engine.sequence import SequenceState
 
 _STUCK_S = 2.0
 """Blocks that are read from here, come in or are in quarantine come back by themselves, mostly."""
+_OVERTAKEN_S = 2.0
+"""Mostly the first in line finds its blocks sooner, and what it needs is not kept idle for it."""
 _RUNNING = SequenceState.RUNNING  # read through the class, it costs more than the rest of a look
 
 
@@ -103,6 +105,9 @@ class Scheduler(Generic[S]):
         self._in_flight: set[int] = set()
         self._late_release: list[list[BlockId]] = []
         self._stuck_since_s: float | None = None
+        self._first: S | None = None
+        """In line, since then."""
+        self._first_since_s = 0.0
         self.preemptions = 0
         self.work = StepWork()
         """Of all steps that have ended."""
@@ -157,6 +162,19 @@ class Scheduler(Generic[S]):
         """Nothing waits or runs, and no step still holds blocks of what was removed."""
         open_ = self.waiting or self.running or self.held
         return not (open_ or self._in_flight or self._late_release)
+
+    def awaited_blocks(self, now_s: float) -> int:
+        """Blocks that have to be free or evictable for the first in line, once it has been that for
+        a while; else 0. What comes for others leaves them, or short ones keep a long one waiting.
+        """
+        if not self.waiting or self.waiting[0] is not self._first:
+            return 0
+        if now_s - self._first_since_s < _OVERTAKEN_S:
+            return 0
+        first = self.waiting[0]
+        cached = self._lookup(first)
+        evictable = self._pool.available - self._pool.available_beside(cached)
+        return -(-first.known_tokens // self._block_size) - len(cached) + evictable
 
     def load(self) -> RunnerLoad:
         """True load, for reports and admission."""
@@ -257,7 +275,10 @@ class Scheduler(Generic[S]):
         most = self._max_running
         while self.waiting and (most is None or len(self.running) < most):
             if not self._admit(self.waiting[0], now_s) and not self._unblock(now_s):
-                return
+                break
+        first = self.waiting[0] if self.waiting else None
+        if first is not self._first:
+            self._first, self._first_since_s = first, now_s
 
     def _unblock(self, now_s: float) -> bool:
         """The first in line finds too few blocks: whether to look again. Where nobody runs who

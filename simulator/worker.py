@@ -248,14 +248,16 @@ class SimWorker:
         """`done` steps of the run in flight have ended."""
         scheduler, spec = self.scheduler, self.spec
         running, past = scheduler.running, self._past.ordered
+        awaited = scheduler.awaited_blocks(self._events.now_s())
+        least = pull_headroom_blocks(len(running), awaited)
         if coming is None or spec.headroom == "running":
-            return pull_headroom_blocks(len(running))
+            return least
         here = chain(running, scheduler.waiting, self.receiving, (coming,))
         held = (_held(one, self._steps + done) for one in here)
         if spec.headroom == "limit":
             return limit_headroom_blocks(held, self._size)
         return predicted_headroom_blocks(
-            held, past, self._size, running=len(running), num_blocks=spec.kv_blocks
+            held, past, self._size, least=least, num_blocks=spec.kv_blocks
         )
 
     def pulling(self, sequences: int, tokens: int) -> None:

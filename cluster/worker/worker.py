@@ -130,7 +130,7 @@ class Worker:
             transports=transports,
             hello=self.peer_hello,
             config=settings.transfer,
-            headroom=lambda: pull_headroom_blocks(self.runner.running),
+            headroom=lambda: pull_headroom_blocks(self.runner.running, self.runner.awaited_blocks),
         )
         self.prefill = PrefillRole(
             info=info,

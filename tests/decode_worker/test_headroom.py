@@ -69,7 +69,7 @@ def test_only_the_last_lengths_are_remembered_in_order() -> None:
 
 def test_a_predicted_peak_leaves_a_reserve_and_without_a_prediction_a_block_for_each() -> None:
     one = Held(160, 0, 5000)
-    few = predicted_headroom_blocks([one], [320] * 15, BLOCK, running=3, num_blocks=100)
-    many = predicted_headroom_blocks([one], [320] * 16, BLOCK, running=3, num_blocks=100)
+    few = predicted_headroom_blocks([one], [320] * 15, BLOCK, least=3, num_blocks=100)
+    many = predicted_headroom_blocks([one], [320] * 16, BLOCK, least=3, num_blocks=100)
     assert few == 3
     assert many == peak_headroom_blocks([one], [320] * 16, BLOCK) + 5

@@ -2,7 +2,7 @@ import pytest
 
 from core.errors import InvalidRequest, Overloaded
 from decode_worker.config import DecodeConfig
-from decode_worker.policy import refuse_sequence
+from decode_worker.policy import pull_headroom_blocks, refuse_sequence
 
 CONFIG = DecodeConfig(max_sequences=3)
 
@@ -23,3 +23,8 @@ def test_a_sequence_is_taken_when_it_fits_alone_and_there_is_room(
 ) -> None:
     refused = refuse_sequence(context, remaining, 100, open_legs, CONFIG)
     assert type(refused) is error
+
+
+def test_a_pull_leaves_what_running_sequences_grow_into_and_what_one_has_waited_for() -> None:
+    assert pull_headroom_blocks(3, 0) == 3
+    assert pull_headroom_blocks(3, 40) == 43

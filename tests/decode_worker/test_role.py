@@ -9,6 +9,7 @@ from core.ids import Incarnation, LeaseId
 from core.messages import Cancel, LegFailed, Rejected
 from core.sampling import FinishReason
 from core.stages import Stage
+from engine import scheduler
 from kv_transfer import reader
 from tests.builders import (
     BLOCK_BYTES,
@@ -105,6 +106,39 @@ async def test_a_pull_that_waits_for_memory_goes_on_when_a_sequence_has_ended(
             await pair.start_decode(i, prompt, handoff, name=str(i), max_tokens=16)
         for i, prompt in enumerate(prompts):
             assert await pair.to_decode.answered(i) == expected_tokens(prompt, 16)[1:]
+        await pair.idle()
+
+
+async def test_pulls_leave_the_memory_that_a_sequence_has_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler, "_OVERTAKEN_S", 0.0)
+    async with worker_pair(worker_settings=make_settings(num_blocks=16), gated_decode=True) as pair:
+
+        async def pulled(number: int, max_tokens: int) -> None:
+            prompt = make_prompt(12, seed=number)
+            handoff = await pair.start_prefill(number, prompt, name=str(number))
+            await pair.start_decode(
+                number, prompt, handoff, name=str(number), max_tokens=max_tokens
+            )
+
+        for number, max_tokens in ((1, 8), (2, 12), (3, 16)):
+            await pulled(number, max_tokens)
+        await until(lambda: pair.decode.worker.runner.running == 3, "three running")
+        await pair.start_decode(4, make_prompt(48), None, max_tokens=2)
+        for number in (5, 6):
+            await pulled(number, 16)
+        runner = pair.decode.worker.runner
+        for step in range(runner.steps + 1, runner.steps + 40):
+            pair.decode.gate.allow(1)
+            await until(lambda step=step: runner.steps >= step, "a step")  # type: ignore[misc]
+            await pair.to_decode.all_said()
+            if pair.to_decode.tokens(4):
+                break
+            assert not pair.to_decode.tokens(5), "it came later and got the memory first"
+        pair.decode.gate.open()
+        for number in (5, 6):
+            await pair.to_decode.answered(number)
         await pair.idle()
 
 

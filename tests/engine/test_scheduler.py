@@ -238,3 +238,37 @@ def test_tokens_that_wait_are_counted_as_they_come_and_go() -> None:
         scheduler.finish(sequence)
         queued()
     assert queued() == 0
+
+
+def test_blocks_are_awaited_once_the_first_in_line_has_waited_for_a_while() -> None:
+    crowd = Crowded()
+    held = crowd.pool.allocate(6)
+    first = crowd.waits(1, blocks=5)
+    crowd.scheduler.admit(1.0)
+    assert crowd.scheduler.awaited_blocks(1.0) == 0
+    assert crowd.scheduler.awaited_blocks(3.0) == 5
+    preempted = crowd.waits(2, blocks=4)
+    assert crowd.scheduler.awaited_blocks(3.0) == 0, "it is first in line only now"
+    crowd.scheduler.admit(3.0)
+    assert crowd.scheduler.awaited_blocks(5.0) == 4
+    crowd.pool.release(held or [])
+    crowd.scheduler.admit(6.0)
+    assert preempted.state is SequenceState.RUNNING
+    assert (first.state, crowd.scheduler.awaited_blocks(8.0)) == (SequenceState.WAITING, 5)
+
+
+def test_of_a_cached_prefix_only_what_could_be_evicted_is_awaited() -> None:
+    crowd = Crowded()
+    first = make_sequence(make_prompt(5 * SIZE, 1), name="1")
+    blocks = crowd.pool.allocate(3) or []
+    root = make_sequence(make_prompt(1), name="root")._root
+    hashes = first.block_hashes(3, SIZE)
+    crowd.pool.publish(blocks, 0, hashes, root)
+    crowd.pool.release(blocks[2:])
+    busy = crowd.pool.allocate(4) or []
+    crowd.scheduler.waiting.append(first)
+    crowd.scheduler.admit(0.0)
+    assert crowd.scheduler.awaited_blocks(2.0) == 3, "two of its five are in use"
+    crowd.pool.release(busy)
+    crowd.scheduler.admit(3.0)
+    assert first.state is SequenceState.RUNNING
