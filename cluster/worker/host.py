@@ -18,7 +18,7 @@ from core.clock import Clock
 from core.errors import ConfigError, Unavailable
 from core.ids import Incarnation, Role, WorkerId, new_incarnation
 from core.registry import Registry, WorkerRecord
-from core.stream import address_of, listen
+from core.stream import address_of, listen, place_of
 from engine.arena import Arena
 from engine.build import build_engine
 from engine.sizing import describe_arena
@@ -64,6 +64,7 @@ async def serve_worker(
     transports_of: TransportsOf,
 ) -> None:
     """Serve until `stop`. Raises what ended the engine loop, ConfigError for a bad set-up."""
+    _check_host(start.host)
     incarnation = new_incarnation()
     engine = await asyncio.to_thread(build_engine, start.model_path, start.settings.engine)
     info = engine.info
@@ -78,7 +79,7 @@ async def serve_worker(
     identity = WorkerIdentity(
         worker_id=start.worker_id,
         incarnation=incarnation,
-        address=f"{start.host}:{port}",
+        address=place_of((start.host, port)),
         peer_address=address_of(peers),
         network_domain=start.settings.transfer.network_domain,
     )
@@ -193,9 +194,17 @@ async def _deregister(registry: Registry, record: WorkerRecord) -> None:
         log.info("registry_unreachable_at_exit reason=%r", _reason(error))
 
 
+def _check_host(host: str) -> None:
+    if host in {"", "0.0.0.0", "::"}:
+        raise ConfigError(
+            f"the host {host!r} is every address of this machine, and routers and other workers are"
+            " told where to reach the worker: give one address that they reach (--host)"
+        )
+
+
 def _bind(server: grpc.aio.Server, start: WorkerStart) -> int:
     try:
-        return server.add_insecure_port(f"{start.host}:{start.port}")
+        return server.add_insecure_port(place_of((start.host, start.port)))
     except RuntimeError as error:
         raise ConfigError(
             f"worker {start.worker_id} cannot listen on {start.host}:{start.port}; "

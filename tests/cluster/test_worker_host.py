@@ -4,12 +4,13 @@ import asyncio
 import logging
 from pathlib import Path
 
+import grpc
 import pytest
 
 from cluster.worker import host
 from cluster.worker.host import WorkerStart, serve_worker
 from core.clock import SystemClock
-from core.errors import Unavailable
+from core.errors import ConfigError, Unavailable
 from core.ids import Incarnation, ModelId, Role, WorkerId
 from core.messages import PROTOCOL_MAJOR
 from core.registry import MemoryRegistry, WorkerRecord
@@ -85,6 +86,61 @@ class FailsAtLast(StepGate):
         raise RuntimeError("the device is gone")
 
 
+def a_start(host: str = "127.0.0.1") -> WorkerStart:
+    return WorkerStart(
+        worker_id=WorkerId("p"),
+        role=Role.PREFILL,
+        model_path=Path(),
+        settings=make_settings(),
+        drain_s=3600.0,
+        host=host,
+    )
+
+
+async def served(
+    start: WorkerStart,
+    stop: asyncio.Event,
+    ready: "asyncio.Future[WorkerRecord] | None" = None,
+) -> None:
+    await serve_worker(
+        start,
+        registry=None,
+        clock=SystemClock(),
+        stop=stop,
+        on_ready=ready.set_result if ready is not None else lambda record: None,
+        transports_of=lambda _config, arena, _life, _host: Transports(
+            [LoopbackTransport(arena, LoopbackHub())]
+        ),
+    )
+
+
+@pytest.mark.parametrize("every", ["", "0.0.0.0", "::"])
+async def test_a_host_that_nobody_could_be_told_is_refused(every: str) -> None:
+    with pytest.raises(ConfigError, match="give one address that they reach"):
+        await soon(served(a_start(host=every), asyncio.Event()))
+
+
+async def test_a_worker_is_reached_over_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, stop = make_settings(), asyncio.Event()
+    engine = make_engine(config=settings.engine)
+    monkeypatch.setattr(host, "build_engine", lambda _path, _config: engine)
+    ready: asyncio.Future[WorkerRecord] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(served(a_start(host="::1"), stop, ready))
+    async with asyncio.timeout(20):
+        record = await ready
+        assert record.address.startswith("[::1]:")
+        async with dial(record.router_address, worker_pb2.ToRouter.FromString) as stream:
+            protocol = common_pb2.Protocol(major=PROTOCOL_MAJOR)
+            stream.send(worker_pb2.ToWorker(hello=worker_pb2.RouterHello(protocol=protocol)))
+            hello = await stream.read()
+        async with grpc.aio.insecure_channel(record.address) as channel:
+            await channel.channel_ready()
+    assert hello is not None
+    assert hello.hello.worker_id == "p"
+    stop.set()
+    await soon(serving)
+
+
 async def test_an_engine_that_fails_while_the_worker_drains_ends_the_worker_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -92,26 +148,8 @@ async def test_an_engine_that_fails_while_the_worker_drains_ends_the_worker_at_o
     settings = make_settings()
     engine = make_engine(config=settings.engine, sleep=gate)
     monkeypatch.setattr(host, "build_engine", lambda _path, _config: engine)
-    start = WorkerStart(
-        worker_id=WorkerId("p"),
-        role=Role.PREFILL,
-        model_path=Path(),
-        settings=settings,
-        drain_s=3600.0,
-    )
     ready: asyncio.Future[WorkerRecord] = asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(
-        serve_worker(
-            start,
-            registry=None,
-            clock=SystemClock(),
-            stop=stop,
-            on_ready=ready.set_result,
-            transports_of=lambda _config, arena, _life, _host: Transports(
-                [LoopbackTransport(arena, LoopbackHub())]
-            ),
-        )
-    )
+    serving = asyncio.create_task(served(a_start(), stop, ready))
     async with (
         asyncio.timeout(20),
         dial((await ready).router_address, worker_pb2.ToRouter.FromString) as stream,
