@@ -122,6 +122,8 @@ class TelemetryConfig(Settings):
     """What the processes write about themselves."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_max_mb: int = Field(64, ge=1)
+    """A process' log of `baton up` that is larger becomes NAME.log.1, and a new one begins."""
     spans_file: ConfigPath | None = None
     """Append OpenTelemetry spans here, one JSON object per line; unset makes none."""
     worker_metrics_port: int | None = Field(None, ge=0, le=65535)

@@ -21,6 +21,7 @@ from cluster.config_file import BadConfig
 from cluster.events import ClusterReady, Report, RunSwept, Starting, Stopping
 from cluster.failures import describe, first_error
 from cluster.last_words import tail
+from cluster.log_files import keep_small
 from cluster.preflight import find_problems
 from cluster.ray_pools import REAL_HOST, RayPools
 from cluster.ray_runtime import RayRuntime, environment
@@ -174,6 +175,9 @@ class _Cluster:
         """Start everything and keep it running; ends only with an error."""
         try:
             async with asyncio.TaskGroup() as group:
+                group.create_task(
+                    keep_small(self._run.logs, self._config.telemetry.log_max_mb << 20)
+                )
                 group.create_task(self._router.supervise())
                 group.create_task(self._announce())
                 self._report(Starting(step="Ray"))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,21 @@ def test_dead_processes_are_told_replaced_and_all_is_gone_after_ctrl_c() -> None
 
         os.killpg(up.process.pid, signal.SIGINT)
         up.until("Stopping", reason="SIGINT")
+        assert up.ended_clean(run) == 0
+
+
+def test_a_log_that_has_grown_begins_anew() -> None:
+    with small_up("idle", "telemetry.log_max_mb=1") as up:
+        up.until("ClusterReady")
+        run, log = up.run, up.run.log_path("decode-0")
+        with log.open("a") as grown:
+            grown.write("x" * (1 << 20))
+        until_s = time.monotonic() + 20
+        while log.stat().st_size and time.monotonic() < until_s:
+            time.sleep(0.05)
+        assert log.stat().st_size == 0
+        assert log.with_name("decode-0.log.1").stat().st_size > 1 << 20
+        up.process.send_signal(signal.SIGTERM)
         assert up.ended_clean(run) == 0
 
 
