@@ -10,12 +10,17 @@ work is more than the target is served all the same. So what is bounded is w + q
 which keeps the target wherever a prompt leaves half of it for waiting, and lets a longer one wait
 as long as it computes. Over all candidates the policy looked at:
 
-    admit    w + queue      <= patience on one of them
+    admit    w + queue + work <= target, or queue <= calm and w + queue <= patience, on one of them
     wait     w + queue / 2  <= patience on one of them: a queue may drain twice as fast as predicted
     reject   otherwise; where no prediction is wrong by more than that, waiting was for nothing
 
-Those who wait stand in a line, and only the first is admitted, or whoever would go to a worker that
-none of those before it wants.
+So whoever cannot be in time is placed in calm moments alone, and does the rest of its waiting here.
+If it joined any queue within its patience, long prompts would keep queues as long as they compute,
+past the patience of every short one: in overload the short ones were refused, which could have been
+in time, and the long ones served, which could not (docs/headline.md).
+
+Those who wait stand in a line, first those who can be in time (line.py), and only the first is
+admitted, or whoever would go to a worker that none of those before it wants.
 
 Whoever is admitted by its TTFT may still be refused because no decode worker could keep its TPOT
 target (`router.admission_decode`; decode_load.py): that does not wait, as answers take long to end.
@@ -42,6 +47,10 @@ _DRAIN_DOUBT = 0.5
 """Part of a predicted queue that may be gone sooner: legs are cancelled, prompts found cached."""
 _AIM = 0.8
 """Of the TTFT target: one prediction in ten is a fifth too short."""
+_CALM = 0.2
+"""Of the TTFT target; what may be before a prompt that is not in time."""
+_LATE_SHARE = 0.5
+"""Of the bounds of what waits: those that are late anyway leave room for the others."""
 LEAST_RETRY_S = 1.0
 _MOST_RETRY_S = 60.0
 
@@ -138,12 +147,14 @@ def decide(
     waited_s = now_s - arrived_s
     latest_s, after_s = -inf, inf
     for queue_s, work_s in outlooks:
-        patience_s = patience_of(work_s, slo)
+        patience_s, spare_s = patience_of(work_s, slo), _AIM * slo.ttft_s - work_s
         before_s = queue_s + (ahead_s or 0.0)
-        if ahead_s is None and waited_s + before_s <= patience_s:
+        in_time = waited_s + before_s <= spare_s
+        calm = before_s <= _CALM * slo.ttft_s and waited_s + before_s <= patience_s
+        if ahead_s is None and (in_time or calm):
             return Admit()
         latest_s = max(latest_s, patience_s - waited_s - (1 - _DRAIN_DOUBT) * before_s)
-        after_s = min(after_s, before_s - patience_s)
+        after_s = min(after_s, before_s - max(spare_s, _CALM * slo.ttft_s))
     if after_s == inf:
         return Admit() if ahead_s is None else Wait(slo.ttft_s, LEAST_RETRY_S)
     drain_s = min(max(LEAST_RETRY_S, after_s), _MOST_RETRY_S)
@@ -159,12 +170,20 @@ def decide_decode(load: DecodeLoad | None) -> Verdict:
     return Reject(min(max(LEAST_RETRY_S, load.drain_s), _MOST_RETRY_S), RejectReason.DECODE)
 
 
-def is_full(requests: int, waiting_tokens: int, prompt_tokens: int, bounds: QueueBounds) -> bool:
+def is_full(
+    requests: int, waiting_tokens: int, prompt_tokens: int, bounds: QueueBounds, *, late: bool
+) -> bool:
     """Whether a prompt may not wait beside so many requests of so many tokens; an empty queue takes
     any.
     """
-    over_tokens = waiting_tokens + prompt_tokens > bounds.prompt_tokens
-    return requests > 0 and (requests >= bounds.requests or over_tokens)
+    share = _LATE_SHARE if late else 1.0
+    over_tokens = waiting_tokens + prompt_tokens > share * bounds.prompt_tokens
+    return requests > 0 and (requests >= share * bounds.requests or over_tokens)
+
+
+def is_late(work_s: float, slo: Slo) -> bool:
+    """Whether a prompt of so much work, where it is least, is in time in calm moments at most."""
+    return work_s > (_AIM - _CALM) * slo.ttft_s
 
 
 def patience_of(work_s: float, slo: Slo) -> float:

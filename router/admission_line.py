@@ -4,11 +4,10 @@ A worker's report, or one that comes or goes, makes the first of it look again.
 """
 
 import asyncio
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from itertools import takewhile
 
 from core.clock import Clock
 from core.errors import DeadlineExceeded, NoWorkers, Overloaded
@@ -23,10 +22,12 @@ from router.admission import (
     Wait,
     decide_decode,
     is_full,
+    is_late,
     judge,
 )
 from router.chooser import Chooser
 from router.config import DecodeAdmission
+from router.line import Line
 from router.placement import Considered
 from router.policies.base import Slo
 from router.progress import Progress
@@ -48,7 +49,9 @@ class _Asking:
     what all such gaps had taken when it came.
     """
 
-    __slots__ = ("came_s", "gap_s", "progress", "slo_class", "waiting", "wake")
+    __slots__ = (
+        *("came_s", "gap_s", "in_line", "late", "progress", "slo_class", "waiting", "wake"),
+    )
 
     def __init__(self, progress: Progress, slo_class: SloClass, now_s: float, gap_s: float) -> None:
         self.gap_s = gap_s
@@ -56,6 +59,7 @@ class _Asking:
         self.slo_class = slo_class
         self.came_s = now_s
         self.waiting = InLine.of(None)
+        self.in_line = self.late = False
         self.wake = asyncio.Event()
 
     @property
@@ -91,8 +95,9 @@ class _Gap:
 
 
 class Admission:
-    """The lines of one router. Only the first of a line looks for a place when a report comes; who
-    stands behind it looks once as it comes, and then at its timer.
+    """The lines of one router. Only the first of those who can be in time and of those who cannot
+    look for a place when a report comes; who stands behind them looks once as it comes, and then at
+    its timer.
     """
 
     def __init__(
@@ -121,7 +126,7 @@ class Admission:
         self._watcher = watcher
         self._enabled = enabled
         self._decode = decode
-        self._lines: dict[str, deque[_Asking]] = defaultdict(deque)
+        self._lines: dict[str, Line[_Asking]] = defaultdict(Line)
         self._started: Counter[RequestId] = Counter()
         self._held: Counter[RequestId] = Counter()
         """Choices in all lines, by request."""
@@ -136,8 +141,7 @@ class Admission:
     def look(self) -> None:
         """A worker has reported, or one came or left: the first of each line may find a place."""
         for line in self._lines.values():
-            if line:
-                line[0].wake.set()
+            _wake(line)
 
     @asynccontextmanager
     async def admitted(
@@ -167,6 +171,7 @@ class Admission:
 
     async def _admit(self, asking: _Asking) -> Considered | None:
         considered, verdict = self._judge(asking, None)
+        asking.late = _is_late(asking, considered)
         if isinstance(verdict, Wait) and self._full(asking):
             verdict = Reject(verdict.drain_s, RejectReason.QUEUE_FULL)
         if isinstance(verdict, Wait):
@@ -181,7 +186,8 @@ class Admission:
     async def _wait(self, asking: _Asking, considered: Considered | None) -> Considered | None:
         """In line until there is a place. Raises Overloaded, NoWorkers and DeadlineExceeded."""
         line = self._lines[asking.slo_class.name]
-        line.append(asking)
+        line.append(asking, late=asking.late)
+        asking.in_line = True
         self._hold(asking)
         try:
             while True:
@@ -194,12 +200,12 @@ class Admission:
                     raise self._refusal(verdict, asking.slo_class)
                 await _either(asking.wake, min(verdict.recheck_s, asking.progress.remaining_s))
         finally:
-            was_first = line[0] is asking
+            was_first = line.first(late=asking.late) is asking
             line.remove(asking)
             self._let_go(asking)
-            if was_first and line:
-                # Its task runs after this one, which submits its prompt before it waits again.
-                line[0].wake.set()
+            if was_first:
+                # Their tasks run after this one, which submits its prompt before it waits again.
+                _wake(line)
 
     def _judge(
         self, asking: _Asking, before: Considered | None
@@ -231,12 +237,13 @@ class Admission:
         if not self._enabled or started:
             return considered, Admit()
         now_s = self._clock.now_s()
+        late = asking.late if asking.in_line else _is_late(asking, considered)
         verdict = judge(
             now_s,
             asking.came_s + self._gap.until(now_s) - asking.gap_s,
             considered,
             asking.slo_class.slo,
-            [other.waiting for other in takewhile(lambda other: other is not asking, line)],
+            [other.waiting for other in line.ahead_of(asking, late=late)],
         )
         if isinstance(verdict, Admit):
             verdict = decide_decode(self._chooser.decode_load(considered, self._decode))
@@ -268,7 +275,13 @@ class Admission:
         """A request that waits already does so with all of its choices."""
         if asking.request_id in self._held:
             return False
-        return is_full(self.waiting, self._held_tokens, asking.prompt_tokens, self._bounds)
+        return is_full(
+            self.waiting,
+            self._held_tokens,
+            asking.prompt_tokens,
+            self._bounds,
+            late=asking.late,
+        )
 
     def _refusal(self, verdict: Reject, slo_class: SloClass) -> Overloaded:
         self._watcher.rejected(verdict.reason)
@@ -284,6 +297,16 @@ class Admission:
             " them)",
         }
         return Overloaded(text[verdict.reason], retry_after_s=verdict.retry_after_s)
+
+
+def _is_late(asking: _Asking, considered: Considered | None) -> bool:
+    return is_late(InLine.of(considered).work_s, asking.slo_class.slo)
+
+
+def _wake(line: Line[_Asking]) -> None:
+    for late in (False, True):
+        if (first := line.first(late=late)) is not None:
+            first.wake.set()
 
 
 async def _either(event: asyncio.Event, timeout_s: float) -> None:

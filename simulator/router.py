@@ -8,10 +8,10 @@ whether a worker takes a leg its role's policy's. Here is only the order of the 
 router/attempt.py has it, without the waits that a lost message would need.
 """
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from random import Random
+from typing import NamedTuple
 
 from core.errors import InvalidRequest, NoWorkers, TransferFailed, Unavailable, WorkerLost
 from core.ids import Role, WorkerId
@@ -29,9 +29,11 @@ from router.admission import (
     Wait,
     decide_decode,
     is_full,
+    is_late,
     judge,
 )
 from router.chooser import Chooser
+from router.line import Line
 from router.outliers import OutlierRules, Outliers
 from router.placement import Considered, Placement
 from router.policies.build import build_policies
@@ -54,6 +56,13 @@ _LOOK_S = 0.02
 _ASK_S = 0.005
 """After a round of refusals the next one begins so much later."""
 _RETRY_S = 0.25
+
+
+class _Waits(NamedTuple):
+    """One in line."""
+
+    job: Job
+    place: InLine
 
 
 class SimRouter:
@@ -90,7 +99,7 @@ class SimRouter:
             requests=spec.router.admission_max_requests,
             prompt_tokens=spec.router.admission_max_tokens,
         )
-        self._line: deque[tuple[Job, InLine]] = deque()
+        self._line: Line[_Waits] = Line()
         self._looking = False
         self._jobs: dict[int, Job] = {}
         """That have not ended, in order of arrival."""
@@ -114,42 +123,53 @@ class SimRouter:
         job = Job(request, self, self._spec.router.max_attempts)
         self._jobs[id(job)] = job
         self._deadlines.look_later()
-        considered, verdict = self._judge(job, first=not self._line)
+        considered, verdict = self._judge(job)
         if isinstance(verdict, Admit):
             self._start(job, considered)
         elif isinstance(verdict, Reject):
             self._refuse(job, verdict.retry_after_s)
-        elif self._is_full(job):
-            self._refuse(job, verdict.drain_s)
         else:
-            self._line.append((job, InLine.of(considered)))
+            waits = _Waits(job, InLine.of(considered))
+            late = is_late(waits.place.work_s, self._spec.slo)
+            if self._is_full(job, late=late):
+                self._refuse(job, verdict.drain_s)
+                return
+            self._line.append(waits, late=late)
             self._look_later()
 
-    def _judge(self, job: Job, *, first: bool) -> tuple[Considered[SimLink] | None, Verdict]:
+    def _judge(
+        self, job: Job, waits: "_Waits | None" = None, *, late: bool | None = None
+    ) -> tuple[Considered[SimLink] | None, Verdict]:
+        """Of one that comes, or waits in that part of the line."""
         try:
             considered = self._consider(job)
         except NoWorkers:
             return None, Admit()  # the attempt's to wait for
+        if late is None:
+            late = is_late(InLine.of(considered).work_s, self._spec.slo)
+        ahead = self._line.ahead_of(waits, late=late)
         if self._spec.router.admission == "off":
-            return considered, Admit() if first else Wait(_LOOK_S, 0.0)
+            return considered, Wait(_LOOK_S, 0.0) if ahead else Admit()
         verdict = judge(
             self._events.now_s(),
             job.request.at_s,
             considered,
             self._spec.slo,
-            () if first else [waiting for _, waiting in self._line],
+            [other.place for other in ahead],
         )
         if isinstance(verdict, Admit):
             load = self.chooser.decode_load(considered, self._spec.router.admission_decode)
             verdict = decide_decode(load)
         return considered, verdict
 
-    def _is_full(self, job: Job) -> bool:
-        waiting_tokens = sum(other.request.prompt_tokens for other, _ in self._line)
-        return is_full(len(self._line), waiting_tokens, job.request.prompt_tokens, self._bounds)
+    def _is_full(self, job: Job, *, late: bool) -> bool:
+        waiting_tokens = sum(other.job.request.prompt_tokens for other in self._line)
+        tokens, bounds = job.request.prompt_tokens, self._bounds
+        return is_full(len(self._line), waiting_tokens, tokens, bounds, late=late)
 
-    def _is_first(self, job: Job) -> bool:
-        return bool(self._line) and self._line[0][0] is job
+    def _is_back(self, job: Job) -> bool:
+        first = self._line.first(late=False)
+        return first is not None and first.job is job
 
     def _look_later(self, pause_s: float = _LOOK_S) -> None:
         if not self._looking:
@@ -158,20 +178,20 @@ class SimRouter:
 
     def _look(self) -> None:
         self._looking = False
-        while self._line:
-            job = self._line[0][0]
-            considered, verdict = self._judge(job, first=True)
-            if isinstance(verdict, Admit):
-                self._line.popleft()
+        for late in (False, True):
+            while (waits := self._line.first(late=late)) is not None:
+                job = waits.job
+                considered, verdict = self._judge(job, waits, late=late)
+                if isinstance(verdict, Wait):
+                    self._look_later()
+                    break
+                self._line.remove(waits)
+                if isinstance(verdict, Reject):
+                    self._refuse(job, verdict.retry_after_s)
+                    continue
                 self._start(job, considered)
-                if job.refused or self._is_first(job):
+                if job.refused or self._is_back(job):
                     return  # nobody overtakes it while it asks
-            elif isinstance(verdict, Reject):
-                self._line.popleft()
-                self._refuse(job, verdict.retry_after_s)
-            else:
-                self._look_later()
-                return
 
     # -- hops -----------------------------------------------------------------------------------
 
@@ -216,7 +236,8 @@ class SimRouter:
                 self.chooser.learning.failed(leg.link.record.role, leg.link.record.incarnation)
                 break
         self._give_up_legs(job)
-        self._line = deque(waits for waits in self._line if waits[0] is not job)
+        for waits in [waits for waits in self._line if waits.job is job]:
+            self._line.remove(waits)
         self._end(job, "deadline")
         self._look_later()
 
@@ -377,7 +398,7 @@ class SimRouter:
         job.noes = 0
         if not others:
             job.refused.clear()
-        self._line.appendleft((job, InLine(0.0, frozenset(workers))))
+        self._line.appendleft(_Waits(job, InLine(0.0, frozenset(workers))))
         self._look_later(_ASK_S)
 
     # -- what legs say --------------------------------------------------------------------------

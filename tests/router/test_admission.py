@@ -2,7 +2,16 @@
 
 import pytest
 
-from router.admission import Admit, Reject, Verdict, Wait, decide, decide_decode, patience_of
+from router.admission import (
+    Admit,
+    Reject,
+    Verdict,
+    Wait,
+    decide,
+    decide_decode,
+    is_late,
+    patience_of,
+)
 from router.decode_load import DecodeLoad
 from router.placement import Outlook
 from router.policies.base import Slo
@@ -34,6 +43,24 @@ def test_a_prompt_that_keeps_its_target_is_admitted() -> None:
 @pytest.mark.parametrize("work_s", [2.5, 60.0])
 def test_a_prompt_that_alone_takes_longer_than_the_target_is_admitted(work_s: float) -> None:
     assert verdict((0.0, work_s)) == Admit()
+
+
+def test_whoever_cannot_be_in_time_joins_no_queue_but_waits_as_long_as_it_computes() -> None:
+    assert verdict((0.5, 30.0)) == Admit()
+    assert verdict((0.6, 30.0)) == Wait(recheck_s=29.7, drain_s=1.0)
+    assert verdict((20.0, 30.0)) == Wait(recheck_s=20.0, drain_s=19.5)
+    assert verdict((0.5, 30.0), waited_s=29.5) == Admit()
+    assert isinstance(verdict((0.5, 30.0), waited_s=30.0), Reject)
+
+
+def test_what_would_be_late_by_a_little_waits_for_a_shorter_queue() -> None:
+    assert verdict((1.0, 1.0)) == Admit()
+    assert verdict((1.2, 1.0)) == Wait(recheck_s=0.65, drain_s=1.0)
+
+
+@pytest.mark.parametrize(("work_s", "late"), [(1.5, False), (1.6, True), (60.0, True)])
+def test_a_prompt_is_late_when_its_work_leaves_no_time_to_wait(work_s: float, late: bool) -> None:
+    assert is_late(work_s, SLO) is late
 
 
 def test_one_worker_that_keeps_the_target_is_enough() -> None:

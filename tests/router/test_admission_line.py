@@ -201,6 +201,50 @@ async def test_who_goes_where_none_of_the_line_would_does_not_wait_for_it() -> N
         d.places.worker = "a"
 
 
+LONG, CALM = (1.0, 30.0), (0.1, 30.0)
+"""A prompt that cannot be in time, on a worker with a queue and on one without."""
+
+
+async def test_who_cannot_be_in_time_waits_for_a_calm_moment_and_holds_up_nobody() -> None:
+    async with door() as d:
+        d.places.now = (LONG,)
+        await d.come("long")
+        await d.come("another long")
+        assert d.admission.waiting == 2
+        d.places.now = ((1.0, 0.1),)
+        await d.come("short")
+        assert d.entered == ["short"]
+        await d.report(LONG)
+        assert d.entered == ["short"]
+        await d.report(CALM)
+        assert d.entered == ["short", "long"]
+
+
+async def test_who_cannot_be_in_time_comes_after_all_who_can() -> None:
+    async with door() as d:
+        d.places.now = (LONG,)
+        await d.come("long")
+        d.places.now = (BUSY,)
+        await d.come("short")
+        d.places.now = (CALM,)
+        await d.come("late comer")
+        assert d.entered == []
+        await d.report(FREE)
+        assert d.entered == ["short"]
+
+
+async def test_those_who_cannot_be_in_time_leave_room_in_the_line_for_the_others() -> None:
+    async with door(QueueBounds(requests=2, prompt_tokens=1000)) as d:
+        d.places.now = (LONG,)
+        await d.come("long")
+        await d.come("another long")
+        assert set(d.refused) == {"another long"}
+        assert d.noted.reasons == [RejectReason.QUEUE_FULL]
+        d.places.now = (BUSY,)
+        await d.come("short")
+        assert d.admission.waiting == 2
+
+
 async def test_nobody_passes_one_of_whom_nothing_is_known_yet() -> None:
     clock = FakeClock()
     async with door(clock=clock) as d:
