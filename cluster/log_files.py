@@ -22,7 +22,12 @@ async def keep_small(folder: Path, most_bytes: int) -> None:
 
 
 def _rotate_all(folder: Path, most_bytes: int) -> None:
-    for file in folder.glob("*.log"):
+    try:
+        files = list(folder.glob("*.log"))
+    except OSError as error:  # no file can be opened, perhaps
+        log.warning("logs_not_looked_at folder=%s reason=%s", folder, error)
+        return
+    for file in files:
         rotate(file, most_bytes)
 
 

@@ -17,9 +17,9 @@ async def answers_ready(router_url: str) -> bool:
     return _is_200(await _get(router_url, "/ready"))
 
 
-async def answers(router_url: str) -> bool:
+async def answers(router_url: str, timeout_s: float = _TIMEOUT_S) -> bool:
     """GET /health is answered at all. Never raises."""
-    return bool(await _get(router_url, "/health"))
+    return bool(await _get(router_url, "/health", timeout_s=timeout_s))
 
 
 class SeenWorker(NamedTuple):
@@ -60,13 +60,15 @@ def _is_200(answer: bytes) -> bool:
     return b" 200 " in answer.partition(b"\r\n")[0]
 
 
-async def _get(router_url: str, path: str, api_key: str | None = None) -> bytes:
+async def _get(
+    router_url: str, path: str, api_key: str | None = None, timeout_s: float = _TIMEOUT_S
+) -> bytes:
     """The whole answer; empty when there is none in time. HTTP/1.0, so it is in one piece."""
     parts = urlsplit(router_url)
     lines = [f"GET {path} HTTP/1.0", f"Host: {parts.netloc}"]
     lines += [f"Authorization: Bearer {api_key}"] if api_key is not None else []
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
             try:
                 writer.write("\r\n".join([*lines, "", ""]).encode())

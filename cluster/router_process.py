@@ -151,7 +151,8 @@ class RouterProcess:
 
     def _ask(self) -> "asyncio.Future[int]":
         async def answer() -> int:
-            if not await answers(url_of(self._socket)):
+            # A late answer is an answer: it is waited for until all questions are given up.
+            if not await answers(url_of(self._socket), self._config.hang_timeout_s):
                 raise TimeoutError
             self._heard += 1
             return self._heard

@@ -169,6 +169,8 @@ class Scheduler(Generic[S]):
         """
         if not self.waiting or self.waiting[0] is not self._first:
             return 0
+        if self._max_running is not None and len(self.running) >= self._max_running:
+            return 0  # it waits for a place, not for blocks
         if now_s - self._first_since_s < _OVERTAKEN_S:
             return 0
         first = self.waiting[0]

@@ -181,9 +181,9 @@ def is_full(
     return requests > 0 and (requests >= share * bounds.requests or over_tokens)
 
 
-def is_late(work_s: float, slo: Slo) -> bool:
+def is_late(waited_s: float, work_s: float, slo: Slo) -> bool:
     """Whether a prompt of so much work, where it is least, is in time in calm moments at most."""
-    return work_s > (_AIM - _CALM) * slo.ttft_s
+    return waited_s + work_s > (_AIM - _CALM) * slo.ttft_s
 
 
 def patience_of(work_s: float, slo: Slo) -> float:

@@ -95,9 +95,8 @@ class _Gap:
 
 
 class Admission:
-    """The lines of one router. Only the first of those who can be in time and of those who cannot
-    look for a place when a report comes; who stands behind them looks once as it comes, and then at
-    its timer.
+    """The lines of one router. Only the first of a line looks for a place when a report comes; who
+    stands behind it looks once as it comes, and then at its timer.
     """
 
     def __init__(
@@ -171,7 +170,6 @@ class Admission:
 
     async def _admit(self, asking: _Asking) -> Considered | None:
         considered, verdict = self._judge(asking, None)
-        asking.late = _is_late(asking, considered)
         if isinstance(verdict, Wait) and self._full(asking):
             verdict = Reject(verdict.drain_s, RejectReason.QUEUE_FULL)
         if isinstance(verdict, Wait):
@@ -200,11 +198,11 @@ class Admission:
                     raise self._refusal(verdict, asking.slo_class)
                 await _either(asking.wake, min(verdict.recheck_s, asking.progress.remaining_s))
         finally:
-            was_first = line.first(late=asking.late) is asking
+            was_next = line.next is asking
             line.remove(asking)
             self._let_go(asking)
-            if was_first:
-                # Their tasks run after this one, which submits its prompt before it waits again.
+            if was_next:
+                # Its task runs after this one, which submits its prompt before it waits again.
                 _wake(line)
 
     def _judge(
@@ -237,17 +235,25 @@ class Admission:
         if not self._enabled or started:
             return considered, Admit()
         now_s = self._clock.now_s()
-        late = asking.late if asking.in_line else _is_late(asking, considered)
+        came_s = asking.came_s + self._gap.until(now_s) - asking.gap_s
+        self._sort(asking, line, now_s - came_s, InLine.of(considered).work_s)
         verdict = judge(
             now_s,
-            asking.came_s + self._gap.until(now_s) - asking.gap_s,
+            came_s,
             considered,
             asking.slo_class.slo,
-            [other.waiting for other in line.ahead_of(asking, late=late)],
+            [other.waiting for other in line.ahead_of(asking, late=asking.late)],
         )
         if isinstance(verdict, Admit):
             verdict = decide_decode(self._chooser.decode_load(considered, self._decode))
         return considered, verdict
+
+    def _sort(self, asking: _Asking, line: Line[_Asking], waited_s: float, work_s: float) -> None:
+        """Whether it is late changes with what it has waited, and with what is cached."""
+        late = is_late(waited_s, work_s, asking.slo_class.slo)
+        asking.late = late
+        if asking.in_line and line.move(asking, late=late):
+            _wake(line)
 
     def _gap_left_s(self, asking: _Asking) -> float:
         """How much longer it may wait for a pool that has no worker; 0 where it need not."""
@@ -299,14 +305,9 @@ class Admission:
         return Overloaded(text[verdict.reason], retry_after_s=verdict.retry_after_s)
 
 
-def _is_late(asking: _Asking, considered: Considered | None) -> bool:
-    return is_late(InLine.of(considered).work_s, asking.slo_class.slo)
-
-
 def _wake(line: Line[_Asking]) -> None:
-    for late in (False, True):
-        if (first := line.first(late=late)) is not None:
-            first.wake.set()
+    if (first := line.next) is not None:
+        first.wake.set()
 
 
 async def _either(event: asyncio.Event, timeout_s: float) -> None:

@@ -40,10 +40,18 @@ class Line(Generic[T]):
                     return
         raise ValueError("it is not in this line")
 
-    def first(self, *, late: bool) -> T | None:
-        """Of that part."""
-        part = self._parts[late]
-        return part[0] if part else None
+    def move(self, item: T, *, late: bool) -> bool:
+        """To the end of that part; False if it stands there already. Raises ValueError."""
+        if any(other is item for other in self._parts[late]):
+            return False
+        self.remove(item)
+        self.append(item, late=late)
+        return True
+
+    @property
+    def next(self) -> T | None:
+        """Whoever is to look first when there may be a place."""
+        return next(iter(self), None)
 
     def ahead_of(self, item: T | None, *, late: bool) -> list[T]:
         """Who goes before it; None is one that comes now."""

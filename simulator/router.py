@@ -130,7 +130,7 @@ class SimRouter:
             self._refuse(job, verdict.retry_after_s)
         else:
             waits = _Waits(job, InLine.of(considered))
-            late = is_late(waits.place.work_s, self._spec.slo)
+            late = self._is_late(job, considered)
             if self._is_full(job, late=late):
                 self._refuse(job, verdict.drain_s)
                 return
@@ -138,15 +138,18 @@ class SimRouter:
             self._look_later()
 
     def _judge(
-        self, job: Job, waits: "_Waits | None" = None, *, late: bool | None = None
+        self, job: Job, waits: "_Waits | None" = None
     ) -> tuple[Considered[SimLink] | None, Verdict]:
-        """Of one that comes, or waits in that part of the line."""
+        """Of one that comes, or waits in the line."""
         try:
             considered = self._consider(job)
         except NoWorkers:
             return None, Admit()  # the attempt's to wait for
-        if late is None:
-            late = is_late(InLine.of(considered).work_s, self._spec.slo)
+        if job.record.attempts:
+            return considered, Admit()  # what has begun is not refused
+        late = self._is_late(job, considered)
+        if waits is not None:
+            self._line.move(waits, late=late)
         ahead = self._line.ahead_of(waits, late=late)
         if self._spec.router.admission == "off":
             return considered, Wait(_LOOK_S, 0.0) if ahead else Admit()
@@ -167,8 +170,14 @@ class SimRouter:
         tokens, bounds = job.request.prompt_tokens, self._bounds
         return is_full(len(self._line), waiting_tokens, tokens, bounds, late=late)
 
+    def _is_late(self, job: Job, considered: Considered[SimLink] | None) -> bool:
+        if self._spec.router.admission == "off":
+            return False
+        waited_s = self._events.now_s() - job.request.at_s
+        return is_late(waited_s, InLine.of(considered).work_s, self._spec.slo)
+
     def _is_back(self, job: Job) -> bool:
-        first = self._line.first(late=False)
+        first = self._line.next
         return first is not None and first.job is job
 
     def _look_later(self, pause_s: float = _LOOK_S) -> None:
@@ -178,20 +187,21 @@ class SimRouter:
 
     def _look(self) -> None:
         self._looking = False
-        for late in (False, True):
-            while (waits := self._line.first(late=late)) is not None:
-                job = waits.job
-                considered, verdict = self._judge(job, waits, late=late)
-                if isinstance(verdict, Wait):
+        while (waits := self._line.next) is not None:
+            job = waits.job
+            considered, verdict = self._judge(job, waits)
+            if isinstance(verdict, Wait):
+                if self._line.next is waits:
                     self._look_later()
-                    break
-                self._line.remove(waits)
-                if isinstance(verdict, Reject):
-                    self._refuse(job, verdict.retry_after_s)
-                    continue
-                self._start(job, considered)
-                if job.refused or self._is_back(job):
-                    return  # nobody overtakes it while it asks
+                    return
+                continue  # it has turned late, and lets others go first
+            self._line.remove(waits)
+            if isinstance(verdict, Reject):
+                self._refuse(job, verdict.retry_after_s)
+                continue
+            self._start(job, considered)
+            if job.refused or self._is_back(job):
+                return  # nobody overtakes it while it asks
 
     # -- hops -----------------------------------------------------------------------------------
 

@@ -233,6 +233,32 @@ async def test_who_cannot_be_in_time_comes_after_all_who_can() -> None:
         assert d.entered == ["short"]
 
 
+async def test_who_came_in_a_gap_and_turns_out_to_be_late_holds_up_nobody() -> None:
+    clock = FakeClock()
+    async with door(clock=clock) as d:
+        d.places.half = True
+        await d.come("long")
+        d.places.half = False
+        await d.report(LONG)
+        d.places.now = ((1.0, 0.1),)
+        await d.come("short")
+        assert d.entered == ["short"]
+
+
+async def test_who_has_waited_too_long_to_be_in_time_lets_others_go_first() -> None:
+    clock = FakeClock()
+    async with door(clock=clock) as d:
+        d.places.now = ((1.0, 1.4),)
+        await d.come("first")
+        clock.advance(0.2)
+        await d.report((1.0, 1.4))
+        d.places.now = ((1.0, 0.1),)
+        await d.come("second")
+        assert d.entered == ["second"]
+        await d.report((0.1, 1.4))
+        assert d.entered == ["second", "first"]
+
+
 async def test_those_who_cannot_be_in_time_leave_room_in_the_line_for_the_others() -> None:
     async with door(QueueBounds(requests=2, prompt_tokens=1000)) as d:
         d.places.now = (LONG,)

@@ -11,7 +11,7 @@ def test_those_who_can_be_in_time_go_before_the_others() -> None:
         line.append(name, late=late)
     assert list(line) == ["a", "b", "late", "later"]
     assert len(line) == 4
-    assert (line.first(late=False), line.first(late=True)) == ("a", "late")
+    assert line.next == "a"
     assert line.ahead_of("b", late=False) == ["a"]
     assert line.ahead_of(None, late=False) == ["a", "b"]
     assert line.ahead_of("late", late=True) == ["a", "b"]
@@ -21,12 +21,24 @@ def test_those_who_can_be_in_time_go_before_the_others() -> None:
 def test_one_that_leaves_is_told_apart_from_its_equals() -> None:
     line: Line[list[int]] = Line()
     first, second = [1], [1]
-    line.append(first, late=False)
+    line.append(first, late=True)
     line.append(second, late=True)
-    line.remove(second)
-    assert next(iter(line)) is first
-    assert line.first(late=True) is None
-    line.appendleft(second)
-    assert line.first(late=False) is second
+    line.remove(first)
+    assert line.next is second
+    line.appendleft(first)
+    assert line.next is first
     with pytest.raises(ValueError, match="not in this line"):
         line.remove([1])
+
+
+def test_one_that_turns_late_or_in_time_goes_to_the_end_of_the_others() -> None:
+    line: Line[str] = Line()
+    for name, late in (("a", False), ("b", False), ("late", True)):
+        line.append(name, late=late)
+    assert not line.move("a", late=False)
+    assert list(line) == ["a", "b", "late"]
+    assert line.move("a", late=True)
+    assert list(line) == ["b", "late", "a"]
+    assert line.move("late", late=False)
+    assert list(line) == ["b", "late", "a"]
+    assert line.ahead_of("a", late=True) == ["b", "late"]
