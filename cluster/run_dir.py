@@ -34,6 +34,8 @@ _LONGEST_INSIDE = "/00000000/ray/session_2026-01-01_00-00-00_000000_4194304/sock
 _SHARED_MEMORY = Path("/dev/shm")
 _RUN_LINK = "run"
 _SAME_START_S = 0.1
+_CLOCK_S = 2.0
+"""Times of processes are in whole seconds after a boot in whole seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ class RunInfo:
 
     run_id: str
     pid: int
-    started_s: float
+    booted_s: float
     """Start of process `pid` as the kernel tells it: another process of that pid has another. On
     Linux it counts from the boot, so that a step of the clock changes nothing.
     """
@@ -53,7 +55,7 @@ class RunInfo:
     def controller_lives(self) -> bool:
         """The process that made the run still exists, and not only its pid."""
         try:
-            return abs(_start_of(self.pid) - self.started_s) < _SAME_START_S
+            return abs(_start_of(self.pid) - self.booted_s) < _SAME_START_S
         except psutil.Error:
             return False
 
@@ -93,7 +95,7 @@ class RunDir:
         for folder in (new / "logs", new / "ray"):
             folder.mkdir(mode=0o700)
         info = RunInfo(
-            run_id=self.run_id, pid=os.getpid(), started_s=_start_of(os.getpid()), model=model
+            run_id=self.run_id, pid=os.getpid(), booted_s=_start_of(os.getpid()), model=model
         )
         _write(new / "run.json", json.dumps(asdict(info)))
         _write(new / "ray_token", secrets.token_hex(32))
@@ -159,7 +161,19 @@ class RunDir:
         """The controller that made the folder still runs."""
         try:
             return self.info().controller_lives()
-        except (OSError, ValueError):
+        except OSError:
+            return False
+        except ValueError:
+            return self._lives_in_another_version()
+
+    def _lives_in_another_version(self) -> bool:
+        """All have the pid, of a process that began before the file was written."""
+        try:
+            file = self.path / "run.json"
+            process = psutil.Process(int(json.loads(file.read_text())["pid"]))
+            began_before = process.create_time() <= file.stat().st_mtime + _CLOCK_S
+            return began_before and process.status() != psutil.STATUS_ZOMBIE
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return False
 
     def remove(self) -> None:

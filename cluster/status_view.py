@@ -60,8 +60,13 @@ async def read_status(run: RunDir, control: WorkerControl) -> ClusterStatus:
         info = run.info()
         config = ClusterConfig.model_validate_json((run.path / "config.json").read_text())
         deaths = read_deaths(run)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise Unavailable(f"cluster {run.run_id} is starting or ending; try again") from error
+    except ValueError as error:
+        raise Unavailable(
+            f"cluster {run.run_id} was started by another version of baton; ask that one, or stop"
+            " the cluster with `baton down`"
+        ) from error
     known: Sequence[WorkerRecord | SeenWorker] = ()
     registry_problem = ""
     try:

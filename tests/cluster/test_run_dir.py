@@ -41,7 +41,7 @@ def kill_owner(run: RunDir) -> None:
     started_s = psutil.Process(owner.pid).create_time() - psutil.boot_time()
     owner.kill()
     owner.communicate()
-    rewrite(run, replace(run.info(), pid=owner.pid, started_s=started_s))
+    rewrite(run, replace(run.info(), pid=owner.pid, booted_s=started_s))
 
 
 def start_in(run: RunDir, command: list[str]) -> subprocess.Popen[bytes]:
@@ -135,7 +135,7 @@ def test_a_run_whose_pid_is_dead_is_swept_with_its_processes_and_memory(tmp_path
 
 def test_a_pid_taken_by_another_process_counts_as_dead(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    rewrite(run, replace(run.info(), started_s=run.info().started_s - 3600))
+    rewrite(run, replace(run.info(), booted_s=run.info().booted_s - 3600))
     assert not run.is_alive()
     assert sweep_dead_runs(tmp_path) == [run.run_id]
 
@@ -153,6 +153,15 @@ def test_a_step_of_the_clock_ends_no_run(
     assert sweep_dead_runs(root) == []
     assert run.is_alive()
     run.remove()
+
+
+def test_a_living_run_of_another_version_is_not_swept(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "tiny")
+    file = run.path / "run.json"
+    file.write_text(json.dumps({"pid": os.getpid(), "of": "another version"}))
+    assert sweep_dead_runs(tmp_path) == []
+    os.utime(file, (0, 0))  # so that this process is a later one of that pid
+    assert sweep_dead_runs(tmp_path) == [run.run_id]
 
 
 def test_a_run_with_a_broken_run_json_is_swept(tmp_path: Path) -> None:

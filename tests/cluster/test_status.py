@@ -361,3 +361,11 @@ def test_deaths_are_counted_with_the_last_reason_and_shown(tmp_path: Path) -> No
     (line,) = [line for line in shown(leases=False, deaths=deaths).splitlines() if "died" in line]
     assert line.startswith("decode-0: died 2 times, last at ")
     assert line.endswith(" (pid 8): it hung: nothing came")
+
+
+async def test_a_cluster_of_another_version_is_called_that(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "tiny")
+    (run.path / "run.json").write_text('{"pid": 1}')
+    with pytest.raises(Unavailable, match="started by another version"):
+        await read_status(run, GrpcWorkerControl())
+    run.remove()
