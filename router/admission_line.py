@@ -190,7 +190,6 @@ class Admission:
         try:
             while True:
                 asking.wake.clear()
-                asking.waiting = InLine.of(considered)
                 considered, verdict = self._judge(asking, considered)
                 if isinstance(verdict, Admit):
                     return considered
@@ -236,7 +235,9 @@ class Admission:
             return considered, Admit()
         now_s = self._clock.now_s()
         came_s = asking.came_s + self._gap.until(now_s) - asking.gap_s
-        self._sort(asking, line, now_s - came_s, InLine.of(considered).work_s)
+        if line:  # else there is nobody to be sorted among, and to look at all places costs more
+            asking.waiting = InLine.of(considered)
+            self._sort(asking, line, now_s - came_s)
         verdict = judge(
             now_s,
             came_s,
@@ -248,11 +249,10 @@ class Admission:
             verdict = decide_decode(self._chooser.decode_load(considered, self._decode))
         return considered, verdict
 
-    def _sort(self, asking: _Asking, line: Line[_Asking], waited_s: float, work_s: float) -> None:
+    def _sort(self, asking: _Asking, line: Line[_Asking], waited_s: float) -> None:
         """Whether it is late changes with what it has waited, and with what is cached."""
-        late = is_late(waited_s, work_s, asking.slo_class.slo)
-        asking.late = late
-        if asking.in_line and line.move(asking, late=late):
+        asking.late = is_late(waited_s, asking.waiting.work_s, asking.slo_class.slo)
+        if asking.in_line and line.move(asking, late=asking.late):
             _wake(line)
 
     def _gap_left_s(self, asking: _Asking) -> float:

@@ -147,7 +147,7 @@ class SimRouter:
             return None, Admit()  # the attempt's to wait for
         if job.record.attempts:
             return considered, Admit()  # what has begun is not refused
-        late = self._is_late(job, considered)
+        late = bool(self._line) and self._is_late(job, considered)
         if waits is not None:
             self._line.move(waits, late=late)
         ahead = self._line.ahead_of(waits, late=late)
