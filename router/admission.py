@@ -182,8 +182,10 @@ def is_full(
 
 
 def is_late(waited_s: float, work_s: float, slo: Slo) -> bool:
-    """Whether a prompt of so much work, where it is least, is in time in calm moments at most."""
-    return waited_s + work_s > (_AIM - _CALM) * slo.ttft_s
+    """Whether a prompt of so much work, where it is least, is in time in calm moments at most, or
+    not at all any more.
+    """
+    return work_s > (_AIM - _CALM) * slo.ttft_s or waited_s + work_s > _AIM * slo.ttft_s
 
 
 def patience_of(work_s: float, slo: Slo) -> float:

@@ -61,7 +61,13 @@ def test_what_would_be_late_by_a_little_waits_for_a_shorter_queue() -> None:
 @pytest.mark.parametrize(("work_s", "late"), [(1.5, False), (1.6, True), (60.0, True)])
 def test_a_prompt_is_late_when_its_work_leaves_no_time_to_wait(work_s: float, late: bool) -> None:
     assert is_late(0.0, work_s, SLO) is late
-    assert is_late(1.4, work_s - 1.4, SLO) is late
+
+
+@pytest.mark.parametrize(("waited_s", "late"), [(0.9, False), (1.1, True)])
+def test_a_prompt_turns_late_when_it_has_waited_for_what_it_had_to_spare(
+    waited_s: float, late: bool
+) -> None:
+    assert is_late(waited_s, 1.0, SLO) is late
 
 
 def test_one_worker_that_keeps_the_target_is_enough() -> None:

@@ -250,7 +250,7 @@ async def test_who_has_waited_too_long_to_be_in_time_lets_others_go_first() -> N
     async with door(clock=clock) as d:
         d.places.now = ((1.0, 1.4),)
         await d.come("first")
-        clock.advance(0.2)
+        clock.advance(0.7)
         await d.report((1.0, 1.4))
         d.places.now = ((1.0, 0.1),)
         await d.come("second")
