@@ -49,9 +49,7 @@ class _Asking:
     what all such gaps had taken when it came.
     """
 
-    __slots__ = (
-        *("came_s", "gap_s", "in_line", "late", "progress", "slo_class", "waiting", "wake"),
-    )
+    __slots__ = ("came_s", "gap_s", "late", "progress", "slo_class", "waiting", "wake")
 
     def __init__(self, progress: Progress, slo_class: SloClass, now_s: float, gap_s: float) -> None:
         self.gap_s = gap_s
@@ -59,7 +57,7 @@ class _Asking:
         self.slo_class = slo_class
         self.came_s = now_s
         self.waiting = InLine.of(None)
-        self.in_line = self.late = False
+        self.late = False
         self.wake = asyncio.Event()
 
     @property
@@ -185,7 +183,6 @@ class Admission:
         """In line until there is a place. Raises Overloaded, NoWorkers and DeadlineExceeded."""
         line = self._lines[asking.slo_class.name]
         line.append(asking, late=asking.late)
-        asking.in_line = True
         self._hold(asking)
         try:
             while True:
@@ -252,7 +249,7 @@ class Admission:
     def _sort(self, asking: _Asking, line: Line[_Asking], waited_s: float) -> None:
         """Whether it is late changes with what it has waited, and with what is cached."""
         asking.late = is_late(waited_s, asking.waiting.work_s, asking.slo_class.slo)
-        if asking.in_line and line.move(asking, late=asking.late):
+        if line.move(asking, late=asking.late):
             _wake(line)
 
     def _gap_left_s(self, asking: _Asking) -> float:

@@ -80,9 +80,10 @@ class RouterConfig(Settings):
     in the router for a while, or answered 429 with Retry-After at once; off: placed anyhow."""
     admission_max_requests: int = Field(256, ge=0)
     """Requests held like that, or because a pool has no worker (also with admission: off); further
-    ones are answered 429. One of several choices (n) counts once."""
+    ones are answered 429, and those that cannot be in time anyway from half of it on. One of
+    several choices (n) counts once."""
     admission_max_tokens: int = Field(2_000_000, ge=0)
-    """Prompt tokens of the requests held."""
+    """Prompt tokens of the requests held; likewise."""
     admission_decode: DecodeAdmission = "off"
     """With admission: slo, a request is answered 429 as well when no decode worker could keep
     slo.tpot_ms for it, or has the memory; current: were it to come there now; predicted: when its

@@ -41,12 +41,14 @@ class Line(Generic[T]):
         raise ValueError("it is not in this line")
 
     def move(self, item: T, *, late: bool) -> bool:
-        """To the end of that part; False if it stands there already. Raises ValueError."""
-        if any(other is item for other in self._parts[late]):
-            return False
-        self.remove(item)
-        self.append(item, late=late)
-        return True
+        """From the other part to the end of that one; False if it does not stand in the other."""
+        other = self._parts[not late]
+        for i, one in enumerate(other):
+            if one is item:
+                del other[i]
+                self.append(item, late=late)
+                return True
+        return False
 
     @property
     def next(self) -> T | None:

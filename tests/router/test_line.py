@@ -36,6 +36,7 @@ def test_one_that_turns_late_or_in_time_goes_to_the_end_of_the_others() -> None:
     for name, late in (("a", False), ("b", False), ("late", True)):
         line.append(name, late=late)
     assert not line.move("a", late=False)
+    assert not line.move("nobody", late=True)
     assert list(line) == ["a", "b", "late"]
     assert line.move("a", late=True)
     assert list(line) == ["b", "late", "a"]
