@@ -18,11 +18,11 @@ def config_text(model: Path, problem: Problem, answer: Answer) -> str:
     Raises InvalidRequest where there is none.
     """
     check_model(model)
-    best = next((rated for rated in answer.best if _can_run(rated.plan)), None)
+    best = next((rated for rated in answer.best if rated.plan.can_run), None)
     if best is None:
         raise InvalidRequest(
-            "--write: a worker runs on one GPU, of one kind in all pools, and no plan that was"
-            " simulated as a whole is like that; the best one is "
+            "--write: a worker runs on one GPU, of one kind in all pools, and no plan like that"
+            " keeps the targets at any rate; the best one is "
             + (describe(answer.best[0].plan) if answer.best else "none")
         )
     tree = _tree(model, problem, best.plan)
@@ -33,12 +33,6 @@ def check_model(model: Path) -> None:
     """Raises InvalidRequest unless workers can load it."""
     if not (model / "config.json").is_file():
         raise InvalidRequest("--write needs --model to be a checkpoint folder, which workers load")
-
-
-def _can_run(plan: Plan) -> bool:
-    return all(pool.option.tp == 1 for pool in plan.pools) and (
-        len({pool.option.gpu for pool in plan.pools}) == 1
-    )
 
 
 def _what_cannot_run(plan: Plan) -> str:

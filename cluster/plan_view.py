@@ -9,7 +9,10 @@ from cluster.tables import new_table, print_table
 from simulator.plan.types import Affinity, Answer, Plan, Pool, Problem, Rated
 
 _SHOWN = 5
-_NUMBERS = ("GPUs", "requests/s", "per GPU", "vs best", "TTFT p90 ms", "TPOT p90 ms", "cached")
+_NUMBERS = (
+    *("GPUs", "requests/s", "per GPU", "vs best"),
+    *("TTFT p90 ms", "TPOT p90 ms", "cached", "refused"),
+)
 
 
 def show_answer(
@@ -73,6 +76,7 @@ def _cells(rated: Rated, best: float) -> tuple[str, ...]:
         f"{goodput.ttft_p90_s * 1e3:.0f}",
         f"{goodput.tpot_p90_s * 1e3:.1f}",
         f"{goodput.hit_share:.0%}",
+        f"{goodput.refused_share:.0%}",
     )
 
 
@@ -116,6 +120,7 @@ def _rated_json(rated: Rated) -> dict[str, object]:
         "ttft_p90_ms": goodput.ttft_p90_s * 1e3,
         "tpot_p90_ms": goodput.tpot_p90_s * 1e3,
         "hit_share": goodput.hit_share,
+        "refused_share": goodput.refused_share,
         "pools": {
             name: {
                 "gpu": pool.option.gpu,

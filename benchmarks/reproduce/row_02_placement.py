@@ -24,6 +24,7 @@ from benchmarks.reproduce.cases import as_json, ratio, seeds_of, show
 from benchmarks.types import Finding, Json, Part, ResultTable, Run, Target
 from benchmarks.validate.distserve import ANSWERS, PROMPTS
 from core.estimate import Estimate
+from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.plan.search import search
 from simulator.plan.trial import find_goodput, plan_setup, simulate
@@ -163,6 +164,7 @@ def pose(app: Application, affinity: Affinity, seed: int) -> Problem:
         affinity=affinity,
         node_gpus=app.node_gpus,
         chunks=(512, 2048),
+        router=RouterConfig(admission="off"),
         least_requests=200,
         run_s=10.0,
         width=0.05,

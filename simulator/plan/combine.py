@@ -3,6 +3,10 @@
 DistServe (OSDI'24): algorithm 1 (any placement) takes the best worker of each phase and as many of
 each as the rate needs, algorithm 2 (slow network) packs both phases into a node. Here the GPUs are
 given and the rate is sought, so all pairs of workers are kept, each with its best P:D ratio.
+
+That ratio takes all prompts to be computed by prefill workers. Here decode workers compute many
+themselves (router/local.py), so lean plans are tried beside it: a few prefill workers, and as many
+decode workers as fit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +16,8 @@ from simulator.plan.types import Affinity, Option, Plan, Pool, Problem
 
 _FULL = 0.75
 """A plan that leaves more than a quarter of the GPUs idle is no use of them."""
+_LEAN = 1 / 4
+"""Share of the GPUs that prefill; a search goes on from there (`neighbours`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,31 @@ def pair_up(
                 most = max(candidate.plan.gpus for candidate in ratios)
                 found.append(max(ratios, key=lambda candidate: _worth(candidate, most)))
     return sorted(found, key=lambda candidate: -candidate.rps_per_gpu)
+
+
+def lean(
+    problem: Problem, prefills: Sequence[Phase], decodes: Sequence[Phase], both: Sequence[Phase]
+) -> list[Candidate]:
+    """One of each worker of `both` with itself, best first by what it serves alone doing both, as
+    most of its decode workers will.
+    """
+    counts = gpus_of(problem)
+    found: dict[tuple[str, int], Candidate] = {}
+    for phase in sorted(both, key=lambda phase: -phase.rps_per_gpu):
+        option, kind = phase.option, (phase.option.gpu, phase.option.tp)
+        prefill = next((one for one in prefills if one.option is option), None)
+        decode = next((one for one in decodes if one.option is option), None)
+        if kind in found or prefill is None or decode is None or phase.rps <= 0:
+            continue
+        node = problem.affinity is Affinity.LOW
+        gpus = _node_gpus(problem, option) if node else min(problem.gpus, counts[option.gpu])
+        workers = max(1, round(_LEAN * gpus / option.tp))
+        room = _room(problem, option, option, workers)
+        if room > 0:
+            copies = _copies(problem, option)
+            plan = Plan(prefill=prefill.pool(workers), decode=decode.pool(room), copies=copies)
+            found[kind] = Candidate(plan, phase.rps * (workers + room))
+    return list(found.values())
 
 
 def fits_apart(problem: Problem) -> bool:

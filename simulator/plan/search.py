@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from core.parent import end_with_parent
 from simulator.plan.advice import advise
-from simulator.plan.combine import Candidate, Phase, colocate, neighbours, pair_up
+from simulator.plan.combine import Candidate, Phase, colocate, lean, neighbours, pair_up
 from simulator.plan.fleet import find_fleet
 from simulator.plan.trial import (
     PHASE_WIDTH,
@@ -52,14 +52,15 @@ def search(
     with _rating(problem, processes, progress) as rate:
         prefills, decodes, both = _rate_workers(problem, rate)
         together = _distinct(colocate(problem, both))[:_WHOLE_COLOCATED]
-        apart = pair_up(problem, _best_chunks(prefills), decodes)[:_WHOLE]
+        apart = _apart(problem, _best_chunks(prefills), decodes, both)
         fleets = _Fleets(problem, rate)
         rated = fleets.rate("whole plans", [*together, *apart])
         colocated = rated[: len(together)]
         best = _climb(problem, fleets, rated[len(together) :])
+        best = _climb(problem, fleets, best, lambda plan: plan.can_run)
     served = [rated for rated in colocated if rated.goodput.rps > 0]
-    baseline = max(served, key=lambda rated: rated.rps_per_gpu, default=None)
-    ranked = tuple(sorted((r for r in best if r.goodput.rps > 0), key=lambda r: -r.rps_per_gpu))
+    baseline = max(served, key=_per_gpu, default=None)
+    ranked = tuple(sorted((r for r in best if r.goodput.rps > 0), key=_per_gpu, reverse=True))
     return Answer(
         best=ranked,
         colocated=baseline,
@@ -153,19 +154,43 @@ class _Fleets:
         ]
 
 
-def _climb(problem: Problem, fleets: _Fleets, rated: list[Rated]) -> list[Rated]:
-    """These, then from the best of them to better neighbours."""
+def _apart(
+    problem: Problem,
+    prefills: Sequence[Phase],
+    decodes: Sequence[Phase],
+    both: Sequence[Phase],
+) -> list[Candidate]:
+    """The best few pairs and lean plans, and of either one that a cluster can be configured for."""
+    chosen: dict[Shape, Candidate] = {}
+    for found in (pair_up(problem, prefills, decodes), lean(problem, prefills, decodes, both)):
+        can_run = [one for one in found if one.plan.can_run][:1]
+        chosen |= {_shape(one.plan): one for one in (*found[:_WHOLE], *can_run)}
+    return list(chosen.values())
+
+
+def _climb(
+    problem: Problem,
+    fleets: _Fleets,
+    rated: list[Rated],
+    of: Callable[[Plan], bool] = lambda plan: True,
+) -> list[Rated]:
+    """These, then from the best of some of them to better neighbours."""
     for _ in range(_CLIMBS):
-        best = max(rated, key=lambda one: one.rps_per_gpu, default=None)
+        among = (one for one in rated if of(one.plan))
+        best = max(among, key=_per_gpu, default=None)
         if best is None or best.goodput.rps == 0:
             return rated
         known = {_shape(one.plan) for one in rated}
         near = [p for p in neighbours(problem, best.plan) if _shape(p) not in known]
         guesses = [Candidate(plan, best.rps / best.plan.copies) for plan in near]
         rated += fleets.rate("other P:D ratios", guesses)
-        if max(rated, key=lambda one: one.rps_per_gpu) is best:
+        if not near or _per_gpu(max(rated[-len(near) :], key=_per_gpu)) <= _per_gpu(best):
             return rated
     return rated
+
+
+def _per_gpu(rated: Rated) -> float:
+    return rated.rps_per_gpu
 
 
 def _colocated_setup(problem: Problem, option: Option, step_tokens: int) -> Setup:

@@ -274,6 +274,7 @@ def simulate(problem: Problem, setup: Setup, rps: float, *, only_if_kept: bool =
         ttft_p90_s=summary.ttft_s[p90] if summary.ttft_s else inf,
         tpot_p90_s=summary.tpot_s[p90] if summary.tpot_s else inf,
         hit_share=summary.hit_rate,
+        refused_share=summary.outcomes.get("refused", 0) / max(1, summary.requests),
     )
 
 

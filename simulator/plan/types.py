@@ -53,8 +53,8 @@ class Problem:
     it they are repeated with blocks of their own. Rates that would take more than `most_requests`
     are not tried.
 
-    `router` decides in whole plans. Without admission, by default: a request that would be late is
-    then late, and not refused so that others are in time.
+    `router` decides in whole plans, as that of the cluster would: who is refused has missed its
+    targets. Without admission every request is served, however late.
     """
 
     options: tuple[Option, ...]
@@ -69,7 +69,7 @@ class Problem:
     node_gpus: int = 8
     chunks: tuple[int, ...] = (512, 2048, 8192)
     max_batch: int = 256
-    router: RouterConfig = field(default_factory=lambda: RouterConfig(admission="off"))
+    router: RouterConfig = field(default_factory=RouterConfig)
     least_requests: int = 300
     most_requests: int = 8000
     run_s: float = 20.0
@@ -112,6 +112,15 @@ class Plan:
         """Of all copies."""
         return self.copies * sum(pool.gpus for pool in self.pools)
 
+    @property
+    def can_run(self) -> bool:
+        """Whether there is a cluster config for it: an engine computes on one GPU per worker, and
+        all workers have one kind of it.
+        """
+        kinds = {pool.option.gpu for pool in self.pools}
+        one_gpu_each = all(pool.option.tp == 1 for pool in self.pools)
+        return self.decode is not None and one_gpu_each and len(kinds) == 1
+
 
 def scale_of(plan: Plan, fleet: Plan) -> float:
     """How many of the fleet are in one copy of the plan, by the scarcer pool."""
@@ -133,6 +142,8 @@ class Goodput:
     tpot_p90_s: float
     hit_share: float
     """Prompt tokens that were cached."""
+    refused_share: float = 0.0
+    """Requests that were answered 429."""
     at_least: bool = False
     """No rate tried was too high: it may serve more."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from simulator.plan.combine import Phase, colocate, neighbours, pair_up
+from simulator.plan.combine import Phase, colocate, lean, neighbours, pair_up
 from simulator.plan.types import Affinity, Offer, Plan
 from tests.simulator.plan.problems import option, problem
 
@@ -72,3 +72,30 @@ def test_colocated_workers_fill_the_gpus() -> None:
     (both,) = colocate(problem(two, gpus=8), [Phase(two, 512, 1.5)])
     assert _shape(both.plan) == (1, 4, 0)
     assert both.rps == 6.0
+
+
+def test_a_lean_plan_has_a_quarter_of_the_gpus_for_prefill_and_the_worker_that_serves_most() -> (
+    None
+):
+    one, two = option(1), option(2)
+    asked = problem(one, two, gpus=8)
+    prefills, decodes = [Phase(one, 512, 2.0), Phase(two, 512, 5.0)], [Phase(one, 256, 9.0)]
+    both = [Phase(one, 2048, 1.0), Phase(one, 512, 1.5), Phase(two, 512, 9.0)]
+    (plan,) = lean(asked, prefills, decodes, both)  # no decode worker has two
+    assert _shape(plan.plan) == (1, 2, 6)
+    assert plan.rps == 12.0
+    decodes.append(Phase(two, 256, 9.0))
+    assert [_shape(each.plan) for each in lean(asked, prefills, decodes, both)] == [
+        (1, 1, 3),
+        (1, 2, 6),
+    ]
+
+
+def test_a_lean_plan_fits_into_each_node_with_low_affinity_and_there_is_none_without_room() -> None:
+    one, four = option(1), option(4)
+    phases = [Phase(one, 512, 1.0), Phase(four, 512, 2.0)]
+    low = problem(one, four, gpus=16, affinity=Affinity.LOW, node_gpus=4)
+    (plan,) = lean(low, phases, phases, phases)
+    assert _shape(plan.plan) == (4, 1, 3)
+    assert plan.plan.gpus == 16
+    assert lean(problem(one, gpus=1), phases[:1], phases[:1], phases[:1]) == []

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from router.config import RouterConfig
 from router.policies.base import Slo
 from simulator.plan.search import search
 from simulator.plan.types import Affinity, Answer, Offer, Plan, Problem, Rated
@@ -107,3 +108,28 @@ def test_plans_that_one_fleet_stands_for_are_simulated_once_and_serve_the_same()
     shared = [plans for plans in by_fleet.values() if len(plans) > 1]
     assert shared
     assert all(one.goodput is plans[0].goodput for plans in shared for one in plans)
+
+
+def test_a_plan_counts_whom_the_router_refuses_as_missed_as_its_cluster_would() -> None:
+    crowded = replace(LONG_PROMPTS, requests=asked(200, 4000, 60), least_requests=200)
+    served = _search(crowded).best[0].goodput
+    waiting = _search(replace(crowded, router=RouterConfig(admission="off"))).best[0].goodput
+    assert served.refused_share > 0
+    assert served.refused_share + served.share <= 1
+    assert served.rps > waiting.rps
+    assert waiting.refused_share == 0
+
+
+def test_a_plan_that_a_cluster_can_be_configured_for_is_among_those_simulated() -> None:
+    tight = Slo(ttft_s=0.22, tpot_s=0.1)  # one GPU takes 0.2 s for a prompt
+    kinds = [option(tp) for tp in (1, 2, 4)]
+    best = _search(problem(*kinds, gpus=8, prompt=2000, output=20, count=60, slo=tight)).best
+    assert all(not rated.plan.can_run for rated in best[:4])
+    assert any(rated.plan.can_run for rated in best[4:])
+
+
+def test_lean_plans_are_tried_beside_those_whose_phases_balance() -> None:
+    best = _search(replace(LONG_PROMPTS, gpus=8, offers=(Offer(gpu="h100", count=8),))).best
+    shapes = [(r.plan.prefill.workers, r.plan.decode.workers) for r in best if r.plan.decode]
+    assert (2, 6) in shapes
+    assert max(prefills for prefills, _ in shapes) > 2
