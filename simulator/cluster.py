@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isnan
 from random import Random
 
 from core.fit import PrefillCost
@@ -28,6 +29,8 @@ from simulator.worker import SimWorker
 from simulator.workload.types import SimRequest
 
 _PROGRESS_EVERY = 500
+_JUST_S = 1e-6
+"""A first token at the very end of its target is in time."""
 _COLLECT_AFTER = 50_000
 
 
@@ -78,6 +81,7 @@ class Cluster:
             for _ in range(spec.routers)
         ]
         self._enough: Callable[[Record], bool] | None = None
+        self._late: Callable[[Record], bool] | None = None
         self._on_asked: Callable[[SimRequest], None] = lambda request: None
         self._stopped = False
         self._clients: Clients = OpenClients(())
@@ -95,14 +99,16 @@ class Cluster:
         on_progress: Callable[[int], None] | None = None,
         *,
         enough: Callable[[Record], bool] | None = None,
+        late: Callable[[Record], bool] | None = None,
         on_asked: Callable[[SimRequest], None] | None = None,
     ) -> Outcome:
-        """All requests, to their end; or, asked of each record that is complete, until `enough`.
-        Of one that is asked again there is a record each time.
+        """All requests, to their end; or, asked of each record that is complete, until `enough`,
+        or, of each that has no token when its TTFT target has passed, `late`. Of one that is asked
+        again there is a record each time.
 
         `on_progress` hears how many have ended, `on_asked` of each request as it comes.
         """
-        self._enough = enough
+        self._enough, self._late = enough, late
         self._on_asked = on_asked or self._on_asked
         self._on_progress = on_progress or self._on_progress
         spec, self._total = self._spec, len(requests)
@@ -249,7 +255,15 @@ class Cluster:
         router = routers[0]
         if len(routers) > 1:
             router = routers[self._random.randrange(len(routers))]
-        router.arrive(request)
+        record = router.arrive(request)
+        if self._late is not None:
+            late_s = record.at_s + self._spec.slo.ttft_s + _JUST_S
+            self._events.at(late_s, self._look_late, record)
+
+    def _look_late(self, record: Record) -> None:
+        waits = record.outcome == "unfinished" and isnan(record.first_s)
+        if waits and self._late is not None and self._late(record):
+            self._stopped = True
 
     def _note_end(self, record: Record) -> None:
         self._records.append(record)

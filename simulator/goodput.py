@@ -192,11 +192,10 @@ def run_once(settings: Settings, question: Question, seed: int, scale: float) ->
     spec = build_spec(settings, workload.block_size, seed)
     counted = workload.requests[int(_WARM_UP * len(workload.requests)) :]
     misses = Misses(spec.slo, since_s=counted[0].at_s, counted=len(counted), share=question.share)
-    ended = len(
-        Cluster(replace(spec, samples=0)).run(workload.requests, enough=misses.note).records
-    )
+    cluster = Cluster(replace(spec, samples=0))
+    outcome = cluster.run(workload.requests, enough=misses.note, late=misses.late)
     if not misses.too_many:
-        misses.add(len(workload.requests) - ended)  # the rest never will
+        misses.never_ended(len(workload.requests) - len(outcome.records))
     span_s = counted[-1].at_s - counted[0].at_s
     rate_per_s = len(counted) / span_s if span_s > 0 else 0.0
     return Point(scale, rate_per_s / spec.gpus, misses.share)

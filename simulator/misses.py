@@ -25,16 +25,28 @@ class Misses:
         self._most = (1 - share) * counted + 1e-9
         self._tpot = tpot
         self._count = 0
+        self._late: set[int] = set()
+        """By identity, those counted that have not ended yet."""
+
+    def late(self, record: Record) -> bool:
+        """One that has no token yet is past its target; answers as `note` will."""
+        if record.at_s >= self._since_s:
+            self._count += 1
+            self._late.add(id(record))
+        return self.too_many
 
     def note(self, record: Record) -> bool:
         """One has ended; answers whether so many have missed that the share is."""
-        missed = not kept(record, self._slo, tpot=self._tpot)
-        self._count += missed and record.at_s >= self._since_s
+        if id(record) in self._late:
+            self._late.remove(id(record))
+        elif record.at_s >= self._since_s and not kept(record, self._slo, tpot=self._tpot):
+            self._count += 1
         return self.too_many
 
-    def add(self, count: int) -> None:
-        """So many more, that never ended."""
-        self._count += count
+    def never_ended(self, count: int) -> None:
+        """So many never will."""
+        self._count += count - len(self._late)
+        self._late.clear()
 
     @property
     def too_many(self) -> bool:

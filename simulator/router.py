@@ -116,8 +116,8 @@ class SimRouter:
 
     # -- admission ------------------------------------------------------------------------------
 
-    def arrive(self, request: SimRequest) -> None:
-        """A client asks."""
+    def arrive(self, request: SimRequest) -> Record:
+        """A client asks; answers what will tell of it."""
         if self._keeper is not None:
             self._keeper.asked(request.session)
         job = Job(request, self, self._spec.router.max_attempts)
@@ -133,9 +133,10 @@ class SimRouter:
             late = self._is_late(job, considered)
             if self._is_full(job, late=late):
                 self._refuse(job, verdict.drain_s)
-                return
+                return job.record
             self._line.append(waits, late=late)
             self._look_later()
+        return job.record
 
     def _judge(
         self, job: Job, waits: "_Waits | None" = None

@@ -11,6 +11,8 @@ from simulator.plan.types import Plan, Problem, scale_of
 
 _MOST_WORKERS = 8
 _MOST_REQUESTS = 2400
+_PHASE_REQUESTS = 1000
+"""A phase alone only decides which plans are simulated whole."""
 _COVERED = 0.9
 """Share of a plan's GPUs that copies of its fleet must account for."""
 _STAYS = 3
@@ -24,9 +26,9 @@ def whole_run_s(problem: Problem) -> float:
 
 def phase_run_s(problem: Problem, guess_rps: float, stay_s: float) -> float:
     """Arrivals of a run of one phase in which a request stays `stay_s`: as long, or ten stays, or
-    what some 2,400 requests take, if that is less; never less than three stays.
+    what some 1,000 requests take, if that is less; never less than three stays.
     """
-    shortest = min(problem.run_s, _PHASE_STAYS * stay_s, _MOST_REQUESTS / guess_rps)
+    shortest = min(problem.run_s, _PHASE_STAYS * stay_s, _PHASE_REQUESTS / guess_rps)
     return max(_STAYS * stay_s, shortest)
 
 

@@ -27,7 +27,9 @@ from simulator.plan.types import Answer, Goodput, Option, Plan, Pool, Problem, R
 from simulator.processes import deaf_to_interrupts
 
 _WORTH = 0.6
-"""Workers whose goodput per GPU is below this share of the best get no further chunk sizes."""
+"""Workers whose goodput per GPU is below this share of the best get no further chunk sizes, and
+plans that promise less are not simulated whole.
+"""
 _WHOLE = 4
 _WHOLE_COLOCATED = 2
 _CLIMBS = 2
@@ -163,8 +165,10 @@ def _apart(
     """The best few pairs and lean plans, and of either one that a cluster can be configured for."""
     chosen: dict[Shape, Candidate] = {}
     for found in (pair_up(problem, prefills, decodes), lean(problem, prefills, decodes, both)):
+        least = _WORTH * max((one.rps_per_gpu for one in found), default=0.0)
+        worth = [one for one in found[:_WHOLE] if one.rps_per_gpu >= least]
         can_run = [one for one in found if one.plan.can_run][:1]
-        chosen |= {_shape(one.plan): one for one in (*found[:_WHOLE], *can_run)}
+        chosen |= {_shape(one.plan): one for one in (*worth, *can_run)}
     return list(chosen.values())
 
 

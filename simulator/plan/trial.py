@@ -262,10 +262,12 @@ def simulate(problem: Problem, setup: Setup, rps: float, *, only_if_kept: bool =
         tpot=setup.judged is Judged.BOTH,
     )
     outcome = Cluster(spec).run(
-        requests, enough=lambda record: misses.note(record) and only_if_kept
+        requests,
+        enough=lambda record: misses.note(record) and only_if_kept,
+        late=misses.late if only_if_kept else None,
     )
     if not only_if_kept or not misses.too_many:
-        misses.add(len(requests) - len(outcome.records))
+        misses.never_ended(len(requests) - len(outcome.records))
     summary = summarise(outcome, problem.slo, spec.gpus, warm_up=setup.warm_up)
     p90 = SHARES.index(0.9)
     return Goodput(

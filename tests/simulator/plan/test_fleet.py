@@ -66,7 +66,7 @@ def test_runs_last_three_stays_and_a_phase_alone_no_more_than_ten() -> None:
     assert whole_run_s(asked) == pytest.approx(33.0)
     assert phase_run_s(asked, 1.0, 10.0) == pytest.approx(30.0)
     assert phase_run_s(asked, 1.0, 1.0) == pytest.approx(10.0)
-    assert phase_run_s(asked, 400.0, 1.0) == pytest.approx(6.0)
+    assert phase_run_s(asked, 200.0, 1.0) == pytest.approx(5.0)
 
 
 BALANCED = replace(problem(option(), gpus=4, output=100), run_s=20.0, width=0.03)
