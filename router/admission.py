@@ -19,6 +19,10 @@ If it joined any queue within its patience, long prompts would keep queues as lo
 past the patience of every short one: in overload the short ones were refused, which could have been
 in time, and the long ones served, which could not (docs/headline.md).
 
+That holds as long as they are few (`Longs`): those that give way mostly miss their target, though
+half of them would have kept it, as queues are moved and cancelled. Where one prompt in twelve is
+long, as may be with a large model, they join any queue within their patience.
+
 Those who wait stand in a line, first those who can be in time (line.py), and only the first is
 admitted, or whoever would go to a worker that none of those before it wants.
 
@@ -48,7 +52,12 @@ _DRAIN_DOUBT = 0.5
 _AIM = 0.8
 """Of the TTFT target: one prediction in ten is a fifth too short."""
 _CALM = 0.2
-"""Of the TTFT target; what may be before a prompt that is not in time."""
+"""Of the TTFT target; what may be before a prompt that is not in time, where such are few."""
+_FEW, _MANY = 0.05, 0.08
+"""Of the latest prompts. A goodput of 90 % has a tenth of them to give away, and misses others."""
+_LATEST = 256
+_AT_FIRST = 64
+"""Prompts of which none was long, as it were, before the first one."""
 _LATE_SHARE = 0.5
 """Of the bounds of what waits: those that are late anyway leave room for the others."""
 LEAST_RETRY_S = 1.0
@@ -85,6 +94,26 @@ class InLine(NamedTuple):
         return self.workers is None or worker in self.workers
 
 
+class Longs:
+    """How many of the latest prompts, of one router and class, are too long to wait in a queue."""
+
+    def __init__(self) -> None:
+        self._share, self._seen = 0.0, _AT_FIRST
+
+    def saw(self, considered: Considered[L], slo: Slo) -> None:
+        """A prompt has come."""
+        first = next(iter(considered.outlooks()), None)
+        if first is not None:
+            is_long = _is_long(first[1].work_s, slo)
+            self._seen = min(self._seen + 1, _LATEST)
+            self._share += (is_long - self._share) / self._seen
+
+    @property
+    def give_way(self) -> float:
+        """1 where they are few, 0 where they are many."""
+        return min(1.0, max(0.0, (_MANY - self._share) / (_MANY - _FEW)))
+
+
 class Admit(NamedTuple):
     """Place it now."""
 
@@ -114,21 +143,24 @@ def judge(
     considered: Considered[L],
     slo: Slo,
     ahead: Sequence[InLine],
+    *,
+    give_way: float,
 ) -> Verdict:
     """Of one that comes, or one in line, with those before it there. It passes them where none of
     them would go: a long prompt that waits for a prefill worker holds up no turn of a chat whose
-    decode worker has it all but for a question.
+    decode worker has it all but for a question. `give_way` is that of `Longs`.
     """
     if not ahead:
-        return decide(now_s, arrived_s, (outlook for _, outlook in considered.outlooks()), slo)
+        seen = (outlook for _, outlook in considered.outlooks())
+        return decide(now_s, arrived_s, seen, slo, give_way=give_way)
     outlooks = dict(considered.outlooks())
     here = considered.worker_id
     if here in outlooks and not any(other.would_go_to(here) for other in ahead):
-        verdict = decide(now_s, arrived_s, [outlooks[here]], slo)
+        verdict = decide(now_s, arrived_s, [outlooks[here]], slo, give_way=give_way)
         if isinstance(verdict, Admit):
             return verdict
     ahead_s = sum(other.work_s for other in ahead) / considered.places
-    return decide(now_s, arrived_s, outlooks.values(), slo, ahead_s=ahead_s)
+    return decide(now_s, arrived_s, outlooks.values(), slo, ahead_s=ahead_s, give_way=give_way)
 
 
 def decide(
@@ -138,6 +170,7 @@ def decide(
     slo: Slo,
     *,
     ahead_s: float | None = None,
+    give_way: float = 1.0,
 ) -> Verdict:
     """`ahead_s` are seconds of work, spread over the pool, of those before it in its line; None is
     for the first, as only that one is admitted.
@@ -149,12 +182,13 @@ def decide(
     for queue_s, work_s in outlooks:
         patience_s, spare_s = patience_of(work_s, slo), _AIM * slo.ttft_s - work_s
         before_s = queue_s + (ahead_s or 0.0)
+        calm_s = give_way * _CALM * slo.ttft_s + (1 - give_way) * patience_s
         in_time = waited_s + before_s <= spare_s
-        calm = before_s <= _CALM * slo.ttft_s and waited_s + before_s <= patience_s
+        calm = before_s <= calm_s and waited_s + before_s <= patience_s
         if ahead_s is None and (in_time or calm):
             return Admit()
         latest_s = max(latest_s, patience_s - waited_s - (1 - _DRAIN_DOUBT) * before_s)
-        after_s = min(after_s, before_s - max(spare_s, _CALM * slo.ttft_s))
+        after_s = min(after_s, before_s - max(spare_s, calm_s))
     if after_s == inf:
         return Admit() if ahead_s is None else Wait(slo.ttft_s, LEAST_RETRY_S)
     drain_s = min(max(LEAST_RETRY_S, after_s), _MOST_RETRY_S)
@@ -185,7 +219,11 @@ def is_late(waited_s: float, work_s: float, slo: Slo) -> bool:
     """Whether a prompt of so much work, where it is least, is in time in calm moments at most, or
     not at all any more.
     """
-    return work_s > (_AIM - _CALM) * slo.ttft_s or waited_s + work_s > _AIM * slo.ttft_s
+    return _is_long(work_s, slo) or waited_s + work_s > _AIM * slo.ttft_s
+
+
+def _is_long(work_s: float, slo: Slo) -> bool:
+    return work_s > (_AIM - _CALM) * slo.ttft_s
 
 
 def patience_of(work_s: float, slo: Slo) -> float:

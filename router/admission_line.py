@@ -16,6 +16,7 @@ from router.admission import (
     LEAST_RETRY_S,
     Admit,
     InLine,
+    Longs,
     QueueBounds,
     Reject,
     Verdict,
@@ -124,6 +125,7 @@ class Admission:
         self._enabled = enabled
         self._decode = decode
         self._lines: dict[str, Line[_Asking]] = defaultdict(Line)
+        self._longs: dict[str, Longs] = defaultdict(Longs)
         self._started: Counter[RequestId] = Counter()
         self._held: Counter[RequestId] = Counter()
         """Choices in all lines, by request."""
@@ -230,6 +232,9 @@ class Admission:
             return None, Admit()  # the attempt's to wait for, or to fail with
         if not self._enabled or started:
             return considered, Admit()
+        longs = self._longs[asking.slo_class.name]
+        if before is None:
+            longs.saw(considered, asking.slo_class.slo)
         now_s = self._clock.now_s()
         came_s = asking.came_s + self._gap.until(now_s) - asking.gap_s
         if line:  # else there is nobody to be sorted among, and to look at all places costs more
@@ -241,6 +246,7 @@ class Admission:
             considered,
             asking.slo_class.slo,
             [other.waiting for other in line.ahead_of(asking, late=asking.late)],
+            give_way=longs.give_way,
         )
         if isinstance(verdict, Admit):
             verdict = decide_decode(self._chooser.decode_load(considered, self._decode))

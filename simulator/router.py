@@ -23,6 +23,7 @@ from prefill_worker.policy import refuse_prompt
 from router.admission import (
     Admit,
     InLine,
+    Longs,
     QueueBounds,
     Reject,
     Verdict,
@@ -100,6 +101,7 @@ class SimRouter:
             prompt_tokens=spec.router.admission_max_tokens,
         )
         self._line: Line[_Waits] = Line()
+        self._longs = Longs()
         self._looking = False
         self._jobs: dict[int, Job] = {}
         """That have not ended, in order of arrival."""
@@ -148,6 +150,8 @@ class SimRouter:
             return None, Admit()  # the attempt's to wait for
         if job.record.attempts:
             return considered, Admit()  # what has begun is not refused
+        if waits is None and self._spec.router.admission != "off":
+            self._longs.saw(considered, self._spec.slo)
         late = bool(self._line) and self._is_late(job, considered)
         if waits is not None:
             self._line.move(waits, late=late)
@@ -160,6 +164,7 @@ class SimRouter:
             considered,
             self._spec.slo,
             [other.place for other in ahead],
+            give_way=self._longs.give_way,
         )
         if isinstance(verdict, Admit):
             load = self.chooser.decode_load(considered, self._spec.router.admission_decode)

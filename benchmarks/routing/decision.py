@@ -39,7 +39,7 @@ from core.blocks import chain_hashes
 from core.clock import FakeClock
 from core.estimate import percentile
 from core.ids import BlockHash, Role
-from router.admission import judge
+from router.admission import Longs, judge
 from router.config import RouterConfig
 from router.curves import Curves
 from router.index import PrefixIndex
@@ -171,6 +171,7 @@ class _Placing:
     def __init__(self, fleet: StandingFleet, clock: FakeClock, random: Random) -> None:
         self._clock = clock
         self._chooser = taught_chooser(fleet, clock, random)
+        self._longs = Longs()
         self._on_way: deque[QueuedPrompt] = deque()
         self._most_on_way = _ON_WAY * len(fleet.pool(Role.PREFILL).workers)
         self._fleet = fleet
@@ -198,7 +199,8 @@ class _Placing:
         chooser, now_s = self._chooser, self._clock.now_s()
         tokens, total = prompt.tokens, prompt.tokens + ANSWER_TOKENS
         considered = chooser.consider(range(tokens), "", hashes=prompt.hashes, local_total=total)
-        judge(now_s, now_s, considered, DEFAULT_SLO, ())
+        self._longs.saw(considered, DEFAULT_SLO)
+        judge(now_s, now_s, considered, DEFAULT_SLO, (), give_way=self._longs.give_way)
         alone = chooser.place_locally(considered)
         if alone is not None:
             return None

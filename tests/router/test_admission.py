@@ -1,9 +1,14 @@
 """Who is placed, who waits and who is refused."""
 
+from collections.abc import Iterator
+from typing import Any, cast
+
 import pytest
 
+from core.ids import WorkerId
 from router.admission import (
     Admit,
+    Longs,
     Reject,
     Verdict,
     Wait,
@@ -13,7 +18,7 @@ from router.admission import (
     patience_of,
 )
 from router.decode_load import DecodeLoad
-from router.placement import Outlook
+from router.placement import Considered, Outlook
 from router.policies.base import Slo
 from router.watcher import RejectReason
 
@@ -51,6 +56,46 @@ def test_whoever_cannot_be_in_time_joins_no_queue_but_waits_as_long_as_it_comput
     assert verdict((20.0, 30.0)) == Wait(recheck_s=20.0, drain_s=19.5)
     assert verdict((0.5, 30.0), waited_s=29.5) == Admit()
     assert isinstance(verdict((0.5, 30.0), waited_s=30.0), Reject)
+
+
+@pytest.mark.parametrize(
+    ("give_way", "queue_s", "placed"),
+    [(1.0, 0.6, False), (0.5, 1.0, True), (0.5, 1.1, False), (0.0, 1.6, True), (0.0, 1.7, False)],
+)
+def test_the_fewer_give_way_the_longer_a_queue_they_join_up_to_their_patience(
+    give_way: float, queue_s: float, placed: bool
+) -> None:
+    seen = [Outlook(queue_s, 1.6)]  # its patience is 1.6 s, too
+    said = decide(0.0, 0.0, seen, SLO, give_way=give_way)
+    assert isinstance(said, Admit) is placed
+
+
+def _saw(*long: bool) -> float:
+    longs = Longs()
+    for is_long in long:
+        longs.saw(cast(Considered[Any], _Prompt(2.4 if is_long else 0.1)), SLO)
+    return longs.give_way
+
+
+class _Prompt:
+    """As far as `Longs` looks at one."""
+
+    def __init__(self, work_s: float) -> None:
+        self._work_s = work_s
+
+    def outlooks(self) -> Iterator[tuple[WorkerId, Outlook]]:
+        yield WorkerId("p0"), Outlook(0.0, self._work_s)
+
+
+def test_long_prompts_give_way_as_long_as_they_are_few() -> None:
+    assert _saw() == 1.0
+    assert _saw(True) == 1.0  # the first of all says little
+    few, many = [i % 30 == 0 for i in range(600)], [i % 8 == 0 for i in range(600)]
+    assert _saw(*few) == 1.0
+    assert _saw(*many) == 0.0
+    assert _saw(*many, *few) == 1.0
+    some = [i % 15 == 0 for i in range(600)]
+    assert 0.0 < _saw(*some) < 1.0
 
 
 def test_what_would_be_late_by_a_little_waits_for_a_shorter_queue() -> None:
