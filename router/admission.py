@@ -95,7 +95,9 @@ class InLine(NamedTuple):
 
 
 class Longs:
-    """How many of the latest prompts, of one router and class, are too long to wait in a queue."""
+    """How many of the latest prompts, of one router and class, are too long to wait in a queue. Who
+    was refused and asks again is one more of them.
+    """
 
     def __init__(self) -> None:
         self._share, self._seen = 0.0, _AT_FIRST
@@ -105,6 +107,8 @@ class Longs:
         first = next(iter(considered.outlooks()), None)
         if first is not None:
             is_long = _is_long(first[1].work_s, slo)
+            if is_long:  # there; to look at all places costs more
+                is_long = _is_long(InLine.of(considered).work_s, slo)
             self._seen = min(self._seen + 1, _LATEST)
             self._share += (is_long - self._share) / self._seen
 

@@ -233,7 +233,7 @@ class Admission:
         if not self._enabled or started:
             return considered, Admit()
         longs = self._longs[asking.slo_class.name]
-        if before is None:
+        if before is None and request.choice == 0:
             longs.saw(considered, asking.slo_class.slo)
         now_s = self._clock.now_s()
         came_s = asking.came_s + self._gap.until(now_s) - asking.gap_s

@@ -62,19 +62,15 @@ def pair_up(
     return sorted(found, key=lambda candidate: -candidate.rps_per_gpu)
 
 
-def lean(
-    problem: Problem, prefills: Sequence[Phase], decodes: Sequence[Phase], both: Sequence[Phase]
-) -> list[Candidate]:
-    """One of each worker of `both` with itself, best first by what it serves alone doing both, as
-    most of its decode workers will.
+def lean(problem: Problem, phases: Sequence[Phase]) -> list[Candidate]:
+    """One of each worker that does both, with itself: decode workers take a prompt in steps as
+    large as prefill workers do. Best first, by what it serves alone.
     """
     counts = gpus_of(problem)
     found: dict[tuple[str, int], Candidate] = {}
-    for phase in sorted(both, key=lambda phase: -phase.rps_per_gpu):
+    for phase in sorted(phases, key=lambda phase: -phase.rps_per_gpu):
         option, kind = phase.option, (phase.option.gpu, phase.option.tp)
-        prefill = next((one for one in prefills if one.option is option), None)
-        decode = next((one for one in decodes if one.option is option), None)
-        if kind in found or prefill is None or decode is None or phase.rps <= 0:
+        if kind in found or phase.rps <= 0:
             continue
         node = problem.affinity is Affinity.LOW
         gpus = _node_gpus(problem, option) if node else min(problem.gpus, counts[option.gpu])
@@ -82,7 +78,7 @@ def lean(
         room = _room(problem, option, option, workers)
         if room > 0:
             copies = _copies(problem, option)
-            plan = Plan(prefill=prefill.pool(workers), decode=decode.pool(room), copies=copies)
+            plan = Plan(prefill=phase.pool(workers), decode=phase.pool(room), copies=copies)
             found[kind] = Candidate(plan, phase.rps * (workers + room))
     return list(found.values())
 

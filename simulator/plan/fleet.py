@@ -12,7 +12,7 @@ from simulator.plan.types import Plan, Problem, scale_of
 _MOST_WORKERS = 8
 _MOST_REQUESTS = 2400
 _PHASE_REQUESTS = 1000
-"""A phase alone only decides which plans are simulated whole."""
+"""A phase alone only decides which plans are simulated whole, and whether a given rate is low."""
 _COVERED = 0.9
 """Share of a plan's GPUs that copies of its fleet must account for."""
 _STAYS = 3

@@ -28,7 +28,7 @@ from simulator.processes import deaf_to_interrupts
 
 _WORTH = 0.6
 """Workers whose goodput per GPU is below this share of the best get no further chunk sizes, and
-plans that promise less are not simulated whole.
+pairs and lean plans that promise less are not simulated whole, but for the best that can run.
 """
 _WHOLE = 4
 _WHOLE_COLOCATED = 2
@@ -92,7 +92,7 @@ def _rate_workers(problem: Problem, rate: Rate) -> tuple[list[Phase], list[Phase
     middle = chunks[len(chunks) // 2]
     setups = (partial(prefill_setup, problem), partial(_colocated_setup, problem))
     first = [[_Trial(option, middle, setup) for option in options] for setup in setups]
-    least = chunks[0]  # a decode worker prefills only what is nearly all cached
+    least = chunks[0]  # beside a prefill pool that balances it, which computes nearly all
     decoding = [_Trial(option, least, lambda o, _: decode_setup(problem, o)) for option in options]
     prefills, both, decodes = _rate_phases(rate, "workers alone", [*first, decoding])
     others = [
@@ -164,7 +164,7 @@ def _apart(
 ) -> list[Candidate]:
     """The best few pairs and lean plans, and of either one that a cluster can be configured for."""
     chosen: dict[Shape, Candidate] = {}
-    for found in (pair_up(problem, prefills, decodes), lean(problem, prefills, decodes, both)):
+    for found in (pair_up(problem, prefills, decodes), lean(problem, both)):
         least = _WORTH * max((one.rps_per_gpu for one in found), default=0.0)
         worth = [one for one in found[:_WHOLE] if one.rps_per_gpu >= least]
         can_run = [one for one in found if one.plan.can_run][:1]
@@ -201,7 +201,8 @@ def _colocated_setup(problem: Problem, option: Option, step_tokens: int) -> Setu
     pool = Pool(option=option, step_tokens=step_tokens, workers=1)
     guess_rps = 0.4 * prefill_setup(problem, option, step_tokens).guess_rps
     setup = plan_setup(problem, Plan(prefill=pool, decode=None), guess_rps)
-    return replace(setup, width=max(problem.width, PHASE_WIDTH))
+    router = setup.router.model_copy(update={"admission": "off"})  # as the other phases alone
+    return replace(setup, router=router, width=max(problem.width, PHASE_WIDTH))
 
 
 def _best_chunks(phases: Sequence[Phase]) -> list[Phase]:

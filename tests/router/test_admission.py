@@ -80,11 +80,13 @@ def _saw(*long: bool) -> float:
 class _Prompt:
     """As far as `Longs` looks at one."""
 
+    worker_id = WorkerId("p0")
+
     def __init__(self, work_s: float) -> None:
         self._work_s = work_s
 
     def outlooks(self) -> Iterator[tuple[WorkerId, Outlook]]:
-        yield WorkerId("p0"), Outlook(0.0, self._work_s)
+        yield self.worker_id, Outlook(0.0, self._work_s)
 
 
 def test_long_prompts_give_way_as_long_as_they_are_few() -> None:

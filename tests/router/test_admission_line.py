@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -123,9 +124,9 @@ class Door:
             await asyncio.sleep(0)
 
     async def _enter(self, name: str, tokens: int, deadline_s: float, late_s: float) -> None:
-        request = make_request(
-            make_prompt(tokens), name=name.partition("/")[0], deadline_s=deadline_s
-        )
+        request_id, _, choice = name.partition("/")
+        request = make_request(make_prompt(tokens), name=request_id, deadline_s=deadline_s)
+        request = replace(request, choice=int(choice or 0))
         progress = Progress(request, self.clock)
         progress.arrived_at_s -= late_s
         try:
@@ -218,6 +219,27 @@ async def test_who_cannot_be_in_time_waits_for_a_calm_moment_and_holds_up_nobody
         assert d.entered == ["short"]
         await d.report(CALM)
         assert d.entered == ["short", "long"]
+
+
+async def test_where_many_prompts_are_long_they_join_a_queue_as_others_do() -> None:
+    async with door() as d:
+        for i in range(12):
+            d.places.now = (LONG,)
+            await d.come(f"long {i}")
+        await d.report(LONG)
+        assert d.entered == ["long 0"]
+
+
+async def test_a_long_prompt_of_many_choices_is_one() -> None:
+    async with door() as d:
+        for i in range(12):
+            d.places.now = (LONG,)
+            await d.come(f"long/{i}")
+        await d.report(LONG)
+        assert d.entered == []
+        await d.report(CALM)
+        assert d.entered[0] == "long/0"
+        d.places.now = (CALM,)
 
 
 async def test_who_cannot_be_in_time_comes_after_all_who_can() -> None:

@@ -79,23 +79,19 @@ def test_a_lean_plan_has_a_quarter_of_the_gpus_for_prefill_and_the_worker_that_s
 ):
     one, two = option(1), option(2)
     asked = problem(one, two, gpus=8)
-    prefills, decodes = [Phase(one, 512, 2.0), Phase(two, 512, 5.0)], [Phase(one, 256, 9.0)]
-    both = [Phase(one, 2048, 1.0), Phase(one, 512, 1.5), Phase(two, 512, 9.0)]
-    (plan,) = lean(asked, prefills, decodes, both)  # no decode worker has two
-    assert _shape(plan.plan) == (1, 2, 6)
-    assert plan.rps == 12.0
-    decodes.append(Phase(two, 256, 9.0))
-    assert [_shape(each.plan) for each in lean(asked, prefills, decodes, both)] == [
-        (1, 1, 3),
-        (1, 2, 6),
-    ]
+    phases = [Phase(one, 2048, 1.0), Phase(one, 512, 1.5), Phase(two, 512, 9.0)]
+    larger, smaller = lean(asked, phases)
+    assert [_shape(each.plan) for each in (larger, smaller)] == [(1, 1, 3), (1, 2, 6)]
+    assert smaller.rps == 12.0
+    assert {pool.step_tokens for pool in smaller.plan.pools} == {512}
+    assert lean(asked, [Phase(one, 512, 0.0)]) == []
 
 
 def test_a_lean_plan_fits_into_each_node_with_low_affinity_and_there_is_none_without_room() -> None:
     one, four = option(1), option(4)
     phases = [Phase(one, 512, 1.0), Phase(four, 512, 2.0)]
     low = problem(one, four, gpus=16, affinity=Affinity.LOW, node_gpus=4)
-    (plan,) = lean(low, phases, phases, phases)
+    (plan,) = lean(low, phases)
     assert _shape(plan.plan) == (4, 1, 3)
     assert plan.plan.gpus == 16
-    assert lean(problem(one, gpus=1), phases[:1], phases[:1], phases[:1]) == []
+    assert lean(problem(one, gpus=1), phases[:1]) == []
